@@ -1,0 +1,45 @@
+# make demo   sets up .venv and runs the main job: prune, quantize and distil a BERT, export, measure, report
+# make test   sets up .venv and runs the tests
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from another index
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test test-all lint setup-bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; use make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/mptrain recipe jpqd-bert.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py
+
+.venv-bench/.ready: benchmarks/requirements.txt pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	.venv-bench/bin/python -m pip install -q -c constraints.txt -e ".[all]"
+	.venv-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
+	@touch $@
+
+setup-bench: .venv-bench/.ready
+
+clean:
+	rm -rf $(VENV) .venv-bench build dist

@@ -1,0 +1,94 @@
+"""What a recipe will do, before it does it: the phases of every stage, in optimizer steps.
+
+A stage is one phase, or two when masks grow during a warm-up: `warmup` ends at the
+boundary, where the model is shrunk, and `finetune` trains the shrunk model. The learning
+rate is a function of the step of the stage, so a boundary does not restart it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mptrain.recipe import Ptq, Qat, Recipe, Stage, Train
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [start, end) of a stage; `end == start` is a phase without training."""
+
+    stage: str
+    index: int
+    name: str
+    start: int
+    end: int
+    total: int
+    steps_per_epoch: int
+    quantize_at_start: bool
+    prune: bool
+
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
+
+    @property
+    def folder(self) -> str:
+        return f"stages/{self.stage}/{self.index}-{self.name}"
+
+
+def steps_per_epoch(rows: int, train: Train, world_size: int = 1) -> int:
+    """Optimizer steps in one epoch; the last short batch is dropped unless it is the only one."""
+    batches = rows // train.batch_size if rows >= train.batch_size * world_size else world_size
+    return max(1, math.ceil(batches // world_size / train.accumulation))
+
+
+def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
+    """The phases of a stage for a training split of `rows` examples."""
+    per_epoch = steps_per_epoch(rows, stage.train, world_size) if stage.train else 1
+    total = max(1, round(stage.train.epochs * per_epoch)) if stage.train else 0
+    qat = isinstance(stage.quantize, Qat)
+    quantize = stage.quantize is not None
+
+    def phase(index: int, name: str, start: int, end: int, **flags: bool) -> Phase:
+        return Phase(stage.id, index, name, start, end, total, per_epoch, **flags)
+
+    if stage.prune is None:
+        name = "train" if stage.train else "quantize"
+        return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False)]
+    joint = qat and stage.quantize.start == "joint"
+    unit = per_epoch if stage.prune.schedule.unit == "epoch" else 1
+    end = min(round(stage.prune.schedule.end * unit), max(total - 1, 0))
+    first = phase(0, "warmup" if end else "prune", 0, end, quantize_at_start=joint, prune=True)
+    if not stage.train:
+        return [first]
+    return [first, phase(1, "finetune", end, total, quantize_at_start=qat and not joint, prune=False)]
+
+
+def variants(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(variant id, stage id, precision) of everything that is exported, in order.
+
+    The first stage is the `baseline`; `pruned_fp32` is the pruned structure without
+    quantizers. A stage has the precisions that make sense for it: fp32 when it is not
+    quantized or when it is pruned, int8 and int8_emb4 when it is quantized.
+    """
+    found: list[tuple[str, str, str]] = []
+    for export in recipe.export:
+        for stage_id in export.of:
+            stage = recipe.stage(stage_id)
+            for precision in export.precision:
+                quantized = isinstance(stage.quantize, Qat | Ptq)
+                if precision == "fp32" and quantized and not stage.prune:
+                    continue
+                if precision != "fp32" and not quantized:
+                    continue
+                name = stage_id
+                if stage_id == recipe.stages[0].id:
+                    name = "baseline"
+                elif precision == "fp32" and stage.prune and quantized:
+                    name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
+                found.append((f"{name}_{precision}", stage_id, precision))
+    return list(dict.fromkeys(found))
+
+
+def _only_pruned(recipe: Recipe, stage: Stage) -> bool:
+    return [s.id for s in recipe.stages if s.prune and s.quantize] == [stage.id]

@@ -1,0 +1,342 @@
+"""The recipe: one strict YAML file that describes a whole run.
+
+The schema below is the documentation of the format; `mptrain schema` prints it as JSON
+schema. Parsing the file (line numbers, duplicate keys, `--set`) is in `recipe_file.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]+$", max_length=100)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Task = Literal[
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+    "audio-classification",
+    "causal-lm",
+]
+Precision = Literal["fp32", "int8", "int8_emb4"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Strict):
+    path: str = Field(description="packaged:NAME, a local folder, or a hub name")
+    task: Task = Field(description="what the model does; decides the head, the metric and the data columns")
+    attn: Literal["sdpa", "eager"] = "sdpa"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="replaces every dropout probability of the model's config"
+    )
+    trust_remote_code: bool = Field(False, description="also needs --allow-code on the command line")
+    modeling: str | None = Field(None, description="a local .py file with the model class; also needs --allow-code")
+
+
+class Calibration(Strict):
+    samples: Annotated[int, Field(gt=0)] = 300
+    batch_size: Annotated[int, Field(gt=0)] = 16
+
+
+class Split(Strict):
+    """Makes the splits that the data lacks."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    group: str | None = Field(None, description="column whose values never cross splits, e.g. the film of a review")
+
+
+class Data(Strict):
+    source: str | None = Field(
+        None, description="packaged:NAME, a `datasets` folder or a hub name; then train/validation/test are split names"
+    )
+    config: str | None = Field(None, description="configuration name of a hub data set")
+    train: str | None = Field(None, description="a csv, tsv, jsonl or parquet file, or a split name of `source`")
+    validation: str | None = None
+    test: str | None = None
+    split: Split = Split()
+    text: str | None = Field(None, description="column; the default depends on the task")
+    text_pair: str | None = None
+    label: str | None = None
+    tokens: str | None = None
+    tags: str | None = None
+    question: str | None = None
+    context: str | None = None
+    answers: str | None = None
+    image: str | None = None
+    audio: str | None = None
+    max_length: Annotated[int, Field(gt=0)] = Field(128, description="tokens; audio: samples at the model's rate")
+    stride: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="tokens of overlap (question answering) or window step (causal LM)"
+    )
+    max_samples: Annotated[int, Field(gt=0)] | None = Field(None, description="cap on each split, for trying out")
+    calibration: Calibration = Calibration()
+
+
+class Train(Strict):
+    epochs: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(gt=0)] = Field(32, description="per process and micro-step")
+    accumulation: Annotated[int, Field(gt=0)] = Field(1, description="micro-steps to one optimizer step")
+    eval_batch_size: Annotated[int, Field(gt=0)] = 64
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="fraction of the stage's steps")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 switches clipping off")
+    group_by_length: bool = Field(True, description="batches of similar length; only for text")
+    keep_best: bool = Field(True, description="end with the epoch that is best on validation")
+    patience: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="stop after so many epochs without a better validation result"
+    )
+    checkpoint_steps: Annotated[int, Field(gt=0)] = Field(100, description="optimizer steps between checkpoints")
+    log_steps: Annotated[int, Field(gt=0)] = 10
+
+
+class Schedule(Strict):
+    """When masks begin and when they are final. end 0 means: prune at once, before training."""
+
+    start: Annotated[float, Field(ge=0)] = 0
+    end: Annotated[float, Field(ge=0)]
+    unit: Literal["epoch", "step"] = "epoch"
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.start > self.end:
+            raise ValueError(f"start ({self.start:g}) must not be after end ({self.end:g})")
+        return self
+
+
+class Keep(Strict):
+    """Fraction kept. Give exactly one budget, or `heads` and `ffn` together."""
+
+    encoder_params: Fraction | None = Field(None, description="of the parameters of all attention and FFN layers")
+    macs: Fraction | None = Field(None, description="of the multiply-adds of one forward pass at `data.max_length`")
+    latency: Fraction | None = Field(None, description="of the layers' latency, measured on this host")
+    heads: Fraction | None = None
+    ffn: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        budgets = [n for n in ("encoder_params", "macs", "latency") if getattr(self, n) is not None]
+        pair = self.heads is not None or self.ffn is not None
+        if len(budgets) + pair != 1 or (pair and (self.heads is None or self.ffn is None)):
+            raise ValueError("give exactly one of encoder_params, macs, latency, or heads and ffn together")
+        return self
+
+
+class _Prune(Strict):
+    schedule: Schedule = Schedule(end=0)
+    min_heads: Annotated[int, Field(ge=1)] = Field(1, description="kept in every layer")
+    min_ffn: Annotated[int, Field(ge=1)] = Field(8, description="channels kept in every layer")
+    round_ffn: Annotated[int, Field(ge=1)] = Field(8, description="FFN widths are multiples of this")
+    ignore: list[str] = Field([], description="modules left alone: substrings, or regular expressions after 're:'")
+
+
+class Movement(_Prune):
+    """Movement sparsity (Sanh et al. 2020) as NNCF 2.x defined it, or driven by a target."""
+
+    method: Literal["movement"]
+    keep: Keep | None = Field(None, description="target; a cubic top-k schedule reaches it")
+    regularization: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the NNCF 2.x way: importance regularization factor; the sparsity follows from it"
+    )
+    score: Literal["block", "shared"] = Field("block", description="shared: one score per head and per FFN channel")
+    attention_block: tuple[int, int] = (32, 32)
+    score_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="default: the stage's lr")
+    threshold: float | None = Field(None, description="tau_0; default: automatic from the scores at warm-up start")
+
+    @model_validator(mode="after")
+    def _target(self):
+        if (self.keep is None) == (self.regularization is None):
+            raise ValueError("give exactly one of keep (a target) and regularization (the NNCF 2.x way)")
+        if self.schedule.end == 0:
+            raise ValueError("movement needs a warm-up: give schedule.end")
+        return self
+
+
+class Fisher(_Prune):
+    """Fisher mask search (Kwon et al. 2022), at once or gradually during the warm-up."""
+
+    method: Literal["fisher"]
+    keep: Keep
+    rescale: bool = Field(False, description="least-squares refit of the kept columns at the boundary")
+
+
+class Magnitude(_Prune):
+    """Baseline: L2 norm of the weights of a head or channel."""
+
+    method: Literal["magnitude"]
+    keep: Keep
+
+
+Prune = Annotated[Movement | Fisher | Magnitude, Field(discriminator="method")]
+
+
+class Qat(Strict):
+    """Quantization-aware training through nncf.quantize on the torch model."""
+
+    mode: Literal["qat"]
+    weights: Literal["symmetric", "asymmetric"] = "symmetric"
+    activations: Literal["symmetric", "asymmetric"] = "symmetric"
+    embeddings: Literal["fp32", "int8"] = Field("int8", description="int4 embeddings: export precision int8_emb4")
+    ignore: list[str] = Field([], description="modules kept in fp32: substrings, or regular expressions after 're:'")
+    bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
+    smooth_quant: bool = False
+    start: Literal["joint", "after_prune"] = Field(
+        "joint", description="joint: fake quantizers act during the pruning warm-up; after_prune: from the boundary on"
+    )
+    carry: Literal["slice", "recalibrate"] = Field(
+        "slice", description="at the boundary, slice the learned ranges per channel or calibrate anew"
+    )
+
+
+class Ptq(Strict):
+    """Post-training quantization through nncf.quantize, with calibration data."""
+
+    mode: Literal["ptq"]
+    preset: Literal["performance", "mixed"] = Field(
+        "mixed", description="performance: symmetric; mixed: symmetric weights, asymmetric activations"
+    )
+    embeddings: Literal["fp32", "int8"] = "int8"
+    ignore: list[str] = []
+    bits: dict[str, Literal[4, 8]] = {}
+    smooth_quant: bool = True
+    fast_bias_correction: bool = True
+
+
+Quantize = Annotated[Qat | Ptq, Field(discriminator="mode")]
+
+
+class Distill(Strict):
+    """loss = (1 - weight) * task + weight * T^2 * KL(student/T || teacher/T) + hidden + attention terms."""
+
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    hidden: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the mean squared error of hidden states")
+    attention: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the error of attention maps, head average; needs attn: eager"
+    )
+
+
+class Stage(Strict):
+    id: Name
+    start: str | None = Field(
+        None, alias="from", description="stage id to start from, or 'model'; default: the previous stage"
+    )
+    train: Train | None = None
+    teacher: str | None = Field(None, description="a stage id, a model path, or 'self': the stage's own start")
+    prune: Prune | None = None
+    quantize: Quantize | None = None
+    distill: Distill | None = None
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.distill and not self.teacher:
+            raise ValueError("distill needs a teacher: give teacher: STAGE, PATH or self")
+        if self.teacher and not self.distill:
+            raise ValueError("teacher is given but distill is not: add distill: {weight: 0.9} or drop teacher")
+        if not (self.train or self.prune or self.quantize):
+            raise ValueError("the stage does nothing: give train, prune or quantize")
+        if self.distill and not self.train:
+            raise ValueError("distill needs train")
+        if isinstance(self.quantize, Qat) and not self.train:
+            raise ValueError("quantize mode qat needs train; mode ptq does not")
+        if isinstance(self.quantize, Ptq) and (self.train or self.prune):
+            raise ValueError("quantize mode ptq goes in a stage of its own, without train and prune")
+        if self.prune:
+            end = self.prune.schedule.end
+            if end > 0 and not self.train:
+                raise ValueError("prune.schedule needs train; without train use end: 0")
+            if self.train and self.prune.schedule.unit == "epoch" and end >= self.train.epochs:
+                raise ValueError(
+                    f"prune.schedule.end ({end:g} epochs) must be before train.epochs ({self.train.epochs:g}):"
+                    " the shrunk model needs fine-tuning"
+                )
+        return self
+
+
+class OpenVino(Strict):
+    id: Name
+    format: Literal["openvino"]
+    of: list[str] = Field(description="stage ids")
+    precision: list[Precision] = ["fp32", "int8"]
+    shapes: Literal["dynamic"] = "dynamic"
+
+
+class Latency(Strict):
+    batch: list[Annotated[int, Field(gt=0)]] = [1, 8]
+    length: list[Annotated[int, Field(gt=0)]] = Field([32, 128], description="tokens; ignored for images")
+    threads: list[Annotated[int, Field(gt=0)] | Literal["all"]] = [1, "all"]
+    runs: Annotated[int, Field(gt=0)] = Field(15, description="alternating rounds over the variants")
+
+
+class Evaluate(Strict):
+    latency: Latency = Latency()
+    floor: bool = Field(True, description="text classification: also score TF-IDF + logistic regression")
+
+
+class Gates(Strict):
+    """Checked at the end; a missed gate is exit status 3. Fractions, not percent."""
+
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+    min_size_ratio: Annotated[float, Field(gt=0)] | None = None
+    min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
+    parity: Annotated[float, Field(gt=0)] | None = Field(1e-4, description="|fp32 IR - torch|, largest logit difference")
+    fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = "all"
+
+
+class Output(Strict):
+    dir: str
+    resume: Literal["auto", "never"] = "auto"
+
+
+class Recipe(Strict):
+    version: Literal["mptrain/v1"] = Field(alias="schema")
+    name: Name
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    model: Model
+    data: Data
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    export: list[OpenVino] = []
+    evaluate: Evaluate = Evaluate()
+    gates: Gates = Gates()
+    output: Output
+
+    @model_validator(mode="after")
+    def _references(self):
+        seen: list[str] = []
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{stage.id}"
+            if stage.id in seen:
+                raise ValueError(f"{where}: the id {stage.id!r} is used twice")
+            if stage.id in ("model", "self", "baseline", "pruned"):
+                raise ValueError(f"{where}: the id {stage.id!r} is reserved; choose another")
+            if stage.start is not None and stage.start not in ["model", *seen]:
+                raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
+            if stage.teacher == "self" and index == 0 and stage.start is None:
+                raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
+            seen.append(stage.id)
+        ids = [e.id for e in self.export]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"export: ids must differ, got {ids}")
+        for export in self.export:
+            for stage_id in export.of:
+                if stage_id not in seen:
+                    raise ValueError(f"export.{export.id}.of: {stage_id!r} is not a stage; stages are {seen}")
+        return self
+
+    def stage(self, stage_id: str) -> Stage:
+        return next(s for s in self.stages if s.id == stage_id)
+
+    def start_of(self, stage: Stage) -> str:
+        """The id of the stage that `stage` starts from, or "model"."""
+        if stage.start is not None:
+            return stage.start
+        index = self.stages.index(stage)
+        return self.stages[index - 1].id if index else "model"

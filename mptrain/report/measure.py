@@ -1,0 +1,173 @@
+"""Latency of all variants side by side, and the host they ran on.
+
+Machines drift: they heat up, share caches and get neighbours. So the variants take turns:
+for every setting (batch, length, threads) a round times each variant once, and the order
+rotates from round to round, so that no variant always goes first. The median over the
+rounds is reported, and a ratio of two medians compares times of the same minutes.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from mptrain.recipe import Latency
+
+Forward = Callable[[dict[str, np.ndarray]], Any]
+MIN_ROUNDS = 5
+# Above this a call no longer gains from caches warmed by an untimed call just before.
+_LONG_CALL_S = 0.1
+
+# What decides the speed of fp32, half and int8 arithmetic.
+_FLAGS = {
+    "x86": "sse4_1 sse4_2 avx avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx_vnni avx_vnni_int8"
+    " avx512_bf16 avx512_fp16 avx_ne_convert amx_tile amx_int8 amx_bf16 amx_fp16",
+    "arm": "neon asimd asimdhp asimddp i8mm bf16 sve sve2 svei8mm svebf16 sme sme2",
+}
+_MAC_FLAGS = {
+    "hw.optional.arm.AdvSIMD": "neon",
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+    "hw.optional.arm.FEAT_FP16": "asimdhp",
+    "hw.optional.arm.FEAT_SME": "sme",
+    "hw.optional.avx2_0": "avx2",
+    "hw.optional.avx512f": "avx512f",
+}
+
+
+def latency(
+    ids: Sequence[str],
+    runner: Callable[[str, int], Forward],
+    example: Callable[[int, int], Mapping[str, Any]],
+    cfg: Latency,
+    *,
+    has_length: bool = True,
+    budget_s: float = 180.0,
+    progress: bool = False,
+) -> dict[str, dict[str, dict[str, float | int]]]:
+    """Median and minimum wall time of one call, in milliseconds, per variant and setting.
+
+    Args:
+        ids: the variants.
+        runner: makes the callable of a variant for a number of threads, which is fixed when
+            a model is compiled. All variants of one thread count are alive together.
+        example: inputs of exactly (batch, length), real ones.
+        cfg: the grid; "all" threads are those this process may use.
+        has_length: False for images: the keys then lack the length, `b1_t1`.
+        budget_s: seconds for the whole grid. Slow settings get fewer rounds than `cfg.runs`,
+            never fewer than five (or `cfg.runs`, if that is less).
+
+    Returns:
+        {id: {"b1_s128_t1": {"median": 4.1, "min": 4.0, "runs": 15}}}
+    """
+    result: dict[str, dict[str, dict[str, float | int]]] = {variant: {} for variant in ids}
+    shapes = [(b, s) for b in cfg.batch for s in (cfg.length if has_length else cfg.length[:1])]
+    left = len(cfg.threads) * len(shapes)
+    deadline = time.monotonic() + budget_s
+    with tqdm(total=left * cfg.runs, desc="latency", unit="round", disable=not progress, leave=False) as bar:
+        for threads in cfg.threads:
+            count = usable_cpus() if threads == "all" else threads
+            forwards = {variant: runner(variant, count) for variant in ids}
+            for batch, length in shapes:
+                inputs = {name: np.asarray(value) for name, value in example(batch, length).items()}
+                share = max(0.0, deadline - time.monotonic()) / left
+                left -= 1
+                times = _rounds(forwards, inputs, cfg.runs, time.monotonic() + share, bar)
+                key = f"b{batch}_s{length}_t{threads}" if has_length else f"b{batch}_t{threads}"
+                for variant, seconds in times.items():
+                    milliseconds = [1e3 * s for s in seconds]
+                    result[variant][key] = {
+                        "median": statistics.median(milliseconds),
+                        "min": min(milliseconds),
+                        "runs": len(milliseconds),
+                    }
+    return result
+
+
+def _rounds(
+    forwards: Mapping[str, Forward], inputs: dict[str, np.ndarray], rounds: int, deadline: float, bar: tqdm
+) -> dict[str, list[float]]:
+    order = list(forwards)
+    times: dict[str, list[float]] = {variant: [] for variant in order}
+    # Twice: the first call at a new shape allocates and picks kernels.
+    warm = {variant: [_timed(forwards[variant], inputs) for _ in range(2)][-1] for variant in order}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= MIN_ROUNDS and time.monotonic() > deadline:
+                bar.update(rounds - done)
+                break
+            first = done % len(order)
+            for variant in order[first:] + order[:first]:
+                if warm[variant] < _LONG_CALL_S:
+                    forwards[variant](inputs)  # the variant before left the caches full of its weights
+                times[variant].append(_timed(forwards[variant], inputs))
+            bar.update()
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def _timed(forward: Forward, inputs: dict[str, np.ndarray]) -> float:
+    start = time.perf_counter()
+    forward(inputs)
+    return time.perf_counter() - start
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on (fewer than the machine has, under taskset or a batch system)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def host() -> dict[str, Any]:
+    """Where the numbers were taken. `cpu_flags` lists only what this CPU has."""
+    model, flags = _cpu()
+    return {
+        "cpu": model,
+        "cpu_flags": flags,
+        "cores": os.cpu_count() or 1,
+        "cores_usable": usable_cpus(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "os": platform.platform(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu() -> tuple[str, list[str]]:
+    if platform.system() == "Darwin":
+        names = ["machdep.cpu.brand_string", *_MAC_FLAGS]
+        # Unknown names are an error of the exit status only; the known ones still print.
+        shown = subprocess.run(["sysctl", *names], capture_output=True, text=True, check=False).stdout
+        values = dict(line.split(": ", 1) for line in shown.splitlines() if ": " in line)
+        model = values.get("machdep.cpu.brand_string", platform.processor())
+        return model, [flag for name, flag in _MAC_FLAGS.items() if values.get(name) == "1"]
+    return parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+
+
+def parse_cpuinfo(text: str) -> tuple[str, list[str]]:
+    """Model name and relevant flags from the text of Linux's /proc/cpuinfo (x86 or Arm)."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    flags = (fields.get("flags") or fields.get("features") or "").split()
+    known = " ".join(_FLAGS.values()).split()
+    model = fields.get("model name") or fields.get("hardware") or platform.processor() or platform.machine()
+    return re.sub(r"\s+", " ", model), [flag for flag in known if flag in flags]

@@ -1,0 +1,180 @@
+"""Checkpoints without pickle: tensors in safetensors, everything else in JSON.
+
+A checkpoint folder is whole when `manifest.json` is there and every file it lists has the
+size and SHA-256 it says; the manifest is written last. So a killed or truncated write is
+told from a good checkpoint, and the one before is used instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mptrain.errors import TrainingError
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+PLAIN_WEIGHTS = "model.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+def save_state(state: Any, path: Path) -> None:
+    """Write a nested state (dicts, lists, tensors, numbers, strings) to path.json and path.safetensors."""
+    tensors: dict[str, Tensor] = {}
+    plain = _pack(state, tensors, "t")
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, f"{path}.safetensors")
+    Path(f"{path}.json").write_text(json.dumps(plain))
+
+
+def load_state(path: Path) -> Any:
+    """Read what `save_state` wrote; tensors arrive on the CPU."""
+    plain = json.loads(Path(f"{path}.json").read_text())
+    return _unpack(plain, load_file(f"{path}.safetensors"))
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        # pairs, because JSON would turn the integer keys of an optimizer state into strings
+        return {"items": [[k, _pack(v, tensors, f"{name}.{k}")] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"cannot save a {type(value).__name__} at {name} in a checkpoint")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {k: _unpack(v, tensors) for k, v in value["items"]}
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    return value
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without the second names of tied tensors."""
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = tensor
+    return tensors
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in model_tensors(model).items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy tensors into the model's own, bit for bit. Raises TrainingError when names or shapes differ."""
+    tensors = load_file(path)
+    own = model_tensors(model)
+    extra, missing = sorted(set(tensors) - set(model.state_dict())), sorted(set(own) - set(tensors))
+    if extra or missing:
+        raise TrainingError(
+            f"{path} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}."
+            " It was written by another version or recipe; start again with --fresh."
+        )
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def rng_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = list(torch.cuda.get_rng_state_all())
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write the manifest: the checkpoint is whole from here on."""
+    files = {
+        str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    }
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(json.dumps({"files": files, **facts}, indent=1))
+    os.replace(temporary, folder / MANIFEST)
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} is damaged (its SHA-256 differs)"
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        return f"its manifest cannot be read ({error})"
+    return None
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint-N below folder; says so when a newer one is not whole."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and number.isdigit():
+            found.append((int(number), path))
+    for _, path in sorted(found, reverse=True):
+        why = fault(path)
+        if why is None:
+            return path
+        log.warning("%s is not usable: %s; falling back to the checkpoint before it.", path, why)
+    return None
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,352 @@
+"""One phase of a stage: one Trainer, one optimizer, one series of checkpoints.
+
+Everything random in a phase starts from a seed made of the recipe's seed, the stage and
+the phase, and everything else from the folder the phase before left. So a run that was
+killed and resumed, and one that was not, do the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from mptrain.compress.base import Compressor
+from mptrain.errors import TrainingError
+from mptrain.inputs.data import TaskData
+from mptrain.plan import Phase
+from mptrain.recipe import Train
+from mptrain.run_folder import read_json, write_json
+from mptrain.train import checkpoint
+from mptrain.train.distill import Distiller
+from mptrain.train.sampler import LengthGroupedSampler
+from mptrain.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+BEST = "best.safetensors"
+HISTORY = "history.json"
+
+
+class Stopped(Exception):
+    """The user asked to stop; a checkpoint was written."""
+
+
+def phase_seed(seed: int, phase: Phase) -> int:
+    return zlib.crc32(f"{seed}/{phase.stage}/{phase.index}".encode())
+
+
+def learning_rate(step: int, *, total: int, warmup: int, schedule: str) -> float:
+    """Factor on the learning rate at a step of the stage; 1 at the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return 1.0
+
+
+class PhaseTrainer(Trainer):
+    """Trains steps [phase.start, phase.end) of a stage and evaluates on the validation split."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        phase: Phase,
+        train: Train,
+        data: TaskData,
+        folder: Path,
+        seed: int,
+        stop: Callable[[], bool],
+        compressors: Sequence[Compressor] = (),
+        distiller: Distiller | None = None,
+    ) -> None:
+        self.phase, self.settings, self.task_data, self.folder = phase, train, data, folder
+        self.best: dict[str, Any] | None = None
+        self._bad_epochs = 0
+        self._elapsed_before = 0.0
+        self._started = time.monotonic()
+        on_cpu = not torch.cuda.is_available()
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=phase.steps,
+            per_device_train_batch_size=train.batch_size,
+            gradient_accumulation_steps=train.accumulation,
+            learning_rate=train.lr,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim="adamw_torch_fused",
+            seed=seed,
+            data_seed=seed,
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            dataloader_drop_last=len(data.train) >= train.batch_size * self._world_size(),
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            logging_strategy="steps",
+            logging_steps=train.log_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            eval_strategy="epoch",
+            save_strategy="no",
+            save_total_limit=2,
+            report_to=[],
+            disable_tqdm=None,
+        )
+        super().__init__(
+            model,
+            arguments,
+            data_collator=data.collate,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            compressors=compressors,
+            distiller=distiller,
+            callbacks=[_Checkpoints(train.checkpoint_steps, stop)],
+        )
+        self.model_accepts_loss_kwargs = False
+        self._quiet()
+
+    @staticmethod
+    def _world_size() -> int:
+        from accelerate import PartialState
+
+        return PartialState().num_processes
+
+    def _quiet(self) -> None:
+        from transformers import PrinterCallback, ProgressCallback
+
+        self.remove_callback(PrinterCallback)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+        if self.is_world_process_zero():
+            self.add_callback(_Progress(self.phase))
+
+    # -- order of the data and learning rate
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return LengthGroupedSampler(
+            self.task_data.train.lengths,
+            self.settings.batch_size,
+            self.args.seed,
+            group=self.settings.group_by_length,
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        factor = partial(
+            learning_rate,
+            total=self.phase.total,
+            warmup=round(self.settings.warmup * self.phase.total),
+            schedule=self.settings.schedule,
+        )
+        start = self.phase.start
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda step: factor(start + step)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # -- checks and validation
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(self._diagnosis(float(loss)))
+        return loss
+
+    def _diagnosis(self, loss: float) -> str:
+        broken = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        where = f"stage {self.phase.stage}, phase {self.phase.name}, step {self.phase.start + self.state.global_step}"
+        if broken:
+            cause = f"{len(broken)} parameters are no longer finite (first: {broken[0]})"
+        else:
+            cause = "all parameters are finite, so this batch or its forward pass is the cause"
+        return (
+            f"The loss became {loss} in {where}; {cause}. Lower stages.{self.phase.stage}.train.lr"
+            f" (now {self.settings.lr:g}), keep max_grad_norm at 1 (now {self.settings.max_grad_norm:g}), and check"
+            " the data for empty or extreme rows. The last checkpoint is kept: the same command resumes from it."
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.model.eval()
+        scores = self.task_data.evaluate(model_forward(self.model, self.args.device), "validation", self.eval_batch)
+        self.model.train()
+        metrics = {f"eval_{s.name}": s.value for s in scores}
+        self.log(dict(metrics))
+        self._keep_best(scores[0].name, scores[0].value, scores[0].higher_is_better)
+        return metrics
+
+    @property
+    def eval_batch(self) -> int:
+        return self.settings.eval_batch_size
+
+    def _keep_best(self, name: str, value: float, higher: bool) -> None:
+        """Masks still move in a warm-up, so only other phases have a best epoch."""
+        if not self.settings.keep_best or self.compressors:
+            return
+        better = self.best is None or (value > self.best["value"] if higher else value < self.best["value"])
+        self._bad_epochs = 0 if better else self._bad_epochs + 1
+        if better:
+            self.best = {"metric": name, "value": value, "step": self.state.global_step}
+            if self.args.should_save:
+                checkpoint.save_weights(self.model, self.folder / f".{BEST}")
+                (self.folder / f".{BEST}").replace(self.folder / BEST)
+        if self.settings.patience and self._bad_epochs >= self.settings.patience:
+            self.control.should_training_stop = True
+
+    def load_best(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.best is not None and self.best["step"] != self.state.global_step:
+            checkpoint.load_weights(self.model, self.folder / BEST)
+
+    # -- resume
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        return {"best": self.best, "bad_epochs": self._bad_epochs, "elapsed_s": self.elapsed()}
+
+    def resume_facts(self, folder: Path) -> None:
+        facts = checkpoint.facts(folder)
+        self.best, self._bad_epochs = facts["best"], facts["bad_epochs"]
+        self._elapsed_before = facts["elapsed_s"]
+
+    def elapsed(self) -> float:
+        return self._elapsed_before + time.monotonic() - self._started
+
+
+class _Checkpoints(TrainerCallback):
+    """A checkpoint every so many steps and when the user stops; none at the end, which saves the model itself."""
+
+    def __init__(self, every: int, stop: Callable[[], bool]) -> None:
+        self.every, self.stop = every, stop
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return
+        self.stopped = self.stop()
+        if self.stopped or state.global_step % self.every == 0:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            raise Stopped
+
+
+class _Progress(TrainerCallback):
+    """One line of progress on a terminal; plain lines at each tenth elsewhere (a log file)."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+        self.loss = float("nan")
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        label = f"{self.phase.stage}/{self.phase.name}"
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=1.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        for name, value in (logs or {}).items():
+            if name == "loss":
+                self.bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
+            elif name.startswith("eval_"):
+                from tqdm import tqdm
+
+                tqdm.write(f"  step {state.global_step}: validation {name.removeprefix('eval_')} {value:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def model_forward(model: nn.Module, device: torch.device | str = "cpu") -> Callable[[dict], dict]:
+    """model as a function from a batch to its outputs, without gradients."""
+
+    def forward(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            outputs = model(**{k: v.to(device) for k, v in batch.items()})
+        return {k: v.cpu() for k, v in outputs.items() if isinstance(v, torch.Tensor)}
+
+    return forward
+
+
+def train_phase(
+    model: nn.Module,
+    *,
+    phase: Phase,
+    train: Train,
+    data: TaskData,
+    folder: Path,
+    seed: int,
+    stop: Callable[[], bool],
+    compressors: Sequence[Compressor] = (),
+    distiller: Distiller | None = None,
+) -> tuple[list[dict[str, Any]], float]:
+    """Train in place, from the newest whole checkpoint if there is one.
+
+    Returns the training log as rows for the report, and the seconds of training over all
+    attempts. Raises Stopped after a checkpoint when `stop()` turns true, TrainingError on
+    a loss that is not finite.
+    """
+    seed = phase_seed(seed, phase)
+    set_seed(seed)
+    trainer = PhaseTrainer(
+        model,
+        phase=phase,
+        train=train,
+        data=data,
+        folder=folder,
+        seed=seed,
+        stop=stop,
+        compressors=compressors,
+        distiller=distiller,
+    )
+    found = checkpoint.latest(folder)
+    if found is not None:
+        log.info("resuming %s/%s from %s", phase.stage, phase.name, found.name)
+        trainer.resume_facts(found)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    trainer.load_best()
+    trainer.accelerator.wait_for_everyone()
+    rows = history_rows(trainer.state.log_history, phase)
+    return rows, trainer.elapsed()
+
+
+def history_rows(log_history: list[dict[str, Any]], phase: Phase) -> list[dict[str, Any]]:
+    """Trainer log entries as report rows: the step counts from the start of the stage."""
+    renamed = {"learning_rate": "lr"}
+    rows = []
+    for entry in log_history:
+        if "train_loss" in entry:
+            continue
+        row: dict[str, Any] = {"stage": phase.stage, "phase": phase.name, "step": phase.start + entry["step"]}
+        for key, value in entry.items():
+            if key in ("step", "epoch"):
+                continue
+            key = renamed.get(key, key)
+            row[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key] = value
+        rows.append(row)
+    return rows
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    return read_json(folder / HISTORY)
+
+
+def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:
+    write_json(folder / HISTORY, json.loads(json.dumps(rows)))

@@ -1,0 +1,222 @@
+"""A drop-in `transformers.Trainer` that runs compressors and distillation while it trains.
+
+With nothing enabled it trains step for step as transformers.Trainer does. Its checkpoints
+hold no pickle: optimizer, scheduler and random states are safetensors and JSON, and a
+manifest tells a whole checkpoint from a truncated one (see `checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import TrainerCallback
+
+from mptrain.compress.base import Compressor
+from mptrain.train import checkpoint
+from mptrain.train.distill import Distiller
+
+log = logging.getLogger(__name__)
+
+NNCF_HOOKS = "__nncf_hooks"
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` plus `compressors` (already prepared on the model) and a `distiller`.
+
+    With a distiller the loss is averaged per micro-batch, not per token over the whole
+    accumulation.
+    """
+
+    def __init__(
+        self, *args: Any, compressors: Sequence[Compressor] = (), distiller: Distiller | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.compressors = list(compressors)
+        self.distiller = distiller
+        self._gradients_seen = False
+        self._terms: dict[str, torch.Tensor] = {}
+        self._term_count = 0
+        if self.compressors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "pruning masks act on whole weight matrices and cannot run on sharded parameters:"
+                " launch with a DDP config (configs/accelerate-ddp-2gpu.yaml) instead of FSDP or DeepSpeed"
+            )
+        if distiller is not None:
+            self.model_accepts_loss_kwargs = False
+            distiller.teacher.to(self.args.device)
+        if self.compressors:
+            self.add_callback(_AfterStep(self))
+
+    # -- optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            for compressor in self.compressors:
+                for group in compressor.parameter_groups():
+                    optimizer.add_param_group(group)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # ranges of quantizers are no weights: decay would shrink them to nothing
+        return [n for n in super().get_decay_parameter_names(model) if NNCF_HOOKS not in n]
+
+    # -- one step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, **self.distiller.extra_outputs())
+        terms = self.distiller(inputs, outputs)
+        self._note("task_loss", terms.task)
+        self._note("distill_loss", terms.distill)
+        self._term_count += 1
+        return (terms.total, outputs) if return_outputs else terms.total
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._gradients_ready()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._gradients_ready()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _gradients_ready(self) -> None:
+        """Both hooks above come after the gradients are complete and before the optimizer step; act on the first."""
+        if not self._gradients_seen:
+            for compressor in self.compressors:
+                compressor.gradients_ready()
+            self._gradients_seen = True
+
+    def _updated(self, step: int) -> None:
+        self._gradients_seen = False
+        for compressor in self.compressors:
+            compressor.updated(step)
+
+    # -- log
+
+    def _note(self, name: str, value: torch.Tensor) -> None:
+        self._terms[name] = self._terms.get(name, 0.0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for name in list(self._terms):
+                mean = self._terms.pop(name) / self._term_count
+                logs[name] = float(self.accelerator.reduce(mean, "mean"))
+            self._term_count = 0
+            for compressor in self.compressors:
+                logs.update(compressor.logs())
+        super().log(logs, start_time)
+
+    # -- checkpoints
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _compressed(self) -> bool:
+        return hasattr(self.model, NNCF_HOOKS) or getattr(self.model.config, "mptrain_structure", None) is not None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            # a killed attempt; without its manifest it does not count while it is written again
+            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not self._sharded:
+            checkpoint.seal(folder, step=self.state.global_step, **self.checkpoint_facts())
+        self.accelerator.wait_for_everyone()
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """More to write into the manifest; for subclasses."""
+        return {}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self._compressed() and not self._sharded:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_weights(self.model, folder / checkpoint.WEIGHTS)
+        else:
+            with _plain_names(self.model):
+                super()._save(output_dir, state_dict)
+            # transformers pickles its arguments here; nothing of ours is ever unpickled
+            (folder / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / checkpoint.WEIGHTS).is_file():
+            checkpoint.load_weights(model or self.model, folder / checkpoint.WEIGHTS)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            folder = Path(output_dir)
+            checkpoint.save_state(self.optimizer.state_dict(), folder / "optimizer")
+            checkpoint.save_state(self.lr_scheduler.state_dict(), folder / "scheduler")
+            for compressor in self.compressors:
+                checkpoint.save_state(compressor.state_dict(), folder / f"compressor-{compressor.name}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        folder = Path(checkpoint_folder) if checkpoint_folder else None
+        if folder is None or self._sharded or not (folder / "optimizer.json").is_file():
+            return super()._load_optimizer_and_scheduler(checkpoint_folder)
+        self.optimizer.load_state_dict(checkpoint.load_state(folder / "optimizer"))
+        self.lr_scheduler.load_state_dict(checkpoint.load_state(folder / "scheduler"))
+        for compressor in self.compressors:
+            compressor.load_state_dict(checkpoint.load_state(folder / f"compressor-{compressor.name}"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        os.makedirs(output_dir, exist_ok=True)
+        checkpoint.save_state(checkpoint.rng_state(), Path(output_dir) / f"rng-{self.args.process_index}")
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        path = Path(checkpoint_folder) / f"rng-{self.args.process_index}"
+        if path.with_suffix(".json").is_file():
+            checkpoint.set_rng_state(checkpoint.load_state(path))
+        else:
+            super()._load_rng_state(checkpoint_folder)
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._updated(state.global_step)
+
+
+@contextlib.contextmanager
+def _plain_names(model: nn.Module) -> Iterator[None]:
+    """Save under the names the model has in memory.
+
+    transformers 5 writes back the names a file was loaded with (`LayerNorm.gamma`), which
+    resuming does not find again.
+    """
+    missing = object()
+    before = getattr(model, "_weight_conversions", missing)
+    if before is missing:
+        yield
+        return
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        model._weight_conversions = before
