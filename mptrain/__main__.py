@@ -1,0 +1,5 @@
+import sys
+
+from mptrain.cli import main
+
+sys.exit(main())

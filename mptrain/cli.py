@@ -1,0 +1,202 @@
+"""The command line. Parses and calls; what is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from mptrain.errors import MptrainError, UserError
+
+EXIT = """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.call(options)
+    except MptrainError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped. The same command continues the run.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _fail("out of memory. Lower train.batch_size (and raise accumulation) or data.max_length.", 1)
+    except Exception as error:
+        if "No space left on device" in str(error):
+            return _fail(f"the disk is full ({error}). Free some space; the same command continues the run.", 1)
+        raise
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"mptrain: {'' if code == 130 else 'error: '}{message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mptrain", description="Make trained networks small and fast while training them.", epilog=EXIT
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipe = commands.add_parser("recipe", help="run a recipe", description="Run a recipe, or continue its run.")
+    recipe.add_argument("recipe", metavar="FILE|NAME", help="a recipe file, or the name of a bundled recipe")
+    recipe.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value; stages by id: --set stages.jpqd.train.lr=1e-5 (may be repeated)",
+    )
+    recipe.add_argument("--dry-run", action="store_true", help="print stages, steps and predicted sizes, run nothing")
+    recipe.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
+    recipe.add_argument("--resume", action="store_true", help="continue the run in output.dir; an error if there is none")
+    recipe.add_argument(
+        "--allow-code", action="store_true", help="let the recipe run code: trust_remote_code and modeling files"
+    )
+    recipe.set_defaults(call=_recipe)
+
+    listing = commands.add_parser("list", help="list the bundled recipes")
+    listing.set_defaults(call=_list)
+
+    show = commands.add_parser("show", help="print a recipe file unchanged")
+    show.add_argument("recipe", metavar="FILE|NAME")
+    show.set_defaults(call=_show)
+
+    copy = commands.add_parser("copy", help="copy a bundled recipe to edit it")
+    copy.add_argument("recipe", metavar="NAME")
+    copy.add_argument("to", nargs="?", default=".", metavar="FILE|FOLDER", help="default: this folder")
+    copy.set_defaults(call=_copy)
+
+    validate = commands.add_parser("validate", help="check a recipe")
+    validate.add_argument("recipe", metavar="FILE|NAME")
+    validate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    validate.set_defaults(call=_validate)
+
+    schema = commands.add_parser("schema", help="print the JSON schema of recipes")
+    schema.set_defaults(call=_schema)
+
+    report = commands.add_parser("report", help="print the report of a run and write its pages again")
+    report.add_argument("run", metavar="RUN", help="the folder of a run, e.g. runs/jpqd-bert")
+    report.set_defaults(call=_report)
+
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"mptrain {version('mptrain')}"
+    except PackageNotFoundError:
+        return "mptrain (not installed)"
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    from mptrain import recipe_file
+
+    found = recipe_file.read(options.recipe, options.set)
+    if options.dry_run:
+        from mptrain.dry_run import dry_run
+
+        print(dry_run(found.recipe, allow_code=options.allow_code))
+        return 0
+    if options.resume and options.fresh:
+        raise UserError("--resume and --fresh exclude each other; give one of them.")
+    if options.resume and not (Path(found.recipe.output.dir) / "run.json").is_file():
+        raise UserError(f"--resume: there is no run in {found.recipe.output.dir}; leave --resume out to start one.")
+    from mptrain.console import quiet_libraries
+    from mptrain.errors import GateFailed
+
+    quiet_libraries()
+    from mptrain.report.summary import print_summary
+    from mptrain.run import run
+    from mptrain.run_folder import read_json
+
+    try:
+        report = run(found.recipe, fresh=options.fresh, allow_code=options.allow_code)
+    except GateFailed:
+        print_summary(read_json(Path(found.recipe.output.dir) / "report.json"))
+        raise
+    if report:
+        print_summary(report)
+        print(f"Report: {Path(found.recipe.output.dir) / 'report.html'}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from mptrain import recipe_file
+
+    for path in recipe_file.bundled():
+        data, _ = recipe_file.parse(path.read_text(encoding="utf-8"), str(path))
+        print(f"{path.stem:<26} {data.get('description', '')}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from mptrain import recipe_file
+
+    sys.stdout.write(recipe_file.find(options.recipe).read_bytes().decode("utf-8"))
+    return 0
+
+
+def _copy(options: argparse.Namespace) -> int:
+    from mptrain import recipe_file
+
+    source = recipe_file.find(options.recipe)
+    target = Path(options.to)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another name: mptrain copy {source.stem} my-recipe.yaml")
+    try:
+        target.write_bytes(source.read_bytes())
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}). Choose another folder.") from None
+    print(f"{target} written. Edit it, then: mptrain recipe {target}")
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from mptrain import recipe_file
+
+    found = recipe_file.read(options.recipe, options.set)
+    print(f"{found.path}: valid; stages: {', '.join(s.id for s in found.recipe.stages)}")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    import json
+
+    from mptrain.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mptrain.report.render import render
+    from mptrain.report.summary import print_summary
+    from mptrain.run_folder import read_json
+
+    folder = Path(options.run)
+    path = folder / "report.json"
+    if not path.is_file():
+        hint = "it is not finished: run its recipe again" if (folder / "run.json").is_file() else "it is no run of mptrain"
+        raise UserError(f"{folder} has no report.json; {hint}.")
+    report = read_json(path)
+    render(report, folder)
+    print_summary(report)
+    print(f"Report: {folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The flow: recipe → inputs → train(phases) → export → verify → report. Each step is done once and kept.
+
+A step that is whole on disk is not done again, so the same command continues a run that
+was killed anywhere, and prints the report of a finished one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mptrain.errors import GateFailed
+from mptrain.export.variants import Variants
+from mptrain.inputs.data import TaskData, load_data
+from mptrain.inputs.model import load_processor
+from mptrain.plan import phases
+from mptrain.recipe import Recipe
+from mptrain.report import build, render
+from mptrain.report.measure import host
+from mptrain.run_folder import check_identity, locked, read_json, write_json
+from mptrain.train.launch import state
+from mptrain.train.stage import Context, run_phase, structure_facts
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.json"
+VERSIONS = ("mptrain", "torch", "transformers", "accelerate", "nncf", "openvino", "optimum-intel", "numpy")
+
+
+def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False) -> dict[str, Any]:
+    """Run a recipe, or what is left of it, in recipe.output.dir.
+
+    Returns the report. Raises MptrainError and its kinds; a missed gate is GateFailed after
+    the report was written.
+    """
+    peers = state()
+    folder = Path(recipe.output.dir)
+    if not peers.is_main_process:
+        peers.wait_for_everyone()  # the main process checks the folder first
+        _steps(recipe, peers, folder, allow_code)
+        peers.wait_for_everyone()
+        return {}
+    with locked(folder, fresh=fresh or recipe.output.resume == "never"):
+        peers.wait_for_everyone()
+        report = _steps(recipe, peers, folder, allow_code)
+        peers.wait_for_everyone()
+    failed = [g for g in report["gates"] if not g["passed"]]
+    if failed:
+        raise GateFailed("; ".join(_missed(g) for g in failed) + f". The full report is in {folder}/report.html.")
+    return report
+
+
+def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool) -> dict[str, Any]:
+    processor = load_processor(recipe.model, allow_code)
+    data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
+    if peers.is_main_process:
+        check_identity(folder, identity(recipe, data, peers.num_processes))
+        if (folder / REPORT).is_file():
+            log.info("%s is finished; this is its report. --fresh runs it again.", folder)
+            return read_json(folder / REPORT)
+    peers.wait_for_everyone()
+
+    plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
+    context = Context(recipe, data, processor, folder, plan, peers, allow_code)
+    trained = [(phase, run_phase(context, phase)) for stage in recipe.stages for phase in plan[stage.id]]
+    if not peers.is_main_process:
+        return {}
+
+    variants = Variants(context)
+    exported = [variants.export(*v) for v in variants.wanted()]
+    verified = [variants.verify(v) for v in exported]
+    measured = variants.measure([variants.evaluate(v) for v in verified])
+    report = build.build(
+        recipe,
+        versions=versions(),
+        host=host(),
+        wall_s={f"{p.stage}/{p.name}": facts["wall_s"] for p, facts in trained} | variants.wall_s(),
+        variants=measured,
+        floor=variants.floor(),
+        history=[row for _, facts in trained for row in facts["history"]],
+        structure=structure_facts(context),
+        data_facts=data.facts,
+    )
+    render.render(report, folder)
+    write_json(folder / REPORT, report)
+    return report
+
+
+def identity(recipe: Recipe, data: TaskData, processes: int) -> dict[str, Any]:
+    """What must be the same for a resume to give the result of an uninterrupted run."""
+    described = recipe.model_dump(mode="json", by_alias=True, exclude={"output": True, "description": True})
+    return {"recipe": described, "data_hash": data.hash, "versions": versions(), "processes": processes}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _missed(gate: dict[str, Any]) -> str:
+    return f"gate {gate['name']} missed: {gate['value']} against a limit of {gate['limit']}"

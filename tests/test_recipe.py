@@ -1,0 +1,143 @@
+"""The recipe format: strictness, line numbers, overrides, and every bundled file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mptrain import recipe_file
+from mptrain.errors import RecipeError
+from mptrain.recipe import Recipe
+
+TEXT = (recipe_file.folder("recipes") / "jpqd-bert.yaml").read_text()
+
+
+def read(tmp_path, text, overrides=()):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return recipe_file.read(str(path), list(overrides)).recipe
+
+
+def line_of(text, part):
+    return next(i for i, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("method: fisher", "method: fischer", ["stages.jpqd.prune.method", "'fischer'", "Did you mean 'fisher'"]),
+        ("keep: {", "kep: {", ["stages.jpqd.prune.kep: unknown field", "Did you mean 'keep'"]),
+        ("seed: 42", "seed: 42\nseed: 43", ["'seed' appears twice", "first on line"]),
+        ("seed: 42", "seed: off", ["seed", "integer", "'off'"]),
+        ("attn: sdpa", "attn: sdp", ["model.attn", "'sdp'", "Did you mean 'sdpa'"]),
+        ("end: 1,", "end: 3,", ["stages.jpqd", "prune.schedule.end", "train.epochs"]),
+        ("    teacher: dense\n", "", ["stages.jpqd", "distill needs a teacher"]),
+        ("teacher: dense", "teacher: dense\n    regularisation: 1", ["stages.jpqd.regularisation: unknown field"]),
+        ("encoder_params: 0.45", "encoder_params: 0.45, macs: 0.5", ["stages.jpqd.prune.keep", "exactly one"]),
+        ("name: jpqd-bert", "name: ../evil", ["name", "[a-z0-9._-]+"]),
+        ("task: text-classification", "task: text-clasification", ["model.task", "Did you mean 'text-classification'"]),
+        ("of: [dense, jpqd]", "of: [dense, jqpd]", ["export.ov.of", "'jqpd' is not a stage"]),
+        ("schema: mptrain/v1", "schema: !!python/name:os.system mptrain/v1", ["tag", "not allowed"]),
+    ],
+)
+def test_errors_name_the_line_the_field_and_the_fix(tmp_path, old, new, expected):
+    text = TEXT.replace(old, new, 1)
+    assert text != TEXT
+    with pytest.raises(RecipeError) as error:
+        read(tmp_path, text)
+    for part in [*expected, "r.yaml:"]:
+        assert part in str(error.value)
+
+
+def test_the_line_number_is_the_line_of_the_field(tmp_path):
+    text = TEXT.replace("temperature: 2", "temperature: warm")
+    with pytest.raises(RecipeError) as error:
+        read(tmp_path, text)
+    assert f"r.yaml:{line_of(text, 'warm')}: stages.jpqd.distill.temperature" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("1e-5", 1e-5), ("1.0e-4", 1e-4), (".5", 0.5), ("-3", -3), ("off", "off"), ("yes", "yes"), ("True", True),
+     ("null", None), ("0x10", "0x10"), ("1_000", "1_000"), ("12:30", "12:30"), ("1.", 1.0)],
+)  # fmt: skip
+def test_scalars_are_yaml_1_2(word, value):
+    got = recipe_file.scalar(word)
+    assert got == value and type(got) is type(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_python_float_is_read_back(number):
+    assert recipe_file.scalar(repr(number)) == number
+
+
+def test_set_addresses_stages_and_exports_by_id(tmp_path):
+    recipe = read(
+        tmp_path, TEXT, ["stages.jpqd.prune.keep.encoder_params=0.4", "export.ov.precision=[fp32]", "seed=7"]
+    )
+    assert recipe.stage("jpqd").prune.keep.encoder_params == 0.4
+    assert recipe.export[0].precision == ["fp32"]
+    assert recipe.seed == 7
+    assert recipe.stage("dense").train.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.lr=1", "stages.dense.train.lr or stages.jpqd.train.lr"),
+        ("stages.jqpd.train.lr=1", "Did you mean 'jpqd'"),
+        ("stages.jpqd.train.lrr=1", "Did you mean 'lr'"),
+        ("sed=1", "Did you mean 'seed'"),
+        ("seed", "KEY=VALUE"),
+        ("seed.x=1", "seed: input should be a valid integer"),
+    ],
+)
+def test_a_wrong_set_says_what_was_meant(tmp_path, override, expected):
+    with pytest.raises(RecipeError, match=expected.replace("(", "\\(")):
+        read(tmp_path, TEXT, [override])
+
+
+@pytest.mark.parametrize("path", recipe_file.bundled(), ids=lambda p: p.stem)
+def test_bundled_recipes_are_valid_named_like_their_file_and_round_trip(path):
+    recipe = recipe_file.read(path.stem).recipe
+    assert recipe.name == path.stem
+    assert recipe.description
+    assert recipe.output.dir == f"runs/{path.stem}"
+    again = recipe_file.validate(yaml.safe_load(recipe_file.dump(recipe)), "dump")
+    assert again == recipe
+
+
+def test_a_local_file_comes_before_a_bundled_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_file.find("jpqd-bert").parent == recipe_file.folder("recipes")
+    (tmp_path / "jpqd-bert.yaml").write_text(TEXT.replace("seed: 42", "seed: 5"))
+    assert recipe_file.read("jpqd-bert").recipe.seed == 5
+    with pytest.raises(RecipeError, match="Did you mean jpqd-bert"):
+        recipe_file.find("jpqd-brt")
+
+
+def test_the_schema_is_json_and_closed():
+    schema = json.loads(json.dumps(Recipe.model_json_schema(by_alias=True)))
+    assert {"schema", "name", "model", "data", "stages"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("text", ["", "- a", "just words", "a: &x [*x]", "? [a, b]\n: c", "{", "\t- a", "a: b: c"])
+def test_files_that_are_no_recipe_are_refused_in_words(tmp_path, text):
+    with pytest.raises(RecipeError) as error:
+        read(tmp_path, text)
+    assert "Traceback" not in str(error.value) and "r.yaml" in str(error.value)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_recipe_error_or_nothing_worse(text):
+    try:
+        data, lines = recipe_file.parse(text, "r.yaml")
+        if isinstance(data, dict):
+            recipe_file.validate(data, "r.yaml", lines)
+    except RecipeError:
+        pass
