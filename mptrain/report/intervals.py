@@ -19,7 +19,7 @@ All intervals treat examples as independent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isnan, sqrt
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
@@ -41,8 +41,10 @@ class Difference:
     low: float
     high: float
 
-    def verdict(self, higher_is_better: bool) -> Literal["better", "worse", "tied"]:
-        """Return "tied" when the interval includes zero; an interval that is not a number ties too."""
+    def verdict(self, higher_is_better: bool) -> Literal["better", "worse", "tied"] | None:
+        """Whether the interval excludes zero, and on which side; None when it is not a number."""
+        if isnan(self.low) or isnan(self.high):
+            return None
         if self.low > 0:
             return "better" if higher_is_better else "worse"
         if self.high < 0:

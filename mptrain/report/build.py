@@ -1,0 +1,238 @@
+"""report.json: every number of a run, in one file. All other reports are rendered from it.
+
+Keys are listed in `build`. Numbers are finite or null, ratios are baseline/variant,
+differences variant − baseline, fractions are fractions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptrain.errors import UserError
+from mptrain.recipe import Recipe
+from mptrain.report import gates, recommend
+from mptrain.report.intervals import interval, paired_difference
+
+if TYPE_CHECKING:
+    from mptrain.inputs.metrics import Score
+
+SCHEMA = "mptrain.report/v1"
+FILE = "report.json"
+Row = dict[str, Any]
+
+
+@dataclass
+class Variant:
+    """One exported model and what was measured on it.
+
+    `scores` come from the exported file itself, the main metric first; all variants are
+    scored on the same examples in the same order. `path` is relative to the run folder.
+    """
+
+    id: str
+    stage: str
+    format: str
+    precision: str
+    path: str
+    size_bytes: int
+    params: int
+    scores: list[Score]
+    macs: int | None = None
+    latency_ms: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    runtime: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
+
+
+def build(
+    recipe: Recipe,
+    *,
+    versions: Mapping[str, str],
+    host: Mapping[str, Any],
+    wall_s: Mapping[str, float],
+    variants: Sequence[Variant],
+    floor: Score | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+    structure: Mapping[str, Any] | None = None,
+    data_facts: Mapping[str, Any] | None = None,
+    checkpoints: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Row:
+    """The report as JSON data: plain types, no NaN or infinity (they become null).
+
+    The baseline is the fp32 variant of the first stage, `baseline_fp32`, else the first variant.
+    Keys: schema, name, task, metric, created, host, versions, recipe, wall_s, variants, baseline,
+    comparisons (one per other variant), floor, structure, gates, recommendation, data, training
+    (optimizer steps per stage), history, checkpoints, notes.
+
+    Args:
+        floor: score of the TF-IDF floor on the same test examples as the variants.
+        history: training log rows {"stage", "phase", "step", "loss", ...}; step counts optimizer
+            steps from the start of the stage.
+        structure: {"stage", "family", "layers": [{"layer", "heads", "heads_total", "ffn",
+            "ffn_total", "params", "params_total"}]} of the pruned stage.
+        checkpoints: folders that `mptrain.load` reads, by stage, relative to the run folder.
+    """
+    base = next((v for v in variants if v.id == "baseline_fp32"), variants[0] if variants else None)
+    rows = _finite([_variant(v) for v in variants])
+    comparisons = _finite([_compare(v, base) for v in variants if base is not None and v is not base])
+    report: Row = {
+        "schema": SCHEMA,
+        "name": recipe.name,
+        "task": recipe.model.task,
+        "metric": _metric(base.scores[0]) if base else None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": host,
+        "versions": versions,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "wall_s": wall_s,
+        "variants": rows,
+        "baseline": base.id if base else None,
+        "comparisons": comparisons,
+        "floor": _floor(floor, base.scores[0] if base else None) if floor else None,
+        "structure": structure,
+        "gates": gates.check(recipe.gates, rows, comparisons, len(structure["layers"]) if structure else None),
+        "recommendation": None,
+        "data": data_facts or {},
+        "training": _training(recipe, history),
+        "history": history,
+        "checkpoints": checkpoints or {},
+        "notes": [*notes, *_unchecked(recipe, rows)],
+    }
+    if base:
+        report["recommendation"] = recommend.recommend(
+            recipe.model.task,
+            base.scores[0].name,
+            next(row for row in rows if row["id"] == base.id),
+            rows,
+            comparisons,
+            dict(host),
+            max_drop=recipe.gates.max_drop,
+            setting=next(iter(recipe.gates.min_speedup), None),
+        )
+    return _finite(report)
+
+
+def read(folder: Path) -> Row:
+    """The report of a run folder (or the path of a report.json). Raises UserError."""
+    path = folder / FILE if folder.is_dir() else folder
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: there is no report here. A run writes it at its end; give the folder of a finished run."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable report ({error}). Run the recipe again to rebuild it.") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: its schema is {schema!r}, this version reads {SCHEMA!r}. Run the recipe again.")
+    return report
+
+
+def _training(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Steps of each trained stage, and `total_steps` with those of the stages it started from."""
+    steps: dict[str, int] = {}
+    for row in history:
+        steps[row["stage"]] = max(row["step"], steps.get(row["stage"], 0))
+    totals = {"model": 0}
+    for stage in recipe.stages:
+        totals[stage.id] = totals[recipe.start_of(stage)] + steps.get(stage.id, 0)
+    return [
+        {"stage": stage.id, "from": recipe.start_of(stage), "steps": steps[stage.id], "total_steps": totals[stage.id]}
+        for stage in recipe.stages
+        if stage.id in steps
+    ]
+
+
+def _variant(v: Variant) -> Row:
+    return {
+        "id": v.id,
+        "stage": v.stage,
+        "format": v.format,
+        "precision": v.precision,
+        "path": v.path,
+        "metrics": {score.name: _measured(score) for score in v.scores},
+        "size_bytes": v.size_bytes,
+        "params": v.params,
+        "macs": v.macs,
+        "latency_ms": v.latency_ms,
+        "runtime": v.runtime,
+        "parity": v.parity,
+    }
+
+
+def _measured(score: Score) -> Row:
+    return {"value": score.value, "n": score.n, "ci95": list(interval(score))}
+
+
+def _metric(score: Score) -> Row:
+    return {"name": score.name, "higher_is_better": score.higher_is_better}
+
+
+def _compare(v: Variant, base: Variant) -> Row:
+    score, reference = v.scores[0], base.scores[0]
+    difference = paired_difference(score, reference)
+    # Points for fractions; relative for losses and perplexity, whose scale has no meaning of its own.
+    lost = -difference.value
+    if not score.higher_is_better:
+        lost = difference.value / reference.value if reference.value else math.nan
+    return {
+        "id": v.id,
+        "vs": base.id,
+        "metric": score.name,
+        f"{score.name}_delta": difference.value,
+        f"{score.name}_delta_ci95": [difference.low, difference.high],
+        "verdict": difference.verdict(score.higher_is_better),
+        "drop": lost,
+        "size_ratio": base.size_bytes / v.size_bytes,
+        "params_ratio": base.params / v.params,
+        "speedup": {
+            key: base.latency_ms[key]["median"] / time["median"]
+            for key, time in v.latency_ms.items()
+            if key in base.latency_ms
+        },
+    }
+
+
+def _floor(floor: Score, baseline: Score | None) -> Row:
+    """The floor with the baseline's lead over it, when both scored the same examples."""
+    row: Row = {"name": "TF-IDF + logistic regression", "metrics": {floor.name: _measured(floor)}, "lead": None}
+    if baseline and (baseline.name, baseline.n) == (floor.name, floor.n):
+        lead = paired_difference(baseline, floor)
+        row["lead"] = {
+            "value": lead.value,
+            "ci95": [lead.low, lead.high],
+            "verdict": lead.verdict(floor.higher_is_better),
+        }
+    return row
+
+
+def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
+    """Gates that had nothing to check."""
+    notes = []
+    if recipe.gates.parity is not None and not any(v["precision"] == "fp32" for v in variants):
+        notes.append("The parity gate was not checked: no fp32 variant was exported.")
+    if recipe.gates.fused_attention is not None and not any(v["format"] == "openvino" for v in variants):
+        notes.append("The fused-attention gate was not checked: no OpenVINO variant was exported.")
+    return notes
+
+
+def _finite(value: Any) -> Any:
+    """A copy in plain JSON types; numbers that JSON does not know become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return _finite(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)

@@ -1,0 +1,81 @@
+"""The recipe's gates, checked on the rows of the report.
+
+A size or speed gate counts only variants whose own drop is inside `max_drop`: a small model
+that lost its accuracy proves nothing. A value that is missing or not a number never passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mptrain.recipe import Gates
+
+Row = dict[str, Any]
+
+
+def within(comparison: Row, max_drop: float | None) -> bool:
+    """Whether the variant's drop is a number inside the limit (any number without a limit)."""
+    drop = comparison["drop"]
+    return drop is not None and (max_drop is None or drop <= max_drop)
+
+
+def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], layers: int | None) -> list[Row]:
+    """Rows {name, value, limit, passed, variant} in the order of the recipe's fields.
+
+    Args:
+        variants, comparisons: rows of the report, numbers finite or None.
+        layers: attention layers of the model, for variants whose runtime facts lack them.
+    """
+    rows: list[Row] = []
+    counting = [c for c in comparisons if within(c, gates.max_drop)]
+    if gates.max_drop is not None:
+        rows.append(_smallest("max_drop", gates.max_drop, ((c["drop"], c["id"]) for c in comparisons)))
+    if gates.min_size_ratio is not None:
+        sizes = ((c["size_ratio"], c["id"]) for c in counting)
+        rows.append(_largest("min_size_ratio", gates.min_size_ratio, sizes))
+    for setting, limit in gates.min_speedup.items():
+        speeds = ((c["speedup"].get(setting), c["id"]) for c in counting)
+        rows.append(_largest(f"min_speedup.{setting}", limit, speeds))
+    exact = [v for v in variants if v["precision"] == "fp32"]
+    if gates.parity is not None and exact:
+        rows.append(_parity(gates.parity, exact))
+    compiled = [v for v in variants if v["format"] == "openvino"]
+    if gates.fused_attention is not None and compiled:
+        rows.append(_fused(gates.fused_attention, compiled, layers))
+    return rows
+
+
+def _smallest(name: str, limit: float, values: Iterable[tuple[float | None, str]]) -> Row:
+    known = [(value, variant) for value, variant in values if value is not None]
+    value, variant = min(known, default=(None, None))
+    return _row(name, value, limit, value is not None and value <= limit, variant)
+
+
+def _largest(name: str, limit: float, values: Iterable[tuple[float | None, str]]) -> Row:
+    known = [(value, variant) for value, variant in values if value is not None]
+    value, variant = max(known, default=(None, None))
+    return _row(name, value, limit, value is not None and value >= limit, variant)
+
+
+def _parity(limit: float, variants: Sequence[Row]) -> Row:
+    """The worst of all fp32 variants; one without a number is the worst."""
+    values = [((v["parity"] or {}).get("max_abs_diff"), v["id"]) for v in variants]
+    value, variant = max(values, key=lambda pair: float("inf") if pair[0] is None else pair[0])
+    return _row("parity", value, limit, value is not None and value <= limit, variant)
+
+
+def _fused(limit: str | int, variants: Sequence[Row], layers: int | None) -> Row:
+    """The variant that misses its limit by most; "all" is its number of attention layers."""
+    rows = []
+    for v in variants:
+        fused = v["runtime"].get("fused_attention")
+        wanted = limit if isinstance(limit, int) else v["runtime"].get("attention_layers", layers)
+        passed = fused is not None and wanted is not None and fused >= wanted
+        short = float("inf") if fused is None or wanted is None else wanted - fused
+        rows.append((short, _row("fused_attention", fused, wanted, passed, v["id"])))
+    return max(rows, key=lambda pair: pair[0])[1]
+
+
+def _row(name: str, value: float | None, limit: float | None, passed: bool, variant: str | None) -> Row:
+    return {"name": name, "value": value, "limit": limit, "passed": passed, "variant": variant}

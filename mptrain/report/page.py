@@ -1,0 +1,67 @@
+"""report.html: one self-contained page. No script, no request; a policy in its head forbids both.
+
+Jinja escapes every string; the only markup taken as it is are our own drawings.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from mptrain.report import claims, tables
+
+Row = dict[str, Any]
+
+NO_PLOTS = 'Figures need matplotlib: pip install "mptrain[plots]", then render again with mptrain report.'
+INTERVALS = (
+    "Wilson for accuracy and Tango's score interval for its paired differences, percentile bootstrap over examples"
+    " for other metrics."
+)
+_MARKS = {"good": "✓", "warn": "!", "bad": "✗", "plain": "•"}
+
+
+def page(report: Row) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
+    recipe = report["recipe"]
+    return template.render(
+        report=report,
+        description=recipe["description"],
+        task=report["task"].replace("-", " ").capitalize(),
+        model=recipe["model"]["path"],
+        created=report["created"][:10],
+        cpu=report["host"].get("cpu", "unknown CPU"),
+        tiles=claims.tiles(report),
+        claims=claims.claims(report),
+        marks=_MARKS,
+        warnings=[*(report["recommendation"] or {}).get("warnings", []), *report["notes"]],
+        t={
+            "results": tables.results(report),
+            "latency": tables.latency(report),
+            "gates": tables.gates(report),
+            "structure": tables.structure(report),
+            "training": tables.training(report),
+            "runtime": tables.runtime(report),
+            "data": tables.data(report),
+            "time": tables.time(report),
+            "environment": tables.environment(report),
+        },
+        layer_lists=tables.layer_lists(report),
+        plots=_plots(report),
+        no_plots=NO_PLOTS,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
+        intervals=INTERVALS,
+    )
+
+
+def _plots(report: Row) -> Row:
+    try:
+        from mptrain.report.plots import plots
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return {}
+    return {plot.key: plot for plot in plots(report)}

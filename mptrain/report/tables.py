@@ -1,0 +1,317 @@
+"""The tables of a report as plain data: Markdown, HTML and the terminal lay out the same ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mptrain.report import claims, words
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text with a second, quieter one; `bar` in 0..1 is drawn where there is room for it."""
+
+    text: str
+    sub: str = ""
+    tone: Literal["", "good", "warn", "bad", "quiet"] = ""
+    bar: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first column names the row, `text_columns` further ones hold words, the rest numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    text_columns: int = 0
+
+
+def results(report: Row) -> Table | None:
+    """One row per variant: every metric, difference to the baseline, size, parameters, speed."""
+    if not report["variants"]:
+        return None
+    key = claims.setting(report)
+    names = list(dict.fromkeys(name for v in report["variants"] for name in v["metrics"]))
+    comparisons = {c["id"]: c for c in report["comparisons"]}
+    largest = max(v["size_bytes"] for v in report["variants"])
+    slowest = max((v["latency_ms"][key]["median"] for v in report["variants"] if key in v["latency_ms"]), default=1)
+    columns = ["Variant", *(words.metric_name(name).capitalize() for name in names), "Difference", "Size", "Parameters"]
+    rows = []
+    for v in report["variants"]:
+        c = comparisons.get(v["id"])
+        cells = [Cell(v["id"], _role(report, v)), *(_metric(name, v["metrics"].get(name)) for name in names)]
+        cells.append(_difference(c) if c else Cell("baseline", tone="quiet"))
+        cells.append(
+            Cell(
+                words.megabytes(v["size_bytes"]),
+                f"{words.ratio(c['size_ratio'])} smaller" if c else "",
+                bar=v["size_bytes"] / largest,
+            )
+        )
+        kept = f"{100 / c['params_ratio']:.0f}% kept" if c else ""
+        cells.append(Cell(words.millions(v["params"]), kept))
+        if key:
+            time = v["latency_ms"].get(key)
+            speed = words.ratio(c["speedup"].get(key)) + " as fast" if c else ""
+            bar = time["median"] / slowest if time else None
+            cells.append(Cell(words.milliseconds(time and time["median"]) + " ms", speed, bar=bar))
+        rows.append(cells)
+    if report["floor"]:
+        scores = [_metric(name, report["floor"]["metrics"].get(name)) for name in names]
+        empty = [Cell("–", tone="quiet")] * (len(columns) - len(names) - 1 + bool(key))
+        rows.append([Cell(report["floor"]["name"], "floor"), *scores, *empty])
+    note = "Second lines: 95% interval, paired 95% interval of the difference and what it means, ratio to the baseline."
+    if key:
+        columns.append("Latency")
+        note += f" Latency at {words.setting_words(key, report['task'])}."
+    examples = {m["n"] for v in report["variants"] for m in v["metrics"].values() if m["n"]}
+    note += f" Scored on {' / '.join(f'{n:,}' for n in sorted(examples))} test examples, treated as independent."
+    return Table("Results", columns, rows, note)
+
+
+def latency(report: Row) -> Table | None:
+    """Median milliseconds of every setting, with the speed against the baseline."""
+    keys = list(dict.fromkeys(key for v in report["variants"] for key in v["latency_ms"]))
+    if not keys:
+        return None
+    speed = {c["id"]: c["speedup"] for c in report["comparisons"]}
+    best = {key: row["id"] for key, row in ((report["recommendation"] or {}).get("by_setting") or {}).items()}
+    rows = []
+    for v in report["variants"]:
+        cells = [Cell(v["id"])]
+        for key in keys:
+            time = v["latency_ms"].get(key)
+            ratio = speed.get(v["id"], {}).get(key)
+            tone: Literal["good", ""] = "good" if best.get(key) == v["id"] else ""
+            median = words.milliseconds(time and time["median"])
+            cells.append(Cell(median, words.ratio(ratio) if ratio else "", tone))
+        rows.append(cells)
+    runs = [time["runs"] for v in report["variants"] for time in v["latency_ms"].values()]
+    spread = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    note = (
+        f"Median milliseconds of {spread} alternating rounds, and the speed against the baseline. Marked: the fastest"
+        " variant inside the accuracy limit."
+    )
+    columns = ["Variant", *(words.setting_words(key, report["task"], short=True) for key in keys)]
+    return Table("Latency", columns, rows, note)
+
+
+def gates(report: Row) -> Table | None:
+    if not report["gates"]:
+        return None
+    rows = []
+    for gate in report["gates"]:
+        kind = gate["name"].partition(".")[0]
+        verdict = Cell("passed", tone="good") if gate["passed"] else Cell("missed", tone="bad")
+        sign = "≥ " if kind in ("min_size_ratio", "min_speedup", "fused_attention") else "≤ "
+        value, limit = (_gate_value(report, kind, number) for number in (gate["value"], gate["limit"]))
+        rows.append([Cell(gate["name"]), verdict, Cell(gate["variant"] or "–"), Cell(value), Cell(sign + limit)])
+    note = "Size and speed gates count only variants whose own accuracy is inside max_drop."
+    return Table("Gates", ["Gate", "Result", "Decided by", "Value", "Limit"], rows, note, text_columns=2)
+
+
+def structure(report: Row) -> Table | None:
+    """Heads, FFN channels and parameters kept, layer by layer."""
+    layers = (report["structure"] or {}).get("layers")
+    if not layers:
+        return None
+    rows = []
+    for layer in layers:
+        heads, ffn = count(layer["heads"]), count(layer["ffn"])
+        which = ", ".join(map(str, layer["heads"])) if isinstance(layer["heads"], list) else ""
+        rows.append(
+            [
+                Cell(str(layer["layer"])),
+                Cell(f"{heads} of {layer['heads_total']}", which and f"heads {which}"),
+                Cell(
+                    f"{ffn:,} of {layer['ffn_total']:,}", bar=ffn / layer["ffn_total"] if layer["ffn_total"] else None
+                ),
+                Cell(f"{layer['params']:,}", _share(layer["params"], layer["params_total"])),
+            ]
+        )
+    total = {key: sum(count(layer[key]) for layer in layers) for key in ("heads", "ffn", "params")}
+    of = {key: sum(layer[f"{key}_total"] for layer in layers) for key in ("heads", "ffn", "params")}
+    rows.append(
+        [
+            Cell("all layers"),
+            *(Cell(f"{total[key]:,} of {of[key]:,}", _share(total[key], of[key])) for key in ("heads", "ffn")),
+            Cell(f"{total['params']:,}", _share(total["params"], of["params"])),
+        ]
+    )
+    facts = report["structure"]
+    note = f"Stage {facts['stage']}, family {facts['family']}. Removed physically: the exported model is dense."
+    return Table("Structure kept", ["Layer", "Heads", "FFN channels", "Parameters"], rows, note)
+
+
+def runtime(report: Row) -> Table | None:
+    """What the compiled models really do: fused attention, precisions, stored weight types, parity."""
+    known = [v for v in report["variants"] if v["runtime"] or v["parity"]]
+    if not known:
+        return None
+    rows = []
+    for v in known:
+        facts, parity = v["runtime"], v["parity"] or {}
+        fused, layers = facts.get("fused_attention"), facts.get("attention_layers")
+        stored = ", ".join(f"{kind} {words.megabytes(size)}" for kind, size in facts.get("weight_types", {}).items())
+        agreement = parity.get("argmax_agreement")
+        rows.append(
+            [
+                Cell(v["id"]),
+                Cell(stored or words.NONE),
+                Cell(str(facts.get("inference_precision", words.NONE))),
+                Cell(words.NONE if fused is None else f"{fused} of {layers}" if layers else f"{fused}"),
+                Cell(f"{len(facts.get('int8_layers', []))}"),
+                Cell(f"{len(facts.get('fp32_layers', []))}"),
+                Cell(words.small(parity.get("max_abs_diff"))),
+                Cell(words.NONE if agreement is None else f"{100 * agreement:.1f}%"),
+            ]
+        )
+    columns = ["Variant", "Weights stored", "Compute", "Fused attention", "int8 layers", "fp32 layers"]
+    columns += ["Max |difference|", "Same answer"]
+    note = (
+        "Read from the compiled models. Difference and agreement: exported model against the torch model it came from."
+    )
+    return Table("Runtime", columns, rows, note, text_columns=2)
+
+
+def training(report: Row) -> Table | None:
+    if not report["training"]:
+        return None
+    stages = {stage["id"]: stage for stage in report["recipe"]["stages"]}
+    rows = [
+        [
+            Cell(row["stage"]),
+            Cell(", ".join(methods(stages.get(row["stage"], {}))) or "fine-tuning"),
+            Cell("pretrained model" if row["from"] == "model" else row["from"]),
+            Cell(f"{row['steps']:,}", f"{row['total_steps']:,} in all" if row["total_steps"] != row["steps"] else ""),
+        ]
+        for row in report["training"]
+    ]
+    return Table("Training", ["Stage", "Methods", "Starts from", "Optimizer steps"], rows, text_columns=2)
+
+
+def time(report: Row) -> Table | None:
+    rows = [[Cell(str(name)), Cell(words.duration(seconds))] for name, seconds in report["wall_s"].items()]
+    return Table("Wall time", ["Phase", "Time"], rows) if rows else None
+
+
+def data(report: Row) -> Table | None:
+    rows = [[Cell(str(name)), Cell(_plain(value))] for name, value in report["data"].items()]
+    return Table("Data", ["Fact", "Value"], rows, text_columns=1) if rows else None
+
+
+def environment(report: Row) -> Table:
+    facts = {**report["host"], **{f"{name} version": version for name, version in report["versions"].items()}}
+    if facts.get("ram_bytes"):
+        facts["ram"] = f"{facts.pop('ram_bytes') / 2**30:.1f} GiB"
+    rows = [[Cell(str(name).replace("_", " ")), Cell(_plain(value))] for name, value in facts.items()]
+    return Table("Host and versions", ["Fact", "Value"], rows, text_columns=1)
+
+
+def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
+    """[("jpqd_int8: int8", [names]), ...] with numbered layers folded: "encoder.layer.{0-5}.output"."""
+    found = []
+    for v in report["variants"]:
+        for kind in ("int8", "fp32"):
+            names = v["runtime"].get(f"{kind}_layers")
+            if names:
+                found.append((f"{v['id']}, {kind} ({len(names)})", fold(names)))
+    return found
+
+
+def fold(names: list[str]) -> list[str]:
+    """Names that differ in one number between dots, as one name with the range of numbers."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = f"{name[: match.start()]}\0{name[match.end() :]}" if match else name
+        groups.setdefault(key, []).extend([int(match[0])] if match else [])
+    return [key.replace("\0", _ranges(sorted(numbers))) for key, numbers in groups.items()]
+
+
+def methods(stage: Row) -> list[str]:
+    """What a stage of the recipe does besides fine-tuning."""
+    found = []
+    if stage.get("prune"):
+        budgets = stage["prune"].get("keep") or {}
+        kept = [f"keep {100 * value:g}% of {name.replace('_', ' ')}" for name, value in budgets.items() if value]
+        found.append(" ".join([f"{stage['prune']['method']} pruning", *(f"({text})" for text in kept)]))
+    if stage.get("quantize"):
+        found.append(
+            {"qat": "int8 quantization-aware training", "ptq": "int8 post-training quantization"}[
+                stage["quantize"]["mode"]
+            ]
+        )
+    if stage.get("distill"):
+        found.append(f"distillation from {stage['teacher']}")
+    return found
+
+
+def count(kept: int | list[int]) -> int:
+    """Structure rows give what is kept as a number or as the list of its indices."""
+    return kept if isinstance(kept, int) else len(kept)
+
+
+def _role(report: Row, variant: Row) -> str:
+    advice = report["recommendation"] or {}
+    roles = {"recommended": advice.get("id"), "smallest inside the limit": advice.get("smallest")}
+    found = [role for role, chosen in roles.items() if chosen == variant["id"] and chosen != report["baseline"]]
+    return ", ".join(found)
+
+
+def _metric(name: str, measured: Row | None) -> Cell:
+    if measured is None:
+        return Cell("–", tone="quiet")
+    return Cell(words.metric(name, measured["value"]), words.metric_range(name, *measured["ci95"]))
+
+
+def _difference(comparison: Row) -> Cell:
+    name = comparison["metric"]
+    verdict = comparison["verdict"] or "not comparable"
+    range_ = words.signed_range(name, *comparison[f"{name}_delta_ci95"])
+    tones: dict[str, Literal["good", "warn", "bad"]] = {"tied": "good", "better": "good", "worse": "warn"}
+    text = words.signed(name, comparison[f"{name}_delta"])
+    return Cell(text, f"{verdict}: {range_}", tones.get(verdict, "bad"))
+
+
+def _gate_value(report: Row, kind: str, value: float | None) -> str:
+    if value is None:
+        return words.NONE
+    if kind == "max_drop":
+        return words.drop(report["metric"]["name"], value)
+    if kind in ("min_size_ratio", "min_speedup"):
+        return words.ratio(value)
+    return words.small(value) if kind == "parity" else f"{value:g}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "{0-2,5}", a single number as it is."""
+    spans: list[list[int]] = []
+    for number in dict.fromkeys(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+    return texts[0] if len(spans) == 1 and spans[0][0] == spans[0][1] else "{" + ",".join(texts) + "}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)

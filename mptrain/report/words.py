@@ -1,0 +1,111 @@
+"""Numbers of the report as people read them. None, a value that was not measured, is "n/a"."""
+
+from __future__ import annotations
+
+NONE = "n/a"
+MINUS = "−"
+_FRACTIONS = ("accuracy", "f1", "exact_match")
+_METRICS = {"f1": "F1", "exact_match": "exact match"}
+
+
+def metric_name(name: str) -> str:
+    return _METRICS.get(name, name)
+
+
+def metric(name: str, value: float | None) -> str:
+    """A score: "82.96%" for fractions, "12.34" for a loss or perplexity."""
+    if value is None:
+        return NONE
+    return f"{100 * value:.2f}%" if name in _FRACTIONS else f"{value:.4g}"
+
+
+def metric_range(name: str, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return NONE
+    if name in _FRACTIONS:
+        return f"{100 * low:.1f} to {100 * high:.1f}%"
+    return f"{low:.4g} to {high:.4g}"
+
+
+def signed(name: str, delta: float | None) -> str:
+    """A difference of scores: "−0.43" in points for fractions, in the metric's unit else."""
+    if delta is None:
+        return NONE
+    text = f"{100 * delta:+.2f}" if name in _FRACTIONS else f"{delta:+.4g}"
+    return text.replace("-", MINUS)
+
+
+def signed_range(name: str, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return NONE
+    return f"{signed(name, low)} to {signed(name, high)}"
+
+
+def unit(name: str) -> str:
+    return " points" if name in _FRACTIONS else ""
+
+
+def drop(name: str, value: float | None) -> str:
+    """A drop as gates know it: points for fractions, relative for a loss or perplexity."""
+    if value is None:
+        return NONE
+    text = f"{100 * value:.2f}".replace("-", MINUS)
+    return f"{text} points" if name in _FRACTIONS else f"{text}%"
+
+
+def megabytes(size: float | None) -> str:
+    """Decimal megabytes, as file managers and download pages count."""
+    if size is None:
+        return NONE
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def millions(count: float | None) -> str:
+    if count is None:
+        return NONE
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= scale:
+            return f"{count / scale:.2f} {letter}"
+    return f"{count:.0f}"
+
+
+def ratio(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def small(value: float | None) -> str:
+    """A tolerance or numerical difference."""
+    return NONE if value is None else f"{value:.2g}".replace("e-0", "e-")
+
+
+def setting_words(key: str, task: str, short: bool = False) -> str:
+    """ "b1_s128_t1" as "batch 1, 128 tokens, 1 thread"; an unknown key as it is."""
+    length = "samples" if task == "audio-classification" else "tokens"
+    words = []
+    for part in key.split("_"):
+        kind, count = part[:1], part[1:]
+        if kind == "b" and count.isdigit():
+            words.append(f"batch {count}")
+        elif kind == "s" and count.isdigit():
+            words.append(f"{count} {length}")
+        elif kind == "t" and (count.isdigit() or count == "all"):
+            words.append(f"{count} thread" + ("" if count == "1" else "s"))
+        else:
+            return key
+    return " · ".join(words) if short else ", ".join(words)
