@@ -6,15 +6,14 @@ differences variant − baseline, fractions are fractions.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mptrain.errors import UserError
 from mptrain.recipe import Recipe
 from mptrain.report import gates, recommend
 from mptrain.report.intervals import interval, paired_difference
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from mptrain.inputs.metrics import Score
 
 SCHEMA = "mptrain.report/v1"
-FILE = "report.json"
 Row = dict[str, Any]
 
 
@@ -68,7 +66,8 @@ def build(
     The baseline is the fp32 variant of the first stage, `baseline_fp32`, else the first variant.
     Keys: schema, name, task, metric, created, host, versions, recipe, wall_s, variants, baseline,
     comparisons (one per other variant), floor, structure, gates, recommendation, data, training
-    (optimizer steps per stage), history, checkpoints, notes.
+    (optimizer steps per stage), history, checkpoints, on_hub (whether model and
+    data names are names on the Hugging Face hub), notes.
 
     Args:
         floor: score of the TF-IDF floor on the same test examples as the variants.
@@ -102,6 +101,7 @@ def build(
         "training": _training(recipe, history),
         "history": history,
         "checkpoints": checkpoints or {},
+        "on_hub": {"model": _on_hub(recipe.model.path), "data": _on_hub(recipe.data.source)},
         "notes": [*notes, *_unchecked(recipe, rows)],
     }
     if base:
@@ -116,23 +116,6 @@ def build(
             setting=next(iter(recipe.gates.min_speedup), None),
         )
     return _finite(report)
-
-
-def read(folder: Path) -> Row:
-    """The report of a run folder (or the path of a report.json). Raises UserError."""
-    path = folder / FILE if folder.is_dir() else folder
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: there is no report here. A run writes it at its end; give the folder of a finished run."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable report ({error}). Run the recipe again to rebuild it.") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
-        raise UserError(f"{path}: its schema is {schema!r}, this version reads {SCHEMA!r}. Run the recipe again.")
-    return report
 
 
 def _training(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -221,6 +204,13 @@ def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
     if recipe.gates.fused_attention is not None and not any(v["format"] == "openvino" for v in variants):
         notes.append("The fused-attention gate was not checked: no OpenVINO variant was exported.")
     return notes
+
+
+def _on_hub(name: str | None) -> bool:
+    """Whether a model or data name means the hub: it has the form, and no local folder has it."""
+    if name is None or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
+        return False
+    return not Path(name).exists()
 
 
 def _finite(value: Any) -> Any:

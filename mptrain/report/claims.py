@@ -173,7 +173,7 @@ def _floor(report: Row) -> Claim:
     lead = floor["lead"]
     verb = {"better": "beats", "worse": "is worse than"}.get(lead["verdict"], "is tied with")
     return Claim(
-        f"The baseline {verb} {floor['name']} ({words.metric(name, floor['metrics'][name]['value'])}) by"
+        f"The baseline {verb} {floor['name']} ({words.metric(name, floor['metrics'][name]['value'])}):"
         f" {words.signed(name, lead['value'])}{words.unit(name)},"
         f" 95% interval {words.signed_range(name, *lead['ci95'])}.",
         "plain" if lead["verdict"] == "better" else "warn",

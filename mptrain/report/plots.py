@@ -195,7 +195,7 @@ def _validation(report: Row) -> Figure | None:
     metric = report["metric"]["name"]
     figure = _lines(report, {f"eval/{metric}": words.metric_name(metric)}, words.metric_name(metric), marker="o")
     if figure is not None and words.unit(metric):
-        figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1))
+        figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     return figure
 
 
@@ -217,7 +217,7 @@ def _lines(report: Row, series: dict[str, str], label: str, marker: str | None =
         for j, piece in enumerate(piece for piece in pieces if piece):
             xs, ys = thin([x for x, _ in piece], [y for _, y in piece])
             label_once = None if j else series[name]
-            ax.plot(xs, ys, color=_SERIES[i], marker=marker, markersize=4, label=label_once)
+            ax.plot(xs, ys, color=_SERIES[i], marker=marker, markersize=4, label=label_once, clip_on=not marker)
     marks = [(start, stage) for stage, start, _ in spans] if len(spans) > 1 else []
     marks += [(x, phase) for x, phase in _boundaries(rows) if any(start < x < end for _, start, end in spans)]
     for x, name in marks:

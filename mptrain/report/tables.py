@@ -14,12 +14,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """Text with a second, quieter one; `bar` in 0..1 is drawn where there is room for it."""
+    """Text with a second, quieter one; `best` makes it bold; `bar` in 0..1 is drawn where there is room."""
 
     text: str
     sub: str = ""
     tone: Literal["", "good", "warn", "bad", "quiet"] = ""
     bar: float | None = None
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def results(report: Row) -> Table | None:
         scores = [_metric(name, report["floor"]["metrics"].get(name)) for name in names]
         empty = [Cell("–", tone="quiet")] * (len(columns) - len(names) - 1 + bool(key))
         rows.append([Cell(report["floor"]["name"], "floor"), *scores, *empty])
-    note = "Second lines: 95% interval, paired 95% interval of the difference and what it means, ratio to the baseline."
+    note = (
+        "Beside each score its 95% interval, beside the difference its paired 95% interval and what that means, beside"
+        " the rest the ratio to the baseline."
+    )
     if key:
         columns.append("Latency")
         note += f" Latency at {words.setting_words(key, report['task'])}."
@@ -77,30 +81,28 @@ def results(report: Row) -> Table | None:
 
 
 def latency(report: Row) -> Table | None:
-    """Median milliseconds of every setting, with the speed against the baseline."""
-    keys = list(dict.fromkeys(key for v in report["variants"] for key in v["latency_ms"]))
-    if not keys:
+    """Median milliseconds, one row per setting, one column per variant."""
+    timed = [v for v in report["variants"] if v["latency_ms"]]
+    if not timed:
         return None
     speed = {c["id"]: c["speedup"] for c in report["comparisons"]}
     best = {key: row["id"] for key, row in ((report["recommendation"] or {}).get("by_setting") or {}).items()}
     rows = []
-    for v in report["variants"]:
-        cells = [Cell(v["id"])]
-        for key in keys:
+    for key in dict.fromkeys(key for v in timed for key in v["latency_ms"]):
+        cells = [Cell(words.setting_words(key, report["task"]))]
+        for v in timed:
             time = v["latency_ms"].get(key)
             ratio = speed.get(v["id"], {}).get(key)
-            tone: Literal["good", ""] = "good" if best.get(key) == v["id"] else ""
-            median = words.milliseconds(time and time["median"])
-            cells.append(Cell(median, words.ratio(ratio) if ratio else "", tone))
+            median = words.milliseconds(time["median"]) if time else words.NONE
+            cells.append(Cell(median, words.ratio(ratio) if ratio else "", best=best.get(key) == v["id"]))
         rows.append(cells)
-    runs = [time["runs"] for v in report["variants"] for time in v["latency_ms"].values()]
-    spread = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    runs = sorted({time["runs"] for v in timed for time in v["latency_ms"].values()})
+    rounds = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
     note = (
-        f"Median milliseconds of {spread} alternating rounds, and the speed against the baseline. Marked: the fastest"
-        " variant inside the accuracy limit."
+        f"Milliseconds of one call, median of {rounds} alternating rounds, with the speed against {report['baseline']}."
+        " Bold: the fastest variant inside the accuracy limit."
     )
-    columns = ["Variant", *(words.setting_words(key, report["task"], short=True) for key in keys)]
-    return Table("Latency", columns, rows, note)
+    return Table("Latency", ["Setting", *(v["id"] for v in timed)], rows, note)
 
 
 def gates(report: Row) -> Table | None:
@@ -209,21 +211,22 @@ def data(report: Row) -> Table | None:
 
 def environment(report: Row) -> Table:
     facts = {**report["host"], **{f"{name} version": version for name, version in report["versions"].items()}}
-    if facts.get("ram_bytes"):
-        facts["ram"] = f"{facts.pop('ram_bytes') / 2**30:.1f} GiB"
-    rows = [[Cell(str(name).replace("_", " ")), Cell(_plain(value))] for name, value in facts.items()]
+    rows = [[Cell(name.replace("_", " ")), Cell(_plain(value))] for name, value in facts.items()]
     return Table("Host and versions", ["Fact", "Value"], rows, text_columns=1)
 
 
 def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
-    """[("jpqd_int8: int8", [names]), ...] with numbered layers folded: "encoder.layer.{0-5}.output"."""
-    found = []
+    """[("int8 in jpqd_int8 (36)", names)] with numbered layers folded: "encoder.layer.{0-5}.output"."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for v in report["variants"]:
         for kind in ("int8", "fp32"):
             names = v["runtime"].get(f"{kind}_layers")
             if names:
-                found.append((f"{v['id']}, {kind} ({len(names)})", fold(names)))
-    return found
+                groups.setdefault((kind, tuple(names)), []).append(v["id"])
+    return [
+        (f"{kind} in {', '.join(variants)} ({len(names)})", fold(list(names)))
+        for (kind, names), variants in groups.items()
+    ]
 
 
 def fold(names: list[str]) -> list[str]:
@@ -261,7 +264,7 @@ def count(kept: int | list[int]) -> int:
 
 def _role(report: Row, variant: Row) -> str:
     advice = report["recommendation"] or {}
-    roles = {"recommended": advice.get("id"), "smallest inside the limit": advice.get("smallest")}
+    roles = {"recommended": advice.get("id"), "smallest": advice.get("smallest")}
     found = [role for role, chosen in roles.items() if chosen == variant["id"] and chosen != report["baseline"]]
     return ", ".join(found)
 

@@ -94,7 +94,7 @@ def small(value: float | None) -> str:
     return NONE if value is None else f"{value:.2g}".replace("e-0", "e-")
 
 
-def setting_words(key: str, task: str, short: bool = False) -> str:
+def setting_words(key: str, task: str) -> str:
     """ "b1_s128_t1" as "batch 1, 128 tokens, 1 thread"; an unknown key as it is."""
     length = "samples" if task == "audio-classification" else "tokens"
     words = []
@@ -108,4 +108,4 @@ def setting_words(key: str, task: str, short: bool = False) -> str:
             words.append(f"{count} thread" + ("" if count == "1" else "s"))
         else:
             return key
-    return " · ".join(words) if short else ", ".join(words)
+    return ", ".join(words)

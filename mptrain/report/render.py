@@ -1,0 +1,43 @@
+"""Everything a reader gets, from report.json alone: report.md, report.html and README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mptrain.errors import UserError
+from mptrain.report.build import SCHEMA
+from mptrain.report.card import card
+from mptrain.report.markdown import markdown
+from mptrain.report.page import page
+
+FILE = "report.json"
+
+
+def render(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the three files into `folder`; none is touched unless all could be rendered."""
+    texts = {"report.md": markdown(report), "report.html": page(report), "README.md": card(report)}
+    for name, text in texts.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    return [folder / name for name in texts]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The report of a run folder, or of the path of a report.json. Raises UserError."""
+    path = folder / FILE if folder.is_dir() else folder
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: there is no report here. A run writes it at its end; give the folder of a finished run."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable report ({error}). Run the recipe again to rebuild it.") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: its schema is {schema!r}, this version reads {SCHEMA!r}. Run the recipe again.")
+    return report
