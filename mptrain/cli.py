@@ -6,10 +6,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from mptrain.errors import MptrainError, UserError
 
-EXIT = """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
+EXIT = (
+    """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--dry-run", action="store_true", help="print stages, steps and predicted sizes, run nothing")
     recipe.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
-    recipe.add_argument("--resume", action="store_true", help="continue the run in output.dir; an error if there is none")
+    recipe.add_argument(
+        "--resume", action="store_true", help="continue the run in output.dir; it must exist"
+    )
     recipe.add_argument(
         "--allow-code", action="store_true", help="let the recipe run code: trust_remote_code and modeling files"
     )
@@ -116,19 +121,27 @@ def _recipe(options: argparse.Namespace) -> int:
     from mptrain.errors import GateFailed
 
     quiet_libraries()
-    from mptrain.report.summary import print_summary
+    from mptrain.report.render import read
     from mptrain.run import run
-    from mptrain.run_folder import read_json
 
+    folder = Path(found.recipe.output.dir)
     try:
         report = run(found.recipe, fresh=options.fresh, allow_code=options.allow_code)
     except GateFailed:
-        print_summary(read_json(Path(found.recipe.output.dir) / "report.json"))
+        _print_report(read(folder), folder)
         raise
     if report:
-        print_summary(report)
-        print(f"Report: {Path(found.recipe.output.dir) / 'report.html'}")
+        _print_report(report, folder)
     return 0
+
+
+def _print_report(report: dict[str, Any], folder: Path) -> None:
+    import rich
+
+    from mptrain.report.summary import summary
+
+    rich.print(summary(report))
+    print(f"Report: {folder / 'report.html'}")
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -182,19 +195,14 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from mptrain.report.render import render
-    from mptrain.report.summary import print_summary
-    from mptrain.run_folder import read_json
+    from mptrain.report.render import read, render
 
     folder = Path(options.run)
-    path = folder / "report.json"
-    if not path.is_file():
-        hint = "it is not finished: run its recipe again" if (folder / "run.json").is_file() else "it is no run of mptrain"
-        raise UserError(f"{folder} has no report.json; {hint}.")
-    report = read_json(path)
+    if (folder / "run.json").is_file() and not (folder / "report.json").is_file():
+        raise UserError(f"{folder}: this run is not finished; run its recipe again to continue it.")
+    report = read(folder)
     render(report, folder)
-    print_summary(report)
-    print(f"Report: {folder / 'report.html'}")
+    _print_report(report, folder)
     return 0
 
 

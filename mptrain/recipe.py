@@ -286,8 +286,18 @@ class Gates(Strict):
     max_drop: Annotated[float, Field(ge=0)] | None = None
     min_size_ratio: Annotated[float, Field(gt=0)] | None = None
     min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
-    parity: Annotated[float, Field(gt=0)] | None = Field(1e-4, description="|fp32 IR - torch|, largest logit difference")
+    parity: Annotated[float, Field(gt=0)] | None = Field(
+        1e-4, description="|fp32 IR - torch|, largest logit difference"
+    )
     fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = "all"
+
+
+class Planning(Strict):
+    """What `--dry-run` assumes while the model or the data is not on this machine."""
+
+    model_type: str = Field("bert", description="the default configuration of this transformers model type")
+    config: dict[str, int] = Field({}, description="what differs from that default, e.g. {hidden_size: 384}")
+    train_rows: Annotated[int, Field(gt=0)] = 10_000
 
 
 class Output(Strict):
@@ -306,6 +316,7 @@ class Recipe(Strict):
     export: list[OpenVino] = []
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
+    planning: Planning = Planning()
     output: Output
 
     @model_validator(mode="after")

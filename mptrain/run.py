@@ -77,12 +77,13 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool) -> dict[s
         recipe,
         versions=versions(),
         host=host(),
-        wall_s={f"{p.stage}/{p.name}": facts["wall_s"] for p, facts in trained} | variants.wall_s(),
+        wall_s=seconds({f"{p.stage}/{p.name}": facts["wall_s"] for p, facts in trained} | variants.wall_s()),
         variants=measured,
         floor=variants.floor(),
         history=[row for _, facts in trained for row in facts["history"]],
         structure=structure_facts(context),
         data_facts=data.facts,
+        checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},
     )
     render.render(report, folder)
     write_json(folder / REPORT, report)
@@ -93,6 +94,10 @@ def identity(recipe: Recipe, data: TaskData, processes: int) -> dict[str, Any]:
     """What must be the same for a resume to give the result of an uninterrupted run."""
     described = recipe.model_dump(mode="json", by_alias=True, exclude={"output": True, "description": True})
     return {"recipe": described, "data_hash": data.hash, "versions": versions(), "processes": processes}
+
+
+def seconds(phases: dict[str, float]) -> dict[str, float]:
+    return phases | {"total": round(sum(phases.values()), 3)}
 
 
 def versions() -> dict[str, str]:

@@ -1,10 +1,10 @@
 """The folder of a run: one live run at a time, and proof that a resume continues the same run.
 
-    run.json      what the run is: recipe, data hash, versions, number of processes
-    lock          held with flock while a run is alive; the kernel frees it on any death
-    stages/…      one folder per phase: checkpoints, log, and when done the model
-    export/…      one folder per variant
-    report.*      the result
+run.json      what the run is: recipe, data hash, versions, number of processes
+lock          held with flock while a run is alive; the kernel frees it on any death
+stages/…      one folder per phase: checkpoints, log, and when done the model
+export/…      one folder per variant
+report.*      the result
 """
 
 from __future__ import annotations

