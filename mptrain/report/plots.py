@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +90,10 @@ def plots(report: Row) -> list[Plot]:
     ]
     found = []
     for key, title, text, draw in drawings:
-        with matplotlib.rc_context():
+        with matplotlib.rc_context(), warnings.catch_warnings():
             matplotlib.rcdefaults()  # a user's own style has no say here
+            # The page has the reader's fonts, which know more letters than matplotlib's.
+            warnings.filterwarnings("ignore", r"Glyph .* missing from font")
             matplotlib.rcParams.update(_STYLE)
             figure = draw(report)
             if figure is not None:
@@ -108,6 +111,12 @@ def thin(xs: Sequence[float], ys: Sequence[float], limit: int = POINTS) -> tuple
 
 def _part_means(values: np.ndarray, parts: int) -> np.ndarray:
     return np.array([part.mean() for part in np.array_split(values, parts)])
+
+
+def _label(name: str) -> str:
+    """A name as a label: XML has no control characters, a plot no room for long ones."""
+    text = "".join(c if c.isprintable() else " " for c in name)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 _TRADEOFF = "Each point is an exported model, measured on this host; bars are 95% intervals. Up and left is better."
@@ -139,7 +148,7 @@ def _tradeoff(report: Row) -> Figure | None:
             around = [[scale * (y - low)], [scale * (high - y)]] if low is not None else None
             ax.errorbar(
                 x, scale * y, yerr=around, color=_SERIES[i % 6], marker=_MARKERS[i % 6], markersize=6.5, elinewidth=1,
-                capsize=2.5, linestyle="none", label=v["id"],
+                capsize=2.5, linestyle="none", label=_label(v["id"]),
             )  # fmt: skip
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
@@ -170,10 +179,12 @@ def _difference(report: Row) -> Figure | None:
         ax.axvline(-100 * limit, color=_SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
         ax.annotate("max_drop", (-100 * limit, 1), (3, -1), xycoords=("data", "axes fraction"),
                     textcoords="offset points", va="top", fontsize=8, color=_MUTED)  # fmt: skip
-    ax.set_yticks(range(len(rows)), [c["id"] for c in rows])
+    ax.set_yticks(range(len(rows)), [_label(c["id"]) for c in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel(f"{words.metric_name(metric)}, difference to {rows[0]['vs']}{' (points)' if scale == 100 else ''}")
+    ax.set_xlabel(
+        f"{words.metric_name(metric)}, difference to {_label(rows[0]['vs'])}{' (points)' if scale == 100 else ''}"
+    )
     return figure
 
 
@@ -222,7 +233,7 @@ def _lines(report: Row, series: dict[str, str], label: str, marker: str | None =
     marks += [(x, phase) for x, phase in _boundaries(rows) if any(start < x < end for _, start, end in spans)]
     for x, name in marks:
         ax.axvline(x, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-        ax.annotate(name, (x, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
+        ax.annotate(_label(name), (x, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
                     fontsize=8, color=_MUTED, annotation_clip=False)  # fmt: skip
     ax.set_xlim(spans[0][1], spans[-1][2])
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))

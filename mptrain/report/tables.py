@@ -287,7 +287,7 @@ def _difference(comparison: Row) -> Cell:
 def _gate_value(report: Row, kind: str, value: float | None) -> str:
     if value is None:
         return words.NONE
-    if kind == "max_drop":
+    if kind == "max_drop" and report["metric"]:
         return words.drop(report["metric"]["name"], value)
     if kind in ("min_size_ratio", "min_speedup"):
         return words.ratio(value)
