@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from mptrain.compress.base import Compressor
@@ -245,7 +247,7 @@ class _Checkpoints(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One line of progress on a terminal; plain lines at each tenth elsewhere (a log file)."""
+    """A bar on a terminal; elsewhere (a log file) a line every half minute."""
 
     def __init__(self, phase: Phase) -> None:
         self.phase = phase
@@ -253,10 +255,9 @@ class _Progress(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm import tqdm
-
         label = f"{self.phase.stage}/{self.phase.name}"
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=1.0)
+        every = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=every)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -266,9 +267,8 @@ class _Progress(TrainerCallback):
             if name == "loss":
                 self.bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
             elif name.startswith("eval_"):
-                from tqdm import tqdm
-
-                tqdm.write(f"  step {state.global_step}: validation {name.removeprefix('eval_')} {value:.4f}")
+                step, metric = self.phase.start + state.global_step, name.removeprefix("eval_")
+                tqdm.write(f"  step {step}: validation {metric} {value:.4f}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -136,9 +136,7 @@ def _distiller(context: Context, stage: Stage) -> Distiller | None:
         model = artifact.load(context.model_folder(teacher))
     else:
         spec = recipe.model if teacher == "model" else recipe.model.model_copy(update={"path": teacher})
-        model = load_model(
-            spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False
-        )
+        model = load_model(spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False)
     return Distiller(model, stage.distill, causal=recipe.model.task == "causal-lm")
 
 

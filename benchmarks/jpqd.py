@@ -1,0 +1,184 @@
+"""Accuracy, size and speed of JPQD against how much of the encoder is kept, method by method.
+
+    .venv/bin/python benchmarks/jpqd.py --json benchmarks/results/jpqd.jsonl
+    .venv/bin/python benchmarks/jpqd.py --json benchmarks/results/jpqd.jsonl --only 'fisher/*'
+    .venv/bin/python benchmarks/jpqd.py --json benchmarks/results/jpqd.jsonl --summary
+
+A point is METHOD/ORDER/KEPT/SEED, for example fisher/joint/50/0, and becomes one line of
+JSON; points that are in the file already are not run again, so the command can be stopped
+and repeated. All points of a seed start from the same dense model, which is their teacher
+and baseline, and train for the same number of steps. Choices (the best epoch, the masks)
+see the validation split, the scores are those of the exported model on the test split.
+`--data DIR` takes train.tsv, dev.tsv and test.tsv (text TAB label) instead of the packaged
+film reviews. `--summary` only writes the table and the plot from the points there are.
+Peers run in .venv-bench: `make setup-bench`, then benchmarks/jpqd_peers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+KEPT = (60, 50, 40, 33, 25)
+SEEDS = (0, 1, 2)
+
+
+def points() -> list[str]:
+    """In the order of what they tell."""
+    found = [f"dense/-/100/{seed}" for seed in SEEDS] + ["dense_longer/-/100/0", "qat_int8/-/100/0"]
+    found += [f"{method}/joint/{kept}/0" for kept in KEPT for method in ("fisher", "magnitude")]
+    found += [f"movement/joint/{kept}/0" for kept in (60, 50, 33)]
+    found += [f"{m}/joint/{kept}/{s}" for s in SEEDS[1:] for kept in (50, 33) for m in ("fisher", "magnitude", "movement")]
+    found += [f"{method}/sequential/{kept}/0" for kept in (50, 33) for method in ("fisher", "magnitude", "movement")]
+    found += [f"{m}/sequential/{kept}/0" for kept in (60, 40, 25) for m in ("fisher", "magnitude")]
+    return found
+
+
+def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
+    """The recipe of a point: two stages, dense and the method; one stage for dense itself."""
+    method, order, kept, seed = point.split("/")
+    train = {"epochs": 2, "lr": 1e-4, "batch_size": 32, "checkpoint_steps": 1000}
+    stages: list[dict[str, Any]] = [{"id": "dense", "train": train}]
+    jpqd: dict[str, Any] = {"id": "jpqd", "teacher": "dense", "train": train, "distill": {"weight": 0.9}}
+    if method == "dense_longer":
+        stages.append({"id": "longer", "train": train})
+    elif method == "qat_int8":
+        stages.append(jpqd | {"quantize": {"mode": "qat"}})
+    elif method != "dense":
+        prune: dict[str, Any] = {
+            "method": method,
+            "keep": {"encoder_params": int(kept) / 100},
+            "schedule": {"end": 0.75},
+        }
+        if method == "movement":
+            prune |= {"score": "shared", "score_lr": 1e-2}
+        start = "joint" if order == "joint" else "after_prune"
+        stages.append(jpqd | {"prune": prune, "quantize": {"mode": "qat", "start": start}})
+    source: dict[str, Any] = {"source": "packaged:film-reviews"}
+    if data is not None:
+        source = {"train": str(data / "train.tsv"), "validation": str(data / "dev.tsv"), "test": str(data / "test.tsv")}
+    return {
+        "schema": "mptrain/v1",
+        "name": "bench",
+        "seed": int(seed),
+        "model": {"path": "packaged:minilm-l6", "task": "text-classification", "dropout": 0.0},
+        "data": source | {"calibration": {"samples": 256, "batch_size": 32}},
+        "stages": stages,
+        "export": [
+            {
+                "id": "ov",
+                "format": "openvino",
+                "of": [s["id"] for s in stages],
+                "precision": ["fp32", "int8", "int8_emb4"],
+            }
+        ],
+        "evaluate": {"latency": {"batch": [1], "length": [128], "threads": [1], "runs": 15}, "floor": False},
+        "gates": {"parity": None, "fused_attention": None},
+        "output": {"dir": str(work / point.replace("/", "-"))},
+    }
+
+
+def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
+    """Run a point and return its line. The dense model of the seed is trained once and copied."""
+    from mptrain import recipe_file
+    from mptrain.run import run
+
+    seed = point.split("/")[-1]
+    shared = work / f"dense-seed{seed}"
+    described = recipe(point, data, work)
+    folder = Path(described["output"]["dir"])
+    begun = time.monotonic()
+    if point.split("/")[0] != "dense" and not (folder / "run.json").is_file():
+        if not (shared / "stages").is_dir():
+            run_dense(point, data, work, shared)
+        _start_from(shared, folder, described)
+    report = run(recipe_file.validate(described, point))
+    if point.split("/")[0] == "dense" and not shared.exists():
+        shutil.copytree(folder, shared)
+    line = {
+        "point": point,
+        "data": report["data"],
+        "steps": report["training"],
+        "variants": [{k: v[k] for k in ("id", "metrics", "size_bytes", "params", "macs", "latency_ms")} for v in report["variants"]],
+        "comparisons": report["comparisons"],
+        "versions": report["versions"],
+        "host": report["host"],
+        "seconds": round(time.monotonic() - begun),
+    }  # fmt: skip
+    shutil.rmtree(folder)
+    return line
+
+
+def run_dense(point: str, data: Path | None, work: Path, shared: Path) -> None:
+    from mptrain import recipe_file
+    from mptrain.run import run
+
+    described = recipe(f"dense/-/100/{point.split('/')[-1]}", data, work)
+    described["output"]["dir"] = str(shared)
+    run(recipe_file.validate(described, "dense"))
+
+
+def _start_from(shared: Path, folder: Path, described: dict[str, Any]) -> None:
+    """A run folder in which the dense stage is done."""
+    from mptrain import recipe_file
+    from mptrain.inputs.data import load_data
+    from mptrain.inputs.model import load_processor
+    from mptrain.run import identity
+    from mptrain.run_folder import check_identity
+
+    checked = recipe_file.validate(described, "point")
+    processor = load_processor(checked.model)
+    data = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
+    folder.mkdir(parents=True)
+    check_identity(folder, identity(checked, data, 1))
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        shutil.copytree(shared / "stages", Path(temporary) / "stages")
+        (Path(temporary) / "stages").rename(folder / "stages")
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return {line["point"]: line for line in lines}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="one line per point; appended to")
+    parser.add_argument("--data", type=Path, help="folder with train.tsv, dev.tsv and test.tsv (text TAB label)")
+    parser.add_argument("--only", default="*", help="pattern of points, e.g. 'fisher/joint/*'")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the runs")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no point after so many minutes")
+    parser.add_argument("--summary", action="store_true", help="only write table and plot")
+    options = parser.parse_args()
+    begun = time.monotonic()
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    done = read(options.json)
+    for point in points():
+        if options.summary or point in done or not fnmatch.fnmatch(point, options.only):
+            continue
+        if time.monotonic() - begun > 60 * options.minutes:
+            break
+        print(f"== {point}", file=sys.stderr, flush=True)
+        line = run_point(point, options.data, options.work)
+        with options.json.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    from jpqd_summary import summarize
+
+    print(summarize(list(read(options.json).values()), options.json))
+    return 0
+
+
+if __name__ == "__main__":
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
+    sys.exit(main())

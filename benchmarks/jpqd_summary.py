@@ -1,0 +1,108 @@
+"""The table and the Pareto plot of benchmarks/jpqd.py, from its JSON lines alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SETTING = "b1_s128_t1"
+COLOURS = {"fisher": "#1b6ca8", "magnitude": "#b5541c", "movement": "#3d8b37", "qat_int8": "#666666"}
+
+
+def row(line: dict[str, Any]) -> dict[str, Any] | None:
+    """What the table says about a point: its int8 variant for accuracy and size, pruned fp32 for speed."""
+    method, order, kept, seed = line["point"].split("/")
+    compared = {c["id"]: c for c in line["comparisons"]}
+    if method == "dense":
+        return None
+    int8 = next((c for i, c in compared.items() if i.endswith("_int8")), None)
+    emb4 = next((c for i, c in compared.items() if i.endswith("_int8_emb4")), None)
+    fp32 = next((c for i, c in compared.items() if i.endswith("_fp32")), None)
+    main = int8 or fp32
+    return {
+        "method": method,
+        "order": order,
+        "kept": int(kept),
+        "seed": int(seed),
+        "delta": main["accuracy_delta"],
+        "ci": main["accuracy_delta_ci95"],
+        "delta_fp32": fp32["accuracy_delta"] if fp32 else None,
+        "delta_emb4": emb4["accuracy_delta"] if emb4 else None,
+        "size": main["size_ratio"],
+        "size_emb4": emb4["size_ratio"] if emb4 else None,
+        "speed_fp32": fp32["speedup"][SETTING] if fp32 else None,
+        "speed_int8": int8["speedup"][SETTING] if int8 else None,
+    }
+
+
+def verdict(ci: Sequence[float]) -> str:
+    """Against the dense model: the paired 95% interval decides."""
+    return "ahead" if ci[0] > 0 else "behind" if ci[1] < 0 else "tied"
+
+
+def summarize(lines: list[dict[str, Any]], path: Path) -> str:
+    """Write PATH's .md and .png beside it and return the table."""
+    rows = [r for r in (row(line) for line in lines) if r is not None]
+    rows.sort(key=lambda r: (-r["kept"], r["method"], r["order"], r["seed"]))
+    points = "{:+.1f}".format
+    text = ["# JPQD against how much of the encoder is kept", ""]
+    dense = [line for line in lines if line["point"].startswith("dense/")]
+    if dense:
+        scores = [line["variants"][0]["metrics"]["accuracy"] for line in dense]
+        text.append(
+            f"Dense baseline: {', '.join(f'{100 * s["value"]:.1f}%' for s in scores)} on {scores[0]['n']:,} test"
+            " examples (one number per seed). Differences are in points against the dense model of the same seed,"
+            " with the paired 95% interval. Size of the int8 model and speed at batch 1, length 128, one thread."
+        )
+        text.append("")
+    text.append("| method | order | kept | seed | int8 accuracy | 95% interval | verdict | fp32 | int8+int4 emb. | size | size, int4 emb. | speed fp32 | speed int8 |")
+    text.append("|---|---|--:|--:|--:|---|---|--:|--:|--:|--:|--:|--:|")
+    for r in rows:
+        cells = [r["method"], r["order"], f"{r['kept']}%", str(r["seed"]), points(100 * r["delta"])]
+        cells += [f"{points(100 * r['ci'][0])} … {points(100 * r['ci'][1])}", verdict(r["ci"])]
+        cells += [points(100 * r[k]) if r[k] is not None else "" for k in ("delta_fp32", "delta_emb4")]
+        cells += [f"{r[k]:.2f}×" if r[k] else "" for k in ("size", "size_emb4", "speed_fp32", "speed_int8")]
+        text.append("| " + " | ".join(cells) + " |")
+    text += ["", *_means(rows)]
+    table = "\n".join(text) + "\n"
+    path.with_suffix(".md").write_text(table)
+    _plot(rows, path.with_suffix(".png"))
+    return table
+
+
+def _means(rows: list[dict[str, Any]]) -> list[str]:
+    text = ["Means over seeds, joint order:", "", "| method | kept | seeds | mean difference | each |", "|---|--:|--:|--:|---|"]
+    keys = sorted({(r["method"], r["kept"]) for r in rows if r["order"] == "joint"}, key=lambda k: (-k[1], k[0]))
+    for method, kept in keys:
+        found = [100 * r["delta"] for r in rows if (r["method"], r["kept"], r["order"]) == (method, kept, "joint")]
+        if len(found) > 1:
+            each = ", ".join(f"{d:+.1f}" for d in found)
+            text.append(f"| {method} | {kept}% | {len(found)} | {statistics.mean(found):+.2f} | {each} |")
+    return text if len(text) > 4 else []
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, key, label in zip(axes, ("size_emb4", "speed_fp32"), ("times smaller (int8, int4 embedding)", "times faster (pruned fp32)")):
+        for method, colour in COLOURS.items():
+            for order, style in (("joint", "-o"), ("sequential", "--s"), ("-", "D")):
+                found = [r for r in rows if (r["method"], r["order"], r["seed"]) == (method, order, 0) and r[key]]
+                if found:
+                    found.sort(key=lambda r: r[key])
+                    delta = "delta_emb4" if key == "size_emb4" else "delta_fp32"
+                    axis.plot([r[key] for r in found], [100 * r[delta] for r in found], style, color=colour, label=f"{method} {order}".removesuffix(" -"))
+        axis.axhline(0, color="#999999", lw=0.8)
+        axis.axhline(-1, color="#999999", lw=0.8, ls=":")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy against dense, points")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

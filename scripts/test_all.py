@@ -1,0 +1,68 @@
+"""Run the tests marked `long` one by one, resumable, and commit a dated result.
+
+Each test is its own process with its own time limit. Results are kept in .test-all/ under
+the commit they ran on; a second call runs only what is missing or failed. When all have
+run, benchmarks/results/test-all-DATE.json names the commit, and is committed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> int:
+    if git("status", "--porcelain", "--untracked-files=no"):
+        print("test-all: commit your changes first; the result names the commit it ran on", file=sys.stderr)
+        return 2
+    commit = git("rev-parse", "HEAD")
+    store = ROOT / ".test-all" / f"{commit}.json"
+    store.parent.mkdir(exist_ok=True)
+    results = json.loads(store.read_text()) if store.is_file() else {}
+    pytest = [sys.executable, "-m", "pytest"]
+    listed = subprocess.run([*pytest, "--collect-only", "-q", "-m", "long"], cwd=ROOT, capture_output=True, text=True)
+    tests = [line for line in listed.stdout.splitlines() if "::" in line]
+    if not tests:
+        print(listed.stdout + listed.stderr, file=sys.stderr)
+        return 1
+    for number, test in enumerate(tests, 1):
+        if results.get(test, {}).get("outcome") == "passed":
+            continue
+        print(f"[{number}/{len(tests)}] {test}", flush=True)
+        begun = time.monotonic()
+        done = subprocess.run([*pytest, "-m", "long", "-p", "no:xdist", test], cwd=ROOT, capture_output=True, text=True)
+        outcome = "passed" if done.returncode == 0 and " passed" in done.stdout else "failed"
+        results[test] = {"outcome": outcome, "seconds": round(time.monotonic() - begun, 1)}
+        if outcome == "failed":
+            print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
+        temporary = store.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        os.replace(temporary, store)
+    failed = [t for t, r in results.items() if r["outcome"] != "passed"]
+    today = datetime.date.today().isoformat()
+    report = ROOT / "benchmarks" / "results" / f"test-all-{today}.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"commit": commit, "date": today, "python": platform.python_version(), "machine": platform.machine()}
+    facts |= {"passed": len(results) - len(failed), "failed": failed, "tests": results}
+    report.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    git("add", str(report))
+    if git("diff", "--cached", "--name-only"):
+        git("commit", "-m", f"Long tests at {commit[:12]}: {len(results) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
