@@ -233,7 +233,7 @@ def kept_from_counts(data: Any, structure: Structure) -> Kept:
     kept = Kept()
     for kind, block in structure.blocks():
         entry = layers[str(block.index)]
-        number = entry.get(kind) if isinstance(entry, Mapping) else entry
+        number = entry.get(kind) if isinstance(entry, Mapping) else None
         if type(number) is not int or not 1 <= number <= block.units:
             raise ModelError(f"{bad}.layers.{block.index}.{kind} must be 1 to {block.units}, got {_short(number)}")
         if number < block.units:
