@@ -1,0 +1,173 @@
+"""The flat buffers of one (device, dtype): fp32 masters and the half weights that forward sees.
+
+    master   [n] fp32           what the optimizer updates
+    half     [n] fp16 or bf16   the model's parameters are views of it
+    low      [n] int16          instead of `master` when split: half is the master's high half
+
+so a sync is one `half.copy_(master)`, whatever the number of parameters, and a step walks
+contiguous memory. Parameters kept in fp32 live in a Flat of dtype fp32, whose master they
+view directly. The trained parameters come first, in the optimizer's order, then the frozen.
+
+Setting up moves the weights: each parameter is copied into the master and its own storage is
+freed when its view replaces it, before the half buffer exists. So the peak is twice the fp32
+weights, and what stays is 4 + 2 bytes a parameter (split: 2 + 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.precision.split import join, split
+
+ALIGN = 16  # elements: half views start at multiples of 32 bytes
+BLOCK = 1 << 17  # elements of a cache-sized piece
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter in a Flat."""
+
+    name: str
+    parameter: nn.Parameter
+    """the model's; a view of `half` (or of `master`, in an fp32 Flat)"""
+    group: int | None
+    """index of its optimizer group; None when no optimizer trains it"""
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    index: int
+    """place in Flat.entries"""
+    master: nn.Parameter = field(init=False)
+    """what the optimizer holds: an fp32 view of `master`, or a stand-in without memory when split"""
+    accumulated: bool = False
+    """Flat.grad has gradients of this parameter for the coming step"""
+    reduced: bool = False
+    """... and they are summed over the ranks already; what autograd left in p.grad is in them"""
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def part(self, buffer: Tensor) -> Tensor:
+        """The entry's elements of a buffer, 1-d, in memory order."""
+        return buffer[self.offset : self.offset + self.numel]
+
+
+class Flat:
+    """The buffers of one (device, dtype). members: (name, parameter, optimizer group or None)."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        members: Sequence[tuple[str, nn.Parameter, int | None]],
+        *,
+        split: bool = False,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.split = split and dtype != torch.float32
+        self.entries: list[Entry] = []
+        self.trained = 0
+        """elements up to which there are parameters that the optimizer trains"""
+        offset = 0
+        for index, (name, parameter, group) in enumerate(sorted(members, key=lambda m: m[2] is None)):
+            stride = torch.empty_like(parameter, device="meta").stride()  # dense, keeps channels_last
+            self.entries.append(Entry(name, parameter, group, offset, parameter.shape, stride, index))
+            offset += -(-parameter.numel() // ALIGN) * ALIGN
+            if group is not None:
+                self.trained = offset
+        self.numel = offset
+        # tensors, or None where this kind of Flat has none
+        self.master: Any = None
+        self.half: Any = None
+        self.low: Any = None
+        self.states: dict[str, Tensor] = {}
+        """moments [trained] fp32, by the optimizer's name for them; made at the first step"""
+        self.steps = torch.zeros(len(self.entries))
+        """updates of each entry so far, as torch counts them: fp32, on the CPU"""
+        self.grad: Tensor | None = None
+        """accumulated gradients [trained] fp32; made when first needed"""
+        self._move_in()
+
+    @torch.no_grad()
+    def _move_in(self) -> None:
+        if self.split:
+            self.half = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+            self.low = torch.zeros(self.numel, dtype=torch.int16, device=self.device)
+            for entry in self.entries:
+                self._write_split(entry, entry.parameter.detach())
+                entry.parameter.data = self.view(self.half, entry)
+                stand_in = torch.zeros((), device=self.device).expand(entry.parameter.shape)
+                entry.master = nn.Parameter(stand_in, entry.parameter.requires_grad)
+            return
+        self.master = torch.zeros(self.numel, device=self.device)
+        for entry in self.entries:
+            view = self.view(self.master, entry)
+            view.copy_(entry.parameter)
+            entry.parameter.data = view
+            entry.master = entry.parameter
+        if self.dtype == torch.float32:
+            return
+        self.half = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        self.half.copy_(self.master)
+        for entry in self.entries:
+            entry.master = nn.Parameter(entry.parameter.detach(), entry.parameter.requires_grad)
+            entry.parameter.data = self.view(self.half, entry)
+
+    def view(self, buffer: Tensor, entry: Entry) -> Tensor:
+        """The part of a buffer that belongs to an entry, in the parameter's shape."""
+        return buffer.as_strided(entry.shape, entry.stride, entry.offset)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """half <- master, in place."""
+        if self.master is not None and self.half is not None:
+            self.half.copy_(self.master)
+
+    def read_master(self, entry: Entry) -> Tensor:
+        """fp32 values of one parameter: a view of the master, or joined when split."""
+        if self.split:
+            return join(self.view(self.half, entry), self.view(self.low, entry))
+        return self.view(self.master, entry)
+
+    @torch.no_grad()
+    def write_master(self, entry: Entry, values: Tensor) -> None:
+        """Set the master of one parameter, and its half weight."""
+        if self.split:
+            self._write_split(entry, values)
+            return
+        view = self.view(self.master, entry)
+        if view.data_ptr() != values.data_ptr():
+            view.copy_(values)
+        if self.half is not None:
+            self.view(self.half, entry).copy_(view)
+
+    def _write_split(self, entry: Entry, values: Tensor) -> None:
+        high, low = self.view(self.half, entry), self.view(self.low, entry)
+        for rows in _pieces(values):  # temporaries of a piece, not of an embedding matrix
+            split(values[rows].to(self.device, torch.float32), high[rows], low[rows])
+
+    def state(self, name: str) -> Tensor:
+        if name not in self.states:
+            self.states[name] = torch.zeros(self.trained, device=self.device)
+        return self.states[name]
+
+    def gradients(self) -> Tensor:
+        if self.grad is None:
+            self.grad = torch.zeros(self.trained, device=self.device)
+        return self.grad
+
+
+def _pieces(values: Tensor) -> Iterator[slice | tuple]:
+    """Slices of the first dimension, about BLOCK elements each."""
+    if values.dim() == 0 or values.numel() <= BLOCK:
+        yield (...,)
+        return
+    rows = max(1, BLOCK * values.shape[0] // values.numel())
+    for start in range(0, values.shape[0], rows):
+        yield slice(start, start + rows)

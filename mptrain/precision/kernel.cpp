@@ -1,0 +1,370 @@
+// One-pass optimizer steps over flat buffers, behind a C ABI; loaded with ctypes, no torch headers.
+//
+//   norm   the sum of squares of all gradients; a NaN or Inf in any of them makes it non-finite
+//   adam   g = factor * grad + l2 * p                      (l2 = 0 for AdamW)
+//          m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
+//          p = decay * p - step_size * m / (root_bias * sqrt(v) + eps)
+//   sgd    g = factor * grad + l2 * p;  b = momentum * b + keep * g
+//          p -= lr * (from_grad * g + from_buffer * b)     (without momentum: p -= lr * g)
+//
+// and the half weight is p rounded to nearest even. With split masters there is no p in memory: its
+// bits are those of the bfloat16 weight (rounded half up) plus a signed 16-bit remainder.
+//
+// A step reads each gradient twice (once for the norm) and every other value once. The result for one
+// element depends neither on its neighbours nor on the number of threads: tails run through the same
+// vector code, and the norm adds fixed chunks in a fixed order.
+//
+// Vectors are GCC/Clang vector extensions, so the same code builds for AVX-512, AVX2, NEON and plain
+// SSE2; only the conversions of IEEE half name instructions.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+constexpr int W = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+extern "C" {
+
+struct Segment {   // the gradient of one parameter
+  const void* grad;
+  int64_t offset;  // of the parameter in the flat buffers, in elements
+  int64_t numel;
+};
+
+struct Buffers {   // flat, one value per element; null where a step has no use for it
+  float* master;   // not with split masters
+  void* half;      // the weights computed with; null where that is the master itself
+  int16_t* low;    // only with split masters
+  float* first;    // exp_avg, or the momentum buffer
+  float* second;   // exp_avg_sq
+};
+
+}  // extern "C"
+
+namespace {
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef int32_t Signed __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
+typedef int16_t Low __attribute__((vector_size(2 * W)));
+
+struct F32 { using Store = float; };
+struct F16 { using Store = uint16_t; };
+struct BF16 { using Store = uint16_t; };
+
+template <class V> V read(const void* p) {
+  V x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class V> void write(void* p, V x) { std::memcpy(p, &x, sizeof x); }
+
+Vec all(double x) { return static_cast<float>(x) - Vec{}; }
+
+Vec root(Vec x) {
+  for (int j = 0; j < W; j++) x[j] = std::sqrt(x[j]);
+  return x;
+}
+
+// -- conversions
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+Vec widen(Half x, F16) { return (Vec)_mm512_cvtph_ps((__m256i)x); }
+Half narrow(Vec x, F16) { return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+Vec widen(Half x, F16) { return (Vec)_mm256_cvtph_ps((__m128i)x); }
+Half narrow(Vec x, F16) { return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+
+#elif defined(__aarch64__)
+
+typedef __fp16 Fp16 __attribute__((vector_size(2 * W)));
+Vec widen(Half x, F16) { return __builtin_convertvector((Fp16)x, Vec); }
+Half narrow(Vec x, F16) { return (Half)__builtin_convertvector(x, Fp16); }
+
+#else  // in integers: scale by a power of two so that subnormals and overflow need no branch
+
+float from_bits(uint32_t u) { return read<float>(&u); }
+
+Vec widen(Half x, F16) {
+  Vec r;
+  for (int j = 0; j < W; j++) {
+    const uint32_t u = x[j];
+    float f = from_bits((u & 0x7fff) << 13) * 0x1p112f;
+    if ((u & 0x7c00) == 0x7c00) f = from_bits(0x7f800000 | (u & 0x3ff) << 13);
+    r[j] = u & 0x8000 ? -f : f;
+  }
+  return r;
+}
+
+Half narrow(Vec x, F16) {
+  Half r;
+  for (int j = 0; j < W; j++) {
+    const float f = x[j];
+    const uint32_t u = read<uint32_t>(&f);
+    const uint32_t size = u & 0x7fffffff;
+    uint32_t h;
+    if (size > 0x7f800000) h = 0x7e00;                  // NaN
+    else if (size >= 0x477ff000) h = 0x7c00;            // rounds above 65504
+    else if (size < 0x38800000) {                       // below 2^-14 a float addition does the rounding
+      const float shifted = from_bits(size) + 0.5f;
+      h = read<uint32_t>(&shifted) - 0x3f000000;
+    } else h = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+    r[j] = static_cast<uint16_t>(h | (u >> 16 & 0x8000));
+  }
+  return r;
+}
+
+#endif
+
+Vec widen(Half x, BF16) { return (Vec)(__builtin_convertvector(x, Bits) << 16); }
+
+Half narrow(Vec x, BF16) {
+  const Bits u = (Bits)x;
+  const Bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const Bits nan = (Bits)(x != x);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), Half);
+}
+
+Vec join(Half high, Low low) {
+  return (Vec)((__builtin_convertvector(high, Bits) << 16) + (Bits)__builtin_convertvector(low, Signed));
+}
+
+void split(Vec x, Half& high, Low& low) {
+  const Bits nan = (Bits)(x != x);
+  const Bits u = ((Bits)x & ~nan) | (0x7fc00000 & nan);  // a NaN payload must not carry into the sign
+  high = __builtin_convertvector((u + 0x8000) >> 16, Half);
+  low = (Low)__builtin_convertvector(u & 0xffff, Half);
+}
+
+template <class G> Vec gradient(const typename G::Store* p) {
+  if constexpr (std::is_same_v<G, F32>) return read<Vec>(p);
+  else return widen(read<Half>(p), G{});
+}
+
+// -- where the weights are: read(i) gives the master, write(i) updates it and the half weight
+
+struct Plain {  // fp32 parameters: the master is the weight
+  float* master;
+  explicit Plain(const Buffers& b) : master(b.master) {}
+  Vec read(int64_t i) const { return ::read<Vec>(master + i); }
+  void write(int64_t i, Vec p) const { ::write(master + i, p); }
+};
+
+template <class H> struct Mirrored {
+  float* master;
+  uint16_t* half;
+  explicit Mirrored(const Buffers& b) : master(b.master), half(static_cast<uint16_t*>(b.half)) {}
+  Vec read(int64_t i) const { return ::read<Vec>(master + i); }
+  void write(int64_t i, Vec p) const {
+    ::write(master + i, p);
+    ::write(half + i, narrow(p, H{}));
+  }
+};
+
+struct Split {
+  uint16_t* high;
+  int16_t* low;
+  explicit Split(const Buffers& b) : high(static_cast<uint16_t*>(b.half)), low(b.low) {}
+  Vec read(int64_t i) const { return join(::read<Half>(high + i), ::read<Low>(low + i)); }
+  void write(int64_t i, Vec p) const {
+    Half h;
+    Low l;
+    split(p, h, l);
+    ::write(high + i, h);
+    ::write(low + i, l);
+  }
+};
+
+// -- update rules: the new master from the old one and the gradient
+
+struct Adam {
+  Vec factor, l2, decay, take1, beta2, take2, step_size, root_bias, eps;
+  explicit Adam(const double* k)
+      : factor(all(k[0])), l2(all(k[1])), decay(all(k[2])), take1(all(k[3])), beta2(all(k[4])), take2(all(k[5])),
+        step_size(all(k[6])), root_bias(all(k[7])), eps(all(k[8])) {}
+  Vec step(Vec p, Vec g, float* first, float* second) const {
+    g = g * factor + l2 * p;
+    Vec m = read<Vec>(first);
+    m += take1 * (g - m);
+    const Vec v = beta2 * read<Vec>(second) + take2 * (g * g);
+    write(first, m);
+    write(second, v);
+    return decay * p - step_size * (m / (root_bias * root(v) + eps));
+  }
+};
+
+struct Sgd {
+  Vec factor, l2, lr;
+  explicit Sgd(const double* k) : factor(all(k[0])), l2(all(k[1])), lr(all(k[2])) {}
+  Vec step(Vec p, Vec g, float*, float*) const { return p - lr * (g * factor + l2 * p); }
+};
+
+struct Momentum {
+  Vec factor, l2, lr, momentum, keep, from_grad, from_buffer;
+  explicit Momentum(const double* k)
+      : factor(all(k[0])), l2(all(k[1])), lr(all(k[2])), momentum(all(k[3])), keep(all(k[4])), from_grad(all(k[5])),
+        from_buffer(all(k[6])) {}
+  Vec step(Vec p, Vec g, float* first, float*) const {
+    g = g * factor + l2 * p;
+    const Vec b = momentum * read<Vec>(first) + keep * g;
+    write(first, b);
+    return p - lr * (from_grad * g + from_buffer * b);
+  }
+};
+
+// -- loops
+
+template <class Task> void parallel(int threads, Task task) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) others.emplace_back(task, t);
+  task(0);
+  for (auto& other : others) other.join();
+}
+
+// Calls work(segment, begin, end) for the parts of all segments that thread t of `threads` owns.
+template <class Work> void share(const Segment* segments, int64_t count, int t, int threads, Work work) {
+  int64_t total = 0;
+  for (int64_t s = 0; s < count; s++) total += segments[s].numel;
+  const int64_t from = total * t / threads, to = total * (t + 1) / threads;
+  int64_t seen = 0;
+  for (int64_t s = 0; s < count && seen < to; seen += segments[s++].numel) {
+    const int64_t begin = std::max<int64_t>(from - seen, 0), end = std::min(to - seen, segments[s].numel);
+    if (begin < end) work(segments[s], begin, end);
+  }
+}
+
+template <class Rule, class Weights, class G>
+void update(const Segment* segments, int64_t count, const Buffers& b, const double* k, int threads) {
+  parallel(threads, [=](int t) {
+    const Rule rule(k);
+    const Weights weights(b);
+    share(segments, count, t, threads, [&](const Segment& s, int64_t begin, int64_t end) {
+      const auto* grad = static_cast<const typename G::Store*>(s.grad) - s.offset;
+      int64_t i = s.offset + begin;
+      const int64_t stop = s.offset + end;
+      for (; i + W <= stop; i += W)
+        weights.write(i, rule.step(weights.read(i), gradient<G>(grad + i), b.first + i, b.second + i));
+      if (i == stop) return;
+      // the tail, through copies one vector wide
+      const size_t rest = stop - i;
+      typename G::Store g[W] = {};
+      float master[W] = {}, first[W] = {}, second[W] = {};
+      uint16_t half[W] = {};
+      int16_t low[W] = {};
+      std::memcpy(g, grad + i, rest * sizeof *g);
+      if (b.master) std::memcpy(master, b.master + i, 4 * rest);
+      if (b.low) std::memcpy(half, static_cast<uint16_t*>(b.half) + i, 2 * rest), std::memcpy(low, b.low + i, 2 * rest);
+      if (b.first) std::memcpy(first, b.first + i, 4 * rest);
+      if (b.second) std::memcpy(second, b.second + i, 4 * rest);
+      const Weights local({master, half, low, nullptr, nullptr});
+      local.write(0, rule.step(local.read(0), gradient<G>(g), first, second));
+      if (b.master) std::memcpy(b.master + i, master, 4 * rest);
+      if (b.half) std::memcpy(static_cast<uint16_t*>(b.half) + i, half, 2 * rest);
+      if (b.low) std::memcpy(b.low + i, low, 2 * rest);
+      if (b.first) std::memcpy(b.first + i, first, 4 * rest);
+      if (b.second) std::memcpy(b.second + i, second, 4 * rest);
+    });
+  });
+}
+
+constexpr int64_t CHUNK = 1 << 12;
+
+template <class G> double sum_of_squares(const typename G::Store* g, int64_t n) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int j = 0; j < 4; j++) {
+      const Vec x = gradient<G>(g + i + j * W);
+      sums[j] += x * x;
+    }
+  for (; i < n; i += W) {
+    typename G::Store rest[W] = {};
+    std::memcpy(rest, g + i, std::min<int64_t>(W, n - i) * sizeof *rest);
+    const Vec x = gradient<G>(rest);
+    sums[0] += x * x;
+  }
+  const Vec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0;
+  for (int j = 0; j < W; j++) total += sum[j];
+  return total;
+}
+
+template <class G> double norm(const Segment* segments, int64_t count, int threads) {
+  std::vector<int64_t> first(count + 1);  // chunk of each segment's start
+  for (int64_t s = 0; s < count; s++) first[s + 1] = first[s] + (segments[s].numel + CHUNK - 1) / CHUNK;
+  std::vector<double> sums(first[count]);
+  parallel(threads, [&](int t) {
+    const int64_t from = first[count] * t / threads, to = first[count] * (t + 1) / threads;
+    int64_t s = std::upper_bound(first.begin(), first.end(), from) - first.begin() - 1;
+    for (int64_t c = from; c < to; c++) {
+      while (c >= first[s + 1]) s++;
+      const int64_t begin = (c - first[s]) * CHUNK;
+      const auto* grad = static_cast<const typename G::Store*>(segments[s].grad) + begin;
+      sums[c] = sum_of_squares<G>(grad, std::min(CHUNK, segments[s].numel - begin));
+    }
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+enum Type { FLOAT = 0, HALF = 1, BFLOAT = 2 };
+
+// The weights' own gradients, or gradients that were accumulated in fp32.
+template <class Rule>
+void pick(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {
+  if (b->low) (grad == FLOAT ? update<Rule, Split, F32> : update<Rule, Split, BF16>)(s, n, *b, k, threads);
+  else if (weights == HALF) (grad == FLOAT ? update<Rule, Mirrored<F16>, F32> : update<Rule, Mirrored<F16>, F16>)(s, n, *b, k, threads);
+  else if (weights == BFLOAT) (grad == FLOAT ? update<Rule, Mirrored<BF16>, F32> : update<Rule, Mirrored<BF16>, BF16>)(s, n, *b, k, threads);
+  else update<Rule, Plain, F32>(s, n, *b, k, threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this CPU has the instructions the file was built for.
+int mptrain_runs_here() {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 1;
+#endif
+}
+
+double mptrain_norm(const Segment* segments, int64_t count, int grad, int threads) {
+  if (grad == HALF) return norm<F16>(segments, count, threads);
+  if (grad == BFLOAT) return norm<BF16>(segments, count, threads);
+  return norm<F32>(segments, count, threads);
+}
+
+void mptrain_adam(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {
+  pick<Adam>(s, n, grad, b, weights, k, threads);
+}
+
+void mptrain_momentum(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {
+  pick<Momentum>(s, n, grad, b, weights, k, threads);
+}
+
+void mptrain_sgd(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {
+  pick<Sgd>(s, n, grad, b, weights, k, threads);
+}
+
+}  // extern "C"

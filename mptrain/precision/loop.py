@@ -1,0 +1,252 @@
+"""`MasterWeights`: mixed precision for a training loop that is written by hand.
+
+    mw = MasterWeights(model, optimizer, dtype="bf16")     # after the optimizer, before DDP
+    for batch in data:
+        loss = model(**batch).loss
+        mw.backward(loss)                                  # was loss.backward()
+        if mw.step():                                      # was optimizer.step(); optimizer.zero_grad()
+            scheduler.step()                               # a skipped step does not move the schedule
+
+One step is: gradients are complete -> the ranks agree whether all are finite -> clip, unscale, update
+masters and moments and write the half weights in one pass -> gradients are freed. A step with a
+non-finite gradient changes nothing but the loss scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mptrain.errors import TrainingError, UserError
+from mptrain.precision import accumulate
+from mptrain.precision.diagnose import ActivationWatch, bad_gradients
+from mptrain.precision.optimizer import KernelChoice, MasterOptimizer
+from mptrain.precision.policy import Compute, LossScale, Master, Policy
+from mptrain.precision.scaler import LossScaler
+from mptrain.precision.step import Run, clip_factor, collect
+
+
+class MasterWeights(MasterOptimizer):
+    """Makes `model` compute in half precision while `optimizer` updates fp32 masters.
+
+    It is a `torch.optim.Optimizer` itself, so schedulers, Accelerate and the Trainer take it for one.
+
+    Arguments:
+        model: on its device, not yet wrapped in DDP. Its parameters become half in place.
+        optimizer: any torch.optim optimizer built on the model's parameters. Adam, AdamW and SGD step in
+            one pass; others step on the masters, which takes 4 more bytes a parameter for fp32 gradients.
+        dtype: "bf16" or "fp16".
+        master: "fp32", or "split" (bf16 only): 2 bytes a parameter less and nothing to sync.
+        keep_fp32: parameters whose modules compute in fp32: substrings of names, "re:REGEX", or "norms".
+        loss_scale: "dynamic", a number, or a LossScale; default: dynamic for fp16, 1 for bf16.
+        max_grad_norm: clip the norm of all gradients to this in every step.
+        reduce: dtype in which an `attach`ed DDP sums gradients over ranks, "fp32" or "compute".
+        process_group: ranks that agree on skipping a step; default: all.
+        kernel: "auto" (compiled where possible), "native" or "torch".
+
+    Raises UserError for wrong arguments, ModelError when a pattern matches nothing or a dtype cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: Compute = "bf16",
+        master: Master = "fp32",
+        *,
+        keep_fp32: Sequence[str] = (),
+        loss_scale: LossScale | Literal["dynamic"] | float | None = None,
+        max_grad_norm: float | None = None,
+        reduce: Literal["fp32", "compute"] = "fp32",
+        process_group: dist.ProcessGroup | None = None,
+        kernel: KernelChoice = "auto",
+    ) -> None:
+        policy = Policy(dtype, master, reduce, tuple(keep_fp32), LossScale.of(loss_scale, dtype))
+        self.scaler = LossScaler(policy.loss_scale)
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm = 0.0
+        """of the last step's gradients, unscaled, before clipping"""
+        self._group = process_group
+        self._clip = max_grad_norm
+        self._measured: tuple[list[Run], bool] | None = None
+        self._unscaled = False
+        self._watch: ActivationWatch | None = None
+        self._last_loss: Tensor | None = None
+        super().__init__(model, optimizer, policy, kernel)
+
+    # -- gradients
+
+    def attach(self, ddp: DistributedDataParallel) -> None:
+        """Tell which DDP wraps the model: needed to accumulate gradients over micro-steps with several ranks.
+
+        Gradients are then summed over ranks in the policy's `reduce` dtype. Use DDP's `no_sync` as always.
+        """
+        if not isinstance(ddp, DistributedDataParallel):
+            raise UserError(f"attach() takes the DistributedDataParallel around the model, got {type(ddp).__name__}")
+        wire = torch.float32 if self.policy.reduce == "fp32" else self.policy.dtype
+        accumulate.reduce_in_fp32(ddp, self.masters.by_id, wire)
+        self._attached = True
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Scaled backward of a scalar loss; gradients of earlier micro-steps are summed in fp32."""
+        self.scale(loss).backward(**kwargs)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call backward on, in fp32, because 65504 is the top of fp16."""
+        if not self.masters.intact():
+            self._rebuild(self.masters.changes())
+        self._measured = None
+        for flat in self.flats:
+            if flat.dtype != torch.float32 and any(e.parameter.grad is not None for e in flat.entries):
+                if self._ranks() > 1 and not self._attached:
+                    raise UserError(
+                        "gradients are accumulated over micro-steps on several ranks: call attach(ddp_model) once"
+                        " after wrapping, so that the fp32 sums are reduced over the ranks"
+                    )
+                accumulate.fold(flat)
+        self._last_loss = loss.detach()
+        return loss.float() * self.scaler.scale
+
+    @torch.no_grad()
+    def unscale_gradients(self) -> None:
+        """Move the complete gradients to fp32 and divide them by the loss scale.
+
+        For code that reads or edits gradients before the step, through `gradient`. Costs a pass.
+        """
+        if self._unscaled:
+            return
+        for flat in self.flats:
+            if flat.dtype != torch.float32:
+                accumulate.fold(flat)
+        accumulate.scale(self.flats, 1.0 / self.scaler.scale)
+        self._unscaled = True
+        self._measured = None
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """fp32 gradient of a model parameter for the coming step, unscaled; edits in place count."""
+        self.unscale_gradients()
+        self._measured = None
+        flat, entry = self.masters.by_id[id(parameter)]
+        if flat.dtype == torch.float32:
+            return parameter.grad
+        return flat.view(flat.gradients(), entry) if entry.accumulated else None
+
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """Clip this step's gradients to `max_norm`; returns their norm, unscaled and before clipping.
+
+        No gradient is touched: the factor goes into the update.
+        """
+        self._clip = max_norm
+        self.finite()
+        return torch.tensor(self.grad_norm)
+
+    def finite(self) -> bool:
+        """Whether this step's gradients are finite on all ranks. Measured once a step, with one host sync."""
+        if self._measured is None:
+            runs = [run for flat in self.flats for run in collect(flat)]
+            norm = math.sqrt(self._sum_of_squares(runs))
+            self.grad_norm = norm / (1.0 if self._unscaled else self.scaler.scale)
+            self._measured = runs, self._all_ranks(math.isfinite(norm))
+        return self._measured[1]
+
+    def _ranks(self) -> int:
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    def _all_ranks(self, finite: bool) -> bool:
+        if self._ranks() == 1:
+            return finite
+        bad = torch.tensor(0.0 if finite else 1.0, device=self.flats[0].device)
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._group)
+        return bad.item() == 0
+
+    # -- a step
+
+    def step(self, closure: None = None) -> bool:
+        """Update the weights, or skip when a gradient is not finite; either way gradients are dropped.
+
+        Returns whether the weights were updated. Raises TrainingError with a diagnosis when the loss
+        scale is exhausted.
+        """
+        if closure is not None:
+            raise UserError("step() takes no closure: optimizers that evaluate the loss themselves are not supported")
+        finite = self.finite()
+        if finite:
+            runs, _ = self._measured or ([], True)
+            scale = 1.0 if self._unscaled else self.scaler.scale
+            self._update(runs, clip_factor(self.grad_norm, self._clip) / scale)
+        self._watch_last_chance(finite)
+        self.zero_grad()
+        return finite
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad()
+        self._measured = None
+        self._unscaled = False
+        self._clip = self.max_grad_norm
+
+    def _watch_last_chance(self, finite: bool) -> None:
+        self.scaler.update(finite)
+        if self.scaler.exhausted:
+            raise TrainingError(self._diagnosis())
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if self.scaler.last_chance:
+            self._watch = ActivationWatch(self.model)
+
+    def _diagnosis(self) -> str:
+        named = [
+            (e.name, flat.view(flat.gradients(), e) if e.accumulated else e.parameter.grad)
+            for flat in self.flats
+            for e in flat.entries
+        ]
+        rank = f" on rank {dist.get_rank()}" if self._ranks() > 1 else ""
+        loss = f" The last loss was {float(self._last_loss):.4g}{rank}." if self._last_loss is not None else ""
+        if self._watch is None:
+            seen = "Activations were not watched (loss_scale.patience is 1)."
+        else:
+            seen = self._watch.describe()
+            self._watch.remove()
+        fix = (
+            "Check the data of this rank, lower the learning rate, or keep the named layers in fp32"
+            " (keep_fp32=[...]); the masters are those of the last good step."
+        )
+        if self.policy.compute == "fp16":
+            fix = f"{fix[:-1]}; or compute in bf16, whose range is that of fp32."
+        return (
+            f"{self.scaler.overflows_at_floor} optimizer steps in a row were skipped{rank} with the loss scale at its"
+            f" floor ({self.scaler.settings.floor:g}).{loss} {bad_gradients(named)} {seen} {fix}"
+        )
+
+    # -- reports and state
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scaler.scale
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.scaler.skipped_steps
+
+    def logs(self) -> dict[str, float]:
+        """Scalars for the training log."""
+        return {
+            "precision/loss_scale": self.scaler.scale,
+            "precision/skipped_steps": float(self.scaler.skipped_steps),
+            "precision/grad_norm": self.grad_norm,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-identical resume needs besides the model's buffers: tensors, numbers and strings."""
+        return {**super().state_dict(), "loss_scale": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.scaler.load_state_dict(state_dict["loss_scale"])
+        self.zero_grad()

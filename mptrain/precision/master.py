@@ -1,0 +1,183 @@
+"""The fp32 masters of a model: one `Flat` for each (device, dtype) of its parameters.
+
+A parameter keeps its identity when it becomes half, so ties, hooks and references stay good.
+After that its `.data` is never assigned again: a new dtype would drop the gradient accumulator
+and with it DDP's hook, and gradients would silently no longer be averaged. Where the model has to
+be seen in fp32 (saving, loading, resizing) the slots of its modules are swapped instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.errors import ModelError
+from mptrain.precision.flat import Entry, Flat
+from mptrain.precision.policy import Kept, Policy, kept_in_fp32
+
+MASTER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A parameter that was replaced or resized from outside: what it is now, with its fp32 values."""
+
+    entry: Entry
+    parameter: nn.Parameter
+    values: Tensor
+
+
+class Masters:
+    """Builds the buffers and maps between the model and them.
+
+    trained: the optimizer's parameters with the index of their group, in its order. Parameters of the
+    optimizer that are not the model's (learned masks) are kept in fp32. A frozen parameter gets a
+    master too, so that its fp32 values are not lost, unless it has the compute dtype already.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, trained: Sequence[tuple[nn.Parameter, int]]) -> None:
+        self.model = model
+        self.kept: Kept = kept_in_fp32(model, policy)
+        group_of = {id(p): group for p, group in trained}
+        members = {id(p): (name, p) for name, p in model.named_parameters()}
+        for index, (p, group) in enumerate(trained):
+            if id(p) not in members:
+                self.kept.parameters.add(id(p))
+                members[id(p)] = (f"optimizer.{group}.{index}", p)
+        order = sorted(members, key=lambda i: group_of.get(i, len(trained)))
+        by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter, int | None]]] = {}
+        for key in order:
+            name, p = members[key]
+            dtype = _target(name, p, key in group_of, key in self.kept.parameters, policy)
+            if dtype is not None:
+                by_kind.setdefault((p.device, dtype), []).append((name, p, group_of.get(key)))
+        split = policy.master == "split"
+        self.flats = [Flat(device, dtype, m, split=split) for (device, dtype), m in by_kind.items()]
+        self.by_name: dict[str, tuple[Flat, Entry]] = {e.name: (f, e) for f in self.flats for e in f.entries}
+        self.by_id: dict[int, tuple[Flat, Entry]] = {id(e.parameter): (f, e) for f in self.flats for e in f.entries}
+        self._structure = list(_links(model))
+        self._addresses = [(e.parameter, e.parameter.data_ptr()) for f in self.flats for e in f.entries]
+
+    def sync(self) -> None:
+        for flat in self.flats:
+            flat.sync()
+
+    def read(self) -> dict[str, Tensor]:
+        """fp32 values by parameter name; views of the masters, or joined when split."""
+        return {name: flat.read_master(entry) for name, (flat, entry) in self.by_name.items()}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        for name, (flat, entry) in self.by_name.items():
+            flat.write_master(entry, values[name])
+
+    # -- the model in fp32
+
+    @contextlib.contextmanager
+    def exposed(self, write: bool) -> Iterator[list[Changed]]:
+        """Put fp32 parameters into the model's slots.
+
+        Values that were replaced, and with `write` all values, are taken over at the end. The
+        yielded list then holds the parameters whose shape is another one.
+        """
+        stand_ins = {
+            id(e.parameter): nn.Parameter(f.read_master(e), e.parameter.requires_grad) if f.split else e.master
+            for f in self.flats
+            for e in f.entries
+        }
+        addresses = {i: p.data_ptr() for i, p in stand_ins.items()}
+        for module, name, parameter in _slots(self.model):
+            if id(parameter) in stand_ins:
+                module._parameters[name] = stand_ins[id(parameter)]
+        changed: list[Changed] = []
+        try:
+            yield changed
+        finally:
+            now = dict(self.model.named_parameters())
+            back = {id(p): self.by_id[i][1].parameter for i, p in stand_ins.items()}
+            for name, (flat, entry) in self.by_name.items():
+                stand_in = stand_ins[id(entry.parameter)]
+                present = now.get(name, stand_in)
+                replaced = present is not stand_in or present.data_ptr() != addresses[id(entry.parameter)]
+                if present.shape != entry.shape:
+                    parameter = entry.parameter if present is stand_in else present
+                    changed.append(Changed(entry, parameter, present.detach().float()))
+                elif replaced or (write and flat.split):
+                    flat.write_master(entry, present.detach())
+                    back[id(present)] = entry.parameter
+            for module, name, parameter in _slots(self.model):
+                if id(parameter) in back:
+                    module._parameters[name] = back[id(parameter)]
+            if write:
+                self.sync()
+
+    # -- changes from outside
+
+    def intact(self) -> bool:
+        """Whether the model still has the modules and parameters it had, at their place in the buffers."""
+        return all(table.get(name) is item for table, name, item in self._structure) and all(
+            p.data_ptr() == address for p, address in self._addresses
+        )
+
+    @torch.no_grad()
+    def changes(self) -> list[Changed]:
+        """Parameters that were replaced or resized while half (`resize_token_embeddings`).
+
+        Where a new value equals the old half weight it came from there, so the master's is restored.
+        """
+        now = dict(self.model.named_parameters())
+        found = []
+        for name, (flat, entry) in self.by_name.items():
+            present = now.get(name, entry.parameter)
+            old = flat.view(flat.master if flat.half is None else flat.half, entry)
+            if present is entry.parameter and present.data_ptr() == old.data_ptr():
+                continue
+            values = present.detach().float().clone()
+            overlap = tuple(slice(0, min(a, b)) for a, b in zip(values.shape, old.shape))
+            same = present.detach()[overlap] == old[overlap]
+            values[overlap] = torch.where(same, flat.read_master(entry)[overlap], values[overlap])
+            found.append(Changed(entry, present, values))
+        return found
+
+    @torch.no_grad()
+    def dismantle(self, changed: Sequence[Changed] = ()) -> None:
+        """Give every parameter an fp32 storage of its own; the buffers may be dropped afterwards."""
+        values = {id(c.entry): c for c in changed}
+        for flat in self.flats:
+            for entry in flat.entries:
+                if id(entry) in values:
+                    values[id(entry)].parameter.data = values[id(entry)].values
+                else:
+                    entry.parameter.data = flat.read_master(entry).clone()
+
+
+def _target(name: str, p: nn.Parameter, trained: bool, keep: bool, policy: Policy) -> torch.dtype | None:
+    """dtype that a parameter is computed with; None when it is left alone."""
+    if hasattr(p, "full_tensor"):
+        raise ModelError(
+            f"{name} is sharded (a DTensor) and masters need whole parameters: use DDP, or FSDP2's MixedPrecisionPolicy"
+        )
+    if p.dtype not in MASTER_DTYPES:
+        if trained and p.requires_grad:
+            raise ModelError(f"{name} is trained and must be fp32, fp16 or bf16, got {p.dtype}; cast it or freeze it")
+        return None
+    target = torch.float32 if keep else policy.dtype
+    return target if trained or p.dtype != target else None
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every place a parameter is registered at; a tied parameter has several."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module, name, parameter
+
+
+def _links(model: nn.Module) -> Iterator[tuple[dict, str, nn.Module | nn.Parameter | None]]:
+    for module in model.modules():
+        for table in (module._modules, module._parameters):
+            for name, item in table.items():
+                yield table, name, item

@@ -1,0 +1,285 @@
+"""`MasterOptimizer`: a torch optimizer whose model computes in half while it updates fp32 masters.
+
+The wrapped optimizer stays the truth for settings and state: its groups hold the masters, its state
+holds the moments in torch's format, and its `step` is called after every update. For Adam, AdamW and
+SGD the update has then happened in one pass over the flat buffers and that call finds no gradients;
+for other optimizers it is the update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mptrain.errors import ResumeError, UserError
+from mptrain.precision import accumulate, moments
+from mptrain.precision.casting import add_casts
+from mptrain.precision.flat import Flat
+from mptrain.precision.master import Changed, Masters
+from mptrain.precision.native import native_kernel
+from mptrain.precision.policy import Policy
+from mptrain.precision.step import Kernel, Run, TorchKernel, rule_of
+
+FORMAT = "mptrain.masters/v1"
+
+KernelChoice = Literal["auto", "native", "torch"]
+
+
+class MasterOptimizer(torch.optim.Optimizer):
+    """Wraps `optimizer`, built on the parameters of `model`, which become half in place."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy, kernel: KernelChoice = "auto"
+    ) -> None:
+        # not Optimizer.__init__: groups, state and defaults are those of the wrapped optimizer
+        if isinstance(model, DistributedDataParallel):
+            raise UserError("masters come before DDP: build them on the plain model, then wrap the model")
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, MasterOptimizer):
+            raise UserError(f"optimizer must be a torch.optim optimizer, got {type(optimizer).__name__}")
+        self.policy = policy
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
+        self.optimizer = optimizer
+        self.rule = rule_of(optimizer)
+        if self.rule is None and policy.master == "split":
+            raise UserError(
+                f"split masters need Adam, AdamW or SGD, got {type(optimizer).__name__} with its settings: other"
+                " optimizers step on fp32 tensors. Use master='fp32'."
+            )
+        if kernel not in ("auto", "native", "torch"):
+            raise UserError(f"kernel must be 'auto', 'native' or 'torch', got {kernel!r}")
+        self._kernel_choice = kernel
+        self._kernels: dict[torch.device, Kernel] = {}
+        self._attached = False
+        self._stepping = False
+        self._exposed = False
+        self.defaults = optimizer.defaults
+        self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self._build()
+        self._loading = contextlib.ExitStack()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._refuse_direct_step),
+            self.model.register_load_state_dict_pre_hook(self._before_load),
+            self.model.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def _before_load(self, *_: Any) -> None:
+        self._loading.enter_context(self.exposed(write=True))
+
+    def _after_load(self, *_: Any) -> None:
+        self._loading.close()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.policy.compute}, master={self.policy.master}, {self.optimizer!r})"
+
+    def _refuse_direct_step(self, *_: Any) -> None:
+        if not self._stepping:
+            raise UserError(
+                "optimizer.step() was called on an optimizer that MasterWeights wraps; it would do nothing, because the"
+                " gradients are on the half weights. Call step() of the MasterWeights object instead."
+            )
+
+    # -- building
+
+    @property
+    def flats(self) -> list[Flat]:
+        return self.masters.flats
+
+    def _build(self) -> None:
+        groups = self.optimizer.param_groups
+        trained = [(p, index) for index, group in enumerate(groups) for p in group["params"]]
+        self.masters = Masters(self.model, self.policy, trained)
+        self._casts = add_casts(self.model, self.masters.kept, self.policy.dtype)
+        for flat in self.flats:
+            for entry in flat.entries:
+                if entry.group is not None:
+                    moments.move(self.optimizer, entry.parameter, entry.master)
+            if self.rule is not None:
+                moments.take_over(self.optimizer, flat, self.rule)
+
+    def _dismantle(self, changed: Sequence[Changed] = ()) -> None:
+        """fp32 parameters again in the model and the optimizer; `changed` ones with their new values."""
+        self._remove_casts()
+        self.zero_grad()
+        self.masters.dismantle(changed)
+        now = {id(c.entry): c.parameter for c in changed}
+        for flat in self.flats:
+            for entry in flat.entries:
+                if entry.group is not None:
+                    moments.move(self.optimizer, entry.master, now.get(id(entry), entry.parameter))
+
+    def _remove_casts(self) -> None:
+        for cast in self._casts:
+            cast.remove()
+        self._casts = []
+
+    def _rebuild(self, changed: Sequence[Changed]) -> None:
+        if not changed:
+            return
+        if self._attached:
+            raise UserError(f"{changed[0].entry.name} was resized after DDP wrapped the model: resize first, then wrap")
+        self._dismantle(changed)
+        self._build()
+
+    def release(self) -> nn.Module:
+        """The model with fp32 parameters of its own, and the optimizer on them; this object is done."""
+        self._dismantle()
+        for hook in self._hooks:
+            hook.remove()
+        return self.model
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Masters are built anew with the added parameters."""
+        self._dismantle()
+        try:
+            self.optimizer.add_param_group(param_group)
+        finally:
+            self._build()
+
+    # -- the model in fp32
+
+    def sync(self) -> None:
+        """half weights <- masters: in place, one copy for each dtype and device, nothing is allocated.
+
+        `step` has done it already; only needed after masters were written by hand.
+        """
+        self.masters.sync()
+
+    @contextlib.contextmanager
+    def exposed(self, *, write: bool = False) -> Iterator[nn.Module]:
+        """Inside, the model's parameters are the fp32 masters: to save, evaluate in fp32, load or resize.
+
+        write: take over values that were written to them, and sync the half weights at the end.
+        Parameters that were replaced or resized are taken over in any case.
+        """
+        if self._exposed:  # a load_state_dict inside
+            yield self.model
+            return
+        self._exposed = True
+        self._remove_casts()
+        try:
+            with self.masters.exposed(write) as changed:
+                yield self.model
+        finally:
+            self._exposed = False
+            self._casts = add_casts(self.model, self.masters.kept, self.policy.dtype)
+            self._rebuild(changed)
+
+    # -- a step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of this step, accumulated ones too."""
+        for flat in self.flats:
+            accumulate.clear(flat)
+
+    def _kernel(self, flat: Flat) -> Kernel:
+        if flat.device not in self._kernels:
+            self._kernels[flat.device] = self._choose_kernel(flat.device)
+        return self._kernels[flat.device]
+
+    def _choose_kernel(self, device: torch.device) -> Kernel:
+        if device.type == "cpu" and self._kernel_choice != "torch":
+            kernel = native_kernel()
+            if kernel is not None:
+                return kernel
+            if self._kernel_choice == "native":
+                raise UserError("kernel='native', but it could not be built here (see the log); use kernel='auto'")
+        return TorchKernel(device)
+
+    def _sum_of_squares(self, runs: Sequence[Run]) -> float:
+        sums: dict[torch.device, Any] = {}
+        for run in runs:
+            sums[run.flat.device] = sums.get(run.flat.device, 0.0) + self._kernel(run.flat).norm(run)
+        return sum(float(s) for s in sums.values())
+
+    @torch.no_grad()
+    def _update(self, runs: Sequence[Run], factor: float) -> None:
+        """Step with factor * gradient, and drop the gradients."""
+        if self.rule is None:
+            self._update_by_optimizer(factor)
+            return
+        for run in runs:
+            rule = self.rule.of(self.param_groups[run.group], run.step + 1)
+            self._kernel(run.flat).update(run, rule, factor)
+            first, last = run.entries[0].index, run.entries[-1].index
+            run.flat.steps[first : last + 1] += 1
+            if run.step == 0:
+                moments.link(self.optimizer, run.flat, run.entries, rule.states)
+        self.zero_grad()
+        self._step_optimizer()
+
+    def _update_by_optimizer(self, factor: float) -> None:
+        for flat in self.flats:
+            if flat.dtype != torch.float32:
+                accumulate.fold(flat)
+        accumulate.scale(self.flats, factor)
+        for flat in self.flats:
+            for entry in flat.entries:
+                if entry.accumulated:
+                    entry.master.grad = flat.view(flat.gradients(), entry)
+        self._step_optimizer()
+        for flat in self.flats:
+            for entry in flat.entries:
+                entry.master.grad = None
+            if flat.half is not None:
+                flat.half[: flat.trained].copy_(flat.master[: flat.trained])
+        self.zero_grad()
+
+    def _step_optimizer(self) -> None:
+        self._stepping = True
+        try:
+            self.optimizer.step()
+        finally:
+            self._stepping = False
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state and groups, and `masters`: fp32 values by parameter name."""
+        return {**self.optimizer.state_dict(), "format": FORMAT, "masters": self.masters.read()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ResumeError when the state has no masters or those of another model."""
+        if state_dict.get("format") != FORMAT:
+            raise ResumeError(
+                "the optimizer state holds no fp32 masters, so resuming from it would round the weights to"
+                f" {self.policy.compute}. To go on from a plain fp32 run, load its model and optimizer first and"
+                " build MasterWeights on them."
+            )
+        values = state_dict["masters"]
+        own = {name: entry.shape for name, (_, entry) in self.masters.by_name.items()}
+        wrong = [n for n in own if n not in values or values[n].shape != own[n]] + [n for n in values if n not in own]
+        if wrong:
+            raise ResumeError(
+                f"the masters of the state are not those of this model: {len(wrong)} of {len(own)} differ in name or"
+                f" shape (first: {wrong[0]}). Build the same model with the same keep_fp32, then load."
+            )
+        self.optimizer.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        self.masters.write(values)
+        if self.rule is not None:
+            for flat in self.flats:
+                moments.take_over(self.optimizer, flat, self.rule)

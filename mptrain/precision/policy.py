@@ -1,0 +1,196 @@
+"""Which dtype each tensor of a training run has.
+
+    master     what the optimizer updates: fp32, or split into the bf16 weight and a remainder
+    compute    what forward and backward see: fp16 or bf16, but for the modules kept in fp32
+    reduce     what gradients are summed over ranks in
+
+Buffers (rotary frequencies, running statistics) keep their dtype, and so do modules whose
+running statistics would drift in half precision (batch norm).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mptrain.errors import ModelError, UserError
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+NORMS = "norms"
+
+Compute = Literal["fp16", "bf16"]
+Master = Literal["fp32", "split"]
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """Loss scale: with `interval`, times `growth` after that many good steps in a row; without, static.
+
+    An overflow multiplies it by `backoff` once `hysteresis` overflows were seen since it last
+    grew, never below `floor`. Training is stopped after `patience` overflows in a row at the floor.
+    """
+
+    init: float = 2.0**16
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int | None = 2000
+    floor: float = 1.0
+    ceiling: float = 2.0**24
+    hysteresis: int = 1
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise UserError(f"loss_scale.{name} must be {rule}, got {getattr(self, name)}; see LossScale")
+
+        check(self.floor > 0, "floor", "above 0")
+        check(self.ceiling >= self.floor, "ceiling", f"at least the floor ({self.floor:g})")
+        check(self.floor <= self.init <= self.ceiling, "init", f"from floor {self.floor:g} to ceiling {self.ceiling:g}")
+        check(self.growth > 1, "growth", "above 1")
+        check(0 < self.backoff < 1, "backoff", "between 0 and 1")
+        check(self.interval is None or self.interval >= 1, "interval", "at least 1, or None for a static scale")
+        check(self.hysteresis >= 1, "hysteresis", "at least 1")
+        check(self.patience >= 1, "patience", "at least 1")
+
+    @classmethod
+    def static(cls, scale: float, patience: int = 10) -> LossScale:
+        return cls(init=scale, floor=scale, ceiling=scale, interval=None, patience=patience)
+
+    @classmethod
+    def of(cls, value: LossScale | Literal["dynamic"] | float | None, compute: Compute) -> LossScale:
+        """The setting a user wrote; None is dynamic for fp16 and 1 for bf16, whose range is that of fp32."""
+        if isinstance(value, LossScale):
+            return value
+        if value == "dynamic" or (value is None and compute == "fp16"):
+            return cls()
+        if value is None:
+            return cls.static(1.0)
+        if isinstance(value, (int, float)) and value > 0:
+            return cls.static(float(value))
+        raise UserError(f"loss_scale must be 'dynamic', a positive number or a LossScale, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """dtypes of a run. keep_fp32: substrings of parameter names, 're:REGEX', or 'norms'."""
+
+    compute: Compute = "bf16"
+    master: Master = "fp32"
+    reduce: Literal["fp32", "compute"] = "fp32"
+    keep_fp32: Sequence[str] = ()
+    loss_scale: LossScale = field(default_factory=lambda: LossScale.static(1.0))
+
+    def __post_init__(self) -> None:
+        if self.compute not in DTYPES:
+            raise UserError(f"the compute dtype must be 'fp16' or 'bf16', got {self.compute!r}")
+        if self.master not in ("fp32", "split"):
+            raise UserError(f"master must be 'fp32' or 'split', got {self.master!r}")
+        if self.master == "split" and self.compute != "bf16":
+            raise UserError(
+                f"master 'split' needs bf16, got {self.compute}: only a bf16 weight is the high half of an fp32 number."
+                " Use master='fp32' or dtype='bf16'."
+            )
+        if self.reduce not in ("fp32", "compute"):
+            raise UserError(f"reduce must be 'fp32' or 'compute', got {self.reduce!r}")
+        if isinstance(self.keep_fp32, str):
+            raise UserError(f"keep_fp32 must be a list, got the string {self.keep_fp32!r}; write [{self.keep_fp32!r}]")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.compute]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays in fp32: ids of parameters, and the modules around which activations are cast."""
+
+    parameters: set[int]
+    boundaries: list[nn.Module]
+
+
+def kept_in_fp32(model: nn.Module, policy: Policy) -> Kept:
+    """Resolve the policy's patterns on a model.
+
+    A module that owns a kept parameter keeps all of its own, because no layer computes with
+    mixed weights, and a tied parameter is kept by all its owners. Boundaries are the topmost
+    modules that are kept whole, so a pattern that names a block runs the block in fp32 inside.
+    Modules that a transformers model declares itself (T5's `wo`) cast for themselves.
+
+    Raises ModelError when a pattern matches nothing or everything.
+    """
+    owners = [(name, m) for name, m in model.named_modules() if _float_parameters(m)]
+    unused = set(policy.keep_fp32)
+    kept: set[int] = set()
+    for module_name, module in owners:
+        for local, parameter in _float_parameters(module):
+            name = f"{module_name}.{local}".removeprefix(".")
+            hits = [p for p in policy.keep_fp32 if (_is_norm(module) if p == NORMS else _matches(p, name))]
+            unused.difference_update(hits)
+            if hits or _has_statistics(module):
+                kept.add(id(parameter))
+    if unused:
+        some = ", ".join(n for n, _ in list(model.named_parameters())[:3])
+        raise ModelError(f"keep_fp32: {sorted(unused)[0]!r} matches no parameter; names are like {some}")
+    _close(kept, (m for _, m in owners))
+    declared = _declared(owners, model, policy)
+    ids = {id(p) for _, m in owners for _, p in _float_parameters(m)}
+    if ids and ids <= kept:
+        raise ModelError(
+            f"keep_fp32 {list(policy.keep_fp32)} keeps every parameter; nothing is left for {policy.compute}"
+        )
+    return Kept(kept | declared, list(_boundaries(model, kept)))
+
+
+def _float_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in module._parameters.items() if p is not None and p.is_floating_point()]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern.removeprefix("re:"), name) is not None
+    return pattern in name
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+def _close(kept: set[int], modules: Iterable[nn.Module]) -> None:
+    """Add what shares a module with a kept parameter, until nothing changes."""
+    members = [{id(p) for _, p in _float_parameters(m)} for m in modules]
+    before = -1
+    while len(kept) != before:
+        before = len(kept)
+        for ids in members:
+            if ids & kept:
+                kept |= ids
+
+
+def _declared(owners: Sequence[tuple[str, nn.Module]], model: nn.Module, policy: Policy) -> set[int]:
+    patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if policy.compute == "fp16":
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {id(p) for name, m in owners if any(x in name.split(".") for x in patterns) for _, p in _float_parameters(m)}
+
+
+def _boundaries(module: nn.Module, kept: set[int]) -> Iterator[nn.Module]:
+    ids = {id(p) for p in module.parameters() if p.is_floating_point()}
+    if not ids & kept:
+        return
+    called = type(module).forward is not nn.Module.forward
+    if ids <= kept and called and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        yield module
+        return
+    for child in module.children():
+        yield from _boundaries(child, kept)
