@@ -167,7 +167,7 @@ class MasterWeights(MasterOptimizer):
 
     # -- a step
 
-    def step(self, closure: None = None) -> bool:
+    def step(self, closure: None = None) -> bool:  # type: ignore[override]
         """Update the weights, or skip when a gradient is not finite; either way gradients are dropped.
 
         Returns whether the weights were updated. Raises TrainingError with a diagnosis when the loss

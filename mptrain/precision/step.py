@@ -170,6 +170,7 @@ class Run:
     """
 
     flat: Flat
+    group: int
     step: int
     """updates before this one"""
     entries: list[Entry] = field(default_factory=list)
@@ -188,18 +189,18 @@ def collect(flat: Flat) -> list[Run]:
         fold(flat)
         gathered = True
     runs: list[Run] = []
-    last = None
-    for entry, step, grad in zip(flat.entries, flat.steps.tolist(), grads, strict=True):
+    run: Run | None = None
+    for entry, updates, grad in zip(flat.entries, flat.steps.tolist(), grads, strict=True):
         if entry.group is None or not (entry.accumulated if gathered else grad is not None):
-            last = None
+            run = None
             continue
-        if (entry.group, step) != last:
-            last = (entry.group, step)
-            runs.append(Run(flat, int(step)))
-        runs[-1].entries.append(entry)
-        if not gathered:
-            runs[-1].gradients.append(_dense(grad, entry))
-            runs[-1].offsets.append(entry.offset)
+        if run is None or (run.group, run.step) != (entry.group, updates):
+            run = Run(flat, entry.group, int(updates))
+            runs.append(run)
+        run.entries.append(entry)
+        if grad is not None and not gathered:
+            run.gradients.append(_dense(grad, entry))
+            run.offsets.append(entry.offset)
     if gathered:
         for run in runs:
             start, stop = run.entries[0].offset, run.entries[-1].offset + run.entries[-1].numel
