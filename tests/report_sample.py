@@ -71,6 +71,10 @@ def linears(layers: int = 6) -> list[str]:
     return [f"bert.encoder.layer.{i}.{part}" for i in range(layers) for part in parts]
 
 
+def ir(variant: str) -> str:
+    return f"export/{variant}/openvino_model.xml"
+
+
 def variants(int8_speed: float = 1.95) -> list[Variant]:
     base = score(0.83, 1)
     runtime = {"fused_attention": 6, "attention_layers": 6, "inference_precision": "f32"}
@@ -79,15 +83,15 @@ def variants(int8_speed: float = 1.95) -> list[Variant]:
     exact = {"max_abs_diff": 2.4e-6, "mean_abs_diff": 3e-7, "argmax_agreement": 1.0, "examples": 128}
     close = {"max_abs_diff": 0.17, "mean_abs_diff": 0.02, "argmax_agreement": 0.992, "examples": 128}
     return [
-        Variant("baseline_fp32", "dense", "openvino", "fp32", "export/baseline_fp32", 90_860_000, 22_713_986,
+        Variant("baseline_fp32", "dense", "openvino", "fp32", ir("baseline_fp32"), 90_860_000, 22_713_986,
                 [base], 1_360_000_000, times(1.0, 1), {**plain, "weight_types": {"f32": 90_700_000}}, exact),
-        Variant("pruned_fp32", "jpqd", "openvino", "fp32", "export/pruned_fp32", 65_300_000, 16_301_000,
+        Variant("pruned_fp32", "jpqd", "openvino", "fp32", ir("pruned_fp32"), 65_300_000, 16_301_000,
                 [score(0.82, 2, base)], 560_000_000, times(2.3, 2), {**plain, "weight_types": {"f32": 65_100_000}},
                 exact),
-        Variant("jpqd_int8", "jpqd", "openvino", "int8", "export/jpqd_int8", 17_100_000, 16_301_000,
+        Variant("jpqd_int8", "jpqd", "openvino", "int8", ir("jpqd_int8"), 17_100_000, 16_301_000,
                 [score(0.815, 3, base)], 560_000_000, times(int8_speed, 3),
                 {**int8, "weight_types": {"i8": 16_290_000, "f32": 410_000}}, close),
-        Variant("jpqd_int8_emb4", "jpqd", "openvino", "int8_emb4", "export/jpqd_int8_emb4", 11_200_000, 16_301_000,
+        Variant("jpqd_int8_emb4", "jpqd", "openvino", "int8_emb4", ir("jpqd_int8_emb4"), 11_200_000, 16_301_000,
                 [score(0.812, 4, base)], 560_000_000, times(int8_speed, 4),
                 {**int8, "weight_types": {"i8": 4_570_000, "u4": 5_860_000, "f32": 410_000}}, close),
     ]  # fmt: skip

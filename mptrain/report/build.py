@@ -30,7 +30,8 @@ class Variant:
     """One exported model and what was measured on it.
 
     `scores` come from the exported file itself, the main metric first; all variants are
-    scored on the same examples in the same order. `path` is relative to the run folder.
+    scored on the same examples in the same order. `path` is the model file,
+    relative to the run folder.
     """
 
     id: str

@@ -97,12 +97,12 @@ def _use(report: Row) -> list[str]:
             f"from optimum.intel import {model}",
             f"from transformers import {processor}, pipeline",
             "",
-            f"folder = {chosen['path']!r}",
+            f"folder = {_folder(chosen)!r}",
             f"model = {model}.from_pretrained(folder)",
             f"processor = {processor}.from_pretrained(folder)",
             f"run = pipeline({pipeline!r}, model=model, {_PROCESSORS.get(processor, 'tokenizer')}=processor)",
         ]
-        folders = "\n".join(f"- {escape(v['id'])}: {escape(v['path'])}" for v in exported)
+        folders = "\n".join(f"- {escape(v['id'])}: {escape(_folder(v))}" for v in exported)
         parts.append(f"## Use\n\n{_fence(code)}\n\nThe exported models:\n\n{folders}")
     if report["checkpoints"]:
         folder = list(report["checkpoints"].values())[-1]
@@ -115,10 +115,17 @@ def _use(report: Row) -> list[str]:
     return parts
 
 
+def _folder(variant: Row) -> str:
+    """What `from_pretrained` takes: the folder of the model file."""
+    path = variant["path"]
+    return path.rpartition("/")[0] if path.endswith(".xml") else path
+
+
 def _limits(report: Row) -> str:
     lines = [
         "Scores hold for the test split named above. Other data, domains and languages were not measured.",
-        f"Latency was measured on {report['host'].get('cpu', 'one host')} and orders differently on other processors.",
+        f"Latency was measured on {report['host'].get('cpu', 'one host')}; on other processors the variants can rank"
+        " differently.",
         "Compression can change behaviour on rare inputs and groups more than the average shows;"
         " what the pretrained model gets wrong or has learned from its data, the compressed one inherits.",
     ]

@@ -52,9 +52,16 @@ def page(report: Row) -> str:
         layer_lists=tables.layer_lists(report),
         plots=_plots(report),
         no_plots=NO_PLOTS,
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
+        recipe=yaml.safe_dump(_given(recipe), sort_keys=False, allow_unicode=True, width=100),
         intervals=INTERVALS,
     )
+
+
+def _given(value: Any) -> Any:
+    """A recipe without the fields that were left out."""
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item is not None}
+    return [_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _plots(report: Row) -> Row:
