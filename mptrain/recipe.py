@@ -313,7 +313,7 @@ class Recipe(Strict):
     model: Model
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
-    export: list[OpenVino] = []
+    export: Annotated[list[OpenVino], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     planning: Planning = Planning()
