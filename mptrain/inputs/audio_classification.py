@@ -29,7 +29,8 @@ class AudioClassificationData(ClassificationData):
 
     def encode(self, split: str, table: Table) -> Examples:
         rate, limit = self.processor.sampling_rate, self.spec.max_length
-        if limit < rate // 40:
+        self.min_length = rate // 40  # 25 ms, one frame: less gives a model nothing to convolve
+        if limit < self.min_length:
             raise DataError(
                 f"data.max_length: {limit} samples are {1000 * limit / rate:.0f} ms at {rate} Hz; for sound it counts"
                 f" samples, so give e.g. {rate} for one second."
@@ -66,5 +67,11 @@ class AudioClassificationData(ClassificationData):
         return {name: found[name] for name in self.processor.model_input_names if name in found}
 
     def example(self, batch: int, length: int) -> Batch:
-        """`length` counts samples; shorter sounds are repeated to fill it."""
+        """`length` counts samples; shorter sounds are repeated to fill it. Raises DataError below `min_length`."""
+        if length < self.min_length:
+            raise DataError(
+                f"An example of {length} samples was asked for, but {self.processor.sampling_rate} samples are a second"
+                f" and {self.min_length} the least. For sound, evaluate.latency.length counts samples: set it, e.g. to"
+                f" [{self.processor.sampling_rate}]."
+            )
         return without_targets(self._features([np.resize(e["samples"], length) for e in self._longest(batch)]))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -49,7 +50,7 @@ HEADS: dict[str, Any] = {
 }
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError)
+_LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, SafetensorError)
 """what transformers and huggingface_hub raise for a model that cannot be loaded"""
 
 
@@ -67,6 +68,11 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path, **prefix, **options)
     except _LOADING as error:
         raise _unloadable(spec, "processor (tokenizer, image processor or feature extractor)", error) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # transformers makes an empty tokenizer when it finds no files.
+        raise ModelError(
+            f"model.path: {spec.path} has no tokenizer; copy the tokenizer's files (tokenizer.json) there."
+        )
     if not tokenizer.is_fast:
         raise ModelError(
             f"model.path: {spec.path} has no fast tokenizer ({type(tokenizer).__name__}), which offsets and speed need."
@@ -95,7 +101,7 @@ def load_model(
     path, options = _locate(spec, allow_code)
     folder = Path(path) if options["local_files_only"] else None
     if folder and _is_artifact(folder):
-        return _load_artifact(spec, folder, labels, allow_code)
+        return _load_artifact(spec, folder, labels, allow_code, new_head)
     if folder:
         _check_weights(folder)
     try:
@@ -109,7 +115,7 @@ def load_model(
                 path,
                 config=config,
                 dtype=torch.float32,
-                attn_implementation=spec.attn,
+                attn_implementation=_attention(spec),
                 use_safetensors=True,
                 output_loading_info=True,
                 **options,
@@ -153,12 +159,21 @@ def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
     return spec.path, {"local_files_only": False, "trust_remote_code": spec.trust_remote_code}
 
 
+def _attention(spec: Model) -> str | None:
+    """What the recipe says; if it says nothing, sdpa where the architecture has it (Swin has not)."""
+    return spec.attn if "attn" in spec.model_fields_set else None
+
+
 def _unloadable(spec: Model, what: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())
-    if "Unrecognized configuration class" in reason:
+    if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", reason):
         return ModelError(
-            f"model.task: transformers has no {spec.task} head for the architecture of {spec.path}"
-            f" ({reason.split()[3].split('.')[-1].rstrip(chr(39) + '>')}). Choose another model or task."
+            f"model.task: transformers has no {spec.task} head for the architecture of {spec.path} ({found[1]})."
+            " Choose another model or task."
+        )
+    if "does not support an attention implementation" in reason:
+        return ModelError(
+            f"model.attn: {spec.path} has no {spec.attn} attention in transformers; set model.attn: eager."
         )
     if "ignore_mismatched_sizes" in reason:
         reason = (
@@ -227,24 +242,44 @@ def _check_missing(spec: Model, model: PreTrainedModel, missing: set[str], new_h
 
 
 def _is_artifact(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return any(key.startswith("mptrain_") for key in config)
+    """Whether only `mptrain.load` can read the folder; a dense model that we saved is a plain transformers folder."""
+    config = _read_config(folder)
+    special = "mptrain_structure" in config or (folder / "quantizers.json").is_file()
+    return special or "code" in config.get("mptrain", {})
 
 
-def _load_artifact(spec: Model, folder: Path, labels: Sequence[str] | None, allow_code: bool) -> PreTrainedModel:
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path: {folder / 'config.json'} cannot be read ({error}); copy it again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model.path: {folder / 'config.json'} is not a JSON object; copy it again.")
+    return config
+
+
+def _load_artifact(
+    spec: Model, folder: Path, labels: Sequence[str] | None, allow_code: bool, new_head: bool
+) -> PreTrainedModel:
     from mptrain import artifact
 
-    if spec.dropout is not None:
-        raise ModelError(f"model.dropout: {folder} was written by mptrain and keeps its own dropout; drop the option.")
+    if spec.dropout is not None and new_head:  # a teacher runs without dropout anyway
+        raise ModelError(f"model.dropout: {folder} was pruned or quantized with its own dropout; drop the option.")
     model = artifact.load(folder, allow_code=allow_code)
-    model.set_attn_implementation(spec.attn)
+    if _attention(spec) not in (None, model.config._attn_implementation):
+        if hasattr(model, "__nncf_hooks"):
+            raise ModelError(
+                f"model.attn: {folder} was quantized with {model.config._attn_implementation} attention, which its"
+                f" quantizers are attached to; set model.attn to that instead of {spec.attn}."
+            )
+        model.set_attn_implementation(spec.attn)
     theirs = list((model.config.id2label or {}).values())
     if labels is not None and theirs != list(labels):
         raise ModelError(
             f"model.path: {folder} tells the classes {theirs} apart, in this order, and the data has {list(labels)}."
             " Use it with the data it was made for, or start from the model it was made from."
         )
-    return model.eval()
+    return model
 
 
 def _image_processor(path: str, options: dict[str, Any]) -> Any:
@@ -278,8 +313,7 @@ def _model_class(file: Path, path: str) -> type[PreTrainedModel]:
         for key, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == name
     }
-    config = Path(path) / "config.json"
-    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [] if config.is_file() else []
+    named = _read_config(Path(path)).get("architectures") or [] if Path(path).is_dir() else []
     chosen = [classes[key] for key in named if key in classes] or list(classes.values())
     if len(chosen) != 1:
         raise ModelError(

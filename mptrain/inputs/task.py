@@ -72,6 +72,8 @@ class TaskData(ABC):
     """rows are running text, so missing splits are cut off its end instead of drawn from all over"""
 
     texts: dict[str, tuple[list[str], list[int]]] | None = None
+    min_length = 1
+    """of `example`"""
 
     def __init__(self, tables: Mapping[str, Table], spec: Data, processor: Any, seed: int, facts: dict) -> None:
         self.spec = spec
