@@ -136,11 +136,11 @@ def _recipe(options: argparse.Namespace) -> int:
 
 
 def _print_report(report: dict[str, Any], folder: Path) -> None:
-    import rich
+    from rich.console import Console
 
     from mptrain.report.summary import summary
 
-    rich.print(summary(report))
+    Console(width=None if sys.stdout.isatty() else 120).print(summary(report))
     print(f"Report: {folder / 'report.html'}")
 
 

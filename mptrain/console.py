@@ -23,3 +23,6 @@ def quiet_libraries() -> None:
     for name in ("nncf", "optimum", "accelerate", "torch.distributed", "openvino"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

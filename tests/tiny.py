@@ -91,7 +91,7 @@ def jpqd(folder: Path, **changes: Any) -> dict[str, Any]:
             "calibration": {"samples": 32, "batch_size": 8},
         },
         "stages": [
-            {"id": "dense", "train": {"epochs": 3, "lr": 3e-3, "batch_size": 8, "checkpoint_steps": 7}},
+            {"id": "dense", "train": {"epochs": 6, "lr": 3e-3, "batch_size": 8, "checkpoint_steps": 7}},
             {
                 "id": "jpqd",
                 "teacher": "dense",

@@ -6,6 +6,7 @@ between two variants continues with the second.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ from mptrain.run_folder import read_json, write_json
 from mptrain.train.stage import Context
 from mptrain.verify import graph, parity
 
+log = logging.getLogger(__name__)
+
 PARITY_EXAMPLES = 64
 
 
@@ -42,9 +45,8 @@ class Variants:
         return variants(self.recipe)
 
     def export(self, variant: str, stage: str, precision: str) -> str:
-        """Write export/<variant>/ with the IR, config and processor, and compare it with the torch model."""
-        facts_file = self._facts_file(variant)
-        if facts_file.is_file():
+        """Write export/<variant>/ with the IR, config and processor."""
+        if self._facts_file(variant).is_file():
             return variant
         begun = time.monotonic()
         model = self._torch_model(stage, precision)
@@ -57,38 +59,43 @@ class Variants:
             embeddings=quantize.embeddings if quantize is not None else "fp32",
             processor=self.context.processor,
         )
-        batches = self.data.calibration(PARITY_EXAMPLES, 16)
-        write_json(
-            facts_file,
-            {
-                "id": variant,
-                "stage": stage,
-                "format": "openvino",
-                "precision": precision,
-                "path": f"export/{variant}/{exported.xml.name}",
-                "size_bytes": exported.size_bytes,
-                **_counts(model, self.data.example(1, self.recipe.data.max_length)),
-                "parity": parity.compare(model, Runner(exported.xml), batches),
-                "runtime": graph.facts(Runner(exported.xml)),
-                "wall_s": {"export": time.monotonic() - begun},
-            },
-        )
-        return variant
+        facts = {
+            "id": variant,
+            "stage": stage,
+            "format": "openvino",
+            "precision": precision,
+            "path": f"export/{variant}/{exported.xml.name}",
+            "size_bytes": exported.size_bytes,
+            **_counts(model, self.data.example(1, self.recipe.data.max_length)),
+        }
+        return self._keep(facts, "export", begun)
+
+    def verify(self, variant: str) -> str:
+        """Compare the exported model with the torch model, and read from the compiled graph what really runs."""
+        facts = read_json(self._facts_file(variant))
+        if "parity" in facts:
+            return variant
+        begun = time.monotonic()
+        model = self._torch_model(facts["stage"], facts["precision"])
+        runner = Runner(self.context.folder / facts["path"])
+        facts["parity"] = parity.compare(model, runner, self.data.calibration(PARITY_EXAMPLES, 16))
+        facts["runtime"] = graph.facts(runner)
+        return self._keep(facts, "verify", begun)
 
     def evaluate(self, variant: str) -> str:
         """Score the exported model on the test split."""
         facts = read_json(self._facts_file(variant))
-        if "scores" not in facts:
-            begun = time.monotonic()
-            runner = Runner(self.context.folder / facts["path"])
-            scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
-            facts["scores"] = [
-                {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better}
-                for s in scores
-            ]
-            facts["wall_s"]["evaluate"] = time.monotonic() - begun
-            write_json(self._facts_file(variant), facts)
-        return variant
+        if "scores" in facts:
+            return variant
+        begun = time.monotonic()
+        runner = Runner(self.context.folder / facts["path"])
+        scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
+        facts["scores"] = [
+            {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better}
+            for s in scores
+        ]
+        log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
+        return self._keep(facts, "evaluate", begun)
 
     def measure(self, ids: list[str]) -> list[Variant]:
         """Latency of all variants, measured in alternation."""
@@ -121,6 +128,11 @@ class Variants:
         if self.data.texts is None or not self.recipe.evaluate.floor:
             return None
         return floor.floor(self.data.texts, self.recipe.seed)
+
+    def _keep(self, facts: dict[str, Any], step: str, begun: float) -> str:
+        facts.setdefault("wall_s", {})[step] = time.monotonic() - begun
+        write_json(self._facts_file(facts["id"]), facts)
+        return facts["id"]
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"

@@ -251,24 +251,39 @@ class _Progress(TrainerCallback):
 
     def __init__(self, phase: Phase) -> None:
         self.phase = phase
+        self.label = f"{phase.stage}/{phase.name}"
         self.loss = float("nan")
         self.bar: Any = None
+        self.begun = self.said = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        label = f"{self.phase.stage}/{self.phase.name}"
-        every = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=every)
+        first = state.global_step
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=state.max_steps, initial=first, desc=self.label, unit="step", disable=hidden)
+        self.first = first
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(1)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.said > 30 or state.global_step == state.max_steps):
+            self.said = now
+            each = (now - self.begun) / (state.global_step - self.first)
+            left = each * (state.max_steps - state.global_step) / 60
+            log.info(
+                "%s: step %d of %d, loss %.3f, %.2f s a step, %.1f min left",
+                self.label, state.global_step, state.max_steps, self.loss, each, left,
+            )  # fmt: skip
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        for name, value in (logs or {}).items():
-            if name == "loss":
-                self.bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
-            elif name.startswith("eval_"):
-                step, metric = self.phase.start + state.global_step, name.removeprefix("eval_")
-                tqdm.write(f"  step {step}: validation {metric} {value:.4f}", file=sys.stderr)
+        logs = logs or {}
+        if "loss" in logs:
+            self.loss = logs["loss"]
+            self.bar.set_postfix_str(f"loss {self.loss:.3f}", refresh=False)
+        scores = [f"{k.removeprefix('eval_')} {v:.4f}" for k, v in logs.items() if k.startswith("eval_")]
+        if scores:
+            step = self.phase.start + state.global_step
+            line = f"{self.label}: step {step}, validation {', '.join(scores)}"
+            log.info(line) if self.bar.disable else tqdm.write(line, file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
