@@ -67,7 +67,7 @@ class MasterWeights(MasterOptimizer):
         process_group: dist.ProcessGroup | None = None,
         kernel: KernelChoice = "auto",
     ) -> None:
-        policy = Policy(dtype, master, reduce, tuple(keep_fp32), LossScale.of(loss_scale, dtype))
+        policy = Policy(dtype, master, reduce, keep_fp32, LossScale.of(loss_scale, dtype))
         self.scaler = LossScaler(policy.loss_scale)
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
@@ -98,7 +98,7 @@ class MasterWeights(MasterOptimizer):
         self.scale(loss).backward(**kwargs)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on, in fp32, because 65504 is the top of fp16."""
+        """The loss to call backward on, in fp32."""
         if not self.masters.intact():
             self._rebuild(self.masters.changes())
         self._measured = None
@@ -110,6 +110,8 @@ class MasterWeights(MasterOptimizer):
                         " after wrapping, so that the fp32 sums are reduced over the ranks"
                     )
                 accumulate.fold(flat)
+        if loss.dtype == torch.float16:
+            self.scaler.limit(2.0**15)  # the gradient of the loss itself is the scale, and 65504 is the top of fp16
         self._last_loss = loss.detach()
         return loss.float() * self.scaler.scale
 

@@ -89,9 +89,9 @@ class Masters:
             for e in f.entries
         }
         addresses = {i: p.data_ptr() for i, p in stand_ins.items()}
-        for module, name, parameter in _slots(self.model):
-            if id(parameter) in stand_ins:
-                module._parameters[name] = stand_ins[id(parameter)]
+        swapped = [slot for slot in _slots(self.model) if id(slot[2]) in stand_ins]
+        for module, name, parameter in swapped:
+            module._parameters[name] = stand_ins[id(parameter)]
         changed: list[Changed] = []
         try:
             yield changed
@@ -101,14 +101,18 @@ class Masters:
             for name, (flat, entry) in self.by_name.items():
                 stand_in = stand_ins[id(entry.parameter)]
                 present = now.get(name, stand_in)
-                replaced = present is not stand_in or present.data_ptr() != addresses[id(entry.parameter)]
+                written = present is not stand_in or present.data_ptr() != addresses[id(entry.parameter)]
                 if present.shape != entry.shape:
                     parameter = entry.parameter if present is stand_in else present
                     changed.append(Changed(entry, parameter, present.detach().float()))
-                elif replaced or (write and flat.split):
+                elif written or (write and flat.split):
                     flat.write_master(entry, present.detach())
                     back[id(present)] = entry.parameter
-            for module, name, parameter in _slots(self.model):
+            replaced = {id(c.entry.parameter) for c in changed if c.parameter is not c.entry.parameter}
+            for module, name, parameter in swapped:
+                if name in module._parameters and id(parameter) not in replaced:
+                    module._parameters[name] = parameter
+            for module, name, parameter in _slots(self.model):  # modules that are new
                 if id(parameter) in back:
                     module._parameters[name] = back[id(parameter)]
             if write:

@@ -72,7 +72,7 @@ class LossScale:
             return cls()
         if value is None:
             return cls.static(1.0)
-        if isinstance(value, (int, float)) and value > 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
             return cls.static(float(value))
         raise UserError(f"loss_scale must be 'dynamic', a positive number or a LossScale, got {value!r}")
 

@@ -24,6 +24,7 @@ class LossScaler:
     def __init__(self, settings: LossScale) -> None:
         self.settings = settings
         self.scale = float(settings.init)
+        self.ceiling = settings.ceiling
         self.good_steps = 0
         self.chances = settings.hysteresis
         self.overflows_at_floor = 0
@@ -38,7 +39,7 @@ class LossScaler:
             if s.interval is not None and self.good_steps >= s.interval:
                 self.good_steps = 0
                 self.chances = s.hysteresis
-                self.scale = min(self.scale * s.growth, s.ceiling)
+                self.scale = min(self.scale * s.growth, self.ceiling)
             return
         self.skipped_steps += 1
         self.good_steps = 0
@@ -47,6 +48,12 @@ class LossScaler:
         self.chances = max(self.chances - 1, 0)
         if self.chances == 0:
             self.scale = max(self.scale * s.backoff, s.floor)
+
+    def limit(self, ceiling: float) -> None:
+        """Lower the ceiling of a dynamic scale."""
+        if self.settings.interval is not None and self.settings.floor <= ceiling < self.ceiling:
+            self.ceiling = ceiling
+            self.scale = min(self.scale, ceiling)
 
     @property
     def last_chance(self) -> bool:
