@@ -69,12 +69,12 @@ def brute_force(structure, importance, limit, floors, step):
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     heads=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=2),
     unit_costs=st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12)),
-    keep=st.floats(0.05, 1.0),
+    keep=st.integers(50, 1000).map(lambda n: n / 1000),
     floors=st.tuples(st.integers(1, 3), st.integers(1, 5)),
     step=st.integers(1, 4),
     seed=st.integers(0, 1000),
@@ -85,8 +85,8 @@ def test_is_the_optimum(heads, widths, unit_costs, keep, floors, step, seed):
     structure = Structure("bert", blocks, channels)
     importance = random_importance(structure, seed)
     total = cost(structure, budget_module.Kept())
-    best = brute_force(structure, importance, keep * total, {"heads": floors[0], "ffn": floors[1]}, step)
-    arguments = dict(min_heads=floors[0], min_ffn=floors[1], round_ffn=step)
+    best = brute_force(structure, importance, keep * total + 1e-9, {"heads": floors[0], "ffn": floors[1]}, step)
+    arguments = {"min_heads": floors[0], "min_ffn": floors[1], "round_ffn": step}
     if best is None:
         with pytest.raises(UserError, match="cannot be reached"):
             Budget(structure, Keep(encoder_params=keep), **arguments)
@@ -160,7 +160,7 @@ def test_ignored_blocks_count_but_stay():
     kept = search.search(random_importance(structure))
     assert set(kept.heads) == {0}
     assert cost(structure, kept) <= 0.6 * cost(structure, budget_module.Kept())
-    with pytest.raises(UserError, match="ignored layers at least 0.386"):
+    with pytest.raises(UserError, match=r"ignored layers at least 0\.386"):
         Budget(structure, Keep(encoder_params=0.3))
 
 
@@ -192,7 +192,9 @@ def test_latency_from_a_table():
 
 
 def test_round_up():
-    search = Budget(Structure("bert", [attention(0, 4)], [ffn(0, 21)]), Keep(encoder_params=1.0), min_ffn=6, round_ffn=8)
+    search = Budget(
+        Structure("bert", [attention(0, 4)], [ffn(0, 21)]), Keep(encoder_params=1.0), min_ffn=6, round_ffn=8
+    )
     _, block = search.structure.blocks()[1]
     assert [search.round_up("ffn", block, n) for n in (0, 1, 8, 9, 16, 17, 21)] == [8, 8, 8, 16, 16, 21, 21]
 

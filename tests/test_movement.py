@@ -127,7 +127,8 @@ def test_masks_by_hand():
     set_scores(ours, f"{layer}.output.dense.bias", [-0.7])
     ours.masked.gradients_ready()
     ours.masked.take_update()
-    ours.masked.apply(ours.next_masks(0))
+    ours.next_masks(0)
+    ours.masked.apply(ours._masks)
 
     mask = ours._masks[f"{layer}.attention.self.query.weight"]
     assert mask.shape == (32, 32)
@@ -205,7 +206,8 @@ def test_resolution_by_hand_and_rewind():
     set_scores(ours, f"{layer}.output.dense.bias", [1.0])
     ours.masked.gradients_ready()
     ours.masked.take_update()
-    ours.masked.apply(ours.next_masks(0))
+    ours.next_masks(0)
+    ours.masked.apply(ours._masks)
     # scores that are all the same have no element above their own quantile: layer 1 is all dead, floors keep it
     ours._step = 8
     kept = ours.kept()
@@ -261,7 +263,12 @@ class Reference:
         self.model, self.tau0, self.start, self.end, self.regularization = model, tau0, start, end, regularization
         self.scores, self.factors, self.linears = {}, {}, []
         for i in range(2):
-            for path in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
+            for path in (
+                "attention.self.query",
+                "attention.self.key",
+                "attention.self.value",
+                "attention.output.dense",
+            ):
                 self.add(f"bert.encoder.layer.{i}.{path}", block)
             self.add(f"bert.encoder.layer.{i}.intermediate.dense", "rows")
             self.add(f"bert.encoder.layer.{i}.output.dense", "columns")
@@ -349,10 +356,9 @@ def test_shared_score_gradient_is_that_of_a_gate(family):
     with torch.no_grad():
         ours.scores.copy_(torch.randn(len(ours.scores)))
     ours._step = 8
-    ours._kept = ours.budget.search(ours.importance())
-    masks = ours.present_masks()
-    assert masks
-    ours.masked.apply(masks)
+    ours._set_kept(ours.budget.search(ours.importance()))
+    assert ours._masks
+    ours.masked.apply(ours._masks)
     batch = inputs(family, labels=True)
     model(**batch).loss.backward()
     ours.gradients_ready()

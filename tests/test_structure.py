@@ -64,7 +64,7 @@ def test_ignore_marks_blocks():
 
 @pytest.mark.parametrize("pattern", ["decoder", "re:layer[", "re:layer\\.7"])
 def test_a_pattern_without_a_match_is_an_error(pattern):
-    with pytest.raises(UserError, match="prune.ignore"):
+    with pytest.raises(UserError, match=r"prune\.ignore"):
         find_structure(tiny("bert"), ignore=[pattern])
 
 
@@ -86,7 +86,7 @@ def test_shared_weights_are_refused():
     second.weight = first.weight
     structure = find_structure(model)
     names = [name for _, block in structure.blocks() for name in block.linears]
-    with pytest.raises(ModelError, match="shares its weight with bert.encoder.layer.1.intermediate.dense"):
+    with pytest.raises(ModelError, match=r"shares its weight with bert\.encoder\.layer\.1\.intermediate\.dense"):
         check_not_shared(model, names)
     check_not_shared(tiny("opt"), [n for _, b in find_structure(tiny("opt")).blocks() for n in b.linears])
 

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 FAMILIES = ("bert", "roberta", "distilbert", "vit", "wav2vec2", "swin", "opt", "llama")
 
-_TEXT = dict(vocab_size=50, max_position_embeddings=40)
-_BERT_LIKE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=3)
+_TEXT = {"vocab_size": 50, "max_position_embeddings": 40}
+_BERT_LIKE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_labels": 3,
+}
 
 
 def _config(family: str) -> tuple[Any, type]:

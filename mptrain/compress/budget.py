@@ -133,7 +133,7 @@ class Budget:
                 cost = np.array([cost_of(block, int(n)) for n in counts], dtype=np.float64)
                 choices.append(_Choice(kind, block, counts, cost))
         least = (fixed + sum(c.cost[0] for c in choices)) / total
-        if least > keep:
+        if least > keep * (1 + 1e-12):
             raise UserError(
                 f"prune.keep.{name}: {keep:g} cannot be reached: with min_heads {self._floors['heads'][0]},"
                 f" min_ffn {self._floors['ffn'][0]}, round_ffn {self._floors['ffn'][1]} and the ignored layers at least"

@@ -46,7 +46,7 @@ class FisherPruner(Pruner):
             name = f"{block.output}.weight"
             gradient = self.masked.gradient(name)
             if gradient is not None:
-                g = unit_sums(block, (gradient * self.masked.dense[name]).sum(0))
+                g = unit_sums(block, (gradient.float() * self.masked.dense[name].float()).sum(0))
                 self._sums[kind, block.index].mul_(DECAY).add_(g.square())
 
     def collect(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None = None) -> None:
@@ -67,7 +67,9 @@ class FisherPruner(Pruner):
                 loss = (loss_fn or model_loss)(model, {k: v.to(weights[0].device) for k, v in batch.items()})
                 gradients = torch.autograd.grad(loss, weights)
                 for (kind, block), weight, gradient in zip(blocks, weights, gradients):
-                    rows[kind, block.index].append(unit_sums(block, (gradient * weight.detach()).sum(0)).cpu())
+                    rows[kind, block.index].append(
+                        unit_sums(block, (gradient.float() * weight.detach().float()).sum(0)).cpu()
+                    )
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)

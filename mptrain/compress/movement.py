@@ -86,8 +86,8 @@ class MovementPruner(Pruner):
             group.of(self._elements).fill_(group.factor)
             group.of(self._coefficient).fill_(0.5 * group.factor / (group.numel * layers))
         self._tau0 = self.config.threshold
-        self._masks: dict[str, Tensor] = {}
-        self.masked.apply(self.next_masks(0))
+        self.next_masks(0)
+        self.masked.apply(self._masks)
         return model
 
     def masked_parameters(self) -> list[str]:
@@ -105,7 +105,7 @@ class MovementPruner(Pruner):
             by_masked = self.masked.gradient(group.parameter)
             if by_masked is None:
                 continue
-            product = by_masked * self.masked.dense[group.parameter]
+            product = by_masked.float() * self.masked.dense[group.parameter].float()
             if self.config.score == "shared":
                 group.of(gradient).copy_(unit_sums(blocks[group.parameter], product.sum(0)))
             else:
@@ -129,17 +129,16 @@ class MovementPruner(Pruner):
             settings["regularization_factor"] = settings["ease"] * self.config.regularization
         return settings
 
-    def next_masks(self, step: int) -> dict[str, Tensor]:
+    def next_masks(self, step: int) -> None:
         if self.config.regularization is None and self.config.score == "shared":
-            return super().next_masks(step)
-        if self.config.regularization is None:
+            super().next_masks(step)
+        elif self.config.regularization is None:
             if self.warmup.start < step <= self.warmup.end:
                 self._set_masks(self._alive_by_fraction(self.warmup.ease(step)))
         elif self.warmup.start <= step < self.warmup.end:
             if self._tau0 is None:
                 self._tau0 = self._first_threshold()
             self._set_masks(self._alive_by_threshold(self.at(step)["threshold"]))
-        return self.present_masks()
 
     @torch.no_grad()
     def _alive_by_threshold(self, tau: float) -> Tensor:
@@ -177,15 +176,12 @@ class MovementPruner(Pruner):
 
     def _set_masks(self, alive: Tensor) -> None:
         if self.config.score == "shared":
-            by_parameter = {group.parameter: group.of(alive) for group in self._groups}
-            for kind, block in self.structure.prunable():
-                units = by_parameter[f"{block.output}.weight"].nonzero().flatten().tolist()
-                self._kept.of(kind)[block.index] = units
-            return
-        self._masks = {group.parameter: group.spread(group.of(alive)) for group in self._groups}
-
-    def present_masks(self) -> dict[str, Tensor]:
-        return super().present_masks() if self.config.score == "shared" else self._masks
+            kept = Kept()
+            for (kind, block), group in zip(self.structure.prunable(), self._groups):
+                kept.of(kind)[block.index] = group.of(alive).nonzero().flatten().tolist()
+            self._set_kept(kept)
+        else:
+            self._masks = {group.parameter: group.spread(group.of(alive)) for group in self._groups}
 
     # -- resolution
 
@@ -272,15 +268,18 @@ class MovementPruner(Pruner):
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict() | {"scores": self.scores.detach().cpu().clone()}
-        state |= {f"mask.{name}": mask.cpu().clone() for name, mask in self._masks.items()}
+        if self.config.score == "block":
+            state |= {f"mask.{name}": mask.cpu().clone() for name, mask in self._masks.items()}
         if self._tau0 is not None:
             state["tau0"] = torch.tensor(self._tau0, dtype=torch.float64)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        device = self.scores.device
-        self._masks = {n.removeprefix("mask."): m.to(device) for n, m in state.items() if n.startswith("mask.")}
         self._tau0 = float(state["tau0"]) if "tau0" in state else None
         with torch.no_grad():
             self.scores.copy_(state["scores"])
         super().load_state_dict(state)
+        if self.config.score == "block":
+            device = self.scores.device
+            self._masks = {n.removeprefix("mask."): m.to(device) for n, m in state.items() if n.startswith("mask.")}
+            self.masked.apply(self._masks)

@@ -101,6 +101,7 @@ class Pruner:
         self.masked: MaskedWeights
         self._step = 0
         self._kept = Kept()  # of the present unit masks
+        self._masks: dict[str, Tensor] = {}  # by parameter
 
     # -- what a method defines
 
@@ -123,7 +124,7 @@ class Pruner:
         check_not_shared(model, [name for _, block in self.structure.prunable() for name in block.linears])
         self.masked = MaskedWeights({name: model.get_parameter(name) for name in self.masked_parameters()})
         self._step = 0
-        self._kept = Kept()
+        self._set_kept(Kept())
         return model
 
     def at(self, step: int) -> dict[str, float]:
@@ -139,7 +140,8 @@ class Pruner:
     def updated(self, step: int) -> None:
         self._step = step
         self.masked.take_update()
-        self.masked.apply(self.next_masks(step))
+        self.next_masks(step)
+        self.masked.apply(self._masks)
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """The boundary for a model without quantizers: survivors dense again, the rest cut."""
@@ -160,32 +162,32 @@ class Pruner:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue exactly: also puts W ⊙ M into the model's parameters."""
         self._step = int(state["step"])
-        self._kept = Kept()
+        kept = Kept()
         for name, tensor in state.items():
             if name.startswith("kept."):
                 _, kind, index = name.split(".")
-                self._kept.of(kind)[int(index)] = tensor.tolist()
+                kept.of(kind)[int(index)] = tensor.tolist()
+        self._set_kept(kept)
         self.masked.load_dense({n.removeprefix("dense."): t for n, t in state.items() if n.startswith("dense.")})
-        self.masked.apply(self.present_masks())
+        self.masked.apply(self._masks)
 
     # -- unit masks and the boundary
 
-    def next_masks(self, step: int) -> dict[str, Tensor]:
-        """Masks after `step` optimizer steps."""
+    def next_masks(self, step: int) -> None:
+        """Choose the masks for the forward pass after `step` optimizer steps."""
         if self.warmup.refreshes(step):
-            self._kept = self.budget.search(self.importance(), self.warmup.ease(step))
-        return self.present_masks()
+            self._set_kept(self.budget.search(self.importance(), self.warmup.ease(step)))
 
-    def present_masks(self) -> dict[str, Tensor]:
-        masks = {}
+    def _set_kept(self, kept: Kept) -> None:
+        """Unit masks that leave `kept`."""
+        self._kept, self._masks = kept, {}
         for kind, block in self.structure.prunable():
-            units = self._kept.of(kind).get(block.index)
+            units = kept.of(kind).get(block.index)
             if units is not None and len(units) < block.units:
                 name = f"{block.output}.weight"
                 alive = torch.zeros(block.units, dtype=torch.bool)
                 alive[units] = True
-                masks[name] = alive.repeat_interleave(block.columns)[None].to(self.masked.dense[name].device)
-        return masks
+                self._masks[name] = alive.repeat_interleave(block.columns)[None].to(self.masked.dense[name].device)
 
     def sparsity(self) -> float:
         """Fraction of the parameters of all attention and FFN blocks that the masks remove."""
