@@ -4,10 +4,15 @@ import copy
 
 import pytest
 import torch
-from tiny_models import inputs, tiny
+from tiny_models import inputs, logits, tiny
 from torch.func import functional_call
 
+from mptrain.compress import quantizers
 from mptrain.compress.masked import MaskedWeights
+from mptrain.compress.movement import MovementPruner
+from mptrain.compress.shrink import linear_slices, shrink
+from mptrain.compress.structure import find_structure
+from mptrain.recipe import Movement, Qat
 
 NAMES = [
     "bert.encoder.layer.0.attention.self.query.weight",
@@ -80,3 +85,44 @@ def test_a_missed_call_is_an_error_and_not_lost_weights():
     masked.gradients_ready()
     with pytest.raises(RuntimeError, match="twice"):
         masked.gradients_ready()
+
+
+@pytest.mark.parametrize("score", ["shared", "block"])
+def test_acts_under_fake_quantizers(score):
+    """Masks, quantizers and scores in the same steps; shrunk with sliced quantizers is what was masked."""
+    config = {
+        "method": "movement",
+        "keep": {"encoder_params": 0.5},
+        "score": score,
+        "schedule": {"end": 6, "unit": "step"},
+        "attention_block": (8, 16),
+        "score_lr": 0.02,
+        "round_ffn": 1,
+    }
+    model = quantizers.quantize(tiny("bert"), Qat.model_validate({"mode": "qat"}), [inputs("bert", seed=9)]).train()
+    structure = find_structure(model)
+    ours = MovementPruner(
+        Movement.model_validate(config), structure=structure, phase_steps=6, steps_per_epoch=6, lr=0.01
+    )
+    ours.prepare(model)
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters())}, *ours.parameter_groups()], lr=0.01)
+    ranges = {name: model.get_parameter(name).detach().clone() for name in quantizers.quantizer_parameter_names(model)}
+    for step in range(6):
+        optimizer.zero_grad()
+        model(**inputs("bert", labels=True, seed=step)).loss.backward()
+        ours.gradients_ready()
+        optimizer.step()
+        ours.updated(step + 1)
+    assert 0.3 < ours.sparsity() < 0.7
+    assert any(not torch.equal(model.get_parameter(name), before) for name, before in ranges.items())
+
+    kept = ours.kept()
+    ours._set_kept(kept)  # whole units, as block masks are resolved
+    ours.masked.apply(ours._masks)
+    expected = logits(model.eval(), inputs("bert"))
+    ours.restore_dense()
+    plain, description, tensors = quantizers.detach(model)
+    shrink(plain, structure, kept)
+    sliced = quantizers.slice_quantizers(description, tensors, linear_slices(structure, kept))
+    shrunk = quantizers.attach(plain, *sliced).eval()
+    torch.testing.assert_close(logits(shrunk, inputs("bert")), expected, rtol=0, atol=1e-5)
