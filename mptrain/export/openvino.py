@@ -1,0 +1,284 @@
+"""Torch models to OpenVINO IR: traced, quantized weights stored as integers, in a folder that optimum-intel loads.
+
+Linears and convolutions with fake quantizers become i8 (or i4) constants with FakeQuantize on
+their inputs, which the CPU plugin turns into integer kernels. Embeddings have no quantizers:
+their rows are compressed here, int8 with one scale to a row, or int4 with one scale to every
+64 values (the token embedding of `int8_emb4`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from mptrain.compress import quantizers
+from mptrain.compress.scopes import openvino_module
+from mptrain.errors import ExportError, UserError
+from mptrain.recipe import Precision
+from mptrain.silence import silenced
+
+XML = "openvino_model.xml"  # the name optimum-intel looks for
+_INT4_GROUP = 64
+_FIXED = {"pixel_values"}  # inputs with only the batch dynamic: images have the size the model was built for
+_WRAPPED = "__module.model."  # scope of everything inside _Positional
+
+
+@dataclass(frozen=True)
+class Exported:
+    """size_bytes: xml and bin together."""
+
+    folder: Path
+    xml: Path
+    size_bytes: int
+
+
+def export_openvino(
+    model: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    precision: Precision,
+    embeddings: str = "fp32",
+    processor: Any = None,
+) -> Exported:
+    """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files.
+
+    model: a plain model for "fp32", one with quantizers for "int8" and "int8_emb4". It is not changed.
+    example: inputs by name, at least 2 examples; fixes the inputs of the IR and their order. Batch
+    and length stay dynamic (for images the batch). A causal LM is exported without a cache.
+    embeddings: "fp32" or "int8"; int8_emb4 has an int4 token embedding, and int8 for the others.
+    Raises UserError when precision and model do not fit, ExportError when the conversion fails.
+    """
+    _check(model, precision)
+    graph = convert(model, example)
+    if precision == "int8_emb4":
+        token = _token_embedding(model)
+        graph = _compress_embeddings(graph, {token}, bits=4, group=_group(model, token))
+        graph = _compress_embeddings(graph, _embeddings(model) - {token}, bits=8)
+    elif precision == "int8" and embeddings == "int8":
+        graph = _compress_embeddings(graph, _embeddings(model), bits=8)
+    return _write(graph, model, folder, processor)
+
+
+def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
+    """The IR in memory; inputs and outputs carry the names that the torch model has, operations its module names."""
+    if quantizers.is_quantized(model):
+        model = quantizers.frozen(model)
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    wrapper = _Positional(model.eval(), list(example))
+    try:
+        with torch.no_grad(), silenced(), _traceable_masks():
+            if use_cache is not None:
+                model.config.use_cache = False
+            outputs = wrapper.output_names(*example.values())
+            graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
+    except Exception as error:
+        raise ExportError(
+            f"OpenVINO could not convert {type(model).__name__}: {str(error).strip()[-600:]}. If the forward pass"
+            " depends on the values of its inputs, rewrite that part; else report it with the model's config.json."
+        ) from error
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.train(training)
+    _name(graph, example, outputs)
+    return graph
+
+
+class _Positional(nn.Module):
+    """The model with inputs by position and its tensor outputs as a tuple, as a trace needs them."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Sequence[str]):
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(**dict(zip(self.inputs, values)))
+        return tuple(value for value in outputs.values() if isinstance(value, Tensor))
+
+    def output_names(self, *values: Tensor) -> list[str]:
+        outputs = self.model(**dict(zip(self.inputs, values)))
+        return [name for name, value in outputs.items() if isinstance(value, Tensor)]
+
+
+@contextmanager
+def _traceable_masks() -> Iterator[None]:
+    """Attention masks from tensor operations: transformers' own take a traced length, a 0-d tensor, for positions."""
+    masks = {"sdpa": _boolean_mask, "eager": _additive_mask}
+    # Item assignment goes to a layer of the mapping above the registered functions; deletion uncovers them.
+    for name, function in masks.items():
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = function
+    try:
+        yield
+    finally:
+        for name in masks:
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def _boolean_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: Any = "cpu",
+    **_: Any,
+) -> Tensor:
+    """True where a query may see a key, [batch, 1, q_length, kv_length]. attention_mask: [batch, kv_length] or None."""
+    batch = torch.arange(batch_size, device=device)[:, None, None, None]
+    head = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
+    query = torch.arange(q_length, device=device)[None, None, :, None] + q_offset
+    key = torch.arange(kv_length, device=device)[None, None, None, :] + kv_offset
+    seen = mask_function(batch, head, query, key)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, :].to(torch.bool)
+    return seen.expand(batch_size, -1, q_length, kv_length)
+
+
+def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    seen = _boolean_mask(*args, **options)
+    return torch.where(seen, torch.tensor(0.0, dtype=dtype, device=seen.device), torch.finfo(dtype).min)
+
+
+def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
+    if len(graph.inputs) != len(example) or len(graph.outputs) != len(outputs):
+        raise ExportError(
+            f"the IR has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, the model was called with"
+            f" {list(example)} and gave {list(outputs)}: leave out inputs that the model does not use"
+        )
+    for port, (name, value) in zip(graph.inputs, example.items()):
+        port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)
+        fixed = list(value.shape[1:]) if name in _FIXED else [-1] * (value.dim() - 1)
+        port.get_node().set_partial_shape(ov.PartialShape([-1, *fixed]))
+    for port, name in zip(graph.outputs, outputs):
+        port.get_tensor().set_names({name})
+    for node in graph.get_ops():
+        friendly = node.get_friendly_name()
+        if friendly.startswith(_WRAPPED):
+            node.set_friendly_name("__module." + friendly.removeprefix(_WRAPPED))
+    graph.validate_nodes_and_infer_types()
+
+
+def _check(model: PreTrainedModel, precision: str) -> None:
+    quantized = quantizers.is_quantized(model)
+    if quantized and precision == "fp32":
+        raise UserError("export precision fp32 of a model with quantizers: detach them first (quantizers.detach)")
+    if not quantized and precision != "fp32":
+        raise UserError(
+            f"export precision {precision} needs a quantized model: add `quantize` to the stage, or export it as fp32"
+        )
+
+
+def _embeddings(model: PreTrainedModel) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
+def _token_embedding(model: PreTrainedModel) -> str:
+    try:
+        token = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        token = None
+    if not isinstance(token, nn.Embedding):
+        raise UserError(f"export precision int8_emb4: {type(model).__name__} has no token embedding; use int8")
+    return next(name for name, module in model.named_modules() if module is token)
+
+
+def _group(model: PreTrainedModel, embedding: str) -> int:
+    """The largest group of at most 64 that divides the width evenly."""
+    width = model.get_parameter(f"{embedding}.weight").shape[1]
+    group = next(g for g in range(min(_INT4_GROUP, width), 0, -1) if width % g == 0)
+    if group < 16:
+        raise UserError(
+            f"export precision int8_emb4: an embedding of width {width} has no groups of 16 to 64; use int8"
+        )
+    return group
+
+
+def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group: int = -1) -> ov.Model:
+    """Store the tables of these embedding modules as integers; nothing else of the graph changes."""
+    operations = [node for node in graph.get_ops() if node.get_type_name() != "Constant"]
+    tables = [
+        node
+        for node in operations
+        if node.get_type_name() == "Gather" and openvino_module(node.get_friendly_name()) in modules
+    ]
+    if not tables:
+        return graph
+    others = [node.get_friendly_name() for node in operations if node not in tables]
+    options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_SYM}
+    if bits == 4:
+        options = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": group, "all_layers": True}
+    with silenced():
+        return nncf.compress_weights(graph, ignored_scope=nncf.IgnoredScope(names=others, validate=False), **options)
+
+
+def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any) -> Exported:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        ov.save_model(graph, scratch / XML, compress_to_fp16=False)
+        config = model.config.to_dict()
+        config.pop("auto_map", None)  # the IR needs no modeling code
+        (scratch / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    xml = folder / XML
+    return Exported(folder, xml, xml.stat().st_size + xml.with_suffix(".bin").stat().st_size)
+
+
+class Runner:
+    """A compiled IR as a function of named inputs, on the CPU.
+
+    threads: all usable ones by default. precision: of the floating-point part; "f32" by
+    default, for OpenVINO would take bf16 on CPUs that have it. `precision` afterwards is what
+    the plugin really took: on a CPU without bf16 or f16 it silently stays f32.
+    """
+
+    def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self.xml = Path(xml)
+        self.compiled = ov.Core().compile_model(self.xml, "CPU", options)
+        self.precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.inputs = [port.any_name for port in self.compiled.inputs]
+        self.outputs = [port.any_name for port in self.compiled.outputs]
+        self._request = self.compiled.create_infer_request()
+
+    def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name. Takes torch tensors or arrays; inputs that the IR does not have are dropped."""
+        missing = [name for name in self.inputs if name not in batch]
+        if missing:
+            raise ExportError(f"{self.xml} needs the inputs {self.inputs}, the batch lacks {missing}")
+        arrays = {name: _array(batch[name]) for name in self.inputs}
+        results = self._request.infer(arrays, share_inputs=True)
+        return {name: results[i] for i, name in enumerate(self.outputs)}
+
+
+def _array(value: Tensor | np.ndarray) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value

@@ -1,0 +1,69 @@
+"""NNCF and OpenVINO talk: log lines, progress bars, and reports of usage to a server. Not inside ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Runs the body without their output and without network; everything global is as before afterwards.
+
+    Errors still raise, and NNCF's log lines of level ERROR still show. Not for use in several threads at once.
+    """
+    with _environment("CI", "true"):  # the documented way to decline reports; read when the sender is made
+        import openvino_telemetry
+        from nncf.common.logging import nncf_logger, track_progress
+
+    bar = track_progress.track.__init__
+
+    def no_bar(self: Any, *args: Any, **options: Any) -> None:
+        bar(self, *args, **(options | {"disable": True}))
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    sender = openvino_telemetry.Telemetry
+    level = nncf_logger.level
+    with (
+        _environment("CI", "true"),
+        replaced(track_progress.track, __init__=no_bar),
+        replaced(sender, start_session=nothing, send_event=nothing, end_session=nothing),
+        warnings.catch_warnings(),
+    ):
+        nncf_logger.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            nncf_logger.setLevel(level)
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    saved = {name: owner.__dict__[name] for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(owner, name, value)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    saved = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if saved is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = saved

@@ -1,0 +1,64 @@
+"""Whether an exported model computes what the torch model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mptrain.errors import ExportError
+
+Forward = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
+
+
+@torch.no_grad()
+def compare(model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Differences over all outputs of all batches.
+
+    model: torch model, evaluated as it is on its device. runner: the exported model, a function from
+    inputs by name to arrays by name. batches: inputs without labels, padded.
+    Returns {"max_abs_diff", "mean_abs_diff", "argmax_agreement", "examples"}. Positions that
+    the attention mask leaves out are not compared. Agreement is over the argmax of the last axis;
+    for quantized models it says more than the differences.
+    Raises ExportError when the exported model lacks an output or gives another shape.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    largest = total = 0.0
+    values = agreeing = decisions = examples = 0
+    for batch in batches:
+        ours = model(**{name: value.to(device) for name, value in batch.items()})
+        theirs = runner(batch)
+        for name, array in theirs.items():
+            expected = ours[name].float().cpu().numpy()
+            if array.shape != expected.shape:
+                raise ExportError(f"output {name}: the exported model gives {array.shape}, the model {expected.shape}")
+            kept = _kept(expected, batch)
+            difference = np.abs(array.astype(np.float64) - expected)[kept]
+            largest = max(largest, float(difference.max(initial=0.0)))
+            total += float(difference.sum())
+            values += difference.size
+            agree = array.argmax(-1) == expected.argmax(-1)
+            agree = agree[kept] if agree.shape == kept.shape else agree
+            agreeing += int(agree.sum())
+            decisions += agree.size
+        examples += len(next(iter(batch.values())))
+    model.train(training)
+    return {
+        "max_abs_diff": largest,
+        "mean_abs_diff": total / max(values, 1),
+        "argmax_agreement": agreeing / max(decisions, 1),
+        "examples": examples,
+    }
+
+
+def _kept(output: np.ndarray, batch: Mapping[str, Tensor]) -> np.ndarray:
+    """Bool over the leading axes: [batch, length] for outputs with a length that has a mask, else [batch]."""
+    mask = batch.get("attention_mask")
+    if mask is not None and output.ndim > 1 and output.shape[:2] == tuple(mask.shape):
+        return mask.cpu().numpy().astype(bool)
+    return np.ones(output.shape[0], dtype=bool)
