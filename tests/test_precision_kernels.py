@@ -20,8 +20,8 @@ SHAPES = [(3, 5), (1,), (), (64,), (7, 11, 2), (1000,), (333,)]
 WIDTHS = list(itertools.dropwhile(lambda w: w != vector_width(), native.VECTOR_FLAGS))
 KERNELS = ["torch", *WIDTHS]
 
-ADAM = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, maximize=False)
-SGD = dict(lr=1e-1, momentum=0.9, dampening=0.0, nesterov=False, weight_decay=0.1, maximize=False)
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+SGD = {"lr": 1e-1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.1, "maximize": False}
 RULES = {
     "adamw": (torch.optim.AdamW, ADAM),
     "adam": (torch.optim.Adam, ADAM),

@@ -52,15 +52,15 @@ def masters(mw):
 
 
 OPTIMIZERS = {
-    "adamw": (torch.optim.AdamW, dict(lr=1e-2, weight_decay=0.1)),
-    "adam": (torch.optim.Adam, dict(lr=1e-2, weight_decay=0.1)),
-    "sgd": (torch.optim.SGD, dict(lr=0.1)),
-    "momentum": (torch.optim.SGD, dict(lr=0.1, momentum=0.9, dampening=0.1)),
-    "amsgrad": (torch.optim.AdamW, dict(lr=1e-2, amsgrad=True)),
-    "rmsprop": (torch.optim.RMSprop, dict(lr=1e-2, momentum=0.5)),
-    "adagrad": (torch.optim.Adagrad, dict(lr=1e-2)),
-    "nadam": (torch.optim.NAdam, dict(lr=1e-2)),
-    "fused": (torch.optim.AdamW, dict(lr=1e-2, fused=True)),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "adam": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1}),
+    "amsgrad": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-2, "momentum": 0.5}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
+    "nadam": (torch.optim.NAdam, {"lr": 1e-2}),
+    "fused": (torch.optim.AdamW, {"lr": 1e-2, "fused": True}),
 }
 
 
@@ -304,10 +304,14 @@ def test_persistent_nan_data_ends_with_a_message_that_blames_the_data():
     model = make_model()
     mw = wrap(model, loss_scale=LossScale.static(1.0, patience=3))
     start = masters(mw)
-    with pytest.raises(TrainingError) as error:
-        for _ in range(10):
+
+    def forever():
+        while True:
             mw.backward(model(torch.full((2, 6), torch.nan)).sum())
             mw.step()
+
+    with pytest.raises(TrainingError) as error:
+        forever()
     message = str(error.value)
     assert mw.skipped_steps == 3
     for part in (
@@ -334,9 +338,7 @@ def test_an_overflowing_layer_is_named():
     nn.init.constant_(model[0].bias, 1.0)
     mw = wrap(model, "fp16", loss_scale=LossScale(init=4.0, floor=1.0, patience=2))
     with pytest.raises(TrainingError) as error:
-        for i in range(10):
-            mw.backward(loss_of(model, i))
-            mw.step()
+        train(mw, model, range(10))
     message = str(error.value)
     assert mw.loss_scale == 1.0
     assert "In the last forward pass finite inputs became non-finite in: 1.linear (largest |input| " in message
@@ -346,7 +348,7 @@ def test_an_overflowing_layer_is_named():
 def test_a_backward_that_overflows_alone_is_told_apart():
     model = make_model()
     mw = wrap(model, "fp16", loss_scale=LossScale.static(2.0**30, patience=2))
-    with pytest.raises(TrainingError, match="All activations of the last forward are finite .* so the loss or backward"):
+    with pytest.raises(TrainingError, match=r"activations of the last forward are finite .* the loss or backward"):
         train(mw, model, range(5))
 
 
@@ -389,8 +391,6 @@ def test_gradients_can_be_read_and_edited_unscaled(dtype, master, micro):
     norm = float(mw.clip_grad_norm(None))
     assert norm == pytest.approx(float(plain.clip_grad_norm(None)), rel=1e-5)
     gradient.zero_()
-    for p in other.parameters():
-        assert mw.gradient(model.get_parameter("3.bias")) is not None
     plain.gradient(other[0].weight).zero_()
     assert mw.step() and plain.step()
     assert all(torch.equal(masters(plain)[n], m) for n, m in masters(mw).items())
@@ -547,7 +547,7 @@ def test_a_state_without_masters_or_of_another_model_is_refused():
     with pytest.raises(ResumeError, match="holds no fp32 masters"):
         mw.load_state_dict(torch.optim.AdamW(make_model().parameters()).state_dict())
     other = nn.Sequential(nn.Linear(6, 4))
-    with pytest.raises(ResumeError, match="5 of 6 differ in name or shape|6 of 6 differ"):
+    with pytest.raises(ResumeError, match=r"of 6 differ in name or shape"):
         mw.load_state_dict(wrap(other).state_dict())
 
 
@@ -559,5 +559,5 @@ def test_closures_and_unknown_ddp_are_refused():
     mw = wrap(model)
     with pytest.raises(UserError, match="takes no closure"):
         mw.step(lambda: None)
-    with pytest.raises(UserError, match="attach\\(\\) takes the DistributedDataParallel"):
+    with pytest.raises(UserError, match=r"attach\(\) takes the DistributedDataParallel"):
         mw.attach(model)

@@ -4,16 +4,24 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config
-from transformers import T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from mptrain.errors import ModelError, UserError
 from mptrain.precision import MasterWeights
 
-GPT2 = dict(
-    n_layer=2, n_head=2, n_embd=32, vocab_size=60, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
-)  # fmt: skip
+GPT2 = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0,
+    "bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM",
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = [("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "split")]
 
@@ -60,7 +68,7 @@ def test_parameters_become_half_views_of_one_buffer_and_keep_their_identity(dtyp
     before = {n: (p, p.detach().clone()) for n, p in model.named_parameters()}
     mw = wrap(model, dtype, master)
     (flat,) = mw.flats
-    assert {n: p for n, p in model.named_parameters()} == {n: p for n, (p, _) in before.items()}
+    assert dict(model.named_parameters()) == {n: p for n, (p, _) in before.items()}
     for name, (p, value) in before.items():
         assert p.dtype == DTYPES[dtype]
         assert p.untyped_storage().data_ptr() == flat.half.untyped_storage().data_ptr()
@@ -253,7 +261,7 @@ def test_a_tied_parameter_is_kept_by_all_its_owners():
 
 
 def test_keep_patterns_that_match_nothing_or_everything_are_errors():
-    with pytest.raises(ModelError, match="'lnorm' matches no parameter; names are like transformer.wte.weight"):
+    with pytest.raises(ModelError, match=r"'lnorm' matches no parameter; names are like transformer\.wte\.weight"):
         wrap(gpt2(), keep_fp32=["norms", "lnorm"])
     with pytest.raises(ModelError, match="keeps every parameter"):
         wrap(gpt2(), keep_fp32=["re:.*"])
@@ -300,7 +308,7 @@ def test_channels_last_weights_keep_their_memory_format():
 @pytest.mark.parametrize("keep", [(), ("norms",)])
 def test_bert_and_vit_train(dtype, master, keep):
     torch.manual_seed(0)
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     bert = BertForSequenceClassification(BertConfig(vocab_size=60, **small)).train()
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, 6:] = 0
@@ -420,15 +428,15 @@ def test_wrong_arguments_are_named():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for arguments, message in [
-        (dict(dtype="fp8"), "must be 'fp16' or 'bf16', got 'fp8'"),
-        (dict(master="none"), "must be 'fp32' or 'split'"),
-        (dict(dtype="fp16", master="split"), "needs bf16, got fp16"),
-        (dict(reduce="bf16"), "must be 'fp32' or 'compute'"),
-        (dict(kernel="cuda"), "must be 'auto', 'native' or 'torch'"),
+        ({"dtype": "fp8"}, "must be 'fp16' or 'bf16', got 'fp8'"),
+        ({"master": "none"}, "must be 'fp32' or 'split'"),
+        ({"dtype": "fp16", "master": "split"}, "needs bf16, got fp16"),
+        ({"reduce": "bf16"}, "must be 'fp32' or 'compute'"),
+        ({"kernel": "cuda"}, "must be 'auto', 'native' or 'torch'"),
     ]:
         with pytest.raises(UserError, match=message):
             MasterWeights(model, optimizer, **arguments)
-    with pytest.raises(UserError, match="must be a torch.optim optimizer, got MasterWeights"):
+    with pytest.raises(UserError, match=r"must be a torch\.optim optimizer, got MasterWeights"):
         MasterWeights(model, MasterWeights(model, optimizer))
     with pytest.raises(UserError, match="split masters need Adam, AdamW or SGD, got RMSprop"):
         MasterWeights(nn.Linear(2, 2), torch.optim.RMSprop(nn.Linear(2, 2).parameters()), master="split")
@@ -436,7 +444,7 @@ def test_wrong_arguments_are_named():
 
 def test_a_trained_float64_parameter_is_an_error():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
-    with pytest.raises(ModelError, match="1.weight is trained and must be fp32, fp16 or bf16, got torch.float64"):
+    with pytest.raises(ModelError, match=r"1\.weight is trained and must be fp32, fp16 or bf16, got torch\.float64"):
         wrap(model)
 
 
@@ -453,6 +461,6 @@ def test_stepping_the_wrapped_optimizer_is_an_error():
     optimizer = torch.optim.AdamW(model.parameters())
     mw = MasterWeights(model, optimizer)
     mw.backward(model(torch.ones(1, 2)).sum())
-    with pytest.raises(UserError, match="Call step\\(\\) of the MasterWeights"):
+    with pytest.raises(UserError, match=r"Call step\(\) of the MasterWeights"):
         optimizer.step()
     assert mw.step()

@@ -88,15 +88,15 @@ def test_state_survives():
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        (dict(floor=0.0), "floor"),
-        (dict(init=2.0**25), "init"),
-        (dict(init=0.5), "init"),
-        (dict(ceiling=0.5), "ceiling"),
-        (dict(growth=1.0), "growth"),
-        (dict(backoff=1.0), "backoff"),
-        (dict(interval=0), "interval"),
-        (dict(hysteresis=0), "hysteresis"),
-        (dict(patience=0), "patience"),
+        ({"floor": 0.0}, "floor"),
+        ({"init": 2.0**25}, "init"),
+        ({"init": 0.5}, "init"),
+        ({"ceiling": 0.5}, "ceiling"),
+        ({"growth": 1.0}, "growth"),
+        ({"backoff": 1.0}, "backoff"),
+        ({"interval": 0}, "interval"),
+        ({"hysteresis": 0}, "hysteresis"),
+        ({"patience": 0}, "patience"),
     ],
 )
 def test_wrong_settings_are_named(settings, field):

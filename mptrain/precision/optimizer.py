@@ -9,6 +9,7 @@ for other optimizers it is the update.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -207,6 +208,10 @@ class MasterOptimizer(torch.optim.Optimizer):
                 return kernel
             if self._kernel_choice == "native":
                 raise UserError("kernel='native', but it could not be built here (see the log); use kernel='auto'")
+        if device.type == "cuda" and self._kernel_choice == "auto" and importlib.util.find_spec("triton"):
+            from mptrain.precision.triton_kernel import TritonKernel
+
+            return TritonKernel()
         return TorchKernel(device)
 
     def _sum_of_squares(self, runs: Sequence[Run]) -> float:
