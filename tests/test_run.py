@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import tiny
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from mptrain.cli import main
 
 
 def command(recipe, *options):
     return [sys.executable, "-m", "mptrain", "recipe", str(recipe), *options]
 
 
+@dataclass
+class Done:
+    stdout: str
+    stderr: str
+
+
 def run(recipe, *options, check=0):
-    done = subprocess.run(command(recipe, *options), capture_output=True, text=True, timeout=300)
-    assert done.returncode == check, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "Traceback" not in done.stderr
-    return done
+    """The command line in this process: what it prints, with the exit status checked."""
+    out, err = io.StringIO(), io.StringIO()
+    level, propagate = logging.getLogger("mptrain").level, logging.getLogger("mptrain").propagate
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        status = main(["recipe", str(recipe), *options])
+    logging.getLogger("mptrain").handlers.clear()
+    logging.getLogger("mptrain").setLevel(level)
+    logging.getLogger("mptrain").propagate = propagate
+    assert status == check, out.getvalue()[-2000:] + err.getvalue()[-4000:]
+    return Done(out.getvalue(), err.getvalue())
 
 
 def metrics(folder):
@@ -114,10 +130,9 @@ def test_a_finished_run_prints_its_report_and_a_changed_recipe_is_refused(finish
         assert "data_hash" in run(recipe, check=2).stderr
     finally:
         changed.write_text(text)
-    report = subprocess.run(
-        [sys.executable, "-m", "mptrain", "report", str(folder / "run")], capture_output=True, text=True
-    )
-    assert report.returncode == 0 and "jpqd_int8" in report.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert main(["report", str(folder / "run")]) == 0
+    assert "jpqd_int8" in shown.getvalue()
 
 
 KILL_AT = {
