@@ -19,9 +19,9 @@ from mptrain.errors import ModelError, UserError
 from mptrain.precision import MasterWeights
 
 GPT2 = {
-    "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0,
-    "bos_token_id": 0, "eos_token_id": 0, "loss_type": "ForCausalLM",
-}  # fmt: skip
+    **{"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": 32, "bos_token_id": 0},
+    **{"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "eos_token_id": 0, "loss_type": "ForCausalLM"},
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = [("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "split")]
 

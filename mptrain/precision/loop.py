@@ -131,7 +131,10 @@ class MasterWeights(MasterOptimizer):
         self._measured = None
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """fp32 gradient of a model parameter for the coming step, unscaled; edits in place count."""
+        """fp32 gradient of a model parameter for the coming step, unscaled.
+
+        Edits in place count; make them before `clip_grad_norm`.
+        """
         self.unscale_gradients()
         self._measured = None
         flat, entry = self.masters.by_id[id(parameter)]
