@@ -329,6 +329,11 @@ def test_pickled_weights_beside_safetensors_are_not_read(copy, tmp_path):
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     load_model(spec(copy), LABELS, seed=0)
     assert not (tmp_path / "ran").exists()
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    torch.save(weights, copy / "pytorch_model.bin")  # harmless, and still not opened
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        load_model(spec(copy), LABELS, seed=0)
 
 
 def test_a_checkpoint_without_a_part_of_the_encoder_is_an_error(copy):
@@ -430,7 +435,8 @@ def test_modeling_files_that_do_not_fit(bert, tmp_path):
         load_model(spec(bert, modeling=str(tmp_path / "none.py")), LABELS, seed=0, allow_code=True)
 
 
-def test_remote_code_runs_only_when_recipe_and_command_line_say_so(copy, tmp_path):
+def test_remote_code_runs_only_when_recipe_and_command_line_say_so(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (copy / "doubled.py").write_text(MODELING.format(mark=str(tmp_path / "ran")))
     edit_config(copy, auto_map={"AutoModelForSequenceClassification": "doubled.Doubled"})
     with pytest.raises(ModelError, match=r"model.trust_remote_code.*--allow-code"):

@@ -82,6 +82,7 @@ def test_a_byte_order_mark_blank_lines_and_long_cells_are_read(tmp_path):
     [
         ("a.csv", b"text,label\none\n", "line 2 has 1 fields, the first line has 2"),
         ("a.csv", b'text,label\n"one,1\n', "could not be read as csv"),
+        ("a.csv", b'text,label\n"one" two,1\n', "could not be read as csv"),
         ("a.csv", b"text,label\n\xff\xfe,1\n", "could not be read as csv"),
         ("a.csv", b"text,text\na,b\n", "names a column twice"),
         ("a.csv", b"text,label\n", "holds no rows"),

@@ -345,6 +345,26 @@ def test_questions_without_answer(tmp_path):
     assert f1.n == 4, "an answer is always given where every question has one"
 
 
+def test_the_window_least_sure_of_no_answer_decides(tmp_path):
+    context = "first " + "nobody knows " * 20
+    data = asked(tmp_path, [{"question": "why ?", "context": context, "answers": []}])
+    assert len(data.test) > 2
+    first = torch.from_numpy(data.test[0]["input_ids"])
+
+    def forward(batch):
+        """No answer scores 3 in the first window and 6 in the others; a span of the context 4.5 in all."""
+        start, end = torch.full((2, *batch["input_ids"].shape), -9.0)
+        for row, ids in enumerate(batch["input_ids"]):
+            start[row, 0], end[row, 0] = (3.0 if torch.equal(ids, first) else 6.0), 0.0
+            start[row, 20], end[row, 20] = 4.5, 0.0
+        return {"start_logits": start, "end_logits": end}
+
+    assert data.evaluate(forward, "test", 1)[0].value == 0.0
+    data._windows["test"] = data._windows["test"][1:]  # without the first window, no answer is the answer
+    data._splits["test"] = type(data.test)(lambda i: data.validation[i + 1], data.test.lengths[1:])
+    assert data.evaluate(forward, "test", 1)[0].value == 1.0
+
+
 def test_the_best_span_is_that_of_brute_force():
     draw = np.random.default_rng(0)
     for size in (1, 5, 60):

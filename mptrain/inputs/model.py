@@ -182,6 +182,8 @@ def _unloadable(spec: Model, what: str, error: Exception) -> ModelError:
         )
     path = Path(spec.path).expanduser()
     tried = "" if path.is_dir() or spec.path.startswith(packaged.PREFIX) else f" There is no folder {path.absolute()}."
+    if tried and reason.startswith("Can't load"):
+        reason = "it is not on this machine, and the hub could not be reached or has no such model"
     fix = (
         " It was taken for a hub name: check the name and the network, or give the folder of a downloaded copy."
         if tried
