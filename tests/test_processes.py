@@ -1,0 +1,73 @@
+"""Two gloo processes under `accelerate launch`: the same losses and structure as one with accumulation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from mptrain import recipe_file
+
+CONFIGS = recipe_file.folder("configs")
+
+
+def launch(*words, timeout=400, config="gloo-2cpu"):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(CONFIGS / f"accelerate-{config}.yaml"), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def recipe(folder, name, **train):
+    described = tiny.jpqd(folder)
+    described["model"]["dropout"] = 0.0  # ranks draw different dropout masks
+    for stage in described["stages"]:
+        stage["train"] |= {"epochs": 2, "log_steps": 1, **train}
+    described["export"][0]["precision"] = ["fp32", "int8"]
+    described["gates"] = {"fused_attention": None}
+    described["output"]["dir"] = str(folder / name)
+    return tiny.write(described, folder / f"{name}.yaml")
+
+
+def test_two_processes_match_one_with_accumulation(tmp_path):
+    two = launch("-m", "mptrain", "recipe", recipe(tmp_path, "two", batch_size=4))
+    assert two.returncode == 0, two.stderr[-4000:]
+    assert two.stdout.count("Report: ") == 1, "only one rank prints"
+    one = launch("-m", "mptrain", "recipe", recipe(tmp_path, "one", batch_size=4, accumulation=2), config="1cpu")
+    assert one.returncode == 0, one.stderr[-4000:]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    losses = [[(r["stage"], r["step"], r["loss"]) for r in report["history"] if "loss" in r] for report in reports]
+    assert len(losses[0]) == len(losses[1]) > 50
+    for (stage, step, a), (stage_2, step_2, b) in zip(*losses):
+        assert (stage, step) == (stage_2, step_2)
+        assert a == pytest.approx(b, rel=1e-5), (stage, step)
+    assert reports[0]["structure"] == reports[1]["structure"]
+    refused = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml", config="1cpu")
+    assert refused.returncode != 0 and "processes was 2 and is 1" in refused.stderr
+
+
+def test_a_launch_that_silently_runs_one_process_is_refused(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "mptrain", "recipe", str(recipe(tmp_path, "run"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "asked for 2 processes but 1 run" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failing_rank_ends_all(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mptrain.train import stage, phase\n"
+        "def fail(*a, **k): raise RuntimeError('rank 1 breaks')\n"
+        "if os.environ['RANK'] == '1': phase.PhaseTrainer.training_step = fail\n"
+        "from mptrain.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = launch(script, "recipe", recipe(tmp_path, "run"))
+    assert done.returncode != 0 and "rank 1 breaks" in done.stderr
+    assert not (tmp_path / "run" / "report.json").exists()
