@@ -28,6 +28,8 @@ from typing import Any
 
 KEPT = (60, 50, 40, 33, 25)
 SEEDS = (0, 1, 2)
+METHODS = ("fisher", "magnitude", "movement")
+VARIANT_FACTS = ("id", "metrics", "size_bytes", "params", "macs", "latency_ms")
 
 
 def points() -> list[str]:
@@ -35,8 +37,8 @@ def points() -> list[str]:
     found = [f"dense/-/100/{seed}" for seed in SEEDS] + ["dense_longer/-/100/0", "qat_int8/-/100/0"]
     found += [f"{method}/joint/{kept}/0" for kept in KEPT for method in ("fisher", "magnitude")]
     found += [f"movement/joint/{kept}/0" for kept in (60, 50, 33)]
-    found += [f"{m}/joint/{kept}/{s}" for s in SEEDS[1:] for kept in (50, 33) for m in ("fisher", "magnitude", "movement")]
-    found += [f"{method}/sequential/{kept}/0" for kept in (50, 33) for method in ("fisher", "magnitude", "movement")]
+    found += [f"{method}/joint/{kept}/{seed}" for seed in SEEDS[1:] for kept in (50, 33) for method in METHODS]
+    found += [f"{method}/sequential/{kept}/0" for kept in (50, 33) for method in METHODS]
     found += [f"{m}/sequential/{kept}/0" for kept in (60, 40, 25) for m in ("fisher", "magnitude")]
     return found
 
@@ -106,12 +108,12 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         "point": point,
         "data": report["data"],
         "steps": report["training"],
-        "variants": [{k: v[k] for k in ("id", "metrics", "size_bytes", "params", "macs", "latency_ms")} for v in report["variants"]],
+        "variants": [{k: v[k] for k in VARIANT_FACTS} for v in report["variants"]],
         "comparisons": report["comparisons"],
         "versions": report["versions"],
         "host": report["host"],
         "seconds": round(time.monotonic() - begun),
-    }  # fmt: skip
+    }
     shutil.rmtree(folder)
     return line
 

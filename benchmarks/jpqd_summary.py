@@ -52,13 +52,14 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
     if dense:
         scores = [line["variants"][0]["metrics"]["accuracy"] for line in dense]
         text.append(
-            f"Dense baseline: {', '.join(f'{100 * s["value"]:.1f}%' for s in scores)} on {scores[0]['n']:,} test"
+            f"Dense baseline: {', '.join('{:.1f}%'.format(100 * s['value']) for s in scores)} on {scores[0]['n']:,} test"
             " examples (one number per seed). Differences are in points against the dense model of the same seed,"
             " with the paired 95% interval. Size of the int8 model and speed at batch 1, length 128, one thread."
         )
         text.append("")
-    text.append("| method | order | kept | seed | int8 accuracy | 95% interval | verdict | fp32 | int8+int4 emb. | size | size, int4 emb. | speed fp32 | speed int8 |")
-    text.append("|---|---|--:|--:|--:|---|---|--:|--:|--:|--:|--:|--:|")
+    heads = ["method", "order", "kept", "seed", "int8 accuracy", "95% interval", "verdict", "fp32", "int8+int4 emb."]
+    heads += ["size", "size, int4 emb.", "speed fp32", "speed int8"]
+    text += ["| " + " | ".join(heads) + " |", "|---|---|--:|--:|--:|---|---|--:|--:|--:|--:|--:|--:|"]
     for r in rows:
         cells = [r["method"], r["order"], f"{r['kept']}%", str(r["seed"]), points(100 * r["delta"])]
         cells += [f"{points(100 * r['ci'][0])} … {points(100 * r['ci'][1])}", verdict(r["ci"])]
@@ -73,7 +74,8 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
 
 
 def _means(rows: list[dict[str, Any]]) -> list[str]:
-    text = ["Means over seeds, joint order:", "", "| method | kept | seeds | mean difference | each |", "|---|--:|--:|--:|---|"]
+    text = ["Means over seeds, joint order:", "", "| method | kept | seeds | mean difference | each |"]
+    text.append("|---|--:|--:|--:|---|")
     keys = sorted({(r["method"], r["kept"]) for r in rows if r["order"] == "joint"}, key=lambda k: (-k[1], k[0]))
     for method, kept in keys:
         found = [100 * r["delta"] for r in rows if (r["method"], r["kept"], r["order"]) == (method, kept, "joint")]
@@ -90,14 +92,16 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for axis, key, label in zip(axes, ("size_emb4", "speed_fp32"), ("times smaller (int8, int4 embedding)", "times faster (pruned fp32)")):
+    labels = ("times smaller (int8, int4 embedding)", "times faster (pruned fp32)")
+    for axis, key, label in zip(axes, ("size_emb4", "speed_fp32"), labels):
         for method, colour in COLOURS.items():
             for order, style in (("joint", "-o"), ("sequential", "--s"), ("-", "D")):
                 found = [r for r in rows if (r["method"], r["order"], r["seed"]) == (method, order, 0) and r[key]]
                 if found:
                     found.sort(key=lambda r: r[key])
                     delta = "delta_emb4" if key == "size_emb4" else "delta_fp32"
-                    axis.plot([r[key] for r in found], [100 * r[delta] for r in found], style, color=colour, label=f"{method} {order}".removesuffix(" -"))
+                    xs, ys = [r[key] for r in found], [100 * r[delta] for r in found]
+                    axis.plot(xs, ys, style, color=colour, label=f"{method} {order}".removesuffix(" -"))
         axis.axhline(0, color="#999999", lw=0.8)
         axis.axhline(-1, color="#999999", lw=0.8, ls=":")
         axis.set_xlabel(label)

@@ -59,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--dry-run", action="store_true", help="print stages, steps and predicted sizes, run nothing")
     recipe.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
-    recipe.add_argument(
-        "--resume", action="store_true", help="continue the run in output.dir; it must exist"
-    )
+    recipe.add_argument("--resume", action="store_true", help="continue the run in output.dir; it must exist")
     recipe.add_argument(
         "--allow-code", action="store_true", help="let the recipe run code: trust_remote_code and modeling files"
     )

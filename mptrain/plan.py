@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mptrain.recipe import Ptq, Qat, Recipe, Stage, Train
+from mptrain.recipe import Precision, Ptq, Qat, Recipe, Stage, Train
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
     """The phases of a stage for a training split of `rows` examples."""
     per_epoch = steps_per_epoch(rows, stage.train, world_size) if stage.train else 1
     total = max(1, round(stage.train.epochs * per_epoch)) if stage.train else 0
-    qat = isinstance(stage.quantize, Qat)
+    qat = stage.quantize if isinstance(stage.quantize, Qat) else None
     quantize = stage.quantize is not None
 
     def phase(index: int, name: str, start: int, end: int, **flags: bool) -> Phase:
@@ -55,23 +55,23 @@ def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
     if stage.prune is None:
         name = "train" if stage.train else "quantize"
         return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False)]
-    joint = qat and stage.quantize.start == "joint"
+    joint = qat is not None and qat.start == "joint"
     unit = per_epoch if stage.prune.schedule.unit == "epoch" else 1
     end = min(round(stage.prune.schedule.end * unit), max(total - 1, 0))
     first = phase(0, "warmup" if end else "prune", 0, end, quantize_at_start=joint, prune=True)
     if not stage.train:
         return [first]
-    return [first, phase(1, "finetune", end, total, quantize_at_start=qat and not joint, prune=False)]
+    return [first, phase(1, "finetune", end, total, quantize_at_start=qat is not None and not joint, prune=False)]
 
 
-def variants(recipe: Recipe) -> list[tuple[str, str, str]]:
+def variants(recipe: Recipe) -> list[tuple[str, str, Precision]]:
     """(variant id, stage id, precision) of everything that is exported, in order.
 
     The first stage is the `baseline`; `pruned_fp32` is the pruned structure without
     quantizers. A stage has the precisions that make sense for it: fp32 when it is not
     quantized or when it is pruned, int8 and int8_emb4 when it is quantized.
     """
-    found: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str, Precision]] = []
     for export in recipe.export:
         for stage_id in export.of:
             stage = recipe.stage(stage_id)

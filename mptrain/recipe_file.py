@@ -254,21 +254,22 @@ def _locate(loc: Path_, data: Any) -> Path_:
 
 def _step(data: Any, loc: Path_, n: int) -> str:
     """Key n of a path, items of lists by their id."""
-    here = data
+    here: Any = data
+    last: Any = loc[n]
     for key in loc[:n]:
         try:
             here = here[key]
         except (KeyError, IndexError, TypeError):
-            return str(loc[n])
-    if isinstance(here, list) and isinstance(loc[n], int) and loc[n] < len(here) and isinstance(here[loc[n]], dict):
-        return str(here[loc[n]].get("id", loc[n]))
-    return str(loc[n])
+            return str(last)
+    if isinstance(here, list) and isinstance(last, int) and last < len(here) and isinstance(here[last], dict):
+        return str(here[last].get("id", last))
+    return str(last)
 
 
-def _fields_at(loc: Path_, data: Any) -> list[str]:
+def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
     """The fields allowed at a path, following the schema and, in unions, the tag given."""
     models: list[type[BaseModel]] = [Recipe]
-    here = data
+    here: Any = data
     for key in loc:
         here = here[key] if isinstance(here, dict | list) else None
         if isinstance(key, int):

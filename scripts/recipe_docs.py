@@ -87,7 +87,8 @@ def render() -> str:
         text.append("| field | value | default | |\n|---|---|---|---|")
         schema = model.model_json_schema(by_alias=True)
         for name, field in model.model_fields.items():
-            cells = [f"`{field.alias or name}`", _type(field.annotation, schema), _default(field), field.description or ""]
+            cells = [f"`{field.alias or name}`", _type(field.annotation, schema), _default(field)]
+            cells.append(field.description or "")
             text.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         text.append("")
     return "\n".join(text)

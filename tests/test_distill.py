@@ -72,7 +72,8 @@ def config(**kwargs):
 
 def test_hidden_and_attention_terms_vanish_only_for_equal_models():
     model = BertForSequenceClassification._from_config(config(), attn_implementation="eager").eval()
-    other = BertForSequenceClassification._from_config(config(initializer_range=1.0), attn_implementation="eager").eval()
+    wide = config(initializer_range=1.0)
+    other = BertForSequenceClassification._from_config(wide, attn_implementation="eager").eval()
     batch = {
         "input_ids": torch.randint(0, 50, (2, 6)),
         "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3]),

@@ -32,9 +32,7 @@ class Rows(torch.utils.data.Dataset):
 
 def bert():
     torch.manual_seed(1)
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50
-    )
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50)
     return BertForSequenceClassification(config).eval()
 
 
@@ -43,9 +41,7 @@ def joint(tmp_path, steps=6):
     batches = [{"input_ids": torch.randint(0, 50, (4, 8))} for _ in range(3)]
     model = quantizers.quantize(copy.deepcopy(teacher), Qat(mode="qat"), batches)
     config = Fisher(method="fisher", keep={"encoder_params": 0.5}, schedule=Schedule(end=steps, unit="step"))
-    pruner = FisherPruner(
-        config, structure=find_structure(model), phase_steps=steps, steps_per_epoch=12, lr=1e-3
-    )
+    pruner = FisherPruner(config, structure=find_structure(model), phase_steps=steps, steps_per_epoch=12, lr=1e-3)
     pruner.prepare(model)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-3, use_cpu=True,

@@ -17,7 +17,14 @@ def train(**kwargs):
 
 @pytest.mark.parametrize(
     ("rows", "batch", "accumulation", "world", "expected"),
-    [(100, 32, 1, 1, 3), (100, 32, 2, 1, 2), (100, 32, 1, 2, 1), (10, 32, 1, 1, 1), (128, 32, 1, 2, 2), (128, 16, 4, 2, 1)],
+    [
+        (100, 32, 1, 1, 3),
+        (100, 32, 2, 1, 2),
+        (100, 32, 1, 2, 1),
+        (10, 32, 1, 1, 1),
+        (128, 32, 1, 2, 2),
+        (128, 16, 4, 2, 1),
+    ],
 )
 def test_steps_per_epoch(rows, batch, accumulation, world, expected):
     assert steps_per_epoch(rows, train(batch_size=batch, accumulation=accumulation), world) == expected
@@ -45,7 +52,8 @@ def test_one_shot_pruning_has_a_phase_without_steps():
 
 
 def test_a_warmup_never_ends_exactly_at_the_end_of_training():
-    recipe = recipe_file.read("jpqd-bert", ["stages.jpqd.prune.schedule.end=999", "stages.jpqd.prune.schedule.unit=step"])
+    late = ["stages.jpqd.prune.schedule.end=999", "stages.jpqd.prune.schedule.unit=step"]
+    recipe = recipe_file.read("jpqd-bert", late)
     first, second = phases(recipe.recipe.stage("jpqd"), rows=320)
     assert second.steps == 1 and first.end == first.total - 1
 

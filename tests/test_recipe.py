@@ -76,9 +76,7 @@ def test_every_python_float_is_read_back(number):
 
 
 def test_set_addresses_stages_and_exports_by_id(tmp_path):
-    recipe = read(
-        tmp_path, TEXT, ["stages.jpqd.prune.keep.encoder_params=0.4", "export.ov.precision=[fp32]", "seed=7"]
-    )
+    recipe = read(tmp_path, TEXT, ["stages.jpqd.prune.keep.encoder_params=0.4", "export.ov.precision=[fp32]", "seed=7"])
     assert recipe.stage("jpqd").prune.keep.encoder_params == 0.4
     assert recipe.export[0].precision == ["fp32"]
     assert recipe.seed == 7

@@ -240,7 +240,8 @@ def test_a_second_live_run_is_refused(finished, tmp_path):
 )
 def test_wrong_input_is_one_paragraph_and_exit_2(finished, tmp_path, change, expected):
     _, recipe, _ = finished
-    options = [w for c in [f"output.dir={tmp_path / 'run'}", "stages.dense.train.epochs=0.05", *change] for w in ("--set", c)]
+    changes = [f"output.dir={tmp_path / 'run'}", "stages.dense.train.epochs=0.05", *change]
+    options = [word for c in changes for word in ("--set", c)]
     done = run(recipe, *options, check=2)
     message = done.stderr[done.stderr.index("mptrain: error: ") :]
     for part in expected:

@@ -43,11 +43,11 @@ def test_the_identity_names_what_changed(tmp_path):
     check_identity(tmp_path, IDENTITY)
     check_identity(tmp_path, IDENTITY)
     recipe = {"seed": 1, "stages": [{"id": "dense", "train": {"lr": 0.2}}]}
-    with pytest.raises(ResumeError, match=r"recipe.stages.dense.train.lr was 0.1 and is 0.2"):
+    with pytest.raises(ResumeError, match=r"recipe\.stages\.dense\.train\.lr was 0\.1 and is 0\.2"):
         check_identity(tmp_path, changed(recipe=recipe))
     with pytest.raises(ResumeError, match="data_hash was 'abc' and is 'x'"):
         check_identity(tmp_path, changed(data_hash="x"))
-    with pytest.raises(ResumeError, match="versions.torch was '2' and is '3'"):
+    with pytest.raises(ResumeError, match=r"versions\.torch was '2' and is '3'"):
         check_identity(tmp_path, changed(versions={"torch": "3"}))
     with pytest.raises(ResumeError, match="processes was 1 and is 2"):
         check_identity(tmp_path, changed(processes=2))

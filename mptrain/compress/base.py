@@ -25,7 +25,10 @@ from torch import nn
 class Compressor(Protocol):
     """A method that acts on a model while it trains. Tensors in states are detached CPU copies."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Names its file in a checkpoint."""
+        ...
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Attach to the model of this phase and return the model to train."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedModel
 
 from mptrain import artifact
 from mptrain.compress import costs, quantizers
@@ -21,6 +22,7 @@ from mptrain.compress.structure import find_structure
 from mptrain.export.openvino import Runner, export_openvino
 from mptrain.inputs.metrics import Score
 from mptrain.plan import variants
+from mptrain.recipe import Precision
 from mptrain.report import floor, measure
 from mptrain.report.build import Variant
 from mptrain.run_folder import read_json, write_json
@@ -41,10 +43,10 @@ class Variants:
         self.folder = context.folder / "export"
         self._seconds: dict[str, float] = {}
 
-    def wanted(self) -> list[tuple[str, str, str]]:
+    def wanted(self) -> list[tuple[str, str, Precision]]:
         return variants(self.recipe)
 
-    def export(self, variant: str, stage: str, precision: str) -> str:
+    def export(self, variant: str, stage: str, precision: Precision) -> str:
         """Write export/<variant>/ with the IR, config and processor."""
         if self._facts_file(variant).is_file():
             return variant
@@ -137,7 +139,7 @@ class Variants:
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
 
-    def _torch_model(self, stage: str, precision: str) -> nn.Module:
+    def _torch_model(self, stage: str, precision: Precision) -> PreTrainedModel:
         model = artifact.load(self.context.model_folder(stage))
         if precision == "fp32" and quantizers.is_quantized(model):
             model, _, _ = quantizers.detach(model)

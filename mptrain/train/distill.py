@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Distiller:
             wanted["output_attentions"] = True
         return wanted
 
-    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Terms:
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Any]) -> Terms:
         """inputs: the batch with labels; outputs: the student's, with "loss" and logits [batch, (length,) classes]."""
         task = outputs["loss"]
         with torch.no_grad():

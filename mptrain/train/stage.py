@@ -176,7 +176,8 @@ def _boundary(context: Context, stage: Stage, model: nn.Module, pruner: Pruner) 
     kept, structure = pruner.kept(), pruner.structure
     state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
     if quantizers.is_quantized(model):
-        model, *state = quantizers.detach(model)
+        model, config, tensors = quantizers.detach(model)
+        state = config, tensors
     if isinstance(stage.prune, Fisher) and stage.prune.rescale:
         rescale.refit(model, structure, kept, _calibration(context))
     slices = linear_slices(structure, kept)

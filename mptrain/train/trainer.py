@@ -35,6 +35,11 @@ class Trainer(transformers.Trainer):
     accumulation.
     """
 
+    # transformers calls these optional; while training they are there
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self, *args: Any, compressors: Sequence[Compressor] = (), distiller: Distiller | None = None, **kwargs: Any
     ) -> None:
@@ -144,7 +149,7 @@ class Trainer(transformers.Trainer):
         return {}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         if self._compressed() and not self._sharded:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_weights(self.model, folder / checkpoint.WEIGHTS)
@@ -215,8 +220,8 @@ def _plain_names(model: nn.Module) -> Iterator[None]:
     if before is missing:
         yield
         return
-    model._weight_conversions = []
+    setattr(model, "_weight_conversions", [])  # noqa: B010
     try:
         yield
     finally:
-        model._weight_conversions = before
+        setattr(model, "_weight_conversions", before)  # noqa: B010
