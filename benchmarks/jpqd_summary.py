@@ -51,8 +51,9 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
     dense = [line for line in lines if line["point"].startswith("dense/")]
     if dense:
         scores = [line["variants"][0]["metrics"]["accuracy"] for line in dense]
+        values = [score["value"] for score in scores]
         text.append(
-            f"Dense baseline: {', '.join('{:.1f}%'.format(100 * s['value']) for s in scores)} on {scores[0]['n']:,} test"
+            f"Dense baseline: {', '.join(f'{100 * s:.1f}%' for s in values)} on {scores[0]['n']:,} test"
             " examples (one number per seed). Differences are in points against the dense model of the same seed,"
             " with the paired 95% interval. Size of the int8 model and speed at batch 1, length 128, one thread."
         )
