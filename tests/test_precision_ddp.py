@@ -39,6 +39,7 @@ def build(dtype, master, wrap=True, attach=True, bucket_view=False, **options):
     mw = MasterWeights(model, torch.optim.AdamW(model.parameters(), lr=1e-2), dtype, master, **options)
     if not wrap:
         return model, mw
+    model.to(torch.device("cpu", 0))  # copies; Accelerate does it before it wraps
     ddp = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=bucket_view)
     if attach:
         mw.attach(ddp)

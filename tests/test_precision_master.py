@@ -218,6 +218,36 @@ def test_compiled_models_train_the_same(order):
     assert "transformer.wte.weight" in mw.masters.by_name
 
 
+@pytest.mark.parametrize(("dtype", "master"), MODES)
+@pytest.mark.parametrize("event", ["sync", "load", "train", "expose"])
+@pytest.mark.parametrize("move", ["copied", "cast"])
+def test_a_model_that_is_copied_or_cast_comes_back_with_its_masters(dtype, master, event, move):
+    """Accelerate calls model.to(torch.device("cpu", 0)) under DDP, which copies every parameter."""
+    model, other = gpt2(), gpt2(1)
+    mw, source = wrap(model, dtype, master), wrap(other, dtype, master)
+    train(mw, model)
+    train(source, other, 2)
+    state = source.state_dict()
+    expected = {n: m.clone() for n, m in (source if event == "load" else mw).masters.read().items()}
+    address = model.lm_head.weight.data_ptr()
+    model.to(torch.device("cpu", 0)) if move == "copied" else model.float()
+    assert model.lm_head.weight.data_ptr() != address
+    if event == "sync":
+        mw.sync()
+    elif event == "load":
+        mw.load_state_dict(state)
+    elif event == "train":
+        mw.backward(model(**batch(0)).loss if move == "copied" else model.lm_head.weight.sum())
+    else:
+        with mw.exposed():
+            assert torch.equal(model.lm_head.weight, expected["transformer.wte.weight"])
+    assert all(torch.equal(m, expected[n]) for n, m in mw.masters.read().items())
+    assert model.lm_head.weight.dtype == DTYPES[dtype]
+    halves_follow_masters(mw)
+    assert mw.step() or event != "train"
+    train(mw, model, 1)
+
+
 # -- kept in fp32
 
 

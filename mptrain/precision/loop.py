@@ -99,8 +99,7 @@ class MasterWeights(MasterOptimizer):
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward on, in fp32."""
-        if not self.masters.intact():
-            self._rebuild(self.masters.changes())
+        self._settle()
         self._measured = None
         for flat in self.flats:
             if flat.dtype != torch.float32 and any(e.parameter.grad is not None for e in flat.entries):

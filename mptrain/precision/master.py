@@ -122,15 +122,25 @@ class Masters:
 
     def intact(self) -> bool:
         """Whether the model still has the modules and parameters it had, at their place in the buffers."""
-        return all(table.get(name) is item for table, name, item in self._structure) and all(
-            p.data_ptr() == address for p, address in self._addresses
+        return (
+            self.in_place()
+            and all(table.get(name) is item for table, name, item in self._structure)
+            and all(p.data_ptr() == address for p, address in self._addresses)
+        )
+
+    def in_place(self) -> bool:
+        """The same, by a glance at one parameter of each buffer: what moves a model moves all of it."""
+        return all(
+            f.entries[0].parameter.data_ptr() == (f.master if f.half is None else f.half).data_ptr() for f in self.flats
         )
 
     @torch.no_grad()
     def changes(self) -> list[Changed]:
-        """Parameters that were replaced or resized while half (`resize_token_embeddings`).
+        """Parameters that were replaced, resized or cast while half (`resize_token_embeddings`, `float`).
 
-        Where a new value equals the old half weight it came from there, so the master's is restored.
+        Where a new value equals the old half weight it came from there, so the master's is restored. One that
+        was merely copied elsewhere (Accelerate's `model.to("cpu:0")`) is put back into the buffer at once; with
+        its dtype unchanged that is safe also under DDP.
         """
         now = dict(self.model.named_parameters())
         found = []
@@ -143,6 +153,11 @@ class Masters:
             overlap = tuple(slice(0, min(a, b)) for a, b in zip(values.shape, old.shape))
             same = present.detach()[overlap] == old[overlap]
             values[overlap] = torch.where(same, flat.read_master(entry)[overlap], values[overlap])
+            kind = (present.shape, present.dtype, present.device)
+            if present is entry.parameter and kind == (old.shape, old.dtype, flat.device):
+                flat.write_master(entry, values)
+                present.data = old
+                continue
             found.append(Changed(entry, present, values))
         return found
 

@@ -137,11 +137,19 @@ class MasterOptimizer(torch.optim.Optimizer):
             cast.remove()
         self._casts = []
 
+    def _settle(self) -> None:
+        """Take over what was done to the model's parameters from outside."""
+        if not self.masters.intact():
+            self._rebuild(self.masters.changes())
+
     def _rebuild(self, changed: Sequence[Changed]) -> None:
         if not changed:
             return
         if self._attached:
-            raise UserError(f"{changed[0].entry.name} was resized after DDP wrapped the model: resize first, then wrap")
+            raise UserError(
+                f"{changed[0].entry.name} was resized, cast or moved to another device after DDP wrapped the model:"
+                " do that first, then wrap"
+            )
         self._dismantle(changed)
         self._build()
 
@@ -167,6 +175,8 @@ class MasterOptimizer(torch.optim.Optimizer):
 
         `step` has done it already; only needed after masters were written by hand.
         """
+        if not self.masters.in_place():
+            self._settle()
         self.masters.sync()
 
     @contextlib.contextmanager
@@ -179,6 +189,7 @@ class MasterOptimizer(torch.optim.Optimizer):
         if self._exposed:  # a load_state_dict inside
             yield self.model
             return
+        self._settle()
         self._exposed = True
         self._remove_casts()
         try:
@@ -264,6 +275,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state and groups, and `masters`: fp32 values by parameter name."""
+        self._settle()
         return {**self.optimizer.state_dict(), "format": FORMAT, "masters": self.masters.read()}
 
     @torch.no_grad()
@@ -275,6 +287,7 @@ class MasterOptimizer(torch.optim.Optimizer):
                 f" {self.policy.compute}. To go on from a plain fp32 run, load its model and optimizer first and"
                 " build MasterWeights on them."
             )
+        self._settle()
         values = state_dict["masters"]
         own = {name: entry.shape for name, (_, entry) in self.masters.by_name.items()}
         wrong = [n for n in own if n not in values or values[n].shape != own[n]] + [n for n in values if n not in own]
