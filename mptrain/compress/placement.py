@@ -109,18 +109,30 @@ def place(
         )
         record = _record(quantized, batches[0])
     _replace_quantizers(quantized, record)
+    _leave_inputs_alone(quantized)
     return quantized
 
 
 def hooked(model: nn.Module, modules: Iterable[tuple[Sequence[str], nn.Module]]) -> nn.Module:
     """Put each module at its hook names; changes and returns the model."""
     model = wrap_model(model)
+    _leave_inputs_alone(model)
     at: dict[str, nn.Module] = {}
     for (first, *others), module in modules:
         at |= {first: module} | {name: Alias(module) for name in others}
     for name in sorted(at):  # hooks of one input run in the order they were put in
         get_hook_storage(model).insert_hook_by_name(name, at[name])
     return model
+
+
+def _leave_inputs_alone(model: nn.Module) -> None:
+    """Audio encoders demand a gradient of their input in training, which fails on the output of a quantizer.
+
+    They do it for gradient checkpointing alone, which quantizers rule out.
+    """
+    for module in model.modules():
+        if getattr(module, "_requires_grad", False) is True:
+            module._requires_grad = False
 
 
 def unhook(model: nn.Module) -> None:
