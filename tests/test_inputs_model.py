@@ -17,6 +17,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DistilBertConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -460,6 +461,15 @@ def test_tokenizers(bert, tmp_path):
     padless.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
     assert load_processor(spec(tmp_path)).pad_token == "[SEP]"
+
+
+def test_inputs_that_the_model_does_not_take_are_not_made(tmp_path, bert):
+    tokenizer().save_pretrained(tmp_path)
+    DistilBertConfig(dim=32, n_layers=1, n_heads=4, hidden_dim=48).save_pretrained(tmp_path)
+    assert tokenizer()("good").keys() == load_processor(spec(bert))("good").keys() == {
+        "input_ids", "token_type_ids", "attention_mask"
+    }  # fmt: skip
+    assert load_processor(spec(tmp_path))("good").keys() == {"input_ids", "attention_mask"}
 
 
 def test_words_that_are_already_split_suit_byte_level_tokenizers(tmp_path):

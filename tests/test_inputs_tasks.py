@@ -410,7 +410,7 @@ def test_answers_that_cannot_be_are_errors(tmp_path):
 
 def written(tmp_path, **fields):
     draw = np.random.default_rng(0)
-    text = "\n\n".join(" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(40))
+    text = "\n".join(" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(40))
     (tmp_path / "text.txt").write_text(text)
     return load_data(Data(train=str(tmp_path / "text.txt"), **fields), "causal-lm", tokenizer(), seed=0), text
 
@@ -431,7 +431,7 @@ def stream_losses(text):
 @pytest.mark.parametrize("stride", [1, 5, 16])
 def test_overlapping_windows_predict_every_token_once(tmp_path, stride):
     data, text = written(tmp_path, max_length=17, stride=stride)
-    expected = stream_losses("\n\n".join(text.split("\n\n")[32:]))
+    expected = stream_losses("\n".join(text.split("\n")[32:]))
     loss, perplexity = data.evaluate(bigram, "test", 4)
     assert loss.stats[:, 1].sum() == len(expected)
     assert loss.value == pytest.approx(float(expected.mean()), rel=1e-6)
@@ -454,7 +454,7 @@ def test_every_later_token_of_a_window_has_enough_before_it(tmp_path):
 
 def test_windows_in_a_row_skip_their_first_token(tmp_path):
     data, text = written(tmp_path, max_length=16)
-    losses = stream_losses("\n\n".join(text.split("\n\n")[32:]))
+    losses = stream_losses("\n".join(text.split("\n")[32:]))
     predicted = [loss for i, loss in enumerate(losses, 1) if i % 16]
     assert data.evaluate(bigram, "test")[0].value == pytest.approx(float(sum(predicted) / len(predicted)), rel=1e-6)
     assert data.facts["stride"] == 16
@@ -464,8 +464,20 @@ def test_text_stays_in_order_and_whole(tmp_path):
     data, text = written(tmp_path, max_length=16, stride=4)
     assert data.facts["rows"] == {"train": 28, "validation": 4, "test": 8}
     stream = [token for i in range(len(data.train)) for token in data.train[i]["input_ids"].tolist()]
-    assert stream == tokenizer()("\n\n".join(text.split("\n\n")[:28]))["input_ids"]
+    assert stream == tokenizer()("\n".join(text.split("\n")[:28]))["input_ids"]
     assert "overlap_with_train" not in data.facts
+
+
+def test_rows_of_a_table_are_joined_by_blank_lines(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c\nd"}])
+    tokens = Tokenizer(models.BPE({c: i for i, c in enumerate(["<pad>", "a", "b", "c", "d", "\n"])}, []))
+    letters = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>")
+    data = load_data(Data(train=file, validation=file, test=file, max_length=50), "causal-lm", letters, seed=0)
+    assert data.test[0]["input_ids"].tolist() == [1, 2, 5, 5, 3, 5, 4]
+    (tmp_path / "a.txt").write_text("ab\n\nc\nd")
+    file = str(tmp_path / "a.txt")
+    data = load_data(Data(train=file, validation=file, test=file, max_length=50), "causal-lm", letters, seed=0)
+    assert data.test[0]["input_ids"].tolist() == [1, 2, 5, 5, 3, 5, 4]
 
 
 def test_language_windows_are_capped_and_checked(tmp_path):

@@ -1,11 +1,11 @@
 """Next-token prediction over running text.
 
-The rows of a split, joined by blank lines, are one stream of N tokens (special tokens once, at its
-ends). Window k starts at token k·stride and is max_length long; of the tokens it predicts, those
-that an earlier window has predicted count no more. With a stride below max_length every token but the
-first is predicted exactly once, with at least max_length − stride tokens before it; without a
-stride, windows follow each other and the first token of each is not predicted. Training windows
-never overlap.
+The rows of a split, joined by blank lines (the lines of a text file as they are), are one stream of
+N tokens, with special tokens at its ends only. Window k starts at token k·stride and is max_length
+long; of the tokens it predicts, those that an earlier window has predicted count no more. With a stride
+below max_length every token but the first is predicted exactly once, and after the first window
+with at least max_length − stride tokens before it; without a stride, windows follow each other and
+the first token of each is not predicted. Training windows never overlap.
 
     loss = Σ nll / Σ tokens          perplexity = exp(loss)
 """
@@ -40,7 +40,7 @@ class CausalLmData(TaskData):
         stride = self.spec.stride if self.spec.stride is not None and split != "train" else length
         if stride > length:
             raise DataError(f"data.stride: {stride} is more than data.max_length ({length}): tokens would be skipped.")
-        stream = tokenize(self.processor, "\n\n".join(texts_of(table, "text")))["input_ids"]
+        stream = tokenize(self.processor, table.separator.join(texts_of(table, "text")))["input_ids"]
         if len(stream) < 2:
             raise DataError(f"data.text: {table.where} has {len(stream)} tokens; predicting needs at least two.")
         windows = _windows(np.asarray(stream, dtype=np.int32), length, stride)

@@ -8,6 +8,7 @@ the network, and code that comes with a model runs only with --allow-code.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -66,6 +67,7 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
             # Byte-level tokenizers refuse words that are already split unless told that a space comes before them.
             prefix = {"add_prefix_space": True} if spec.task == "token-classification" else {}
             tokenizer = AutoTokenizer.from_pretrained(path, **prefix, **options)
+            tokenizer.model_input_names = _accepted(spec, path, options, tokenizer.model_input_names)
     except _LOADING as error:
         raise _unloadable(spec, "processor (tokenizer, image processor or feature extractor)", error) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -83,6 +85,15 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
     if tokenizer.pad_token is None:
         raise ModelError(f"model.path: the tokenizer of {spec.path} has no pad, eos or unk token to pad with; set one.")
     return tokenizer
+
+
+def _accepted(spec: Model, path: str, options: dict[str, Any], names: list[str]) -> list[str]:
+    """The inputs that the model takes: a tokenizer of a general class makes token_type_ids for every model."""
+    cls = HEADS[spec.task]._model_mapping.get(type(AutoConfig.from_pretrained(path, **options)), None)
+    forward = getattr(cls, "forward", None)
+    if spec.modeling is not None or forward is None:
+        return names
+    return [name for name in names if name in inspect.signature(forward).parameters]
 
 
 def load_model(

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,6 +36,8 @@ class Table:
     """names of integer class labels, by column, where the source declares them"""
     folder: Path | None = None
     """what relative paths in cells start from"""
+    separator: str = "\n\n"
+    """what joins the rows to a running text"""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -45,7 +47,7 @@ class Table:
 
     def take(self, rows: Sequence[int]) -> Table:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        return Table(self.where, columns, self.classes, self.folder)
+        return replace(self, columns=columns)
 
     def choose(self, wanted: Mapping[str, str]) -> Table:
         """The columns named by `wanted` {field of `data:` -> column}, renamed to the fields. Raises DataError."""
@@ -59,7 +61,7 @@ class Table:
                 )
         columns = {option: self.columns[column] for option, column in wanted.items()}
         classes = {option: self.classes[column] for option, column in wanted.items() if column in self.classes}
-        return Table(self.where, columns, classes, self.folder)
+        return replace(self, columns=columns, classes=classes)
 
 
 def read_table(file: str, option: str, wanted: Iterable[str] = ()) -> Table:
@@ -98,8 +100,7 @@ def _parse(path: Path, form: str, where: str, headless: bool) -> Table:
         return _read_parquet(path, where)
     with _open_text(path) as stream:
         if form == ".txt":
-            # Split and joined by blank lines again, a text stays as it was to the last character.
-            return Table(where, {"text": stream.read().split("\n\n")})
+            return Table(where, {"text": stream.read().split("\n")}, separator="\n")
         if form == ".jsonl":
             return _read_jsonl(stream, where)
         return _read_separated(stream, where, form, headless)
