@@ -85,10 +85,10 @@ class FisherPruner(Pruner):
             )
         return found
 
-    def kept(self) -> Kept:
+    def resolve(self) -> Kept:
         if not self.warmup.end and not self._rows:
             raise RuntimeError("Fisher pruning without a warm-up needs collect() on calibration batches first")
-        kept = super().kept()
+        kept = super().resolve()
         for (kind, index), rows in self._rows.items():
             kept.of(kind)[index] = rearrange(rows, kept.of(kind)[index])
         return kept

@@ -21,7 +21,7 @@ keep, a target reached on the same cubic schedule:
     block   the best scores over all groups, so that 1 - s · (1 - keep) of the elements stay;
             at the end units by σ(mean S over their weights) under the budget
 
-Survivors are dense again at the end: W never lost its values.
+From the end of the warm-up on scores stay, and survivors are dense again: W never lost its values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from mptrain.compress import costs
 from mptrain.compress.budget import Importance
 from mptrain.compress.pruner import Pruner, as_numpy, unit_sums
-from mptrain.compress.scores import Group, layout, quantile
+from mptrain.compress.scores import layout, quantile
 from mptrain.compress.structure import Block, Kept
 from mptrain.errors import UserError
 from mptrain.recipe import Movement
@@ -99,6 +99,9 @@ class MovementPruner(Pruner):
 
     @torch.no_grad()
     def observe(self) -> None:
+        if self.resolved:
+            self.scores.grad = None  # optimizers then leave the scores alone
+            return
         gradient = torch.zeros_like(self.scores)
         blocks = {f"{block.output}.weight": block for _, block in self.structure.prunable()}
         for group in self._groups:
@@ -130,12 +133,12 @@ class MovementPruner(Pruner):
         return settings
 
     def next_masks(self, step: int) -> None:
-        if self.config.regularization is None and self.config.score == "shared":
+        if step >= self.warmup.end or (self.config.regularization is None and self.config.score == "shared"):
             super().next_masks(step)
         elif self.config.regularization is None:
-            if self.warmup.start < step <= self.warmup.end:
+            if step > self.warmup.start:
                 self._set_masks(self._alive_by_fraction(self.warmup.ease(step)))
-        elif self.warmup.start <= step < self.warmup.end:
+        elif step >= self.warmup.start:
             if self._tau0 is None:
                 self._tau0 = self._first_threshold()
             self._set_masks(self._alive_by_threshold(self.at(step)["threshold"]))
@@ -185,12 +188,8 @@ class MovementPruner(Pruner):
 
     # -- resolution
 
-    def kept(self) -> Kept:
-        if self.config.regularization is None:
-            if self.config.score == "shared":
-                return super().kept()
-            return self.budget.search(self.importance())
-        return self._survivors()
+    def resolve(self) -> Kept:
+        return super().resolve() if self.config.regularization is None else self._survivors()
 
     def importance(self) -> Importance:
         """Parameters of a unit times σ of its score, so that under a budget the score alone decides."""
@@ -208,7 +207,8 @@ class MovementPruner(Pruner):
         total = torch.zeros(block.units, device=self.scores.device)
         count = 0
         for name in block.linears:
-            scores = self._by_element(groups[f"{name}.weight"], groups[f"{name}.weight"].of(self.scores))
+            group = groups[f"{name}.weight"]
+            scores = group.spread(group.of(self.scores)).expand(self.masked.dense[group.parameter].shape)
             rows = scores if name != block.output else scores.T
             total += rows.reshape(block.units, -1).sum(1)
             count += rows.numel() // block.units
@@ -244,13 +244,10 @@ class MovementPruner(Pruner):
             alive |= rows.reshape(block.units, -1).any(1)
         return alive
 
-    def _by_element(self, group: Group, values: Tensor) -> Tensor:
-        return group.spread(values).expand(self.masked.dense[group.parameter].shape)
-
     # -- log and resume
 
     def sparsity(self) -> float:
-        if self.config.score == "shared":
+        if self.resolved or self.config.score == "shared":
             return super().sparsity()
         cut = sum(
             int((~mask).sum()) * (self.masked.dense[name].numel() // mask.numel()) for name, mask in self._masks.items()

@@ -32,7 +32,10 @@ LossFn = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Warmup:
-    """Steps [start, end) of a phase in which the masks close; end 0: no warm-up, prune at once."""
+    """Steps [start, end) of a phase in which the masks close; they are final from `end` on.
+
+    end 0: no warm-up, prune at once.
+    """
 
     start: int
     end: int
@@ -60,7 +63,7 @@ class Warmup:
 
     def refreshes(self, step: int) -> bool:
         every = max(1, (self.end - self.start) // REFRESHES)
-        return self.start < step <= self.end and ((step - self.start) % every == 0 or step == self.end)
+        return self.start < step < self.end and (step - self.start) % every == 0
 
 
 class Pruner:
@@ -85,6 +88,8 @@ class Pruner:
         length: costs.Length = 128,
         latency: costs.LatencyTable | None = None,
     ) -> None:
+        if not structure.prunable():
+            raise UserError("prune.ignore leaves no attention and no FFN to prune: make its patterns narrower")
         self.config = config
         self.structure = structure
         self.lr = lr
@@ -174,9 +179,22 @@ class Pruner:
     # -- unit masks and the boundary
 
     def next_masks(self, step: int) -> None:
-        """Choose the masks for the forward pass after `step` optimizer steps."""
-        if self.warmup.refreshes(step):
+        """Choose the masks for the forward pass after `step` optimizer steps.
+
+        From the end of the warm-up on they are the final structure: what trains is the shrunk model.
+        """
+        if 0 < step == self.warmup.end:
+            self._set_kept(self.resolve())
+        elif self.warmup.refreshes(step):
             self._set_kept(self.budget.search(self.importance(), self.warmup.ease(step)))
+
+    def resolve(self) -> Kept:
+        """The final structure, from the present importances."""
+        return self.budget.search(self.importance())
+
+    @property
+    def resolved(self) -> bool:
+        return 0 < self.warmup.end <= self._step
 
     def _set_kept(self, kept: Kept) -> None:
         """Unit masks that leave `kept`."""
@@ -200,10 +218,8 @@ class Pruner:
         self.masked.restore()
 
     def kept(self) -> Kept:
-        """The final structure. Before the end of a warm-up: what the present importances would give."""
-        if 0 < self.warmup.end <= self._step:
-            return self._kept
-        return self.budget.search(self.importance())
+        """The final structure; before the end of a warm-up what it would be now."""
+        return self._kept if self.resolved else self.resolve()
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
