@@ -32,6 +32,7 @@ from mptrain.verify import graph, parity
 log = logging.getLogger(__name__)
 
 PARITY_EXAMPLES = 64
+TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound in frames
 
 
 class Variants:
@@ -55,7 +56,7 @@ class Variants:
         quantize = self.recipe.stage(stage).quantize
         exported = export_openvino(
             model,
-            self.data.example(2, 16),
+            self.data.example(2, TRACED_LENGTH * self.data.min_length),
             self.folder / variant,
             precision=precision,
             embeddings=quantize.embeddings if quantize is not None else "fp32",
