@@ -59,8 +59,12 @@ def load_data(spec: Data, task: Task, processor: Any, *, seed: int) -> TaskData:
     }
     for table in given.values():
         table.columns[IDENTITY] = kind.identity(table)
-    keys = [str(key) for key in given["train"][GROUP if group else IDENTITY]]
-    tables = splits.complete(given, keys, spec.split, in_order=kind.in_order and not group)
+    in_order = kind.in_order and not group
+    train = given["train"]
+    keys = (
+        [str(row) for row in range(len(train))] if in_order else [str(k) for k in train[GROUP if group else IDENTITY]]
+    )
+    tables = splits.complete(given, keys, spec.split, in_order=in_order)
     facts = {
         **source.facts,
         "rows": {name: len(table) for name, table in tables.items()},
