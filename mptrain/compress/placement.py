@@ -177,9 +177,11 @@ def _record(model: nn.Module, example: Mapping[str, Tensor]) -> _Record:
     plain = HOOKS not in model._modules
     training = model.training
     model.eval()
-    with _Record(model, HookStorage() if plain else get_hook_storage(model)) as record:
-        (model if plain else cast(ForwardWithHooks, model.forward).orig_forward)(**example)
-    model.train(training)
+    try:
+        with _Record(model, HookStorage() if plain else get_hook_storage(model)) as record:
+            (model if plain else cast(ForwardWithHooks, model.forward).orig_forward)(**example)
+    finally:
+        model.train(training)
     return record
 
 

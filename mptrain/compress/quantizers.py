@@ -64,6 +64,8 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
             smooth=config.smooth_quant,
             correct_bias=isinstance(config, Ptq) and config.fast_bias_correction,
         )
+    if not any(isinstance(module, FakeQuantizer) for module in quantized.modules()):
+        raise UserError(f"quantize.ignore: with {config.ignore} nothing is left to quantize; name fewer modules")
     _set_bits(quantized, config.bits, bits)
     if getattr(getattr(quantized, "config", None), "layerdrop", 0):
         quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next

@@ -97,6 +97,7 @@ def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
             model.config.use_cache = use_cache
         model.train(training)
     _name(graph, example, outputs)
+    _number_names(graph)
     return graph
 
 
@@ -119,18 +120,17 @@ class _Positional(nn.Module):
 @contextmanager
 def _traceable_masks() -> Iterator[None]:
     """Attention masks from tensor operations: transformers' own take a traced length, a 0-d tensor, for positions."""
-    masks = {"sdpa": _boolean_mask, "eager": _additive_mask}
     # Item assignment goes to a layer of the mapping above the registered functions; deletion uncovers them.
-    for name, function in masks.items():
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = function
+    for name in ("sdpa", "eager"):
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = _additive_mask
     try:
         yield
     finally:
-        for name in masks:
+        for name in ("sdpa", "eager"):
             del ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
-def _boolean_mask(
+def _additive_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -141,7 +141,12 @@ def _boolean_mask(
     device: Any = "cpu",
     **_: Any,
 ) -> Tensor:
-    """True where a query may see a key, [batch, 1, q_length, kv_length]. attention_mask: [batch, kv_length] or None."""
+    """0 where a query may see a key, else the least float16, [batch, 1, q_length, kv_length].
+
+    attention_mask: [batch, kv_length] or None. Finite, for OpenVINO makes NaN of a row that sees
+    nothing, as left padding has in a causal model, and NaN spreads to the rest; a float16, so
+    that it is finite in every inference precision.
+    """
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
     head = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
     query = torch.arange(q_length, device=device)[None, None, :, None] + q_offset
@@ -149,12 +154,8 @@ def _boolean_mask(
     seen = mask_function(batch, head, query, key)
     if attention_mask is not None:
         seen = seen & attention_mask[:, None, None, :].to(torch.bool)
-    return seen.expand(batch_size, -1, q_length, kv_length)
-
-
-def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
-    seen = _boolean_mask(*args, **options)
-    return torch.where(seen, torch.tensor(0.0, dtype=dtype, device=seen.device), torch.finfo(dtype).min)
+    seen = seen.expand(batch_size, -1, q_length, kv_length)
+    return torch.where(seen, 0.0, torch.finfo(torch.float16).min)
 
 
 def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
@@ -227,7 +228,9 @@ def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group
     if bits == 4:
         options = {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": group, "all_layers": True}
     with silenced():
-        return nncf.compress_weights(graph, ignored_scope=nncf.IgnoredScope(names=others, validate=False), **options)
+        graph = nncf.compress_weights(graph, ignored_scope=nncf.IgnoredScope(names=others, validate=False), **options)
+    _number_names(graph)
+    return graph
 
 
 def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any) -> Exported:
@@ -249,6 +252,17 @@ def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any
         raise
     xml = folder / XML
     return Exported(folder, xml, xml.stat().st_size + xml.with_suffix(".bin").stat().st_size)
+
+
+def _number_names(graph: ov.Model) -> None:
+    """Number generated names anew: they count the operations of the whole process, and the file must not.
+
+    NNCF writes names into the file as well, so this comes before each of its steps.
+    """
+    graph.set_friendly_name("model")
+    for index, node in enumerate(graph.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
 
 
 class Runner:

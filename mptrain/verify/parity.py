@@ -23,7 +23,7 @@ def compare(model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Te
     Returns {"max_abs_diff", "mean_abs_diff", "argmax_agreement", "examples"}. Positions that
     the attention mask leaves out are not compared. Agreement is over the argmax of the last axis;
     for quantized models it says more than the differences.
-    Raises ExportError when the exported model lacks an output or gives another shape.
+    Raises ExportError when an output has another shape or values that are not finite.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -38,6 +38,11 @@ def compare(model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Te
             if array.shape != expected.shape:
                 raise ExportError(f"output {name}: the exported model gives {array.shape}, the model {expected.shape}")
             kept = _kept(expected, batch)
+            bad = int((~np.isfinite(array[kept])).sum())
+            if bad:
+                raise ExportError(
+                    f"output {name}: {bad} of {array[kept].size} values of the exported model are not finite"
+                )
             difference = np.abs(array.astype(np.float64) - expected)[kept]
             largest = max(largest, float(difference.max(initial=0.0)))
             total += float(difference.sum())
