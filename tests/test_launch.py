@@ -13,6 +13,8 @@ CONFIGS = recipe_file.folder("configs")
     [
         (["python", "/bin/accelerate", "launch", "--num_processes", "2", "job.py"], 2),
         (["python", "/bin/accelerate", "launch", "--num-processes=4", "-m", "mptrain"], 4),
+        (["python", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mptrain"], 2),
+        (["/bin/accelerate-launch", "--num_processes", "3", "job.py"], 3),
         (["accelerate", "launch", "job.py", "--num_processes", "9"], None),
         (["python", "-m", "mptrain", "recipe", "x"], None),
         ([], None),

@@ -8,7 +8,7 @@ from mptrain import recipe_file
 from mptrain.plan import phases, steps_per_epoch, variants
 from mptrain.recipe import Train
 
-RECIPE = recipe_file.read("jpqd-bert").recipe
+RECIPE = recipe_file.read("jpqd-bert", ["stages.jpqd.prune.schedule.end=1"]).recipe
 
 
 def train(**kwargs):

@@ -34,7 +34,7 @@ def line_of(text, part):
         ("seed: 42", "seed: 42\nseed: 43", ["'seed' appears twice", "first on line"]),
         ("seed: 42", "seed: off", ["seed", "integer", "'off'"]),
         ("attn: sdpa", "attn: sdp", ["model.attn", "'sdp'", "Did you mean 'sdpa'"]),
-        ("end: 1,", "end: 3,", ["stages.jpqd", "prune.schedule.end", "train.epochs"]),
+        ("end: 0.75,", "end: 3,", ["stages.jpqd", "prune.schedule.end", "train.epochs"]),
         ("    teacher: dense\n", "", ["stages.jpqd", "distill needs a teacher"]),
         ("teacher: dense", "teacher: dense\n    regularisation: 1", ["stages.jpqd.regularisation: unknown field"]),
         ("encoder_params: 0.45", "encoder_params: 0.45, macs: 0.5", ["stages.jpqd.prune.keep", "exactly one"]),

@@ -45,9 +45,10 @@ def _parent_command() -> list[str]:
 
 def asked_processes(command: list[str]) -> int | None:
     """The number of processes an `accelerate launch` command line asks for, or None."""
-    if not any("accelerate" in os.path.basename(c) for c in command) or "launch" not in command:
+    start = next((i for i, word in enumerate(command) if _is_launcher(command, i, word)), None)
+    if start is None:
         return None
-    options = _options(command[command.index("launch") + 1 :])
+    options = _options(command[start + 1 :])
     number: Any = options.get("num_processes")
     if number is None and "config_file" in options:
         import yaml
@@ -58,6 +59,13 @@ def asked_processes(command: list[str]) -> int | None:
         except (OSError, yaml.YAMLError, AttributeError):
             number = None
     return int(number) if str(number).isdigit() else None
+
+
+def _is_launcher(command: list[str], index: int, word: str) -> bool:
+    """`accelerate launch`, `accelerate-launch` or `python -m accelerate.commands.launch`."""
+    if word == "launch":
+        return index > 0 and os.path.basename(command[index - 1]).startswith("accelerate")
+    return os.path.basename(word) == "accelerate-launch" or word == "accelerate.commands.launch"
 
 
 def _options(words: list[str]) -> dict[str, str]:

@@ -80,6 +80,7 @@ class PhaseTrainer(Trainer):
         self.best: dict[str, Any] | None = None
         self._bad_epochs = 0
         self._elapsed_before = 0.0
+        self._unlogged: dict[str, Any] | None = None
         self._started = time.monotonic()
         on_cpu = not torch.cuda.is_available()
         arguments = TrainingArguments(
@@ -116,8 +117,8 @@ class PhaseTrainer(Trainer):
             eval_dataset=data.validation,
             compressors=compressors,
             distiller=distiller,
-            callbacks=[_Checkpoints(train.checkpoint_steps, stop)],
         )
+        self.add_callback(_Checkpoints(self, train.checkpoint_steps, stop))
         self.model_accepts_loss_kwargs = False
         self._quiet()
 
@@ -216,12 +217,33 @@ class PhaseTrainer(Trainer):
     # -- resume
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        return {"best": self.best, "bad_epochs": self._bad_epochs, "elapsed_s": self.elapsed()}
+        unlogged = {
+            "since": self._globalstep_last_logged,
+            "loss": float(self._tr_loss),
+            "terms": {name: float(value) for name, value in self._terms.items()},
+            "count": self._term_count,
+        }
+        return {
+            "best": self.best,
+            "bad_epochs": self._bad_epochs,
+            "elapsed_s": self.elapsed(),
+            "unlogged": unlogged,
+        }
 
     def resume_facts(self, folder: Path) -> None:
         facts = checkpoint.facts(folder)
         self.best, self._bad_epochs = facts["best"], facts["bad_epochs"]
         self._elapsed_before = facts["elapsed_s"]
+        self._unlogged = facts["unlogged"]
+
+    def restore_unlogged(self) -> None:
+        """Sums of losses since the last log, so that a row of the history does not tell where a run was stopped."""
+        if self._unlogged is not None:
+            device = self.args.device
+            self._tr_loss = torch.tensor(self._unlogged["loss"], device=device)
+            self._globalstep_last_logged = self._unlogged["since"]
+            self._terms = {n: torch.tensor(v, device=device) for n, v in self._unlogged["terms"].items()}
+            self._term_count = self._unlogged["count"]
 
     def elapsed(self) -> float:
         return self._elapsed_before + time.monotonic() - self._started
@@ -230,9 +252,12 @@ class PhaseTrainer(Trainer):
 class _Checkpoints(TrainerCallback):
     """A checkpoint every so many steps and when the user stops; none at the end, which saves the model itself."""
 
-    def __init__(self, every: int, stop: Callable[[], bool]) -> None:
-        self.every, self.stop = every, stop
+    def __init__(self, trainer: PhaseTrainer, every: int, stop: Callable[[], bool]) -> None:
+        self.trainer, self.every, self.stop = trainer, every, stop
         self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.restore_unlogged()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
