@@ -15,6 +15,9 @@ EXIT = (
 )
 
 
+EXTRAS = {"nncf": "openvino", "openvino": "openvino", "openvino_telemetry": "openvino", "matplotlib": "plots"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = _parser()
@@ -28,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"{error.name} is not installed. Install it with: pip install 'mptrain[{extra}]'", 1)
     except MemoryError:
         return _fail("out of memory. Lower train.batch_size (and raise accumulation) or data.max_length.", 1)
     except Exception as error:

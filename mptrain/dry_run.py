@@ -9,6 +9,7 @@ factor of two.
 
 from __future__ import annotations
 
+import io
 import statistics
 import time
 from dataclasses import dataclass
@@ -51,14 +52,15 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
     outlook = _outlook(model, structure, length)
     speed = _macs_per_second()
-    console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    text = io.StringIO()
+    console = Console(width=110, file=text)
     console.print(f"{recipe.name}: {recipe.description}")
     console.print(f"model: {recipe.model.path} ({model_from}); data: {rows:,} training rows ({rows_from})")
     console.print(f"output: {recipe.output.dir}\n")
     console.print(_stages(recipe, rows, outlook, speed))
     console.print(_variants(recipe, outlook))
     console.print("Predicted from sizes and a short measurement here; times within about a factor of two.")
-    return console.export_text()
+    return text.getvalue()
 
 
 def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:

@@ -135,7 +135,9 @@ def _distiller(context: Context, stage: Stage) -> Distiller | None:
     if teacher in context.plan:
         model = artifact.load(context.model_folder(teacher))
     else:
-        spec = recipe.model if teacher == "model" else recipe.model.model_copy(update={"path": teacher})
+        spec = recipe.model
+        if teacher != "model":
+            spec = spec.model_copy(update={"path": teacher, "modeling": None})
         model = load_model(spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False)
     return Distiller(model, stage.distill, causal=recipe.model.task == "causal-lm")
 
