@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mptrain.compress.fake_quant import FakeQuantizer
 from mptrain.compress.scopes import resolve
+from mptrain.compress.shrink import LinearSlice
 from mptrain.errors import ModelError, UserError
 from mptrain.recipe import Ptq, Qat
 from mptrain.silence import silenced
@@ -27,13 +28,6 @@ from mptrain.silence import silenced
 Model = TypeVar("Model", bound=nn.Module)
 VERSION = 1
 _HOOKS = "__nncf_hooks"
-
-
-class Slice(Protocol):
-    """Rows and columns of a Linear that stay; None for all."""
-
-    rows: Tensor | None
-    cols: Tensor | None
 
 
 def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Tensor]]) -> Model:
@@ -158,7 +152,7 @@ def frozen(model: Model) -> Model:
 
 
 def slice_quantizers(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], slices: Mapping[str, Slice]
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], slices: Mapping[str, LinearSlice]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors that fit a model whose Linears, by name, lost rows and columns.
 
@@ -187,7 +181,7 @@ def quantizer_parameter_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(f"{_HOOKS}.")}
 
 
-def _kept(slices: Mapping[str, Slice], name: str | None, which: str) -> Tensor | None:
+def _kept(slices: Mapping[str, LinearSlice], name: str | None, which: str) -> Tensor | None:
     return getattr(slices[name], which) if name is not None and name in slices else None
 
 
