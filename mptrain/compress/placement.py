@@ -109,7 +109,6 @@ def place(
         )
         record = _record(quantized, batches[0])
     _replace_quantizers(quantized, record)
-    _leave_inputs_alone(quantized)
     return quantized
 
 
@@ -132,7 +131,7 @@ def _leave_inputs_alone(model: nn.Module) -> None:
     """
     for module in model.modules():
         if getattr(module, "_requires_grad", False) is True:
-            module._requires_grad = False
+            module.__dict__["_requires_grad"] = False
 
 
 def unhook(model: nn.Module) -> None:
