@@ -162,7 +162,7 @@ def kill_at(recipe, folder, pattern, number=signal.SIGKILL):
         command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not list(folder.glob(pattern)):
             assert process.poll() is None, f"the run ended before {pattern} was there"
             assert time.monotonic() < deadline
