@@ -200,6 +200,14 @@ def test_a_quantized_model_is_not_quantized_again():
 # -- training
 
 
+@pytest.mark.parametrize("family", ["wav2vec2", "vit", "opt"])
+def test_every_kind_of_input_trains(family):
+    """Wav2Vec2 asks for a gradient of its input in training; a quantizer stands there."""
+    _, q = quantized(family)
+    q.train()(**inputs(family, labels=True)).loss.backward()
+    assert all(p.grad is not None for quantizer in found(q) for p in quantizer.parameters())
+
+
 def test_ranges_train_and_are_named_for_no_weight_decay():
     _, q = quantized(config=qat(activations="asymmetric"))
     q.train()

@@ -195,7 +195,7 @@ CASES = {
     "question-answering": Case(questions, ("f1", "exact_match"), 40, learnt=0.6, length=24, epochs=16, lr=5e-3),
     "image-classification": Case(images, ("accuracy", "loss"), 30, learnt=0.6, precision=("fp32", "int8")),
     "audio-classification": Case(sounds, ("accuracy", "loss"), 30, learnt=0.8, precision=("fp32", "int8"), length=800),
-    "causal-lm": Case(language, ("loss", "perplexity"), 61, learnt=1.6),
+    "causal-lm": Case(language, ("loss", "perplexity"), 60, learnt=1.6),
 }
 
 
