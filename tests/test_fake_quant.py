@@ -210,7 +210,7 @@ def test_a_kernel_is_compiled_once(fresh, monkeypatch):
     native.load.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     assert native.load(path).answer() == 42
-    assert len(list((fresh / "cache" / "native").iterdir())) == 1
+    assert len(list((fresh / "cache" / "kernels").iterdir())) == 1
 
 
 def test_changed_source_is_compiled_again(fresh):

@@ -20,6 +20,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from mptrain.inputs.packaged import cache_folder
+
 log = logging.getLogger(__name__)
 
 # No contraction to fma: a kernel then gives the bits of the same operations in torch.
@@ -49,7 +51,7 @@ def load(source: Path) -> ctypes.CDLL | None:
 def _compiled(compiler: str, source: Path, threading: str) -> Path:
     flags = (*_FLAGS, threading)
     identity = "\0".join((compiler, *flags, platform.platform(), _processor(), source.read_text(encoding="utf-8")))
-    folder = Path(os.environ.get("MPTRAIN_CACHE") or Path.home() / ".cache" / "mptrain") / "native"
+    folder = cache_folder() / "kernels"
     library = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ their rows are compressed here, int8 with one scale to a row, or int4 with one s
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -79,6 +80,8 @@ def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
     """The IR in memory; inputs and outputs carry the names that the torch model has, operations its module names."""
     if quantizers.is_quantized(model):
         model = quantizers.frozen(model)
+    if model.dtype != torch.float32:  # OpenVINO's frontend reads bf16 constants with the bits of f16
+        model = copy.deepcopy(model).float()
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     wrapper = _Positional(model.eval(), list(example))
     try:
