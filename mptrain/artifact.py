@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
+from mptrain.compress.base import is_quantized
 from mptrain.compress.families import FAMILIES
 from mptrain.compress.shrink import shrink
 from mptrain.compress.structure import find_structure, kept_from_counts
@@ -58,7 +59,7 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"only transformers models can be saved, got {type(model).__name__}; unwrap it first")
-    tensors, aliases = _unique_tensors(model)
+    tensors, aliases = unique_tensors(model)
     quantizers = _quantizer_config(model)
     special = quantizers is not None or getattr(model.config, "mptrain_structure", None) is not None
     config = json.loads(model.config.to_json_string())
@@ -87,7 +88,8 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
         _write_json(new / CONFIG, config)
         metadata = {"format": "pt", "aliases": json.dumps(aliases)}
         try:
-            save_file(tensors, new / (WEIGHTS if special else PLAIN_WEIGHTS), metadata)
+            copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            save_file(copies, new / (WEIGHTS if special else PLAIN_WEIGHTS), metadata)
         except SafetensorError as error:
             raise MptrainError(f"{folder}: the weights could not be written ({error}). Check the free space.") from None
 
@@ -208,7 +210,7 @@ def _build(cls: Any, config: dict[str, Any], attn: Any) -> PreTrainedModel:
 
 
 def _quantizer_config(model: nn.Module) -> dict[str, Any] | None:
-    if not hasattr(model, "__nncf_hooks"):  # without importing nncf for it
+    if not is_quantized(model):
         return None
     from mptrain.compress import quantizers
 
@@ -218,8 +220,8 @@ def _quantizer_config(model: nn.Module) -> dict[str, Any] | None:
 # -- tensors
 
 
-def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """CPU copies under their first names, and the other names of tied tensors: {second: first}."""
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's own tensors under their first names, and the other names of tied ones: {second: first}."""
     first: dict[Any, str] = {}
     tensors, aliases = {}, {}
     for name, tensor in model.state_dict().items():
@@ -228,7 +230,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             aliases[name] = first[place]
         else:
             first[place] = name
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+            tensors[name] = tensor
     return tensors, aliases
 
 

@@ -70,7 +70,7 @@ def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
     total = 0.0
     for stage in recipe.stages:
         for phase in phases(stage, rows):
-            seconds = _seconds(stage, phase.prune, phase.steps, outlook, speed, recipe.data.max_length)
+            seconds = _seconds(stage, phase.prune, phase.steps, outlook, speed)
             total += seconds
             does = _does(stage, phase)
             table.add_row(stage.id, phase.name, f"{phase.start}–{phase.end}", does, _minutes(seconds))
@@ -129,7 +129,7 @@ def _bytes(outlook: Outlook, kept: float, precision: str) -> float:
     )
 
 
-def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float, length: int) -> float:
+def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float) -> float:
     """Forward and backward are three forwards; a teacher one more; fake quantizers cost about half a step."""
     if stage.train is None or not steps:
         return 30.0 if stage.quantize or stage.prune else 0.0

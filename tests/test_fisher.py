@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import FAMILIES, inputs, logits, tiny
+from tiny_models import FAMILIES, inputs, logits, tiny, train
 
 from mptrain.compress.fisher import DECAY, FisherPruner, rearrange
 from mptrain.compress.rescale import refit
@@ -137,17 +137,6 @@ def test_rearranging_leaves_full_layers_alone():
 
 
 # -- gradually
-
-
-def train(model, ours, steps, start=0, opt=None):
-    opt = opt or torch.optim.AdamW(model.parameters(), lr=0.01)
-    for step in range(start, start + steps):
-        opt.zero_grad()
-        model(**inputs("bert", labels=True, seed=step)).loss.backward()
-        ours.gradients_ready()
-        opt.step()
-        ours.updated(step + 1)
-    return opt
 
 
 def test_running_sum_is_of_mask_gradients_also_for_masked_units():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, inputs, logits, tiny
+from tiny_models import FAMILIES, inputs, logits, tiny, train
 
 from mptrain.compress.magnitude import MagnitudePruner
 from mptrain.compress.structure import find_structure
@@ -53,16 +53,6 @@ def test_at_once(keep):
 
 
 def test_gradually_follows_the_weights_and_resumes_exactly():
-    def train(model, ours, steps, start=0, opt=None):
-        opt = opt or torch.optim.AdamW(model.parameters(), lr=0.01)
-        for step in range(start, start + steps):
-            opt.zero_grad()
-            model(**inputs("bert", labels=True, seed=step)).loss.backward()
-            ours.gradients_ready()
-            opt.step()
-            ours.updated(step + 1)
-        return opt
-
     whole, half, resumed = tiny("bert"), tiny("bert"), tiny("bert", seed=3)
     ours, before, after = (pruner(m, keep=0.4, steps=6) for m in (whole, half, resumed))
     train(whole, ours, 6)

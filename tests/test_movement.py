@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from tiny_models import inputs, logits, tiny
 from torch.func import functional_call
@@ -48,14 +49,7 @@ def optimizer(model, ours):
 
 
 def train(model, ours, steps, start=0, opt=None):
-    opt = opt or optimizer(model, ours)
-    for step in range(start, start + steps):
-        opt.zero_grad()
-        model(**inputs("bert", labels=True, seed=step)).loss.backward()
-        ours.gradients_ready()
-        opt.step()
-        ours.updated(step + 1)
-    return opt
+    return tiny_models.train(model, ours, steps, start, opt or optimizer(model, ours))
 
 
 def set_scores(ours, name, values):

@@ -100,3 +100,15 @@ def inputs(family: str, batch: int = 3, labels: bool = False, seed: int = 0) -> 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**batch).logits
+
+
+def train(model, ours, steps, start=0, opt=None):
+    """Steps as a Trainer makes them, with a compressor; returns the optimizer to go on with."""
+    opt = opt or torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(start, start + steps):
+        opt.zero_grad()
+        model(**inputs("bert", labels=True, seed=step)).loss.backward()
+        ours.gradients_ready()
+        opt.step()
+        ours.updated(step + 1)
+    return opt

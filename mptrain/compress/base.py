@@ -21,6 +21,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+HOOKS = "__nncf_hooks"
+"""The submodule in which NNCF keeps a model's quantizers; known here so that asking for it does not import NNCF."""
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return HOOKS in model._modules
+
 
 class Compressor(Protocol):
     """A method that acts on a model while it trains. Tensors in states are detached CPU copies."""

@@ -34,10 +34,10 @@ from nncf.torch.quantization.reference import torch_executor
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mptrain.compress.base import HOOKS
 from mptrain.compress.fake_quant import FakeQuantizer
 from mptrain.silence import replaced
 
-HOOKS = "__nncf_hooks"
 _ATTENTION = ["scaled_dot_product_attention", "matmul", "bmm", "baddbmm"]
 _EMBEDDING = ["embedding"]
 _SMOOTH_ALPHA = 0.95  # NNCF's for transformers

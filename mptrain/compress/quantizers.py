@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import HOOKS, is_quantized
 from mptrain.compress.fake_quant import FakeQuantizer
 from mptrain.compress.scopes import resolve
 from mptrain.compress.shrink import LinearSlice
@@ -27,7 +28,6 @@ from mptrain.silence import silenced
 
 Model = TypeVar("Model", bound=nn.Module)
 VERSION = 1
-_HOOKS = "__nncf_hooks"
 
 
 def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Tensor]]) -> Model:
@@ -64,10 +64,6 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if getattr(getattr(quantized, "config", None), "layerdrop", 0):
         quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next
     return quantized.train(model.training)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    return _HOOKS in model._modules
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -113,7 +109,7 @@ def attach(model: Model, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     nncf_side.hooked(model, modules).train(model.training)
     if tensors is not None:
         try:
-            model.get_submodule(_HOOKS).load_state_dict(dict(tensors), strict=True)
+            model.get_submodule(HOOKS).load_state_dict(dict(tensors), strict=True)
         except RuntimeError as error:
             raise ModelError(f"the quantizer tensors do not fit the quantizer config: {error}") from None
         for _, module in modules:
@@ -130,7 +126,7 @@ def detach(model: Model) -> tuple[Model, dict[str, Any], dict[str, Tensor]]:
     """
     nncf_side = _placement()
     config = config_of(model)
-    tensors = {name: t.detach().cpu().clone() for name, t in model.get_submodule(_HOOKS).state_dict().items()}
+    tensors = {name: t.detach().cpu().clone() for name, t in model.get_submodule(HOOKS).state_dict().items()}
     plain = copy.deepcopy(model)
     for _, module in nncf_side.hooks(plain):
         if isinstance(module, nncf_side.Smooth):
@@ -147,7 +143,7 @@ def frozen(model: Model) -> Model:
         if isinstance(module, FakeQuantizer):
             constant = module.frozen()
             for name in names:
-                frozen_copy.get_submodule(_HOOKS).set_submodule(name, constant)
+                frozen_copy.get_submodule(HOOKS).set_submodule(name, constant)
     return frozen_copy
 
 
@@ -178,7 +174,7 @@ def slice_quantizers(
 
 def quantizer_parameter_names(model: nn.Module) -> set[str]:
     """Names of the ranges, for no weight decay; empty for a plain model."""
-    return {name for name, _ in model.named_parameters() if name.startswith(f"{_HOOKS}.")}
+    return {name for name, _ in model.named_parameters() if name.startswith(f"{HOOKS}.")}
 
 
 def _kept(slices: Mapping[str, LinearSlice], name: str | None, which: str) -> Tensor | None:
@@ -186,7 +182,7 @@ def _kept(slices: Mapping[str, LinearSlice], name: str | None, which: str) -> Te
 
 
 def _set_bits(model: nn.Module, bits: Mapping[str, int], modules: Mapping[str, set[str]]) -> None:
-    weights = {q.weight_of: q for q in model.get_submodule(_HOOKS).modules() if isinstance(q, FakeQuantizer)}
+    weights = {q.weight_of: q for q in model.get_submodule(HOOKS).modules() if isinstance(q, FakeQuantizer)}
     weights.pop(None, None)
     for pattern, names in modules.items():
         found = [weights[name] for name in sorted(names) if name in weights]

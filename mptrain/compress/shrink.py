@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import is_quantized
 from mptrain.compress.families import FAMILIES
 from mptrain.compress.structure import Attention, Block, Kept, Structure, check_not_shared, counts, find_structure
 from mptrain.errors import ModelError
@@ -54,7 +55,7 @@ def shrink(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     Raises ModelError when `kept` does not fit, a cut weight is tied to another module, or
     the model carries NNCF quantizers, whose per-channel ranges have the old shapes.
     """
-    if hasattr(model, "__nncf_hooks"):
+    if is_quantized(model):
         raise ModelError("a quantized model cannot be shrunk: detach the quantizers first, then attach the sliced ones")
     slices = linear_slices(structure, kept)
     check_not_shared(model, slices)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from mptrain.compress.base import HOOKS
 from mptrain.compress.families import FAMILIES, Family
 from mptrain.errors import ModelError
 
@@ -173,7 +174,7 @@ def find_structure(model: nn.Module, ignore: Sequence[str] = ()) -> Structure:
     Raises ModelError when there is no layer of a known family or a layer is not as the
     family has it, UserError for an entry of `ignore` that matches no module.
     """
-    names = {name: module for name, module in model.named_modules() if name and "__nncf_hooks" not in name}
+    names = {name: module for name, module in model.named_modules() if name and HOOKS not in name}
     ignored = _resolve(ignore, names)
     by_class = {cls: family for family in FAMILIES.values() for cls in family.layers}
     attention: list[Attention] = []

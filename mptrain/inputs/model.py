@@ -36,6 +36,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
+from mptrain.compress.base import is_quantized
 from mptrain.errors import ModelError
 from mptrain.inputs import packaged
 from mptrain.inputs.head import fit_head
@@ -280,7 +281,7 @@ def _load_artifact(
         raise ModelError(f"model.dropout: {folder} was pruned or quantized with its own dropout; drop the option.")
     model = artifact.load(folder, allow_code=allow_code)
     if _attention(spec) not in (None, model.config._attn_implementation):
-        if hasattr(model, "__nncf_hooks"):
+        if is_quantized(model):
             raise ModelError(
                 f"model.attn: {folder} was quantized with {model.config._attn_implementation} attention, which its"
                 f" quantizers are attached to; set model.attn to that instead of {spec.attn}."

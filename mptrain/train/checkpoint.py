@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mptrain.artifact import unique_tensors
 from mptrain.errors import TrainingError
 
 MANIFEST = "manifest.json"
@@ -71,15 +72,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict without the second names of tied tensors."""
-    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        tensors[name] = tensor
-    return tensors
+    return unique_tensors(model)[0]
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -7,10 +7,8 @@ killed and resumed, and one that was not, do the same arithmetic.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from mptrain.compress.base import Compressor
@@ -28,16 +26,15 @@ from mptrain.errors import TrainingError
 from mptrain.inputs.data import TaskData
 from mptrain.plan import Phase
 from mptrain.recipe import Train
-from mptrain.run_folder import read_json, write_json
 from mptrain.train import checkpoint
 from mptrain.train.distill import Distiller
+from mptrain.train.progress import Progress
 from mptrain.train.sampler import LengthGroupedSampler
 from mptrain.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
-HISTORY = "history.json"
 
 
 class Stopped(Exception):
@@ -96,7 +93,7 @@ class PhaseTrainer(Trainer):
             data_seed=seed,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
-            dataloader_drop_last=len(data.train) >= train.batch_size * self._world_size(),
+            dataloader_drop_last=len(data.train) >= train.batch_size * PartialState().num_processes,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             logging_strategy="steps",
@@ -122,12 +119,6 @@ class PhaseTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._quiet()
 
-    @staticmethod
-    def _world_size() -> int:
-        from accelerate import PartialState
-
-        return PartialState().num_processes
-
     def _quiet(self) -> None:
         from transformers import PrinterCallback, ProgressCallback
 
@@ -135,7 +126,7 @@ class PhaseTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
         if self.is_world_process_zero():
-            self.add_callback(_Progress(self.phase))
+            self.add_callback(Progress(self.phase))
 
     # -- order of the data and learning rate
 
@@ -184,16 +175,13 @@ class PhaseTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.model.eval()
-        scores = self.task_data.evaluate(model_forward(self.model, self.args.device), "validation", self.eval_batch)
+        forward = model_forward(self.model, self.args.device)
+        scores = self.task_data.evaluate(forward, "validation", self.settings.eval_batch_size)
         self.model.train()
         metrics = {f"eval_{s.name}": s.value for s in scores}
         self.log(dict(metrics))
         self._keep_best(scores[0].name, scores[0].value, scores[0].higher_is_better)
         return metrics
-
-    @property
-    def eval_batch(self) -> int:
-        return self.settings.eval_batch_size
 
     def _keep_best(self, name: str, value: float, higher: bool) -> None:
         """Masks still move in a warm-up, so only other phases have a best epoch."""
@@ -271,49 +259,6 @@ class _Checkpoints(TrainerCallback):
             raise Stopped
 
 
-class _Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere (a log file) a line every half minute."""
-
-    def __init__(self, phase: Phase) -> None:
-        self.phase = phase
-        self.label = f"{phase.stage}/{phase.name}"
-        self.loss = float("nan")
-        self.bar: Any = None
-        self.begun = self.said = time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        first = state.global_step
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=state.max_steps, initial=first, desc=self.label, unit="step", disable=hidden)
-        self.first = first
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
-        now = time.monotonic()
-        if self.bar.disable and (now - self.said > 30 or state.global_step == state.max_steps):
-            self.said = now
-            each = (now - self.begun) / (state.global_step - self.first)
-            left = each * (state.max_steps - state.global_step) / 60
-            log.info(
-                "%s: step %d of %d, loss %.3f, %.2f s a step, %.1f min left",
-                self.label, state.global_step, state.max_steps, self.loss, each, left,
-            )  # fmt: skip
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            self.loss = logs["loss"]
-            self.bar.set_postfix_str(f"loss {self.loss:.3f}", refresh=False)
-        scores = [f"{k.removeprefix('eval_')} {v:.4f}" for k, v in logs.items() if k.startswith("eval_")]
-        if scores:
-            step = self.phase.start + state.global_step
-            line = f"{self.label}: step {step}, validation {', '.join(scores)}"
-            log.info(line) if self.bar.disable else tqdm.write(line, file=sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
 def model_forward(model: nn.Module, device: torch.device | str = "cpu") -> Callable[[dict], dict]:
     """model as a function from a batch to its outputs, without gradients."""
 
@@ -382,11 +327,3 @@ def history_rows(log_history: list[dict[str, Any]], phase: Phase) -> list[dict[s
             row[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key] = value
         rows.append(row)
     return rows
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / HISTORY)
-
-
-def write_history(folder: Path, rows: list[dict[str, Any]]) -> None:
-    write_json(folder / HISTORY, json.loads(json.dumps(rows)))

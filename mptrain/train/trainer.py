@@ -19,13 +19,11 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback
 
-from mptrain.compress.base import Compressor
+from mptrain.compress.base import HOOKS, Compressor, is_quantized
 from mptrain.train import checkpoint
 from mptrain.train.distill import Distiller
 
 log = logging.getLogger(__name__)
-
-NNCF_HOOKS = "__nncf_hooks"
 
 
 class Trainer(transformers.Trainer):
@@ -73,7 +71,7 @@ class Trainer(transformers.Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # ranges of quantizers are no weights: decay would shrink them to nothing
-        return [n for n in super().get_decay_parameter_names(model) if NNCF_HOOKS not in n]
+        return [n for n in super().get_decay_parameter_names(model) if HOOKS not in n]
 
     # -- one step
 
@@ -131,7 +129,7 @@ class Trainer(transformers.Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _compressed(self) -> bool:
-        return hasattr(self.model, NNCF_HOOKS) or getattr(self.model.config, "mptrain_structure", None) is not None
+        return is_quantized(self.model) or getattr(self.model.config, "mptrain_structure", None) is not None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
