@@ -58,10 +58,10 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool) -> dict[s
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     if peers.is_main_process:
         check_identity(folder, identity(recipe, data, peers.num_processes))
-        if (folder / REPORT).is_file():
-            log.info("%s is finished; this is its report. --fresh runs it again.", folder)
-            return read_json(folder / REPORT)
     peers.wait_for_everyone()
+    if (folder / REPORT).is_file():  # all ranks leave here together, or none does
+        log.info("%s is finished; this is its report. --fresh runs it again.", folder)
+        return read_json(folder / REPORT)
 
     plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
     context = Context(recipe, data, processor, folder, plan, peers, allow_code)

@@ -46,6 +46,8 @@ def test_two_processes_match_one_with_accumulation(tmp_path):
         assert (stage, step) == (stage_2, step_2)
         assert a == pytest.approx(b, rel=1e-5), (stage, step)
     assert reports[0]["structure"] == reports[1]["structure"]
+    again = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml")
+    assert again.returncode == 0 and again.stdout.count("Report: ") == 1, again.stderr[-4000:]
     refused = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml", config="1cpu")
     assert refused.returncode != 0 and "processes was 2 and is 1" in refused.stderr
 
