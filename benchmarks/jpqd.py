@@ -34,13 +34,18 @@ VARIANT_FACTS = ("id", "metrics", "size_bytes", "params", "macs", "latency_ms")
 
 def points() -> list[str]:
     """In the order of what they tell."""
-    found = [f"dense/-/100/{seed}" for seed in SEEDS] + ["dense_longer/-/100/0", "qat_int8/-/100/0"]
+    found = ["dense/-/100/0", "qat_int8/-/100/0"]
     found += [f"{method}/joint/{kept}/0" for kept in KEPT for method in ("fisher", "magnitude")]
     found += [f"movement/joint/{kept}/0" for kept in (60, 50, 33)]
-    found += [f"{method}/joint/{kept}/{seed}" for seed in SEEDS[1:] for kept in (50, 33) for method in METHODS]
     found += [f"{method}/sequential/{kept}/0" for kept in (50, 33) for method in METHODS]
+    found += [p for seed in SEEDS[1:] for p in (f"dense/-/100/{seed}", *_seed(seed))]
+    found += ["dense_longer/-/100/0"]
     found += [f"{m}/sequential/{kept}/0" for kept in (60, 40, 25) for m in ("fisher", "magnitude")]
     return found
+
+
+def _seed(seed: int) -> list[str]:
+    return [f"{method}/joint/{kept}/{seed}" for kept in (50, 33) for method in METHODS]
 
 
 def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
@@ -66,6 +71,12 @@ def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     source: dict[str, Any] = {"source": "packaged:film-reviews"}
     if data is not None:
         source = {"train": str(data / "train.tsv"), "validation": str(data / "dev.tsv"), "test": str(data / "test.tsv")}
+    exports: list[dict[str, Any]] = [{"id": "dense", "format": "openvino", "of": ["dense"], "precision": ["fp32"]}]
+    if method == "dense_longer":
+        exports[0]["of"].append("longer")
+    elif method != "dense":
+        precision = ["fp32", "int8", "int8_emb4"]
+        exports.append({"id": "jpqd", "format": "openvino", "of": ["jpqd"], "precision": precision})
     return {
         "schema": "mptrain/v1",
         "name": "bench",
@@ -73,14 +84,7 @@ def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         "model": {"path": "packaged:minilm-l6", "task": "text-classification", "dropout": 0.0},
         "data": source | {"calibration": {"samples": 256, "batch_size": 32}},
         "stages": stages,
-        "export": [
-            {
-                "id": "ov",
-                "format": "openvino",
-                "of": [s["id"] for s in stages],
-                "precision": ["fp32", "int8", "int8_emb4"],
-            }
-        ],
+        "export": exports,
         "evaluate": {"latency": {"batch": [1], "length": [128], "threads": [1], "runs": 15}, "floor": False},
         "gates": {"parity": None, "fused_attention": None},
         "output": {"dir": str(work / point.replace("/", "-"))},
@@ -108,7 +112,7 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         "point": point,
         "data": report["data"],
         "steps": report["training"],
-        "variants": [{k: v[k] for k in VARIANT_FACTS} for v in report["variants"]],
+        "variants": [{k: v[k] for k in VARIANT_FACTS} | correct(folder, v["id"]) for v in report["variants"]],
         "comparisons": report["comparisons"],
         "versions": report["versions"],
         "host": report["host"],
@@ -116,6 +120,13 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     }
     shutil.rmtree(folder)
     return line
+
+
+def correct(folder: Path, variant: str) -> dict[str, str]:
+    """Which test examples the variant got right, as hexadecimal bits: for paired intervals between points."""
+    stats = json.loads((folder / "export" / f"{variant}.json").read_text())["scores"][0]["stats"]
+    bits = "".join(str(int(row[0])) for row in stats)
+    return {"correct": f"{int(bits, 2):x}"}
 
 
 def run_dense(point: str, data: Path | None, work: Path, shared: Path) -> None:

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mptrain.inputs.metrics import Score
+from mptrain.report.intervals import paired_difference
+
 SETTING = "b1_s128_t1"
 COLOURS = {"fisher": "#1b6ca8", "magnitude": "#b5541c", "movement": "#3d8b37", "qat_int8": "#666666"}
 
@@ -67,7 +72,7 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
         cells += [points(100 * r[k]) if r[k] is not None else "" for k in ("delta_fp32", "delta_emb4")]
         cells += [f"{r[k]:.2f}×" if r[k] else "" for k in ("size", "size_emb4", "speed_fp32", "speed_int8")]
         text.append("| " + " | ".join(cells) + " |")
-    text += ["", *_means(rows)]
+    text += ["", *_means(rows), "", *_against_magnitude(lines)]
     table = "\n".join(text) + "\n"
     path.with_suffix(".md").write_text(table)
     _plot(rows, path.with_suffix(".png"))
@@ -84,6 +89,38 @@ def _means(rows: list[dict[str, Any]]) -> list[str]:
             each = ", ".join(f"{d:+.1f}" for d in found)
             text.append(f"| {method} | {kept}% | {len(found)} | {statistics.mean(found):+.2f} | {each} |")
     return text if len(text) > 4 else []
+
+
+def _against_magnitude(lines: list[dict[str, Any]]) -> list[str]:
+    """Paired intervals, int8 model against int8 model on the same test examples."""
+    right = {line["point"]: _right(line) for line in lines if line["point"].split("/")[0] in COLOURS}
+    text = ["Against magnitude at the same order, size and seed (int8, paired 95% interval, points):", ""]
+    text += ["| method | order | kept | seed | difference | 95% interval | verdict |", "|---|---|--:|--:|--:|---|---|"]
+    for point, ours in right.items():
+        method, rest = point.split("/", 1)
+        other = right.get(f"magnitude/{rest}")
+        if method == "magnitude" or ours is None or other is None:
+            continue
+        found = paired_difference(_score(ours), _score(other))
+        order, kept, seed = rest.split("/")
+        text.append(
+            f"| {method} | {order} | {kept}% | {seed} | {100 * found.value:+.1f}"
+            f" | {100 * found.low:+.1f} … {100 * found.high:+.1f} | {verdict((found.low, found.high))} |"
+        )
+    return text if len(text) > 4 else []
+
+
+def _right(line: dict[str, Any]) -> list[int] | None:
+    """The int8 variant's right and wrong answers, in data-set order."""
+    variant = next((v for v in line["variants"] if v["id"].endswith("_int8")), None)
+    if variant is None:
+        return None
+    n = variant["metrics"]["accuracy"]["n"]
+    return [int(bit) for bit in f"{int(variant['correct'], 16):0{n}b}"]
+
+
+def _score(right: list[int]) -> Score:
+    return Score("accuracy", np.array(right, dtype=float)[:, None], "mean", True)
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
