@@ -3,8 +3,6 @@
 import itertools
 import logging
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -308,35 +306,7 @@ def test_a_failing_compiler_falls_back_with_one_log_line(monkeypatch, tmp_path, 
     assert "run in torch instead of the compiled kernel" in caplog.text
 
 
-def test_without_a_compiler_the_message_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(native.BuildError, match="no C\\+\\+ compiler was found"):
-        build("baseline", tmp_path)
-
-
-def test_a_cache_that_cannot_be_written_is_a_build_error(tmp_path):
-    (tmp_path / "kernels").write_text("a file, not a folder")
-    with pytest.raises(native.BuildError):
-        build("baseline", tmp_path)
-
-
 def test_a_library_that_is_none_is_a_build_error(tmp_path):
     (tmp_path / "x.so").write_text("not a library")
     with pytest.raises(native.BuildError, match="could not be loaded"):
         NativeKernel(tmp_path / "x.so")
-
-
-def test_processes_that_build_at_once_get_one_whole_library(tmp_path):
-    script = (
-        "import sys; from pathlib import Path; from mptrain.precision.native import NativeKernel, build;"
-        "path = build('baseline', Path(sys.argv[1])); NativeKernel(path); print(path)"
-    )
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    paths = {job.communicate(timeout=300)[0].strip() for job in jobs}
-    assert [job.returncode for job in jobs] == [0, 0]
-    assert len(paths) == 1
-    assert [p.suffix for p in sorted((tmp_path / "kernels").iterdir())] == [".lock", ".so"]

@@ -1,36 +1,28 @@
-"""The compiled kernel: kernel.cpp behind a C ABI, built at first use and cached.
+"""The compiled kernel: kernel.cpp behind a C ABI, built at first use and cached (mptrain.native).
 
-The library is built for the vector width of this CPU (AVX-512, AVX2 or what the architecture always
-has) and named by a hash of source, flags and compiler, so that machines that share a cache, or a
-changed source, never load a wrong one. It is compiled under a temporary name and renamed: of
-processes that build at once, one does and the others wait for it.
+The library is built for the vector width of this CPU: AVX-512, AVX2 or what the architecture always has.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import logging
-import os
 import platform
-import shlex
-import shutil
-import subprocess
 from array import array
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from mptrain.inputs.packaged import cache_folder
+from mptrain import native
+from mptrain.native import BuildError
 from mptrain.precision.step import AdamRule, Rule, Run
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = ("-std=gnu++17", "-O2", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=gnu++17", "-O2", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 VECTOR_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -38,10 +30,6 @@ VECTOR_FLAGS = {
 }
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENTS_PER_THREAD = 1 << 18  # starting a thread costs about as much as updating this many parameters
-
-
-class BuildError(Exception):
-    """The kernel could not be compiled or loaded on this machine."""
 
 
 class _Buffers(ctypes.Structure):
@@ -115,31 +103,4 @@ def vector_width() -> str:
 
 def build(width: str, folder: Path | None = None) -> Path:
     """The shared library for a vector width, compiled unless it is cached. Raises BuildError."""
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
-    )
-    if not compiler:
-        raise BuildError("no C++ compiler was found (install g++ or clang++, or set CXX)")
-    command = [*compiler, *FLAGS, *VECTOR_FLAGS[width], str(SOURCE)]
-    try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-        recipe = (SOURCE.read_bytes(), version, platform.machine().encode(), *(c.encode() for c in command[:-1]))
-        key = hashlib.sha256(b"\0".join(recipe)).hexdigest()[:16]
-        folder = (folder or cache_folder()) / "kernels"
-        library = folder / f"step-{width}-{key}.so"
-        if library.exists():
-            return library
-        folder.mkdir(parents=True, exist_ok=True)
-        with library.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                temporary = library.with_suffix(f".{os.getpid()}")
-                subprocess.run([*command, "-o", str(temporary)], capture_output=True, check=True, timeout=300)
-                temporary.replace(library)
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
-        raise BuildError(f"{shlex.join(compiler)} failed: {said[0]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(str(error)) from error
-    return library
+    return native.build(SOURCE, (*FLAGS, *VECTOR_FLAGS[width]), link=("-pthread",), folder=folder)
