@@ -2,6 +2,7 @@
 
 config.json             transformers' config plus `mptrain` (format) and `mptrain_structure` (units left per layer)
 mptrain.safetensors     weights of a pruned or quantized model; a plain one has model.safetensors
+compressed.safetensors  weights that are integers or tables (records.py), if any; nothing else holds them
 quantizers.json         fake quantizers, if any; their ranges are among the weights
 modeling_mptrain.py     for AutoModel….from_pretrained(folder, trust_remote_code=True)
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
+from mptrain.compress import records
 from mptrain.compress.base import is_quantized
 from mptrain.compress.families import FAMILIES
 from mptrain.compress.shrink import shrink
@@ -39,6 +41,7 @@ VERSION = 1
 CONFIG = "config.json"
 PLAIN_WEIGHTS = "model.safetensors"
 WEIGHTS = "mptrain.safetensors"
+COMPRESSED = "compressed.safetensors"
 QUANTIZERS = "quantizers.json"
 GENERATION = "generation_config.json"
 CODE = "modeling_mptrain.py"
@@ -55,13 +58,15 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
 
     The folder appears whole or not at all; an artifact that is there already is replaced.
     Raises UserError when the folder holds something else, ModelError when the model's class
-    cannot be saved, MptrainError when writing fails.
+    cannot be saved or a compressed weight was changed, MptrainError when writing fails.
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"only transformers models can be saved, got {type(model).__name__}; unwrap it first")
     tensors, aliases = unique_tensors(model)
     quantizers = _quantizer_config(model)
-    special = quantizers is not None or getattr(model.config, "mptrain_structure", None) is not None
+    compressed = records.distinct(records.of(model))
+    shrunk = getattr(model.config, "mptrain_structure", None) is not None
+    special = shrunk or quantizers is not None or bool(compressed)
     config = json.loads(model.config.to_json_string())
     for key in ("transformers_weights", "auto_map") if special else ("transformers_weights",):
         config.pop(key, None)
@@ -78,7 +83,7 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
             config["transformers_weights"] = HOW_TO_LOAD
             if base is not None:
                 config["auto_map"] = {auto: f"{Path(CODE).stem}.Shrunk{base.__name__}" for auto in _auto_classes(model)}
-                (new / CODE).write_text(_remote_code(base, quantizers is not None), encoding="utf-8")
+                (new / CODE).write_text(_remote_code(base, bool(quantizers or compressed)), encoding="utf-8")
         if quantizers is not None:
             _write_json(new / QUANTIZERS, quantizers)
         if model.can_generate():
@@ -88,7 +93,10 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
         _write_json(new / CONFIG, config)
         metadata = {"format": "pt", "aliases": json.dumps(aliases)}
         try:
-            copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            if compressed:
+                records.write(new / COMPRESSED, compressed)
+            plain = {name: tensor for name, tensor in tensors.items() if name not in compressed}
+            copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.items()}
             save_file(copies, new / (WEIGHTS if special else PLAIN_WEIGHTS), metadata)
         except SafetensorError as error:
             raise MptrainError(f"{folder}: the weights could not be written ({error}). Check the free space.") from None
@@ -112,19 +120,19 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
         )
     structure = config.pop("mptrain_structure", None)
     quantized = (folder / QUANTIZERS).is_file()
-    special = quantized or structure is not None
+    compressed = records.read(folder / COMPRESSED) if (folder / COMPRESSED).is_file() else {}
+    special = quantized or structure is not None or bool(compressed)
     if special:
         config.pop("auto_map", None)
     config.pop("transformers_weights", None)
     cls = _class(folder, config, ours, allow_code)
-    tensors = _read_tensors(folder / (WEIGHTS if special else PLAIN_WEIGHTS))
     try:
         model = _build(cls, config, ours.get("attn"))
     except Exception as error:  # whatever a config made up by hand sets off in transformers
         raise ModelError(f"{folder}/{CONFIG}: a {cls.__name__} cannot be built: {_line(error)}") from None
     if structure is not None:
-        dense = find_structure(model)
-        shrink(model, dense, kept_from_counts(structure, dense))
+        whole = find_structure(model)
+        shrink(model, whole, kept_from_counts(structure, whole))
         model.config.mptrain_structure = structure
     if quantized:
         from mptrain.compress import quantizers
@@ -134,7 +142,9 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
             quantizers.attach(model, description)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}/{QUANTIZERS} does not fit the model: {_line(error)}") from None
-    _load_tensors(model, tensors, folder)
+    to_attach = {name: weight.detach() for name, weight in model.named_parameters() if name in compressed}
+    _load_tensors(model, _read_tensors(folder / (WEIGHTS if special else PLAIN_WEIGHTS), to_attach), folder)
+    records.attach(model, compressed)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(_read_json(folder / GENERATION))
     return model.eval()
@@ -234,11 +244,13 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, aliases
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, left_out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file and those that it leaves out, under all their names."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+        tensors |= left_out
         return tensors | {second: tensors[name] for second, name in aliases.items()}
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: the model folder is not whole, save it again") from None
