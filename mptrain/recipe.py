@@ -289,6 +289,9 @@ class Gates(Strict):
     parity: Annotated[float, Field(gt=0)] | None = Field(
         1e-4, description="|fp32 IR - torch|, largest logit difference"
     )
+    agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="share of decisions (argmax) that a quantized export has in common with its torch model"
+    )
     fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = "all"
 
 

@@ -56,6 +56,8 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False) -> dic
 def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool) -> dict[str, Any]:
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
+    for length in recipe.evaluate.latency.length:
+        data.example(1, length)  # a length that the task cannot have is an error now, not after training
     if peers.is_main_process:
         check_identity(folder, identity(recipe, data, peers.num_processes))
     peers.wait_for_everyone()

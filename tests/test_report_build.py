@@ -90,6 +90,7 @@ def test_numbers_that_json_lacks_become_null_and_pass_nothing():
         "min_size_ratio": False,
         "min_speedup.b1_s128_t1": False,
         "parity": False,
+        "agreement": False,
         "fused_attention": True,
     }
     assert report["recommendation"]["id"] == "baseline_fp32"

@@ -22,7 +22,7 @@ def variant(name: str, precision: str = "fp32", **facts: Any) -> dict[str, Any]:
 
 
 def run(gates: dict[str, Any], variants=(), comparisons=(), layers: int | None = None) -> dict[str, dict[str, Any]]:
-    off = {"parity": None, "fused_attention": None}
+    off = {"parity": None, "agreement": None, "fused_attention": None}
     return {row["name"]: row for row in check(Gates(**{**off, **gates}), variants, comparisons, layers)}
 
 
@@ -73,6 +73,16 @@ def test_parity_is_the_worst_fp32_variant():
         gate = run({"parity": 1.0}, [variant("a", parity=exact), variant("b", parity=missing)])["parity"]
         assert (gate["value"], gate["variant"], gate["passed"]) == (None, "b", False)
     assert "parity" not in run({"parity": 1e-4}, [variant("i", "int8")])
+
+
+def test_agreement_is_that_of_the_worst_quantized_variant():
+    rows = [variant("a", parity={"argmax_agreement": 0.1})]
+    assert "agreement" not in run({"agreement": 0.9}, rows)
+    rows += [variant(n, "int8", parity={"argmax_agreement": a}) for n, a in (("i", 0.97), ("j", 0.92))]
+    gate = run({"agreement": 0.9}, rows)["agreement"]
+    assert gate == {"name": "agreement", "value": 0.92, "limit": 0.9, "passed": True, "variant": "j"}
+    assert not run({"agreement": 0.95}, rows)["agreement"]["passed"]
+    assert not run({"agreement": 0.1}, [*rows, variant("k", "int8", parity=None)])["agreement"]["passed"]
 
 
 def test_fused_attention_holds_for_every_compiled_variant():

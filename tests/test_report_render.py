@@ -214,7 +214,7 @@ def test_card_is_what_the_hub_reads(report):
     assert "license" not in found.data.to_dict() and "base_model" not in found.data.to_dict()
     results = {r.metric_name: r.metric_value for r in found.data.eval_results}
     assert results["accuracy, jpqd_int8"] == report["variants"][2]["metrics"]["accuracy"]["value"]
-    assert "OVModelForSequenceClassification.from_pretrained(folder)" in found.text
+    assert "OVModelForSequenceClassification.from_pretrained(folder, ov_config={" in found.text
     assert "folder = 'export/pruned_fp32'" in found.text
     assert "mptrain.load('stages/jpqd/model')" in found.text
 

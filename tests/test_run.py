@@ -243,6 +243,7 @@ def test_a_second_live_run_is_refused(finished, tmp_path):
         (["stages.jpqd.quantize.ignore=[encoder.layer.9]"], ["encoder.layer.9"]),
         (["stages.jpqd.prune.ignore=[nothing.like.this]"], ["nothing.like.this"]),
         (["stages.jpqd.prune.keep.encoder_params=0.01"], ["encoder_params"]),
+        (["evaluate.latency.length=[1024]"], ["evaluate.latency.length", "1024", "64 tokens"]),
         (["output.dir=/proc/mptrain"], ["output.dir", "cannot be written"]),
     ],
     ids=lambda x: x[0] if isinstance(x, list) and "=" in x[0] else "",

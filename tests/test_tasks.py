@@ -36,7 +36,11 @@ def test_a_task_runs_jpqd_from_training_to_report(task, tmp_path):
     check_variants(report, case)
     check_structure(report)
     check_stored_types(report, tmp_path / "run")
-    assert {g["name"]: g["passed"] for g in report["gates"]} == {"parity": True, "fused_attention": True}
+    assert {g["name"]: g["passed"] for g in report["gates"]} == {
+        "parity": True,
+        "agreement": True,
+        "fused_attention": True,
+    }
     check_exports(report, recipe, tmp_path / "run")
 
     written = file.read_bytes()

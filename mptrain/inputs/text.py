@@ -43,7 +43,12 @@ def examples_of(encoding: Any, tokenizer: Any) -> list[Example]:
 
 
 def pad(examples: Sequence[Example], tokenizer: Any, length: int | None = None) -> Batch:
-    """Right-padded int64 tensors [b, s]; scalar entries (class indices, positions) become [b]."""
+    """Right-padded int64 tensors [b, s]; scalar entries (class indices, positions) become [b].
+
+    Raises DataError for a length the model cannot read.
+    """
+    if length is not None:
+        check_length(tokenizer, length, "evaluate.latency.length")
     batch: dict[str, Tensor] = {}
     for name, first in examples[0].items():
         if np.ndim(first) == 0:
@@ -54,12 +59,11 @@ def pad(examples: Sequence[Example], tokenizer: Any, length: int | None = None) 
     return batch
 
 
-def check_length(tokenizer: Any, max_length: int) -> None:
+def check_length(tokenizer: Any, length: int, field: str = "data.max_length") -> None:
     """Raise DataError when the model cannot read that many tokens."""
-    if max_length > tokenizer.model_max_length:
+    if length > tokenizer.model_max_length:
         raise DataError(
-            f"data.max_length: {max_length} is more than the {tokenizer.model_max_length} tokens this model can read;"
-            " lower it."
+            f"{field}: {length} is more than the {tokenizer.model_max_length} tokens this model can read; lower it."
         )
 
 

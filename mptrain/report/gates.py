@@ -40,6 +40,9 @@ def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], lay
     exact = [v for v in variants if v["precision"] == "fp32"]
     if gates.parity is not None and exact:
         rows.append(_parity(gates.parity, exact))
+    quantized = [v for v in variants if v["precision"] != "fp32"]
+    if gates.agreement is not None and quantized:
+        rows.append(_agreement(gates.agreement, quantized))
     compiled = [v for v in variants if v["format"] == "openvino"]
     if gates.fused_attention is not None and compiled:
         rows.append(_fused(gates.fused_attention, compiled, layers))
@@ -63,6 +66,13 @@ def _parity(limit: float, variants: Sequence[Row]) -> Row:
     values = [((v["parity"] or {}).get("max_abs_diff"), v["id"]) for v in variants]
     value, variant = max(values, key=lambda pair: float("inf") if pair[0] is None else pair[0])
     return _row("parity", value, limit, value is not None and value <= limit, variant)
+
+
+def _agreement(limit: float, variants: Sequence[Row]) -> Row:
+    """The least of all quantized variants; one without a number is the least."""
+    values = [((v["parity"] or {}).get("argmax_agreement"), v["id"]) for v in variants]
+    value, variant = min(values, key=lambda pair: -1.0 if pair[0] is None else pair[0])
+    return _row("agreement", value, limit, value is not None and value >= limit, variant)
 
 
 def _fused(limit: str | int, variants: Sequence[Row], layers: int | None) -> Row:

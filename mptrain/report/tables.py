@@ -112,7 +112,7 @@ def gates(report: Row) -> Table | None:
     for gate in report["gates"]:
         kind = gate["name"].partition(".")[0]
         verdict = Cell("passed", tone="good") if gate["passed"] else Cell("missed", tone="bad")
-        sign = "≥ " if kind in ("min_size_ratio", "min_speedup", "fused_attention") else "≤ "
+        sign = "≥ " if kind in ("min_size_ratio", "min_speedup", "agreement", "fused_attention") else "≤ "
         value, limit = (_gate_value(report, kind, number) for number in (gate["value"], gate["limit"]))
         rows.append([Cell(gate["name"]), verdict, Cell(gate["variant"] or "–"), Cell(value), Cell(sign + limit)])
     note = "Size and speed gates count only variants whose own accuracy is inside max_drop."
@@ -291,6 +291,8 @@ def _gate_value(report: Row, kind: str, value: float | None) -> str:
         return words.drop(report["metric"]["name"], value)
     if kind in ("min_size_ratio", "min_speedup"):
         return words.ratio(value)
+    if kind == "agreement":
+        return f"{100 * value:.1f}%"
     return words.small(value) if kind == "parity" else f"{value:g}"
 
 

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from mptrain.compress.base import Compressor
 from mptrain.errors import TrainingError
 from mptrain.inputs.data import TaskData
+from mptrain.inputs.metrics import Score
 from mptrain.plan import Phase
 from mptrain.recipe import Train
 from mptrain.train import checkpoint
@@ -180,17 +181,20 @@ class PhaseTrainer(Trainer):
         self.model.train()
         metrics = {f"eval_{s.name}": s.value for s in scores}
         self.log(dict(metrics))
-        self._keep_best(scores[0].name, scores[0].value, scores[0].higher_is_better)
+        self._keep_best(scores)
         return metrics
 
-    def _keep_best(self, name: str, value: float, higher: bool) -> None:
-        """Masks still move in a warm-up, so only other phases have a best epoch."""
+    def _keep_best(self, scores: Sequence[Score]) -> None:
+        """The best epoch by the main metric, then by the loss. Masks still move in a warm-up: it has no best epoch."""
         if not self.settings.keep_best or self.compressors:
             return
-        better = self.best is None or (value > self.best["value"] if higher else value < self.best["value"])
+        rank = [
+            s.value if s.higher_is_better else -s.value for s in (scores[0], *(s for s in scores if s.name == "loss"))
+        ]
+        better = self.best is None or rank > self.best["rank"]
         self._bad_epochs = 0 if better else self._bad_epochs + 1
         if better:
-            self.best = {"metric": name, "value": value, "step": self.state.global_step}
+            self.best = {"metric": scores[0].name, "rank": rank, "step": self.state.global_step}
             if self.args.should_save:
                 checkpoint.save_weights(self.model, self.folder / f".{BEST}")
                 (self.folder / f".{BEST}").replace(self.folder / BEST)
