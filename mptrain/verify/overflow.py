@@ -2,8 +2,8 @@
 
     reference    every op in fp32: the outputs, and the range of every op's values
     half         every op in fp16: is it wrong? NaN alone is not the test: x² = inf in an RMSNorm gives zeros
-    candidates   ops that overflow (|x| > 65504 in fp32, NaN out of none in fp16) and their direct consumers;
-                 where fp32 for these does not help, ops that underflow too; then every op
+    candidates   ops that overflow (|x| > 65504 in fp32, or where inf or NaN first arises in fp16) and their
+                 direct consumers; where fp32 for these does not help, ops that underflow too; then every op
     drop         candidates go back to fp16, in groups of halving size, while the outputs stay right
     verify       what is left, on all batches
 
@@ -15,6 +15,7 @@ that no single op of it can be dropped; delta debugging (Zeller, Hildebrandt 200
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -178,6 +179,7 @@ class _Trial:
             self._run(batch, everything, lambda op, value: meters[op].add(value)) for batch in range(program.batches)
         ]
         self.ranges = {name: meter.range() for name, meter in meters.items()}
+        self.broken = {name: meter.broken for name, meter in meters.items()}
 
     def _run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
         self.runs += 1
@@ -193,23 +195,23 @@ class _Trial:
     def difference(self, keep: Collection[str]) -> Difference:
         return worst(compare(self.reference[b], self._run(b, set(keep))) for b in range(self.program.batches))
 
-    def nan_producers(self) -> set[str]:
-        """Ops that make NaN in fp16 although none of the ops they read did."""
-        bad: set[str] = set()
+    def spoilers(self) -> set[str]:
+        """Ops with more values that are not finite than in fp32, which read none from such an op."""
+        counts: Counter[str] = Counter()
 
         def watch(op: str, value: Tensor) -> None:
-            if torch.isnan(value).any():
-                bad.add(op)
+            counts[op] += _broken(value)
 
         for batch in range(self.program.batches):
             self._run(batch, (), watch)
+        bad = {op for op, count in counts.items() if count > self.broken[op]}
         return {op.name for op in self.program.ops if op.name in bad and not bad.intersection(op.inputs)}
 
 
 def _tiers(program: Program, trial: _Trial, suspects: Collection[str]) -> Iterable[list[str]]:
     """Candidates, more and more of them; each tier in the order in which they are best dropped."""
     overflowing = {name for name, r in trial.ranges.items() if r.largest > HALF_MAX}
-    overflowing |= trial.nan_producers() | set(suspects)
+    overflowing |= trial.spoilers() | set(suspects)
     yield _with_consumers(program.ops, overflowing)
     underflowing = {name for name, r in trial.ranges.items() if r.zero > MIN_UNDERFLOW}
     yield _with_consumers(program.ops, overflowing | underflowing)
@@ -243,9 +245,11 @@ class _Meter:
 
     def __init__(self) -> None:
         self.largest = 0.0
+        self.broken = 0
         self.counts = torch.zeros(4, dtype=torch.int64)  # of values other than 0, too large, made 0, subnormal
 
     def add(self, value: Tensor) -> None:
+        self.broken += _broken(value)
         x = value.detach().abs()
         x = x[torch.isfinite(x) & (x > 0)]
         if x.numel():
@@ -256,6 +260,10 @@ class _Meter:
     def range(self) -> Range:
         total, *parts = self.counts.tolist()
         return Range(self.largest, *(part / max(total, 1) for part in parts))
+
+
+def _broken(value: Tensor) -> int:
+    return int((~torch.isfinite(value)).sum())
 
 
 def compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Difference:
