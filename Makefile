@@ -32,11 +32,13 @@ test: lint
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py
 
-.venv-bench/.ready: benchmarks/requirements.txt pyproject.toml constraints.txt
+.venv-bench/.ready: benchmarks/requirements.txt benchmarks/requirements-gradnas.txt pyproject.toml constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	.venv-bench/bin/python -m pip install -q -c constraints.txt -e ".[all]"
 	.venv-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
+	rm -rf .venv-bench/gradnas
+	.venv-bench/bin/python -m pip install -q --no-deps --target .venv-bench/gradnas -r benchmarks/requirements-gradnas.txt
 	@touch $@
 
 setup-bench: .venv-bench/.ready

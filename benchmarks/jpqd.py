@@ -39,6 +39,7 @@ def points() -> list[str]:
     found += [f"movement/joint/{kept}/0" for kept in (60, 50, 33)]
     found += [f"{method}/sequential/{kept}/0" for kept in (50, 33) for method in METHODS]
     found += [p for seed in SEEDS[1:] for p in (f"dense/-/100/{seed}", *_seed(seed))]
+    found += [f"fisher/one_shot/{kept}/0" for kept in (50, 33)]
     found += ["dense_longer/-/100/0"]
     found += [f"{m}/sequential/{kept}/0" for kept in (60, 40, 25) for m in ("fisher", "magnitude")]
     return found
@@ -62,7 +63,7 @@ def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         prune: dict[str, Any] = {
             "method": method,
             "keep": {"encoder_params": int(kept) / 100},
-            "schedule": {"end": 0.75},
+            "schedule": {"end": 0 if order == "one_shot" else 0.75},
         }
         if method == "movement":
             prune |= {"score": "shared", "score_lr": 1e-2}
@@ -102,13 +103,16 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     folder = Path(described["output"]["dir"])
     begun = time.monotonic()
     if point.split("/")[0] != "dense" and not (folder / "run.json").is_file():
-        if not (shared / "stages").is_dir():
-            run_dense(point, data, work, shared)
-        _start_from(shared, folder, described)
+        begin(point, described, data, work)
     report = run(recipe_file.validate(described, point))
     if point.split("/")[0] == "dense" and not shared.exists():
         shutil.copytree(folder, shared)
-    line = {
+    return line(point, report, folder, begun)
+
+
+def line(point: str, report: dict[str, Any], folder: Path, begun: float) -> dict[str, Any]:
+    """What is kept of a run; its folder is removed."""
+    found = {
         "point": point,
         "data": report["data"],
         "steps": report["training"],
@@ -119,7 +123,7 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begun),
     }
     shutil.rmtree(folder)
-    return line
+    return found
 
 
 def correct(folder: Path, variant: str) -> dict[str, str]:
@@ -129,28 +133,25 @@ def correct(folder: Path, variant: str) -> dict[str, str]:
     return {"correct": f"{int(bits, 2):x}"}
 
 
-def run_dense(point: str, data: Path | None, work: Path, shared: Path) -> None:
-    from mptrain import recipe_file
-    from mptrain.run import run
-
-    described = recipe(f"dense/-/100/{point.split('/')[-1]}", data, work)
-    described["output"]["dir"] = str(shared)
-    run(recipe_file.validate(described, "dense"))
-
-
-def _start_from(shared: Path, folder: Path, described: dict[str, Any]) -> None:
-    """A run folder in which the dense stage is done."""
+def begin(point: str, described: dict[str, Any], data: Path | None, work: Path) -> None:
+    """A run folder in which the dense stage is done: that of the point's seed, trained if need be."""
     from mptrain import recipe_file
     from mptrain.inputs.data import load_data
     from mptrain.inputs.model import load_processor
-    from mptrain.run import identity
+    from mptrain.run import identity, run
     from mptrain.run_folder import check_identity
 
+    seed = point.split("/")[-1]
+    shared, folder = work / f"dense-seed{seed}", Path(described["output"]["dir"])
+    if not (shared / "stages").is_dir():
+        dense = recipe(f"dense/-/100/{seed}", data, work)
+        dense["output"]["dir"] = str(shared)
+        run(recipe_file.validate(dense, "dense"))
     checked = recipe_file.validate(described, "point")
     processor = load_processor(checked.model)
-    data = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
+    examples = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
     folder.mkdir(parents=True)
-    check_identity(folder, identity(checked, data, 1))
+    check_identity(folder, identity(checked, examples, 1))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         shutil.copytree(shared / "stages", Path(temporary) / "stages")
         (Path(temporary) / "stages").rename(folder / "stages")
@@ -181,9 +182,9 @@ def main() -> int:
         if time.monotonic() - begun > 60 * options.minutes:
             break
         print(f"== {point}", file=sys.stderr, flush=True)
-        line = run_point(point, options.data, options.work)
+        found = run_point(point, options.data, options.work)
         with options.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(found) + "\n")
     from jpqd_summary import summarize
 
     print(summarize(list(read(options.json).values()), options.json))

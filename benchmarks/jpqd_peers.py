@@ -1,0 +1,144 @@
+"""JPQD with the structure that another library chooses: the peers of benchmarks/jpqd.py.
+
+    make setup-bench
+    .venv-bench/bin/python benchmarks/jpqd_peers.py --json benchmarks/results/jpqd.jsonl
+
+The same dense model, data, seed and encoder parameters kept as in benchmarks/jpqd.py. The peer
+prunes the dense model at once, with 256 training examples; then the model trains like ours, with
+the same steps, quantization and distillation, and is exported, scored and timed alike. So the
+points differ in what was chosen to be cut. jpqd.py's `one_shot` points are ours in that order.
+
+    torch_pruning      torch-pruning 1.6, global Taylor importance, whole heads
+    modelopt_gradnas   nvidia-modelopt 0.43, gradnas (0.45 dropped it); it needs transformers
+                       below 5, which lie in a folder of their own for a process of its own
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jpqd
+import torch
+from peer_torch_pruning import prune_with_torch_pruning
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mptrain import artifact
+from mptrain.compress import costs
+from mptrain.compress.shrink import shrink
+from mptrain.compress.structure import Kept, Structure, find_structure
+from mptrain.inputs.data import load_data
+from mptrain.inputs.model import load_processor
+from mptrain.run_folder import write_json
+
+HERE = Path(__file__).resolve().parent
+POINTS = [f"{peer}/one_shot/{kept}/0" for kept in (50, 33) for peer in ("torch_pruning", "modelopt_gradnas")]
+BATCH = 16
+
+Weights = dict[str, Tensor]
+
+
+def prune_with_gradnas(dense: Path, batches: list[dict[str, Tensor]], params: int) -> Weights:
+    """In a process with the older transformers. params: of the whole model, at most."""
+    older = HERE.parent / ".venv-bench" / "gradnas"
+    if not older.is_dir():
+        raise SystemExit(f"{older} is missing: run `make setup-bench`.")
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch, "batches.safetensors"), Path(scratch, "pruned.safetensors")
+        flat = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.items()}
+        save_file(flat, given)
+        command = [sys.executable, str(HERE / "peer_gradnas.py"), str(dense), str(given), str(params), str(found)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(older)})
+        return load_file(found)
+
+
+PEERS: dict[str, Callable[[Path, list[dict[str, Tensor]], int], Weights]] = {
+    "torch_pruning": prune_with_torch_pruning,
+    "modelopt_gradnas": prune_with_gradnas,
+}
+
+
+def kept_of(structure: Structure, dense: Weights, pruned: Weights) -> Kept:
+    """The units whose rows the peer left, found by their values: pruning moves rows, it does not change them."""
+    kept = Kept()
+    for attention in structure.attention:
+        rows = _rows(dense[f"{attention.q}.weight"], pruned[f"{attention.q}.weight"])
+        kept.heads[attention.index] = sorted({row // attention.head_dim for row in rows})
+        assert len(kept.heads[attention.index]) * attention.head_dim == len(rows), "the peer cut through a head"
+    for ffn in structure.ffn:
+        name = f"{ffn.fc_in[0]}.weight"
+        kept.ffn[ffn.index] = sorted(_rows(dense[name], pruned[name]))
+    return kept
+
+
+def _rows(dense: Tensor, pruned: Tensor) -> list[int]:
+    index = {row.numpy().tobytes(): i for i, row in enumerate(dense)}
+    return [index[row.numpy().tobytes()] for row in pruned]
+
+
+def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
+    from mptrain import recipe_file
+    from mptrain.run import run
+
+    peer, _, kept_percent, seed = point.split("/")
+    begun = time.monotonic()
+    described = jpqd.recipe(f"magnitude/one_shot/{kept_percent}/{seed}", data, work)
+    folder = work / point.replace("/", "-")
+    described["output"]["dir"] = str(folder)
+    if not (folder / "run.json").is_file():
+        jpqd.begin(point, described, data, work)
+    phase = folder / "stages" / "jpqd" / "0-prune"
+    if not (phase / "done.json").is_file():
+        checked = recipe_file.validate(described, point)
+        processor = load_processor(checked.model)
+        examples = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
+        calibration = checked.data.calibration.model_copy(update={"batch_size": BATCH})
+        (source,) = (folder / "stages" / "dense").glob("*/model")
+        model = artifact.load(source)
+        structure = find_structure(model)
+        encoder = sum(costs.params(block, block.units) for _, block in structure.blocks())
+        total = sum(p.numel() for p in model.parameters())
+        params = total - round((1 - int(kept_percent) / 100) * encoder)
+        pruned = PEERS[peer](source, list(examples.labelled(calibration)), params)
+        kept = kept_of(structure, {n: p.detach() for n, p in model.named_parameters()}, pruned)
+        facts = costs.describe(structure, kept)
+        artifact.save(shrink(model, structure, kept).eval(), phase / "model", processor)
+        write_json(phase / "done.json", {"history": [], "wall_s": time.monotonic() - begun, "structure": facts})
+    report = run(recipe_file.validate(described, point))
+    return jpqd.line(point, report, folder, begun)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="one line per point; appended to")
+    parser.add_argument("--data", type=Path, help="folder with train.tsv, dev.tsv and test.tsv (text TAB label)")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the runs")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    for point in POINTS:
+        if point in jpqd.read(options.json):
+            continue
+        print(f"== {point}", file=sys.stderr, flush=True)
+        line = run_point(point, options.data, options.work)
+        with options.json.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    from jpqd_summary import summarize
+
+    print(summarize(list(jpqd.read(options.json).values()), options.json))
+    return 0
+
+
+if __name__ == "__main__":
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
+    sys.exit(main())
