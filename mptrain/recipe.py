@@ -134,7 +134,9 @@ class _Prune(Strict):
     min_heads: Annotated[int, Field(ge=1)] = Field(1, description="kept in every layer")
     min_ffn: Annotated[int, Field(ge=1)] = Field(8, description="channels kept in every layer")
     round_ffn: Annotated[int, Field(ge=1)] = Field(8, description="FFN widths are multiples of this")
-    ignore: list[str] = Field([], description="modules left alone: substrings, or regular expressions after 're:'")
+    ignore: list[str] = Field(
+        [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
+    )
 
 
 class Movement(_Prune):
@@ -184,7 +186,9 @@ class Qat(Strict):
     weights: Literal["symmetric", "asymmetric"] = "symmetric"
     activations: Literal["symmetric", "asymmetric"] = "symmetric"
     embeddings: Literal["fp32", "int8"] = Field("int8", description="int4 embeddings: export precision int8_emb4")
-    ignore: list[str] = Field([], description="modules kept in fp32: substrings, or regular expressions after 're:'")
+    ignore: list[str] = Field(
+        [], description="modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
+    )
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
     smooth_quant: bool = False
     start: Literal["joint", "after_prune"] = Field(
