@@ -21,7 +21,6 @@ import fnmatch
 import json
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         "stages": stages,
         "export": exports,
         "evaluate": {"latency": {"batch": [1], "length": [128], "threads": [1], "runs": 15}, "floor": False},
-        "gates": {"parity": None, "fused_attention": None},
+        "gates": {"parity": None, "agreement": None, "fused_attention": None},
         "output": {"dir": str(work / point.replace("/", "-"))},
     }
 
@@ -97,17 +96,11 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     from mptrain import recipe_file
     from mptrain.run import run
 
-    seed = point.split("/")[-1]
-    shared = work / f"dense-seed{seed}"
-    described = recipe(point, data, work)
-    folder = Path(described["output"]["dir"])
     begun = time.monotonic()
-    if point.split("/")[0] != "dense" and not (folder / "run.json").is_file():
-        begin(point, described, data, work)
-    report = run(recipe_file.validate(described, point))
-    if point.split("/")[0] == "dense" and not shared.exists():
-        shutil.copytree(folder, shared)
-    return line(point, report, folder, begun)
+    dense = dense_run(point.split("/")[-1], data, work)
+    described = recipe(point, data, work)
+    report = run(recipe_file.validate(described, point), reuse=[dense])
+    return line(point, report, Path(described["output"]["dir"]), begun)
 
 
 def line(point: str, report: dict[str, Any], folder: Path, begun: float) -> dict[str, Any]:
@@ -133,28 +126,16 @@ def correct(folder: Path, variant: str) -> dict[str, str]:
     return {"correct": f"{int(bits, 2):x}"}
 
 
-def begin(point: str, described: dict[str, Any], data: Path | None, work: Path) -> None:
-    """A run folder in which the dense stage is done: that of the point's seed, trained if need be."""
+def dense_run(seed: str, data: Path | None, work: Path) -> Path:
+    """The folder of the seed's dense model, trained if need be; all points of the seed take its stage over."""
     from mptrain import recipe_file
-    from mptrain.inputs.data import load_data
-    from mptrain.inputs.model import load_processor
-    from mptrain.run import identity, run
-    from mptrain.run_folder import check_identity
+    from mptrain.run import run
 
-    seed = point.split("/")[-1]
-    shared, folder = work / f"dense-seed{seed}", Path(described["output"]["dir"])
-    if not (shared / "stages").is_dir():
-        dense = recipe(f"dense/-/100/{seed}", data, work)
-        dense["output"]["dir"] = str(shared)
-        run(recipe_file.validate(dense, "dense"))
-    checked = recipe_file.validate(described, "point")
-    processor = load_processor(checked.model)
-    examples = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
-    folder.mkdir(parents=True)
-    check_identity(folder, identity(checked, examples, 1))
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        shutil.copytree(shared / "stages", Path(temporary) / "stages")
-        (Path(temporary) / "stages").rename(folder / "stages")
+    folder = work / f"dense-seed{seed}"
+    described = recipe(f"dense/-/100/{seed}", data, work)
+    described["output"]["dir"] = str(folder)
+    run(recipe_file.validate(described, "dense"))
+    return folder
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

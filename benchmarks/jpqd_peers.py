@@ -87,21 +87,25 @@ def _rows(dense: Tensor, pruned: Tensor) -> list[int]:
 
 def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     from mptrain import recipe_file
-    from mptrain.run import run
+    from mptrain.run import identity, run
+    from mptrain.run_folder import check_identity
+    from mptrain.sweep import take_stages
 
     peer, _, kept_percent, seed = point.split("/")
     begun = time.monotonic()
     described = jpqd.recipe(f"magnitude/one_shot/{kept_percent}/{seed}", data, work)
     folder = work / point.replace("/", "-")
     described["output"]["dir"] = str(folder)
-    if not (folder / "run.json").is_file():
-        jpqd.begin(point, described, data, work)
     phase = folder / "stages" / "jpqd" / "0-prune"
     if not (phase / "done.json").is_file():
         checked = recipe_file.validate(described, point)
         processor = load_processor(checked.model)
         examples = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
         calibration = checked.data.calibration.model_copy(update={"batch_size": BATCH})
+        this = identity(checked, examples, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_identity(folder, this)
+        take_stages(folder, this, [jpqd.dense_run(seed, data, work)])
         (source,) = (folder / "stages" / "dense").glob("*/model")
         model = artifact.load(source)
         structure = find_structure(model)

@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="replace a value; stages by id: --set stages.jpqd.train.lr=1e-5 (may be repeated)",
     )
+    recipe.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,…",
+        help="run every value (several --sweep: every combination), each under <output.dir>-sweep; keys as in --set",
+    )
     recipe.add_argument("--dry-run", action="store_true", help="print stages, steps and predicted sizes, run nothing")
     recipe.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
     recipe.add_argument("--resume", action="store_true", help="continue the run in output.dir; it must exist")
@@ -113,6 +120,8 @@ def _version() -> str:
 def _recipe(options: argparse.Namespace) -> int:
     from mptrain import recipe_file
 
+    if options.sweep:
+        return _sweep(options)
     found = recipe_file.read(options.recipe, options.set)
     if options.dry_run:
         from mptrain.dry_run import dry_run
@@ -138,6 +147,33 @@ def _recipe(options: argparse.Namespace) -> int:
         raise
     if report:
         _print_report(report, folder)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from mptrain.sweep import points, sweep
+
+    if options.resume:
+        raise UserError("--resume: a sweep continues by itself; leave --resume out.")
+    grid = points(options.recipe, options.set, options.sweep)
+    if options.dry_run:
+        from mptrain.dry_run import dry_run
+
+        for point in grid:
+            print(f"== {', '.join(f'{k}={v}' for k, v in point.values.items())} -> {point.recipe.output.dir}")
+            print(dry_run(point.recipe, allow_code=options.allow_code))
+        return 0
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
+    found = sweep(grid, fresh=options.fresh, allow_code=options.allow_code)
+    if found["points"]:
+        from rich.console import Console
+
+        from mptrain.report import summary
+
+        Console(width=None if sys.stdout.isatty() else 120).print(summary.sweep(found))
+        print(f"Sweep: {Path(grid[0].recipe.output.dir).parent / 'sweep.json'}")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mptrain.recipe import Recipe
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, locked, read_json, write_json
+from mptrain.sweep import take_stages
 from mptrain.train.launch import state
 from mptrain.train.stage import Context, run_phase, structure_facts
 
@@ -30,22 +32,23 @@ REPORT = "report.json"
 VERSIONS = ("mptrain", "torch", "transformers", "accelerate", "nncf", "openvino", "optimum-intel", "numpy")
 
 
-def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse: Sequence[Path] = ()) -> dict[str, Any]:
     """Run a recipe, or what is left of it, in recipe.output.dir.
 
-    Returns the report. Raises MptrainError and its kinds; a missed gate is GateFailed after
-    the report was written.
+    reuse: folders of finished runs; stages that they have in common with this one are taken over.
+    Returns the report. Raises MptrainError and its kinds; a missed gate is GateFailed after the
+    report was written.
     """
     peers = state()
     folder = Path(recipe.output.dir)
     if not peers.is_main_process:
         peers.wait_for_everyone()  # the main process checks the folder first
-        _steps(recipe, peers, folder, allow_code)
+        _steps(recipe, peers, folder, allow_code, reuse)
         peers.wait_for_everyone()
         return {}
     with locked(folder, fresh=fresh or recipe.output.resume == "never"):
         peers.wait_for_everyone()
-        report = _steps(recipe, peers, folder, allow_code)
+        report = _steps(recipe, peers, folder, allow_code, reuse)
         peers.wait_for_everyone()
     failed = [g for g in report["gates"] if not g["passed"]]
     if failed:
@@ -53,13 +56,15 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False) -> dic
     return report
 
 
-def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool) -> dict[str, Any]:
+def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path]) -> dict[str, Any]:
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:
         data.example(1, length)  # a length that the task cannot have is an error now, not after training
     if peers.is_main_process:
-        check_identity(folder, identity(recipe, data, peers.num_processes))
+        described = identity(recipe, data, peers.num_processes)
+        check_identity(folder, described)
+        take_stages(folder, described, reuse)
     peers.wait_for_everyone()
     if (folder / REPORT).is_file():  # all ranks leave here together, or none does
         log.info("%s is finished; this is its report. --fresh runs it again.", folder)

@@ -33,6 +33,12 @@ def summary(report: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def sweep(found: dict[str, Any]) -> RenderableType:
+    """All points of a sweep in one table."""
+    table = tables.sweep(found)
+    return Group(_table(table), Text(table.note, style="dim"))
+
+
 def _table(table: Table, without: tuple[str, ...] = ()) -> RichTable:
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [i for i, name in enumerate(table.columns) if name not in without]

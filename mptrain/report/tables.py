@@ -80,6 +80,38 @@ def results(report: Row) -> Table | None:
     return Table("Results", columns, rows, note)
 
 
+def sweep(found: Row) -> Table:
+    """The compressed variants of every point of a sweep, against the point's own baseline."""
+    keys = list(found["points"][0]["values"])
+    columns = [*(key.rpartition(".")[2] for key in keys), "Variant"]
+    columns += [found["points"][0]["variants"][0]["metric"].capitalize(), "Difference", "Size", "Latency", "Gates"]
+    rows = []
+    for point in found["points"]:
+        compared = {c["id"]: c for c in point["comparisons"]}
+        for v in point["variants"]:
+            c = compared.get(v["id"])
+            if c is None:
+                continue
+            key = next(iter(v["latency_ms"]), None)
+            rows.append(
+                [
+                    *(Cell(str(point["values"][k])) for k in keys),
+                    Cell(v["id"]),
+                    _metric(v["metric"], v),
+                    _difference(c),
+                    Cell(words.megabytes(v["size_bytes"]), f"{words.ratio(c['size_ratio'])} smaller"),
+                    Cell(
+                        f"{words.milliseconds(v['latency_ms'][key]['median'])} ms" if key else words.NONE,
+                        f"{words.ratio(c['speedup'].get(key))} as fast" if key else "",
+                    ),
+                    Cell("passed", tone="good") if point["gates_passed"] else Cell("missed", tone="bad"),
+                ]
+            )
+    setting = next((next(iter(v["latency_ms"]), None) for p in found["points"] for v in p["variants"]), None)
+    note = f"Latency at {setting}." if setting else ""
+    return Table("Sweep", columns, rows, note, text_columns=len(keys) + 1)
+
+
 def latency(report: Row) -> Table | None:
     """Median milliseconds, one row per setting, one column per variant."""
     timed = [v for v in report["variants"] if v["latency_ms"]]

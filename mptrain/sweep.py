@@ -1,0 +1,150 @@
+"""A grid of runs: every combination of the values given for some fields of a recipe.
+
+Each point is a run of its own, so a sweep that was stopped continues where it was. Stages that
+a point has in common with an earlier one, from the first stage on, are taken over, not trained
+again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mptrain import recipe_file
+from mptrain.errors import GateFailed, RecipeError
+from mptrain.recipe import Recipe
+from mptrain.run_folder import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+MAX_POINTS = 200
+_AFTER_TRAINING = ("schema", "name", "description", "stages", "export", "evaluate", "gates", "planning", "output")
+"""fields of a recipe that a stage's result does not depend on; of `stages` it does on those up to it"""
+
+
+@dataclass(frozen=True)
+class Point:
+    values: dict[str, Any]
+    recipe: Recipe
+
+
+def points(name: str, overrides: Sequence[str], axes: Sequence[str]) -> list[Point]:
+    """The grid of recipe `name`. axes: "KEY=V1,V2,…"; overrides: "KEY=VALUE" for all points.
+
+    Raises RecipeError; all points are checked before any is run.
+    """
+    keys = [axis.partition("=")[0].strip() for axis in axes]
+    if len(set(keys)) != len(keys):
+        raise RecipeError(f"--sweep: {max(keys, key=keys.count)} is given twice; put all its values into one list.")
+    values = [_values(axis) for axis in axes]
+    grid = list(itertools.product(*values))
+    if len(grid) > MAX_POINTS:
+        raise RecipeError(f"--sweep: {len(grid)} points are more than {MAX_POINTS}; give fewer values.")
+    found = []
+    for chosen in grid:
+        given = dict(zip(keys, chosen))
+        recipe = recipe_file.read(name, [*overrides, *(f"{k}={v}" for k, v in given.items())]).recipe
+        folder = Path(f"{recipe.output.dir}-sweep") / _slug(given)
+        output = recipe.output.model_copy(update={"dir": str(folder)})
+        found.append(Point(given, recipe.model_copy(update={"output": output})))
+    return found
+
+
+def _values(axis: str) -> list[str]:
+    key, equals, raw = axis.partition("=")
+    inner = raw.strip().removeprefix("[").removesuffix("]")
+    found = [word.strip() for word in inner.split(",")]
+    if not equals or not key.strip() or not all(found):
+        raise RecipeError(
+            f"--sweep {axis!r}: write KEY=V1,V2, e.g. --sweep stages.jpqd.prune.keep.encoder_params=0.6,0.5,0.33."
+        )
+    if len(set(found)) != len(found):
+        raise RecipeError(f"--sweep {axis!r}: {max(found, key=found.count)} is given twice.")
+    return found
+
+
+def _slug(values: dict[str, str]) -> str:
+    """A folder name: the last word of each key where that tells them apart, and its value."""
+    lasts = [key.rpartition(".")[2] for key in values]
+    names = lasts if len(set(lasts)) == len(lasts) else list(values)
+    text = "_".join(f"{name}-{value}" for name, value in zip(names, values.values()))
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower())
+
+
+def sweep(grid: Sequence[Point], *, fresh: bool = False, allow_code: bool = False) -> dict[str, Any]:
+    """Run all points, in order; writes sweep.json beside their folders and returns it.
+
+    Returns {"schema": "mptrain.sweep/v1", "points": [{"values", "folder", "gates_passed", "variants":
+    [{"id", "metric", "value", "n", "ci95", "size_bytes", …}], "comparisons"}]}. A missed gate is noted and does
+    not stop the sweep; GateFailed when no point passed all its gates. Raises what `run` raises.
+    """
+    from mptrain.run import run
+
+    done: list[Path] = []
+    rows = []
+    for number, point in enumerate(grid, 1):
+        folder = Path(point.recipe.output.dir)
+        log.info("== point %d of %d: %s", number, len(grid), ", ".join(f"{k}={v}" for k, v in point.values.items()))
+        try:
+            report = run(point.recipe, fresh=fresh, allow_code=allow_code, reuse=done)
+        except GateFailed as missed:
+            log.warning("%s", missed)
+            report = read_json(folder / "report.json")
+        done.append(folder)
+        if report:  # the main process
+            rows.append(_row(point, folder, report))
+            write_json(folder.parent / "sweep.json", {"schema": "mptrain.sweep/v1", "points": rows})
+    if rows and not any(row["gates_passed"] for row in rows):
+        raise GateFailed(f"no point of the sweep passed all its gates; see {folder.parent}/sweep.json.")
+    return {"schema": "mptrain.sweep/v1", "points": rows}
+
+
+def _row(point: Point, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    metric = report["metric"]["name"]
+    variants = [
+        {"id": v["id"], "metric": metric, **v["metrics"][metric]}
+        | {key: v[key] for key in ("size_bytes", "params", "latency_ms")}
+        for v in report["variants"]
+    ]
+    return {
+        "values": point.values,
+        "folder": folder.name,
+        "gates_passed": all(gate["passed"] for gate in report["gates"]),
+        "variants": variants,
+        "comparisons": report["comparisons"],
+    }
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key not in _AFTER_TRAINING}
+
+
+def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) -> None:
+    """Copy into the run in `folder` the finished stages that a run in `others` has in common with it.
+
+    identity: of the run in `folder`, as in its run.json. A stage is the same when all stages up to it, model,
+    data and their content, seed, versions and number of processes are.
+    """
+    for other in others:
+        theirs = read_json(other / "run.json")
+        ours = identity["recipe"]
+        same = all(theirs[key] == identity[key] for key in ("data_hash", "versions", "processes"))
+        same = same and _settings(theirs["recipe"]) == _settings(ours)
+        for stage, their_stage in zip(ours["stages"], theirs["recipe"]["stages"]):
+            if not same or stage != their_stage:
+                break
+            source, target = other / "stages" / stage["id"], folder / "stages" / stage["id"]
+            if target.exists() or not source.is_dir():
+                continue
+            target.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                shutil.copytree(source, Path(temporary) / "stage")
+                (Path(temporary) / "stage").rename(target)
+            log.info("stage %s is the one of %s", stage["id"], other)
