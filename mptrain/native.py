@@ -9,8 +9,10 @@ the others wait for it.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -18,15 +20,41 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from mptrain.inputs.packaged import cache_folder
 
+log = logging.getLogger(__name__)
+
 COMPILERS = {".c": ("C", "CC", ("cc", "gcc", "clang")), ".cpp": ("C++", "CXX", ("c++", "g++", "clang++"))}
+
+
+# No contraction to fma: a kernel then gives the bits of the same operations in torch.
+FLAGS = ("-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+# OpenMP's functions are left to be found in the process: there they come from torch, whose pool and
+# thread count the kernel then shares. The second choice has no threads.
+THREADING = ("-fopenmp", "-fopenmp-simd")
 
 
 class BuildError(Exception):
     """The kernel could not be compiled or loaded on this machine."""
+
+
+@cache
+def load(source: Path, what: str) -> ctypes.CDLL | None:
+    """The kernels of a .c file with OpenMP, or None where they cannot be built.
+
+    what: "fake quantization", which then runs on torch operations; the reason is logged once.
+    """
+    reason = ""
+    for threading in THREADING:
+        try:
+            return ctypes.CDLL(str(build(source, (*FLAGS, threading))))
+        except (BuildError, OSError) as error:
+            reason = str(error)
+    log.info("%s runs on torch operations, slower, instead of the compiled kernel: %s", what, reason)
+    return None
 
 
 def build(source: Path, flags: Sequence[str], *, link: Sequence[str] = (), folder: Path | None = None) -> Path:

@@ -23,8 +23,6 @@ synchronisation with a GPU, no extension to build.
 from __future__ import annotations
 
 import ctypes
-import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +31,12 @@ from torch import Tensor, nn
 
 from mptrain import native
 
-log = logging.getLogger(__name__)
-
 _BLOCK = 16384  # BLOCK of the C file
 _TINY = 1e-12  # a range that training drove to zero still divides
 
 
-_SOURCE = Path(__file__).with_suffix(".c")
-# No contraction to fma: the kernel then gives the bits of the same operations in torch.
-_FLAGS = ("-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-# OpenMP's functions are left to be found in the process: there they come from torch, whose pool and
-# thread count the kernel then shares. The second choice has no threads.
-_THREADING = ("-fopenmp", "-fopenmp-simd")
-
-
-@cache
 def _kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be built; the reason is logged once."""
-    reason = ""
-    for threading in _THREADING:
-        try:
-            return ctypes.CDLL(str(native.build(_SOURCE, (*_FLAGS, threading))))
-        except (native.BuildError, OSError) as error:
-            reason = str(error)
-    log.info("fake quantization runs on torch operations, slower, instead of the compiled kernel: %s", reason)
-    return None
+    return native.load(Path(__file__).with_suffix(".c"), "fake quantization")
 
 
 class _FakeQuantize(torch.autograd.Function):
