@@ -1,8 +1,11 @@
 """Make trained networks small and fast while training them.
 
-    mptrain.Trainer    drop-in for transformers.Trainer with compressors and distillation
-    mptrain.save       write a model, also a pruned or quantized one, to a folder
-    mptrain.load       read it back with identical outputs
+    mptrain.Trainer            drop-in for transformers.Trainer with compressors, distillation and half precision
+    mptrain.TrainingArguments  transformers.TrainingArguments with `precision`
+    mptrain.MasterWeights      half compute weights with fp32 masters, for a training loop of your own
+    mptrain.LossScale          its loss scale, in detail
+    mptrain.save               write a model, also a pruned or quantized one, to a folder
+    mptrain.load               read it back with identical outputs
 
 The command line is `mptrain --help`. Names are imported when they are first used.
 """
@@ -12,11 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mptrain.artifact import load, save
+    from mptrain.precision import LossScale, MasterWeights
+    from mptrain.train.arguments import TrainingArguments
     from mptrain.train.trainer import Trainer
 
-__all__ = ["Trainer", "load", "save"]
+__all__ = ["LossScale", "MasterWeights", "Trainer", "TrainingArguments", "load", "save"]
 
-_HOMES = {"Trainer": "mptrain.train.trainer", "load": "mptrain.artifact", "save": "mptrain.artifact"}
+_HOMES = {
+    "LossScale": "mptrain.precision",
+    "MasterWeights": "mptrain.precision",
+    "Trainer": "mptrain.train.trainer",
+    "TrainingArguments": "mptrain.train.arguments",
+    "load": "mptrain.artifact",
+    "save": "mptrain.artifact",
+}
 
 
 def __getattr__(name: str) -> Any:

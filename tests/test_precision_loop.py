@@ -401,15 +401,12 @@ def test_gradients_can_be_read_and_edited_unscaled(dtype, master, micro):
 def test_pruning_masks_on_half_weights_leave_the_masters_dense(dtype):
     model = make_model()
     mw = wrap(model, dtype)
-
-    class Masked(MaskedWeights):
-        def gradient(self, name):
-            return mw.gradient(self.parameters[name])
-
     names = ["0.weight", "3.weight"]
-    masked = Masked({n: model.get_parameter(n) for n in names})
+    masked = MaskedWeights({n: model.get_parameter(n) for n in names})
     masks = {n: torch.rand(model.get_parameter(n).shape[0], 1) > 0.4 for n in names}
     masked.apply(masks)
+    masked.dense = {n: masters(mw)[n] for n in names}  # as they were before the weights became half
+    masked.follow(mw)
     start = masters(mw)
     for i in range(3):
         mw.backward(loss_of(model, i))

@@ -16,10 +16,13 @@ the identity of a parameter inside a phase; at the boundary after it, `finalize`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from mptrain.precision import MasterWeights
 
 HOOKS = "__nncf_hooks"
 """The submodule in which NNCF keeps a model's quantizers; known here so that asking for it does not import NNCF."""
@@ -50,6 +53,14 @@ class Compressor(Protocol):
         ...
 
     def gradients_ready(self) -> None: ...
+
+    def gradients_unusable(self) -> None:
+        """Instead of `gradients_ready` when a half gradient overflowed: the optimizer step is skipped."""
+        ...
+
+    def follow(self, masters: MasterWeights | None) -> None:
+        """The model's weights are half copies of these masters from now on; None: they are fp32 again."""
+        ...
 
     def updated(self, step: int) -> None: ...
 

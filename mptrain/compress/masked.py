@@ -10,14 +10,21 @@ and every attention implementation see an ordinary parameter. One optimizer step
     updated(masks)        W ← p, then p ← W ⊙ M with the next masks
 
 A parameter that is frozen or got no gradient is masked like any other.
+
+With fp32 masters (`follow`) the optimizer updates those, W is read from them, and p = half(W ⊙ M)
+is only what forward and backward see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mptrain.precision import MasterWeights
 
 
 class MaskedWeights:
@@ -30,20 +37,32 @@ class MaskedWeights:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.masks: dict[str, Tensor] = {}
+        self._masters: MasterWeights | None = None
         self.dense = {name: self._read(name).clone() for name in self.parameters}
         self._masked = True  # parameters hold W ⊙ M (here M is all ones)
 
     # The only places that touch the values and gradients of parameters.
 
     def _read(self, name: str) -> Tensor:
-        return self.parameters[name].detach()
+        parameter = self.parameters[name]
+        return parameter.detach() if self._masters is None else self._masters.master(parameter)
 
     def _write(self, name: str, values: Tensor) -> None:
         self.parameters[name].detach().copy_(values)
 
     def gradient(self, name: str) -> Tensor | None:
         """dL/d(W ⊙ M), or None when the parameter got none."""
-        return self.parameters[name].grad
+        parameter = self.parameters[name]
+        return parameter.grad if self._masters is None else self._masters.gradient(parameter)
+
+    @torch.no_grad()
+    def follow(self, masters: MasterWeights | None) -> None:
+        """From now on W is in masters that were built while the parameters held W ⊙ M; None: in the parameters."""
+        self._masters = masters
+        if masters is not None:
+            for name, parameter in self.parameters.items():
+                masters.master(parameter).copy_(self.dense[name])
+        self.apply(self.masks)
 
     @torch.no_grad()
     def gradients_ready(self) -> None:

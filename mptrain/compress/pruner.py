@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from mptrain.recipe import Fisher, Keep, Magnitude, Movement, Schedule
 
 REFRESHES = 100
 """Times that unit masks are searched anew during a warm-up, at most."""
+
+if TYPE_CHECKING:
+    from mptrain.precision import MasterWeights
 
 Batch = dict[str, Tensor]
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -141,6 +144,12 @@ class Pruner:
     def gradients_ready(self) -> None:
         self.observe()
         self.masked.gradients_ready()
+
+    def gradients_unusable(self) -> None:
+        self.masked.gradients_ready()
+
+    def follow(self, masters: MasterWeights | None) -> None:
+        self.masked.follow(masters)
 
     def updated(self, step: int) -> None:
         self._step = step

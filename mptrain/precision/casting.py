@@ -3,6 +3,8 @@
     model      floating inputs -> compute dtype (not labels); half outputs -> fp32, so that a loss
                outside the model is computed in fp32 (outputs that carry a loss stay as they are)
     boundary   (a module kept in fp32) inputs -> fp32; outputs -> compute dtype
+    head       (of a transformers model) outputs -> fp32, so that a loss inside the model is computed in
+               fp32 too; a bf16 loss has three digits
 
 All are ordinary forward hooks, so gradient checkpointing, torch.compile and DDP see them.
 """
@@ -41,10 +43,27 @@ def add_casts(model: nn.Module, kept: Kept, dtype: torch.dtype) -> list[Removabl
         model.register_forward_pre_hook(_cast_inputs(torch.float32, dtype), with_kwargs=True),
         model.register_forward_hook(_cast_outputs(dtype)),
     ]
+    heads = _heads(model)
     for module in kept.boundaries:
         handles.append(module.register_forward_pre_hook(_cast_inputs(dtype, torch.float32), with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda _m, _a, output: cast(output, torch.float32, dtype)))
+        if module not in heads:
+            handles.append(module.register_forward_hook(lambda _m, _a, output: cast(output, torch.float32, dtype)))
+    for module in heads:
+        if module not in kept.boundaries:  # one head may feed another
+            handles.append(module.register_forward_pre_hook(_cast_inputs(torch.float32, dtype), with_kwargs=True))
+            handles.append(module.register_forward_hook(lambda _m, _a, output: cast(output, dtype, torch.float32)))
     return handles
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """What a transformers model puts on its base model, but for an LM head, whose losses cast by themselves."""
+    children = list(model.children())
+    base = getattr(model, "base_model", model)
+    if not any(child is base for child in children):
+        return []
+    lm_head = getattr(model, "get_output_embeddings", lambda: None)()
+    parametric = [c for c in children if next(c.parameters(), None) is not None]
+    return [c for c in parametric if c is not base and c is not lm_head]
 
 
 def _cast_inputs(source: torch.dtype, target: torch.dtype) -> Callable[..., tuple[tuple, dict]]:

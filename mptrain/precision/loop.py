@@ -89,9 +89,11 @@ class MasterWeights(MasterOptimizer):
         """
         if not isinstance(ddp, DistributedDataParallel):
             raise UserError(f"attach() takes the DistributedDataParallel around the model, got {type(ddp).__name__}")
+        if ddp is self._attached:
+            return
         wire = torch.float32 if self.policy.reduce == "fp32" else self.policy.dtype
         accumulate.reduce_in_fp32(ddp, self.masters.by_id, wire)
-        self._attached = True
+        self._attached = ddp
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scaled backward of a scalar loss; gradients of earlier micro-steps are summed in fp32."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,8 +24,10 @@ from mptrain.precision.casting import add_casts
 from mptrain.precision.flat import Flat
 from mptrain.precision.master import Changed, Masters
 from mptrain.precision.native import native_kernel
-from mptrain.precision.policy import Policy
+from mptrain.precision.policy import DTYPES, Policy
 from mptrain.precision.step import Kernel, Run, TorchKernel, rule_of
+
+log = logging.getLogger(__name__)
 
 FORMAT = "mptrain.masters/v1"
 
@@ -55,7 +58,7 @@ class MasterOptimizer(torch.optim.Optimizer):
             raise UserError(f"kernel must be 'auto', 'native' or 'torch', got {kernel!r}")
         self._kernel_choice = kernel
         self._kernels: dict[torch.device, Kernel] = {}
-        self._attached = False
+        self._attached: DistributedDataParallel | None = None
         self._stepping = False
         self._exposed = False
         self.defaults = optimizer.defaults
@@ -63,6 +66,7 @@ class MasterOptimizer(torch.optim.Optimizer):
         self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
         for parameter in self.model.parameters():
             parameter.grad = None
+        self._say_what_was_rounded()
         self._build()
         self._loading = contextlib.ExitStack()
         self._hooks = [
@@ -104,6 +108,18 @@ class MasterOptimizer(torch.optim.Optimizer):
             )
 
     # -- building
+
+    def _say_what_was_rounded(self) -> None:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        half = [p.dtype for p in trained if p.dtype in DTYPES.values()]
+        if half:
+            log.warning(
+                "%d of %d trained parameters arrive in %s: their masters start from those rounded values. If there is"
+                " an fp32 checkpoint, load that one (dtype=torch.float32).",
+                len(half),
+                len(trained),
+                str(half[0]).removeprefix("torch."),
+            )
 
     @property
     def flats(self) -> list[Flat]:
@@ -169,6 +185,11 @@ class MasterOptimizer(torch.optim.Optimizer):
             self._build()
 
     # -- the model in fp32
+
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """fp32 values of a parameter of the model: a view that may be written before `sync`; split: a copy."""
+        flat, entry = self.masters.by_id[id(parameter)]
+        return flat.read_master(entry)
 
     def sync(self) -> None:
         """half weights <- masters: in place, one copy for each dtype and device, nothing is allocated.

@@ -4,8 +4,8 @@
     compute    what forward and backward see: fp16 or bf16, but for the modules kept in fp32
     reduce     what gradients are summed over ranks in
 
-Buffers (rotary frequencies, running statistics) keep their dtype, and so do modules whose
-running statistics would drift in half precision (batch norm).
+Buffers (rotary frequencies, running statistics) keep their dtype, and so do modules that would
+drift in half precision: running statistics (batch norm) and the ranges of fake quantizers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mptrain.compress.base import HOOKS
 from mptrain.errors import ModelError, UserError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,7 +134,7 @@ def kept_in_fp32(model: nn.Module, policy: Policy) -> Kept:
             name = f"{module_name}.{local}".removeprefix(".")
             hits = [p for p in policy.keep_fp32 if (_is_norm(module) if p == NORMS else _matches(p, name))]
             unused.difference_update(hits)
-            if hits or _has_statistics(module):
+            if hits or _has_statistics(module) or HOOKS in module_name.split("."):
                 kept.add(id(parameter))
     if unused:
         some = ", ".join(n for n, _ in list(model.named_parameters())[:3])

@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 
 from mptrain.compress.base import Compressor
 from mptrain.errors import TrainingError
 from mptrain.inputs.data import TaskData
 from mptrain.inputs.metrics import Score
 from mptrain.plan import Phase
-from mptrain.recipe import Train
+from mptrain.recipe import MixedPrecision, Train
 from mptrain.train import checkpoint
+from mptrain.train.arguments import TrainingArguments
 from mptrain.train.distill import Distiller
 from mptrain.train.progress import Progress
 from mptrain.train.sampler import LengthGroupedSampler
@@ -71,6 +72,7 @@ class PhaseTrainer(Trainer):
         folder: Path,
         seed: int,
         stop: Callable[[], bool],
+        precision: MixedPrecision,
         compressors: Sequence[Compressor] = (),
         distiller: Distiller | None = None,
     ) -> None:
@@ -100,12 +102,13 @@ class PhaseTrainer(Trainer):
             logging_strategy="steps",
             logging_steps=train.log_steps,
             logging_first_step=True,
-            logging_nan_inf_filter=False,
+            logging_nan_inf_filter=precision.compute != "fp32",  # there a skipped step is no failure
             eval_strategy="epoch",
             save_strategy="no",
             save_total_limit=2,
             report_to=[],
             disable_tqdm=None,
+            precision=precision.model_dump(mode="json"),
         )
         super().__init__(
             model,
@@ -157,7 +160,8 @@ class PhaseTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        # with masters such a step is skipped, and repeated ones end with the diagnosis of MasterWeights
+        if self.master_weights is None and not torch.isfinite(loss):
             raise TrainingError(self._diagnosis(float(loss)))
         return loss
 
@@ -196,7 +200,7 @@ class PhaseTrainer(Trainer):
         if better:
             self.best = {"metric": scores[0].name, "rank": rank, "step": self.state.global_step}
             if self.args.should_save:
-                checkpoint.save_weights(self.model, self.folder / f".{BEST}")
+                self.save_weights(self.folder / f".{BEST}")
                 (self.folder / f".{BEST}").replace(self.folder / BEST)
         if self.settings.patience and self._bad_epochs >= self.settings.patience:
             self.control.should_training_stop = True
@@ -204,7 +208,7 @@ class PhaseTrainer(Trainer):
     def load_best(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.best is not None and self.best["step"] != self.state.global_step:
-            checkpoint.load_weights(self.model, self.folder / BEST)
+            self.load_weights(self.folder / BEST)
 
     # -- resume
 
@@ -283,6 +287,7 @@ def train_phase(
     folder: Path,
     seed: int,
     stop: Callable[[], bool],
+    precision: MixedPrecision,
     compressors: Sequence[Compressor] = (),
     distiller: Distiller | None = None,
 ) -> tuple[list[dict[str, Any]], float]:
@@ -302,6 +307,7 @@ def train_phase(
         folder=folder,
         seed=seed,
         stop=stop,
+        precision=precision,
         compressors=compressors,
         distiller=distiller,
     )
@@ -311,6 +317,7 @@ def train_phase(
         trainer.resume_facts(found)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     trainer.load_best()
+    trainer.release()
     trainer.accelerator.wait_for_everyone()
     rows = history_rows(trainer.state.log_history, phase)
     return rows, trainer.elapsed()

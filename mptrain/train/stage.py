@@ -90,6 +90,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
                 folder=folder,
                 seed=context.recipe.seed,
                 stop=stop,
+                precision=context.recipe.precision,
                 compressors=[pruner] if pruner is not None else [],
                 distiller=_distiller(context, stage),
             )

@@ -1,8 +1,11 @@
-"""A drop-in `transformers.Trainer` that runs compressors and distillation while it trains.
+"""A drop-in `transformers.Trainer` with compressors, distillation and half precision with fp32 masters.
 
 With nothing enabled it trains step for step as transformers.Trainer does. Its checkpoints
 hold no pickle: optimizer, scheduler and random states are safetensors and JSON, and a
 manifest tells a whole checkpoint from a truncated one (see `checkpoint.py`).
+
+With `TrainingArguments(precision=…)` the model's parameters become half when training begins, the
+optimizer becomes `MasterWeights` (precision/loop.py), and what is saved are the fp32 masters.
 """
 
 from __future__ import annotations
@@ -16,11 +19,18 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from mptrain.compress.base import HOOKS, Compressor, is_quantized
-from mptrain.train import checkpoint
+from mptrain.errors import UserError
+from mptrain.precision import MasterWeights
+from mptrain.precision.casting import cast
+from mptrain.recipe import MixedPrecision
+from mptrain.train import checkpoint, half
+from mptrain.train.arguments import parse
 from mptrain.train.distill import Distiller
 
 log = logging.getLogger(__name__)
@@ -42,11 +52,19 @@ class Trainer(transformers.Trainer):
         self, *args: Any, compressors: Sequence[Compressor] = (), distiller: Distiller | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.precision: MixedPrecision = parse(getattr(self.args, "precision", None) or "fp32")
+        if self.precision.compute != "fp32":
+            half.check(self.accelerator)
         self.compressors = list(compressors)
         self.distiller = distiller
         self._gradients_seen = False
         self._terms: dict[str, torch.Tensor] = {}
         self._term_count = 0
+        if self.precision.compute != "fp32" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UserError(
+                "precision keeps whole fp32 masters and cannot run on sharded parameters: launch with a DDP config"
+                " (configs/accelerate-ddp-2gpu.yaml), or use mixed_precision: bf16 of FSDP instead of precision"
+            )
         if self.compressors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "pruning masks act on whole weight matrices and cannot run on sharded parameters:"
@@ -67,7 +85,40 @@ class Trainer(transformers.Trainer):
             for compressor in self.compressors:
                 for group in compressor.parameter_groups():
                     optimizer.add_param_group(group)
+        if self.precision.compute != "fp32" and self.master_weights is None:
+            self.optimizer = optimizer = half.build(self.model, optimizer, self.precision)
+        if self.master_weights is not None:
+            self.accelerator.scaler = half.StepScaler(self.master_weights)
         return optimizer
+
+    @property
+    def master_weights(self) -> MasterWeights | None:
+        """The masters and what steps them, once training has begun with a half `precision`."""
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        return optimizer if isinstance(optimizer, MasterWeights) else None
+
+    def release(self) -> nn.Module:
+        """The model with fp32 parameters of its own, as before training; ends training in half precision."""
+        if self.master_weights is not None:
+            self.master_weights.release()
+            for compressor in self.compressors:
+                compressor.follow(None)
+            self.optimizer = self.lr_scheduler = None
+            self.model_wrapped = self.model
+        return self.model
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        masters = self.master_weights
+        if masters is not None:
+            wrapped = getattr(model, "_orig_mod", model)  # of torch.compile
+            if isinstance(wrapped, DistributedDataParallel):
+                masters.attach(wrapped)
+            for compressor in self.compressors:
+                compressor.follow(masters)
+        return model, loader
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # ranges of quantizers are no weights: decay would shrink them to nothing
@@ -89,18 +140,35 @@ class Trainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._gradients_ready()
+        if self.master_weights is not None:
+            return self.master_weights.clip_grad_norm(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self._gradients_ready()
+        if self.master_weights is not None:
+            return self.master_weights.clip_grad_norm(None) if grad_norm is None else grad_norm
         return super()._get_grad_norm(model, grad_norm)
 
     def _gradients_ready(self) -> None:
         """Both hooks above come after the gradients are complete and before the optimizer step; act on the first."""
-        if not self._gradients_seen:
-            for compressor in self.compressors:
-                compressor.gradients_ready()
-            self._gradients_seen = True
+        if self._gradients_seen:
+            return
+        self._gradients_seen = True
+        if not self.compressors:
+            return
+        usable = self.master_weights is None or self.master_weights.finite()
+        if usable and self.master_weights is not None:
+            self.master_weights.unscale_gradients()
+        for compressor in self.compressors:
+            compressor.gradients_ready() if usable else compressor.gradients_unusable()
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(*args, **kwargs)
+        if self.master_weights is None:
+            return found
+        # metrics are computed by the user, in numpy
+        return cast(found, self.master_weights.policy.dtype, torch.float32)
 
     def _updated(self, step: int) -> None:
         self._gradients_seen = False
@@ -120,6 +188,8 @@ class Trainer(transformers.Trainer):
             self._term_count = 0
             for compressor in self.compressors:
                 logs.update(compressor.logs())
+            if self.master_weights is not None:
+                logs.update(self.master_weights.logs())
         super().log(logs, start_time)
 
     # -- checkpoints
@@ -146,13 +216,25 @@ class Trainer(transformers.Trainer):
         """More to write into the manifest; for subclasses."""
         return {}
 
+    def _in_fp32(self, *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the model's parameters are fp32: those it has, or the masters."""
+        return contextlib.nullcontext() if self.master_weights is None else self.master_weights.exposed(write=write)
+
+    def save_weights(self, path: Path) -> None:
+        with self._in_fp32():
+            checkpoint.save_weights(self.model, path)
+
+    def load_weights(self, path: Path) -> None:
+        with self._in_fp32(write=True):
+            checkpoint.load_weights(self.model, path)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         if self._compressed() and not self._sharded:
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_weights(self.model, folder / checkpoint.WEIGHTS)
+            self.save_weights(folder / checkpoint.WEIGHTS)
         else:
-            with _plain_names(self.model):
+            with _plain_names(self.model), self._in_fp32():
                 super()._save(output_dir, state_dict)
             # transformers pickles its arguments here; nothing of ours is ever unpickled
             (folder / "training_args.bin").unlink(missing_ok=True)
@@ -161,9 +243,16 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if (folder / checkpoint.WEIGHTS).is_file():
-            checkpoint.load_weights(model or self.model, folder / checkpoint.WEIGHTS)
+            self.load_weights(folder / checkpoint.WEIGHTS)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        weights = Path(str(self.state.best_model_checkpoint)) / checkpoint.WEIGHTS
+        if weights.is_file():
+            self.load_weights(weights)
+        else:
+            super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharded:
@@ -183,6 +272,14 @@ class Trainer(transformers.Trainer):
         self.lr_scheduler.load_state_dict(checkpoint.load_state(folder / "scheduler"))
         for compressor in self.compressors:
             compressor.load_state_dict(checkpoint.load_state(folder / f"compressor-{compressor.name}"))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.master_weights is None:  # with masters the loss scale is part of the optimizer's state
+            super()._save_scaler(output_dir)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.master_weights is None:
+            super()._load_scaler(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)

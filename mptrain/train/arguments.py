@@ -1,0 +1,64 @@
+"""`mptrain.TrainingArguments`: the arguments of transformers, and `precision`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+from pydantic import ValidationError
+
+from mptrain.errors import UserError
+from mptrain.recipe import MixedPrecision
+
+HELP = (
+    "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, fp32, or the mapping of a recipe's"
+    " `precision` field (on a command line as JSON)."
+)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """`transformers.TrainingArguments` with `precision`, which replaces `fp16` and `bf16`.
+
+    precision: "fp16-master", "bf16-master", "bf16-split", "fp32", or the mapping that a recipe's `precision` field
+    takes, e.g. {"compute": "fp16", "keep_fp32": ["norms"], "loss_scale": {"init": 1024}}. Kept as that mapping.
+
+    Raises UserError for a value that is none of these, and together with fp16=True or bf16=True.
+    """
+
+    precision: dict | str | None = field(default=None, metadata={"help": HELP})
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            both = [name for name in ("fp16", "bf16") if getattr(self, name)]
+            if both:
+                raise UserError(
+                    f"precision={self.precision!r} together with {both[0]}=True: autocast would cast what is half"
+                    f" already. Drop {both[0]}."
+                )
+            self.precision = parse(self.precision).model_dump(mode="json")
+        super().__post_init__()
+
+
+def parse(value: Any) -> MixedPrecision:
+    """The recipe's mapping (also as JSON), or a short name. Raises UserError."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"precision: {value!r} is not JSON ({error})") from None
+    try:
+        return MixedPrecision.model_validate(value)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(["precision", *(str(key) for key in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown field; fields are {', '.join(MixedPrecision.model_fields)}, see docs/recipes.md"
+    if error["type"] == "value_error":
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"

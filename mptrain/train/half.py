@@ -1,0 +1,73 @@
+"""Masters in a Trainer: how MasterWeights takes the place of a gradient scaler in Accelerate.
+
+Accelerate asks its `scaler` to scale the loss, and hands it the optimizer to step. When the scaler does not
+call the optimizer's `step`, the step counts as skipped, and the Trainer then holds the learning-rate schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mptrain.errors import UserError
+from mptrain.precision import LossScale, MasterWeights
+from mptrain.recipe import MixedPrecision
+
+
+def build(model: nn.Module, optimizer: torch.optim.Optimizer, precision: MixedPrecision) -> MasterWeights:
+    """Masters as the recipe's `precision` says; compute is not fp32."""
+    assert precision.compute != "fp32"
+    scale = None if precision.loss_scale is None else LossScale(**precision.loss_scale.model_dump())
+    return MasterWeights(
+        model,
+        optimizer,
+        precision.compute,
+        precision.master,
+        keep_fp32=precision.keep_fp32,
+        loss_scale=scale,
+    )
+
+
+def check(accelerator: Accelerator) -> None:
+    """Raises UserError when Accelerate would autocast as well; its launcher passes that through the environment."""
+    if accelerator.mixed_precision != "no":
+        raise UserError(
+            f"precision and Accelerate's mixed_precision={accelerator.mixed_precision!r} exclude each other: launch"
+            " with --mixed_precision no, write mixed_precision: 'no' in its config file, or unset"
+            " ACCELERATE_MIXED_PRECISION"
+        )
+
+
+class StepScaler:
+    """What Accelerate takes for its `scaler`."""
+
+    def __init__(self, masters: MasterWeights) -> None:
+        self.masters = masters
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def get_scale(self) -> float:
+        return self.masters.loss_scale
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return self.masters.scale(loss)
+
+    def step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
+        if self.masters.finite():
+            optimizer.step(closure)
+        else:
+            # not through `optimizer.step`, by which Accelerate knows that a step was taken
+            type(self.masters).step(self.masters)
+
+    def update(self) -> None:
+        """Done in the step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the loss scale is part of the optimizer's state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
