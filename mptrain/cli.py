@@ -15,6 +15,8 @@ EXIT = (
 )
 
 
+# Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 EXTRAS = {"nncf": "openvino", "openvino": "openvino", "openvino_telemetry": "openvino", "matplotlib": "plots"}
 
 
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory. Lower train.batch_size (and raise accumulation) or data.max_length.", 1)
     except Exception as error:
-        if "No space left on device" in str(error):
+        if any(reason in str(error) for reason in NO_SPACE):
             return _fail(f"the disk is full ({error}). Free some space; the same command continues the run.", 1)
         raise
 

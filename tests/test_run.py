@@ -215,6 +215,21 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_continues(finished, tmp_path):
     assert not differences(metrics(tmp_path / "run"), metrics(source / "run"))
 
 
+def test_a_full_disk_is_said_and_the_run_continues_when_there_is_space(finished, tmp_path):
+    """The limit on the size of a file stands in for the disk: the system call fails in the same place."""
+    source, _, _ = finished
+    described = yaml.safe_load((source / "tiny.yaml").read_text())
+    described["output"]["dir"] = str(tmp_path / "run")
+    recipe = tiny.write(described, tmp_path / "tiny.yaml")
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY));"
+    script = f"{limit} from mptrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", script, *command(recipe)[3:]], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "the disk is full" in done.stderr.splitlines()[-1] and "continues the run" in done.stderr.splitlines()[-1]
+    run(recipe)
+    assert not differences(metrics(tmp_path / "run"), metrics(source / "run"))
+
+
 def test_a_second_live_run_is_refused(finished, tmp_path):
     source, _, _ = finished
     described = yaml.safe_load((source / "tiny.yaml").read_text())
