@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import tiny
 
@@ -73,3 +75,28 @@ def test_a_failing_rank_ends_all(tmp_path):
     done = launch(script, "recipe", recipe(tmp_path, "run"))
     assert done.returncode != 0 and "rank 1 breaks" in done.stderr
     assert not (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.long
+def test_two_processes_killed_and_resumed_leave_the_same_history(tmp_path):
+    """Also the sums of losses that were not logged yet, which differ between the processes."""
+    whole = launch("-m", "mptrain", "recipe", recipe(tmp_path, "whole", batch_size=4, log_steps=5))
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(CONFIGS / "accelerate-gloo-2cpu.yaml"), "-m", "mptrain", "recipe"]
+    killed = recipe(tmp_path, "killed", batch_size=4, log_steps=5)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, str(killed)], **quiet)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").glob("stages/jpqd/0-warmup/checkpoint-7/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    # the launcher puts its workers into sessions of their own, where they would go on without it
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        victim.kill()
+    process.wait()
+    again = launch("-m", "mptrain", "recipe", killed)
+    assert again.returncode == 0 and "resuming jpqd/warmup" in again.stderr, again.stderr[-4000:]
+    a, b = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("whole", "killed"))
+    assert a["history"] == b["history"]
+    assert [v["metrics"] for v in a["variants"]] == [v["metrics"] for v in b["variants"]]

@@ -213,10 +213,11 @@ class PhaseTrainer(Trainer):
     # -- resume
 
     def checkpoint_facts(self) -> dict[str, Any]:
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in (self._tr_loss, *self._terms.values())])
         unlogged = {
             "since": self._globalstep_last_logged,
-            "loss": float(self._tr_loss),
-            "terms": {name: float(value) for name, value in self._terms.items()},
+            "terms": list(self._terms),
+            "sums": self.accelerator.gather(sums[None].to(self.args.device)).tolist(),  # one row per process
             "count": self._term_count,
         }
         return {
@@ -235,10 +236,9 @@ class PhaseTrainer(Trainer):
     def restore_unlogged(self) -> None:
         """Sums of losses since the last log, so that a row of the history does not tell where a run was stopped."""
         if self._unlogged is not None:
-            device = self.args.device
-            self._tr_loss = torch.tensor(self._unlogged["loss"], device=device)
-            self._globalstep_last_logged = self._unlogged["since"]
-            self._terms = {n: torch.tensor(v, device=device) for n, v in self._unlogged["terms"].items()}
+            sums = torch.tensor(self._unlogged["sums"][self.args.process_index], device=self.args.device)
+            self._tr_loss, self._globalstep_last_logged = sums[0], self._unlogged["since"]
+            self._terms = dict(zip(self._unlogged["terms"], sums[1:]))
             self._term_count = self._unlogged["count"]
 
     def elapsed(self) -> float:

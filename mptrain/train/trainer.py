@@ -207,13 +207,14 @@ class Trainer(transformers.Trainer):
             # a killed attempt; without its manifest it does not count while it is written again
             (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+        facts = self.checkpoint_facts()
         self.accelerator.wait_for_everyone()
         if self.args.should_save and not self._sharded:
-            checkpoint.seal(folder, step=self.state.global_step, **self.checkpoint_facts())
+            checkpoint.seal(folder, step=self.state.global_step, **facts)
         self.accelerator.wait_for_everyone()
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """More to write into the manifest; for subclasses."""
+        """More to write into the manifest, for subclasses. Called by every process, written by one."""
         return {}
 
     def _in_fp32(self, *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
