@@ -102,6 +102,27 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON schema of recipes")
     schema.set_defaults(call=_schema)
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="memory, overflow and speed of a model in half precision",
+        description="Say what half precision would do to a model: memory, overflow, what to keep in fp32, speed here.",
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a model folder, packaged:NAME or a hub name")
+    inspect.add_argument(
+        "--precision",
+        action="append",
+        metavar="NAME",
+        help="fp32, fp16-master, bf16-master or bf16-split (may be repeated; default: all)",
+    )
+    inspect.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
+    inspect.add_argument("--task", help="what the model does; default: from its head")
+    inspect.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
+    inspect.add_argument("--samples", type=int, default=32, help="inputs to run (default 32)")
+    inspect.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
+    inspect.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
+    inspect.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
+    inspect.set_defaults(call=_inspect)
+
     report = commands.add_parser("report", help="print the report of a run and write its pages again")
     report.add_argument("run", metavar="RUN", help="the folder of a run, e.g. runs/jpqd-bert")
     report.set_defaults(call=_report)
@@ -235,6 +256,47 @@ def _schema(options: argparse.Namespace) -> int:
     from mptrain.recipe import Recipe
 
     print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from typing import get_args
+
+    from mptrain.recipe import Task
+
+    if options.task is not None and options.task not in get_args(Task):
+        raise UserError(f"--task must be one of {', '.join(get_args(Task))}, got {options.task!r}")
+    for name in ("samples", "max_length"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    target = Path(options.json) if options.json else None
+    if target is not None and not target.absolute().parent.is_dir():
+        raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
+    from rich.console import Console
+
+    from mptrain.inspection import inspect_model
+    from mptrain.report.inspection import inspection
+
+    chosen = {"precisions": options.precision} if options.precision else {}
+    facts = inspect_model(
+        options.model,
+        task=options.task,
+        attn=options.attn,
+        data=options.data,
+        samples=options.samples,
+        length=options.max_length,
+        allow_code=options.allow_code,
+        **chosen,
+    )
+    Console(width=None if sys.stdout.isatty() else 120).print(inspection(facts))
+    if target is not None:
+        from mptrain.run_folder import write_json
+
+        write_json(target, facts)
+        print(f"Written: {target}")
     return 0
 
 

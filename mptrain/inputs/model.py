@@ -144,6 +144,16 @@ def load_model(
     return model.eval()
 
 
+def read_config(spec: Model, allow_code: bool = False) -> PreTrainedConfig:
+    """The model's config alone; spec.task does not matter. Raises ModelError."""
+    path, options = _locate(spec, allow_code)
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(path, **options)
+    except _LOADING as error:
+        raise _unloadable(spec, "config", error) from error
+
+
 def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
     """A folder or hub name, and the options that every from_pretrained gets."""
     for option, value in (("trust_remote_code", spec.trust_remote_code), ("modeling", spec.modeling)):

