@@ -241,9 +241,10 @@ def _memory(model: PreTrainedModel, precision: str, keep: dict[Compute, list[str
 def _speed(
     model: PreTrainedModel, inputs: Samples, computes: Sequence[Compute], keep: dict[Compute, list[str]]
 ) -> dict[str, Any]:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = model.to(device)
-    rows = speed.measure(model, inputs.batches[0], computes, keep) if computes else []
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
+    moved: nn.Module = nn.Module.to(model, device)
+    rows = speed.measure(moved, inputs.batches[0], computes, keep) if computes else []
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host()["cpu"],
         "threads": torch.get_num_threads(),

@@ -71,7 +71,7 @@ def made_up(model: PreTrainedModel, task: Task, samples: int, length: int) -> Sa
             height, width = side if isinstance(side, (list, tuple)) else (side, side)
             batches.append({"pixel_values": normal(size, config.num_channels, height, width)})
         elif task == "audio-classification":
-            shape = (_SOUND,)
+            shape: tuple[int, ...] = (_SOUND,)
             if hasattr(config, "num_mel_bins"):
                 frames = getattr(config, "max_length", None) or 2 * config.max_source_positions
                 time_first = model.main_input_name == "input_values"

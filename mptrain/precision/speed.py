@@ -37,7 +37,10 @@ class Speed:
 
 
 def measure(
-    model: nn.Module, batch: Mapping[str, Tensor], computes: Sequence[Compute], keep_fp32: Mapping[str, Sequence[str]]
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    computes: Sequence[Compute],
+    keep_fp32: Mapping[Compute, Sequence[str]],
 ) -> list[Speed]:
     """A product of the shape of the largest linear layer, and a forward, for each compute dtype.
 
