@@ -216,6 +216,54 @@ class Ptq(Strict):
 Quantize = Annotated[Qat | Ptq, Field(discriminator="mode")]
 
 
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+class TableOverride(Strict):
+    """What differs for the modules of a pattern."""
+
+    bits: Bits | None = None
+    granularity: Literal["tensor", "channel_group"] | None = None
+    group_size: Annotated[int, Field(gt=0)] | None = None
+    cluster_dim: Annotated[int, Field(gt=0)] | None = None
+    per_channel_scale: bool | None = None
+
+
+class TableTraining(Strict):
+    """The table entries train with the stage (and all that is not palettized); the last step is kept."""
+
+    refresh: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps between new assignments of weights to entries; 0: the assignments stay"
+    )
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="of the table entries; default: the stage's lr")
+
+
+class Palettize(Strict):
+    """Weights as indices into tables of 2^bits entries (k-means)."""
+
+    method: Literal["kmeans", "skm"] = Field(
+        description="kmeans: needs no data; skm: weights count by their squared gradients on calibration data"
+    )
+    bits: Bits = 4
+    granularity: Literal["tensor", "channel_group"] = Field(
+        "channel_group", description="one table for a weight, or one for every group of output channels"
+    )
+    group_size: Annotated[int, Field(gt=0)] = Field(
+        16, description="channels of a group; where it does not divide the channels, the next smaller that does"
+    )
+    cluster_dim: Annotated[int, Field(gt=0)] = Field(
+        1, description="neighbouring weights that share an index; a weight takes bits / cluster_dim bits"
+    )
+    per_channel_scale: bool = Field(False, description="a scale for every output channel, besides the tables")
+    embeddings: bool | Bits = Field(True, description="also embeddings; a number gives their bits")
+    lm_head: bool | Bits = Field(True, description="also the output layer of a language model, unless tied")
+    ignore: list[str] = Field(
+        [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
+    )
+    overrides: dict[str, TableOverride] = Field({}, description="by module pattern; a later one wins")
+    finetune: TableTraining | None = Field(None, description="train the tables; needs `train`")
+
+
 class Distill(Strict):
     """loss = (1 - weight) * task + weight * T^2 * KL(student/T || teacher/T) + hidden + attention terms."""
 

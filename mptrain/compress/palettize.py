@@ -1,0 +1,217 @@
+"""Palettization: a weight as indices of 1 to 8 bits into tables of 2^bits entries.
+
+    data-free    the tables minimise Σ (w - ŵ)²
+    SKM          Σ F (w - ŵ)², with the Fisher information F of importance.py (SqueezeLLM's
+                 sensitive k-means): weights that the loss minds keep their values
+
+A table serves the tensor or a group of output channels; an entry is one number or, with
+cluster_dim, several neighbours of a row. With a per-channel scale, s = max |w| of the channel,
+the tables hold w / s and errors count s² times: what is minimised stays the error of the weight.
+
+Which weights: those of Linear and Embedding layers and convolutions. One whose record would
+not be smaller than its fp16 values stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mptrain.compress.base import is_quantized
+from mptrain.compress.importance import fisher
+from mptrain.compress.kmeans import cluster
+from mptrain.compress.pruner import Batch, LossFn, model_loss
+from mptrain.compress.records import Palettized
+from mptrain.compress.scopes import resolve
+from mptrain.compress.vector_kmeans import cluster_vectors
+from mptrain.errors import ModelError, UserError
+from mptrain.recipe import Palettize
+
+log = logging.getLogger(__name__)
+
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one weight [rows, columns] is palettized; rows_per_group == rows is one table for the tensor."""
+
+    rows: int
+    columns: int
+    bits: int
+    rows_per_group: int
+    cluster_dim: int
+    per_channel_scale: bool
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of indices, fp16 tables and fp16 scales."""
+        indices = -(-self.rows * self.columns // self.cluster_dim * self.bits // 8)
+        entries = -(-self.rows // self.rows_per_group) * 2**self.bits * self.cluster_dim
+        return indices + 2 * entries + (2 * self.rows if self.per_channel_scale else 0)
+
+
+def palettize(
+    model: nn.Module,
+    config: Palettize,
+    batches: Iterable[Batch] | None = None,
+    *,
+    loss_fn: LossFn = model_loss,
+    seed: int = 0,
+) -> dict[str, Palettized]:
+    """Records of the weights that `config` covers, by parameter name, on the CPU; the model is not changed.
+
+    `records.attach(model, found)` puts them into it. batches: for method skm, keyword arguments
+    of the model with labels. seed: of the vectors' k-means++. Layer by layer: besides the records
+    and for SKM one float32 per weight, memory is that of the largest layer.
+    Raises UserError for a pattern without a module, a cluster_dim that does not divide a layer,
+    or SKM without data; ModelError for weights or gradients that are not finite.
+    """
+    chosen = tables(model, config)
+    importance: dict[str, Tensor] = {}
+    if config.method == "skm":
+        if batches is None:
+            raise UserError("palettize.method skm needs calibration data; kmeans does without")
+        importance = fisher(model, batches, chosen, loss_fn)
+    found = {}
+    for name in tqdm(chosen, "palettizing", disable=None):
+        found[name] = palettized(name, model.get_parameter(name), chosen[name], importance.pop(name, None), seed)
+    return found
+
+
+def tables(model: nn.Module, config: Palettize) -> dict[str, Table]:
+    """What `palettize` would do to each weight, from its shape alone (also on the meta device)."""
+    if is_quantized(model):
+        raise UserError("palettize: the model has int8 quantizers; palettize in a stage that starts before them")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    names = [name for name, _ in model.named_modules()]
+    ignored = resolve(config.ignore, names, "palettize.ignore")
+    overrides = [(resolve([p], names, "palettize.overrides") & set(layers), p) for p in config.overrides]
+    for modules, pattern in overrides:
+        if not modules:
+            raise UserError(f"palettize.overrides: {pattern!r} matches no Linear, Embedding or convolution")
+    parameters = {id(parameter): name for name, parameter in model.named_parameters()}
+    head = _output_layer(model)
+    found: dict[str, Table] = {}
+    seen = set()
+    for name, module in layers.items():
+        parameter = parameters.get(id(module.weight))
+        if parameter is None or parameter in seen:
+            continue  # made from other parameters (weight norm), or tied to a layer before, which decided
+        seen.add(parameter)
+        if name in ignored:
+            continue
+        choice: bool | int = True
+        if isinstance(module, nn.Embedding):
+            choice = config.embeddings
+        elif module is head:
+            choice = config.lm_head
+        if choice is False:
+            continue
+        merged: dict[str, Any] = {"bits": config.bits if choice is True else choice}
+        for modules, pattern in overrides:
+            if name in modules:
+                merged |= config.overrides[pattern].model_dump(exclude_none=True)
+        table = _table(name, module.weight, config.model_copy(update=merged))
+        if table.stored_bytes < 2 * table.rows * table.columns:
+            found[parameter] = table
+        else:
+            log.info("%s stays as it is: %d-bit tables would not make it smaller", parameter, table.bits)
+    if not found:
+        raise UserError("palettize: no weight is left to palettize; make ignore narrower or group_size larger")
+    return found
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer from hidden states to the vocabulary; None where it has the embedding's weight or there is none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head if isinstance(head, nn.Module) else None
+
+
+def _table(name: str, weight: Tensor, config: Palettize) -> Table:
+    rows, columns = weight.shape[0], weight[0].numel()
+    if columns % config.cluster_dim:
+        raise UserError(
+            f"palettize.cluster_dim: {config.cluster_dim} does not divide the {columns} inputs of {name};"
+            f" add overrides: {{{name}: {{cluster_dim: 1}}}} or name it in ignore"
+        )
+    group = rows
+    if config.granularity == "channel_group" and config.group_size < rows:
+        group = next(g for g in range(config.group_size, 0, -1) if rows % g == 0)
+        if 2 * group <= config.group_size:
+            group = rows
+        if group != config.group_size:
+            used = f"groups of {group}" if group < rows else "one table for the tensor"
+            log.info("%s: its %d channels make no groups of %d; %s instead", name, rows, config.group_size, used)
+    return Table(rows, columns, config.bits, group, config.cluster_dim, config.per_channel_scale)
+
+
+@torch.no_grad()
+def palettized(name: str, weight: Tensor, table: Table, importance: Tensor | None = None, seed: int = 0) -> Palettized:
+    """The record of one weight. importance: ≥ 0, of the weight's shape. Raises ModelError for inf or NaN."""
+    values = weight.detach().flatten(1).float()
+    weights = None if importance is None else importance.flatten(1)
+    scale = None
+    if table.per_channel_scale:
+        scale = values.abs().amax(1, keepdim=True)
+        smallest = scale[scale > 0].amin() if bool(scale.any()) else 1.0  # a channel of zeros stays small
+        scale = torch.where(scale > 0, scale, smallest)
+        half = scale.half().float()
+        if bool((half > 2**-14).all()) and bool(half.isfinite().all()):
+            scale = half
+        values = values / scale
+        weights = scale.square().expand_as(values) if weights is None else weights * scale.square()
+    groups, dim = table.rows // table.rows_per_group, table.cluster_dim
+    shape = (groups, -1) if dim == 1 else (groups, -1, dim)
+    grouped = [None if t is None else t.reshape(shape) for t in (values, weights)]
+    assert grouped[0] is not None
+    try:
+        if dim == 1:
+            lut, indices = cluster(grouped[0], table.bits, grouped[1])
+            lut = lut[..., None]
+        else:
+            lut, indices = cluster_vectors(grouped[0], table.bits, grouped[1], seed=seed)
+    except ValueError as error:
+        raise ModelError(f"{name} cannot be palettized: {error}") from None
+    return Palettized(
+        indices.view(table.rows, -1).cpu(),
+        as_half(lut).cpu(),
+        table.rows_per_group,
+        None if scale is None else scale.cpu(),
+        table.bits,
+    )
+
+
+def as_half(lut: Tensor) -> Tensor:
+    """Tables [groups, k, dim] in fp16 numbers, as targets store them, unless that costs precision.
+
+    It does where the squares of the roundings exceed 1/256 of those of the gaps between entries:
+    in narrow tables far from zero, and beyond the range of fp16.
+    """
+    _, k, dim = lut.shape
+    gaps = lut.squeeze(2).sort(1).values.diff(dim=1) if dim == 1 else lut.std(1, correction=0) / k ** (1 / dim)
+    half = lut.half().float()
+    error = (half - lut).double().square().mean()
+    return half if bool(error <= gaps.double().square().mean() / 256) else lut
+
+
+def described(records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for the report of each palettized weight."""
+    return [
+        {
+            "weight": name,
+            "bits": record.bits / record.cluster_dim,
+            "tables": record.lut.shape[0],
+            "entries": record.lut.shape[1],
+            "cluster_dim": record.cluster_dim,
+            "per_channel_scale": record.per_channel_scale is not None,
+        }
+        for name, record in records.items()
+        if isinstance(record, Palettized)
+    ]
