@@ -332,7 +332,8 @@ def history_rows(log_history: list[dict[str, Any]], phase: Phase) -> list[dict[s
             continue
         row: dict[str, Any] = {"stage": phase.stage, "phase": phase.name, "step": phase.start + entry["step"]}
         for key, value in entry.items():
-            if key in ("step", "epoch"):
+            # the gradient norm of a step that was skipped is not finite, and JSON has no such numbers
+            if key in ("step", "epoch") or not math.isfinite(value):
                 continue
             key = renamed.get(key, key)
             row[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key] = value
