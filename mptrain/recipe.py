@@ -21,6 +21,8 @@ Task = Literal[
     "causal-lm",
 ]
 Precision = Literal["fp32", "int8", "int8_emb4"]
+CoreMlPrecision = Literal["fp32", "fp16"]
+CoreMlTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]
 
 
 class Strict(BaseModel):
@@ -394,6 +396,41 @@ class OpenVino(Strict):
     shapes: Literal["dynamic"] = "dynamic"
 
 
+class CoreMlShapes(Strict):
+    """Sizes of the batch and of the length in tokens (images have a batch alone)."""
+
+    kind: Literal["fixed", "enumerated", "ranged"] = "ranged"
+    batch: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] = Field(
+        [1, 64], description="fixed: one size; enumerated: all of them; ranged: lowest and highest"
+    )
+    length: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)] = [1, 128]
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        for name in ("batch", "length"):
+            sizes = getattr(self, name)
+            if self.kind == "fixed" and len(sizes) != 1:
+                raise ValueError(f"kind fixed takes one {name}, got {sizes}")
+            if self.kind == "ranged" and (len(sizes) > 2 or sizes != sorted(sizes)):
+                raise ValueError(f"kind ranged takes [lowest, highest] or one {name}, got {sizes}")
+        return self
+
+
+class CoreMl(Strict):
+    """A Core ML package (mlprogram)."""
+
+    id: Name
+    format: Literal["coreml"]
+    of: list[str] = Field(description="stage ids")
+    precision: list[CoreMlPrecision] = ["fp32", "fp16"]
+    minimum_deployment_target: CoreMlTarget = "iOS18"
+    shapes: CoreMlShapes = CoreMlShapes()
+    route: Literal["export", "trace"] = Field("export", description="torch.export, or a trace for models it refuses")
+
+
+Export = Annotated[OpenVino | CoreMl, Field(discriminator="format")]
+
+
 class Latency(Strict):
     batch: list[Annotated[int, Field(gt=0)]] = [1, 8]
     length: list[Annotated[int, Field(gt=0)]] = Field([32, 128], description="tokens; ignored for images")
@@ -445,7 +482,7 @@ class Recipe(Strict):
         MixedPrecision, BeforeValidator(lambda v: v, json_schema_input_type=ShortPrecision | MixedPrecision)
     ] = Field(MixedPrecision(compute="fp32"), description="default: plain fp32 training")
     stages: Annotated[list[Stage], Field(min_length=1)]
-    export: Annotated[list[OpenVino], Field(min_length=1)]
+    export: Annotated[list[Export], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     planning: Planning = Planning()

@@ -16,6 +16,7 @@ from mptrain.compress.structure import Kept, find_structure
 from mptrain.errors import ExportError, UserError
 from mptrain.export import openvino as exporter
 from mptrain.export.openvino import Runner, export_openvino
+from mptrain.export.traceable import additive_mask
 from mptrain.recipe import Qat
 from mptrain.verify.graph import stored_types
 
@@ -264,7 +265,7 @@ def test_the_masks_are_transformers_own(mask, causal):
         "mask_function": causal_mask_function if causal else bidirectional_mask_function,
         "attention_mask": None if mask is None else torch.tensor(mask).bool(),
     }
-    ours, theirs = exporter._additive_mask(**arguments), sdpa_mask(**arguments, allow_is_causal_skip=False)
+    ours, theirs = additive_mask(**arguments), sdpa_mask(**arguments, allow_is_causal_skip=False)
     assert torch.equal(ours == 0, theirs)
     assert torch.equal(ours < 0, eager_mask(**arguments) < 0)
     assert ours.isfinite().all() and ours.half().isfinite().all()

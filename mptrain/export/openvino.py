@@ -13,8 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,18 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from mptrain.compress import quantizers
 from mptrain.compress.scopes import openvino_module
 from mptrain.errors import ExportError, UserError
+from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import Precision
 from mptrain.silence import silenced
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
 _INT4_GROUP = 64
 _FIXED = {"pixel_values"}  # inputs with only the batch dynamic: images have the size the model was built for
-_WRAPPED = "__module.model."  # scope of everything inside _Positional
+_WRAPPED = "__module.model."  # scope of everything inside Positional
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,10 @@ def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
         model = quantizers.frozen(model)
     if model.dtype != torch.float32:  # OpenVINO's frontend reads bf16 constants with the bits of f16
         model = copy.deepcopy(model).float()
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    wrapper = _Positional(model.eval(), list(example))
+    training = model.training
+    wrapper = Positional(model.eval(), list(example))
     try:
-        with torch.no_grad(), silenced(), _traceable_masks():
-            if use_cache is not None:
-                model.config.use_cache = False
+        with torch.no_grad(), silenced(), traceable_masks(), without_cache(model):
             outputs = wrapper.output_names(*example.values())
             graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
     except Exception as error:
@@ -96,69 +93,10 @@ def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
             " depends on the values of its inputs, rewrite that part; else report it with the model's config.json."
         ) from error
     finally:
-        if use_cache is not None:
-            model.config.use_cache = use_cache
         model.train(training)
     _name(graph, example, outputs)
     _number_names(graph)
     return graph
-
-
-class _Positional(nn.Module):
-    """The model with inputs by position and its tensor outputs as a tuple, as a trace needs them."""
-
-    def __init__(self, model: PreTrainedModel, inputs: Sequence[str]):
-        super().__init__()
-        self.model, self.inputs = model, inputs
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(**dict(zip(self.inputs, values)))
-        return tuple(value for value in outputs.values() if isinstance(value, Tensor))
-
-    def output_names(self, *values: Tensor) -> list[str]:
-        outputs = self.model(**dict(zip(self.inputs, values)))
-        return [name for name, value in outputs.items() if isinstance(value, Tensor)]
-
-
-@contextmanager
-def _traceable_masks() -> Iterator[None]:
-    """Attention masks from tensor operations: transformers' own take a traced length, a 0-d tensor, for positions."""
-    # Item assignment goes to a layer of the mapping above the registered functions; deletion uncovers them.
-    for name in ("sdpa", "eager"):
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = _additive_mask
-    try:
-        yield
-    finally:
-        for name in ("sdpa", "eager"):
-            del ALL_MASK_ATTENTION_FUNCTIONS[name]
-
-
-def _additive_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: Any = "cpu",
-    **_: Any,
-) -> Tensor:
-    """0 where a query may see a key, else the least float16, [batch, 1, q_length, kv_length].
-
-    attention_mask: [batch, kv_length] or None. Finite, for OpenVINO makes NaN of a row that sees
-    nothing, as left padding has in a causal model, and NaN spreads to the rest; a float16, so
-    that it is finite in every inference precision.
-    """
-    batch = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
-    query = torch.arange(q_length, device=device)[None, None, :, None] + q_offset
-    key = torch.arange(kv_length, device=device)[None, None, None, :] + kv_offset
-    seen = mask_function(batch, head, query, key)
-    if attention_mask is not None:
-        seen = seen & attention_mask[:, None, None, :].to(torch.bool)
-    seen = seen.expand(batch_size, -1, q_length, kv_length)
-    return torch.where(seen, 0.0, torch.finfo(torch.float16).min)
 
 
 def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]) -> None:

@@ -1,0 +1,255 @@
+"""Torch models to Core ML packages (mlprogram), from torch.export or a trace.
+
+The default route is torch.export with its decompositions switched off: one graph of
+functional operations whose lengths are symbols, checked by torch for every length in the
+range. A trace records what one example did; it is there for models that torch.export refuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import coremltools as ct
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mptrain.errors import ExportError, UserError
+from mptrain.export.coreml_compat import compatible, supported
+from mptrain.export.traceable import Positional, traceable_masks, without_cache
+from mptrain.recipe import CoreMlShapes, CoreMlTarget
+
+PACKAGE = "model.mlpackage"
+MASKED = -32752.0  # half the least float16: a score added to it stays finite, and its exponential is zero
+IMAGES = {"pixel_values"}  # inputs whose batch alone is flexible
+Route = Literal["export", "trace"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """size_bytes: of all files in the package."""
+
+    folder: Path
+    package: Path
+    size_bytes: int
+
+
+def export_coreml(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    target: CoreMlTarget = "iOS18",
+    shapes: CoreMlShapes | None = None,
+    route: Route = "export",
+    keep_fp32: Collection[str] = (),
+    processor: Any = None,
+) -> Exported:
+    """Write folder/ with model.mlpackage, config.json and the processor's files.
+
+    model: a plain model; it is not changed. example: inputs by name, of any batch and length.
+    keep_fp32: names of MIL operations that an fp16 package computes in float32.
+    Raises UserError for shapes that do not fit, ExportError when the conversion fails.
+    """
+    converted = convert(
+        model, example, precision=precision, target=target, shapes=shapes, route=route, keep_fp32=keep_fp32
+    )
+    return write(converted, folder, config=getattr(model, "config", None), processor=processor)
+
+
+def convert(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    *,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    target: CoreMlTarget = "iOS18",
+    shapes: CoreMlShapes | None = None,
+    route: Route = "export",
+    keep_fp32: Collection[str] = (),
+) -> ct.models.MLModel:
+    """The package in memory; inputs and outputs have the names of the torch model's."""
+    shapes = shapes or CoreMlShapes()
+    _check(precision, target, keep_fp32)
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    training = model.training
+    wrapper = Positional(model.eval(), list(example))
+    values = _values(example, shapes)
+    try:
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            traceable_masks(MASKED),
+            without_cache(model),
+            compatible(),
+        ):
+            warnings.simplefilter("ignore")
+            outputs = wrapper.output_names(*values.values())
+            source = traced(wrapper, values, shapes, route)
+            return _to_package(source, values, outputs, precision, target, shapes, keep_fp32)
+    except (ExportError, UserError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"Core ML could not convert {type(model).__name__} ({route} route): {type(error).__name__}:"
+            f" {str(error).strip()[-600:]}. If its forward pass depends on the values of its inputs, rewrite that"
+            f" part; try the {'trace' if route == 'export' else 'export'} route; else report it with the config.json."
+        ) from error
+    finally:
+        model.train(training)
+
+
+def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, route: Route) -> Any:
+    """The graph to convert. Raises ExportError that lists every operation Core ML has no translation for."""
+    arguments = tuple(values.values())
+    if route == "trace":
+        graph = torch.jit.trace(wrapper, arguments, check_trace=False, strict=False)
+        torch._C._jit_pass_inline(graph.graph)
+        kinds = Counter(_kinds(graph.graph))
+    else:
+        dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in _flexible(shapes)}
+        flexible = [{axis: dims[n] for axis, n in _axes(name, value) if n in dims} for name, value in values.items()]
+        graph = torch.export.export(wrapper, arguments, dynamic_shapes=(tuple(flexible),), strict=False)
+        graph = graph.run_decompositions({})
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        kinds = Counter(call.name() for call in calls if hasattr(call, "name"))
+    missing = {kind: count for kind, count in sorted(kinds.items()) if not supported(kind)}
+    if missing:
+        raise ExportError(
+            "Core ML has no translation for these operations of the model:"
+            f" {', '.join(f'{kind} ({count}×)' for kind, count in missing.items())}."
+            " Replace them by others, or register translations with coremltools' register_torch_op."
+        )
+    return graph
+
+
+def _to_package(
+    source: Any,
+    values: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    precision: str,
+    target: str,
+    shapes: CoreMlShapes,
+    keep_fp32: Collection[str],
+) -> ct.models.MLModel:
+    half = precision == "fp16" and target != "iOS15"  # inputs and outputs of type float16 came with iOS 16
+    selector: Callable[[Any], bool] = lambda operation: operation.name not in keep_fp32  # noqa: E731
+    return ct.convert(
+        source,
+        inputs=_inputs(values, shapes, np.float16 if half else np.float32),
+        outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in outputs],
+        convert_to="mlprogram",
+        minimum_deployment_target=getattr(ct.target, target),
+        compute_precision=ct.transform.FP16ComputePrecision(selector)
+        if precision == "fp16"
+        else ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+
+
+def _inputs(values: Mapping[str, Tensor], shapes: CoreMlShapes, floats: Any) -> list[ct.TensorType]:
+    """One RangeDim to each axis name, shared by the inputs: Core ML then knows that their lengths agree."""
+    ranges = {
+        name: ct.RangeDim(min(sizes), max(sizes), default=min(max(sizes), max(min(sizes), 2)))
+        for name, sizes in _flexible(shapes)
+    }
+    found = []
+    for name, value in values.items():
+        dtype = floats if value.is_floating_point() else np.int32
+        if shapes.kind == "enumerated":
+            pairs = [(b, n) for b in sorted(set(shapes.batch)) for n in sorted(set(shapes.length))]
+            axes = {tuple(_sized(name, value, batch, length)) for batch, length in pairs}
+            shape: Any = ct.EnumeratedShapes([list(one) for one in sorted(axes)]) if len(axes) > 1 else axes.pop()
+        else:
+            shape = list(value.shape)
+            for axis, axis_name in _axes(name, value):
+                if axis_name in ranges:
+                    shape[axis] = ranges[axis_name]
+        found.append(ct.TensorType(name=name, shape=shape, dtype=dtype))
+    return found
+
+
+def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes) -> dict[str, Tensor]:
+    """The example at a size inside the shapes; at least 2 of a flexible axis, for torch takes a size of 1 as fixed."""
+    sizes = {"batch": shapes.batch, "length": shapes.length}
+    flexible = dict(_flexible(shapes))
+    chosen = {name: max(2, min(found)) if name in flexible else found[0] for name, found in sizes.items()}
+    values = {}
+    for name, value in example.items():
+        value = value.to(torch.float32 if value.is_floating_point() else torch.int32)
+        for axis, axis_name in _axes(name, value):
+            repeats = [1] * value.dim()
+            repeats[axis] = -(-chosen[axis_name] // value.shape[axis])
+            value = value.repeat(repeats).narrow(axis, 0, chosen[axis_name])
+        values[name] = value.clone(memory_format=torch.contiguous_format)  # strides of its own: they become guards
+    return values
+
+
+def _flexible(shapes: CoreMlShapes) -> list[tuple[str, list[int]]]:
+    found = {"batch": list(shapes.batch), "length": list(shapes.length)}
+    return [(name, sizes) for name, sizes in found.items() if min(sizes) < max(sizes)]
+
+
+def _axes(name: str, value: Tensor) -> list[tuple[int, str]]:
+    return [(0, "batch")] if name in IMAGES or value.dim() < 2 else [(0, "batch"), (1, "length")]
+
+
+def _sized(name: str, value: Tensor, batch: int, length: int) -> list[int]:
+    shape = list(value.shape)
+    for axis, axis_name in _axes(name, value):
+        shape[axis] = batch if axis_name == "batch" else length
+    return shape
+
+
+def _kinds(graph: Any) -> list[str]:
+    """Operations of a TorchScript graph and its blocks, without its own bookkeeping (prim::)."""
+    found = []
+    for node in graph.nodes():
+        if not node.kind().startswith("prim::"):
+            found.append(node.kind())
+        for block in node.blocks():
+            found.extend(_kinds(block))
+    return found
+
+
+def _check(precision: str, target: str, keep_fp32: Collection[str]) -> None:
+    if keep_fp32 and precision != "fp16":
+        raise UserError(f"keep_fp32 is for precision fp16, this export has precision {precision}")
+
+
+def write(converted: ct.models.MLModel, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        converted.save(str(scratch / PACKAGE))
+        if config is not None:
+            described = config.to_dict()
+            described.pop("auto_map", None)  # the package needs no modeling code
+            (scratch / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    package = folder / PACKAGE
+    return Exported(folder, package, package_size(package))
+
+
+def package_size(package: Path) -> int:
+    return sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
