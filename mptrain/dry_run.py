@@ -28,10 +28,10 @@ from mptrain.inputs import packaged
 from mptrain.inputs.data import load_data
 from mptrain.inputs.model import HEADS, load_processor
 from mptrain.plan import phases, variants
-from mptrain.recipe import Recipe, Stage
+from mptrain.recipe import OpenVino, Recipe, Stage
 
-BYTES = {"fp32": 4.0, "int8": 1.0, "int8_emb4": 1.0}
-EMBEDDING_BYTES = {"fp32": 4.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
+EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,18 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
     for name in ("variant", "parameters", "MACs", "size", "against fp32"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     dense = _bytes(outlook, 1.0, "fp32")
-    for variant, stage_id, precision in variants(recipe):
-        kept = _kept(recipe, recipe.stage(stage_id))
+    for planned in variants(recipe):
+        stage = recipe.stage(planned.stage)
+        kept = _kept(recipe, stage)
+        # formats other than OpenVINO name the precision of the arithmetic; weights stay as they were learned
+        stored = planned.precision if isinstance(planned.export, OpenVino) or not stage.quantize else "int8"
         if kept is None:
-            table.add_row(variant, "by regularization", "", "", "")
+            table.add_row(planned.id, "by regularization", "", "", "")
             continue
-        size = _bytes(outlook, kept, precision)
+        size = _bytes(outlook, kept, stored)
         params = outlook.encoder * kept + outlook.embeddings + outlook.other
         table.add_row(
-            variant, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
+            planned.id, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
             f"{dense / size:.2f}×",
         )  # fmt: skip
     return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mptrain.recipe import Precision, Ptq, Qat, Recipe, Stage, Train
+from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Stage, Train
 
 
 @dataclass(frozen=True)
@@ -64,30 +64,44 @@ def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
     return [first, phase(1, "finetune", end, total, quantize_at_start=qat is not None and not joint, prune=False)]
 
 
-def variants(recipe: Recipe) -> list[tuple[str, str, Precision]]:
-    """(variant id, stage id, precision) of everything that is exported, in order.
+@dataclass(frozen=True)
+class Planned:
+    """A variant to export: a stage in a precision, through an entry of the recipe's `export`."""
 
-    The first stage is the `baseline`; `pruned_fp32` is the pruned structure without
-    quantizers. A stage has the precisions that make sense for it: fp32 when it is not
-    quantized or when it is pruned, int8 and int8_emb4 when it is quantized.
+    id: str
+    stage: str
+    precision: str
+    export: Export
+
+
+def variants(recipe: Recipe) -> list[Planned]:
+    """Everything that is exported, in order.
+
+    The first stage is the `baseline`. An OpenVINO stage has the precisions that make sense for
+    it: fp32 when it is not quantized or when it is pruned (`pruned_fp32` is then the pruned
+    structure without quantizers), int8 and int8_emb4 when it is quantized. Variants of other
+    formats carry the id of their export, `jpqd_coreml_fp16`; there the precision is that of the
+    arithmetic, and weights are stored as they were learned.
     """
-    found: list[tuple[str, str, Precision]] = []
+    found: dict[str, Planned] = {}
     for export in recipe.export:
         for stage_id in export.of:
             stage = recipe.stage(stage_id)
+            quantized = isinstance(stage.quantize, Qat | Ptq)
             for precision in export.precision:
-                quantized = isinstance(stage.quantize, Qat | Ptq)
-                if precision == "fp32" and quantized and not stage.prune:
-                    continue
-                if precision != "fp32" and not quantized:
-                    continue
-                name = stage_id
-                if stage_id == recipe.stages[0].id:
-                    name = "baseline"
-                elif precision == "fp32" and stage.prune and quantized:
-                    name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
-                found.append((f"{name}_{precision}", stage_id, precision))
-    return list(dict.fromkeys(found))
+                name = "baseline" if stage_id == recipe.stages[0].id else stage_id
+                if isinstance(export, OpenVino):
+                    if (precision == "fp32" and quantized and not stage.prune) or (
+                        precision != "fp32" and not quantized
+                    ):
+                        continue
+                    if precision == "fp32" and stage.prune and quantized and name != "baseline":
+                        name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
+                    variant = f"{name}_{precision}"
+                else:
+                    variant = f"{name}_{export.id}_{precision}"
+                found.setdefault(variant, Planned(variant, stage_id, precision, export))
+    return list(found.values())
 
 
 def _only_pruned(recipe: Recipe, stage: Stage) -> bool:

@@ -29,7 +29,17 @@ from mptrain.train.stage import Context, run_phase, structure_facts
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
-VERSIONS = ("mptrain", "torch", "transformers", "accelerate", "nncf", "openvino", "optimum-intel", "numpy")
+VERSIONS = (
+    "mptrain",
+    "torch",
+    "transformers",
+    "accelerate",
+    "nncf",
+    "openvino",
+    "optimum-intel",
+    "coremltools",
+    "numpy",
+)
 
 
 def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse: Sequence[Path] = ()) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
         return {}
 
     variants = Variants(context)
-    exported = [variants.export(*v) for v in variants.wanted()]
+    exported = [variants.export(v) for v in variants.wanted()]
     verified = [variants.verify(v) for v in exported]
     measured = variants.measure([variants.evaluate(v) for v in verified])
     report = build.build(

@@ -14,7 +14,6 @@ from mptrain.compress import quantizers
 from mptrain.compress.shrink import shrink
 from mptrain.compress.structure import Kept, find_structure
 from mptrain.errors import ExportError, UserError
-from mptrain.export import openvino as exporter
 from mptrain.export.openvino import Runner, export_openvino
 from mptrain.export.traceable import additive_mask
 from mptrain.recipe import Qat

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import is_quantized
 from mptrain.errors import ExportError, UserError
 from mptrain.export.coreml_compat import compatible, supported
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
@@ -80,7 +81,7 @@ def convert(
 ) -> ct.models.MLModel:
     """The package in memory; inputs and outputs have the names of the torch model's."""
     shapes = shapes or CoreMlShapes()
-    _check(precision, target, keep_fp32)
+    _check(model, precision, keep_fp32)
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.dtype != torch.float32:
         model = copy.deepcopy(model).float()
@@ -152,9 +153,7 @@ def _to_package(
         outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in outputs],
         convert_to="mlprogram",
         minimum_deployment_target=getattr(ct.target, target),
-        compute_precision=ct.transform.FP16ComputePrecision(selector)
-        if precision == "fp16"
-        else ct.precision.FLOAT32,
+        compute_precision=ct.transform.FP16ComputePrecision(selector) if precision == "fp16" else ct.precision.FLOAT32,
         skip_model_load=True,
     )
 
@@ -224,7 +223,9 @@ def _kinds(graph: Any) -> list[str]:
     return found
 
 
-def _check(precision: str, target: str, keep_fp32: Collection[str]) -> None:
+def _check(model: nn.Module, precision: str, keep_fp32: Collection[str]) -> None:
+    if is_quantized(model):
+        raise UserError("a model with fake quantizers is exported to Core ML without them: quantizers.detach(model)")
     if keep_fp32 and precision != "fp16":
         raise UserError(f"keep_fp32 is for precision fp16, this export has precision {precision}")
 

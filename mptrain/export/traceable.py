@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from mptrain.silence import replaced
@@ -44,7 +45,7 @@ class Positional(nn.Module):
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """A causal LM that returns logits alone."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     if use_cache is not None:
         config.use_cache = False
@@ -59,15 +60,12 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 def traceable_masks(masked: float = torch.finfo(torch.float16).min) -> Iterator[None]:
     """masked: what is added to the score of a key that a query may not see; finite in float16."""
 
-    def mask(*arguments: Any, **options: Any) -> Tensor:
-        return additive_mask(*arguments, **options, masked=masked)
-
     def never_packed(position_ids: Tensor) -> None:
         return None  # several texts in one row are for training; looking for them takes operations converters lack
 
     # Item assignment goes to a layer of the mapping above the registered functions; deletion uncovers them.
     for name in ("sdpa", "eager"):
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = partial(additive_mask, masked=masked)
     try:
         with replaced(masking_utils, find_packed_sequence_indices=never_packed):
             yield

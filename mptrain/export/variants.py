@@ -19,15 +19,14 @@ from transformers import PreTrainedModel
 from mptrain import artifact
 from mptrain.compress import costs, quantizers
 from mptrain.compress.structure import find_structure
-from mptrain.export.openvino import Runner, export_openvino
+from mptrain.export.formats import Format, format_of
 from mptrain.inputs.metrics import Score
-from mptrain.plan import variants
-from mptrain.recipe import Precision
+from mptrain.plan import Planned, variants
 from mptrain.report import floor, measure
 from mptrain.report.build import Variant
 from mptrain.run_folder import read_json, write_json
 from mptrain.train.stage import Context
-from mptrain.verify import graph, parity
+from mptrain.verify import parity
 
 log = logging.getLogger(__name__)
 
@@ -42,47 +41,49 @@ class Variants:
         self.context = context
         self.recipe, self.data = context.recipe, context.data
         self.folder = context.folder / "export"
+        self._planned = {planned.id: planned for planned in variants(self.recipe)}
         self._seconds: dict[str, float] = {}
 
-    def wanted(self) -> list[tuple[str, str, Precision]]:
-        return variants(self.recipe)
+    def wanted(self) -> list[Planned]:
+        return list(self._planned.values())
 
-    def export(self, variant: str, stage: str, precision: Precision) -> str:
-        """Write export/<variant>/ with the IR, config and processor."""
+    def export(self, planned: Planned) -> str:
+        """Write export/<variant>/ with the model in its format, config and processor."""
+        variant, stage = planned.id, planned.stage
         if self._facts_file(variant).is_file():
             return variant
         begun = time.monotonic()
-        model = self._torch_model(stage, precision)
-        quantize = self.recipe.stage(stage).quantize
-        exported = export_openvino(
+        model = self._torch_model(planned)
+        written = self._format(variant).write(
             model,
             self.data.example(2, TRACED_LENGTH * self.data.min_length),
             self.folder / variant,
-            precision=precision,
-            embeddings=quantize.embeddings if quantize is not None else "fp32",
+            precision=planned.precision,
+            stage=self.recipe.stage(stage),
             processor=self.context.processor,
         )
         facts = {
             "id": variant,
             "stage": stage,
-            "format": "openvino",
-            "precision": precision,
-            "path": f"export/{variant}/{exported.xml.name}",
-            "size_bytes": exported.size_bytes,
+            "format": planned.export.format,
+            "precision": planned.precision,
+            "path": written.path.relative_to(self.context.folder).as_posix(),
+            "size_bytes": written.size_bytes,
+            "written": written.facts,
             **_counts(model, self.data.example(1, self.recipe.data.max_length)),
         }
         return self._keep(facts, "export", begun)
 
     def verify(self, variant: str) -> str:
-        """Compare the exported model with the torch model, and read from the compiled graph what really runs."""
+        """Compare the exported model with the torch model, and read from the exported one what it really does."""
         facts = read_json(self._facts_file(variant))
         if "parity" in facts:
             return variant
         begun = time.monotonic()
-        model = self._torch_model(facts["stage"], facts["precision"])
-        runner = Runner(self.context.folder / facts["path"])
+        model = self._torch_model(self._planned[variant])
+        runner = self._runner(variant, facts)
         facts["parity"] = parity.compare(model, runner, self.data.calibration(PARITY_EXAMPLES, 16))
-        facts["runtime"] = graph.facts(runner)
+        facts["runtime"] = self._format(variant).facts(runner) | facts.pop("written")
         return self._keep(facts, "verify", begun)
 
     def evaluate(self, variant: str) -> str:
@@ -91,8 +92,7 @@ class Variants:
         if "scores" in facts:
             return variant
         begun = time.monotonic()
-        runner = Runner(self.context.folder / facts["path"])
-        scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
+        scores = self.data.evaluate(self._runner(variant, facts), "test", progress=f"test {variant}")
         facts["scores"] = [
             {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better}
             for s in scores
@@ -101,15 +101,15 @@ class Variants:
         return self._keep(facts, "evaluate", begun)
 
     def measure(self, ids: list[str]) -> list[Variant]:
-        """Latency of all variants, measured in alternation."""
+        """Latency of all variants whose runtime runs here, measured in alternation."""
         facts = {i: read_json(self._facts_file(i)) for i in ids}
         latency_file = self.folder / "latency.json"
         if not latency_file.is_file():
             begun = time.monotonic()
-            paths = {i: self.context.folder / f["path"] for i, f in facts.items()}
+            timed = [i for i in ids if self._format(i).timed]
             found = measure.latency(
-                ids,
-                lambda variant, threads: Runner(paths[variant], threads),
+                timed,
+                lambda variant, threads: self._runner(variant, facts[variant], threads),
                 self.data.example,
                 self.recipe.evaluate.latency,
                 has_length=self.recipe.model.task != "image-classification",
@@ -121,7 +121,7 @@ class Variants:
         for f in facts.values():
             for step, seconds in f["wall_s"].items():
                 self._seconds[step] = self._seconds.get(step, 0.0) + seconds
-        return [_variant(facts[i], measured["latency_ms"][i]) for i in ids]
+        return [_variant(facts[i], measured["latency_ms"].get(i, {})) for i in ids]
 
     def wall_s(self) -> dict[str, float]:
         return {k: round(v, 3) for k, v in self._seconds.items()}
@@ -140,11 +140,15 @@ class Variants:
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
 
-    def _torch_model(self, stage: str, precision: Precision) -> PreTrainedModel:
-        model = artifact.load(self.context.model_folder(stage))
-        if precision == "fp32" and quantizers.is_quantized(model):
-            model, _, _ = quantizers.detach(model)
-        return model.eval()
+    def _torch_model(self, planned: Planned) -> PreTrainedModel:
+        model = artifact.load(self.context.model_folder(planned.stage))
+        return self._format(planned.id).model(model, planned.precision).eval()
+
+    def _format(self, variant: str) -> Format:
+        return format_of(self._planned[variant].export)
+
+    def _runner(self, variant: str, facts: dict[str, Any], threads: int | None = None) -> Any:
+        return self._format(variant).runner(self.context.folder / facts["path"], threads)
 
 
 def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int]:

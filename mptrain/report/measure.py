@@ -73,6 +73,8 @@ def latency(
         {id: {"b1_s128_t1": {"median": 4.1, "min": 4.0, "runs": 15}}}
     """
     result: dict[str, dict[str, dict[str, float | int]]] = {variant: {} for variant in ids}
+    if not ids:
+        return result
     shapes = [(b, s) for b in cfg.batch for s in (cfg.length if has_length else cfg.length[:1])]
     left = len(cfg.threads) * len(shapes)
     deadline = time.monotonic() + budget_s

@@ -1,7 +1,8 @@
 """A reference interpreter of saved Core ML programs: what an .mlpackage computes, on any machine.
 
 Every operation is computed in float32 and, where its result is float16, rounded to float16
-once. "stored" rounds what the package declares float16, "fp32" nothing, "fp16" everything.
+once. "stored" rounds what the package declares float16; "fp32" nothing; "fp16" computes every
+operation as if it were float16, operands rounded too, whatever the package declares.
 This is an emulation: see LIMITS for what it cannot tell.
 """
 
@@ -24,7 +25,6 @@ from mptrain.verify.mil_program import (
     Name,
     Operation,
     Program,
-    Result,
     Value,
     as_tensor,
     read_program,
@@ -61,12 +61,13 @@ class Record:
     subnormal: int = 0
     values: int = 0
 
-    def update(self, exact: Tensor) -> None:
+    def update(self, exact: Tensor, kept: Tensor) -> None:
+        """exact: results before rounding, which largest, zeroed and subnormal count; kept: after it."""
         size = exact.abs()
         finite = size.isfinite()
         self.values += size.numel()
-        self.nan += int(exact.isnan().sum())
-        self.infinite += int(exact.isinf().sum())
+        self.nan += int(kept.isnan().sum())
+        self.infinite += int(kept.isinf().sum())
         known = size[finite]
         if known.numel():
             self.largest = max(self.largest, float(known.max()))
@@ -78,7 +79,7 @@ class Interpreter:
     """A package as a function of named inputs.
 
     package: path of an .mlpackage. rounding: see the module. keep_fp32: names of operations
-    whose results are never rounded. State lives in `state` (float16 values, by name) from one
+    that are not rounded. State lives in `state` (float16 values, by name) from one
     call to the next; `reset` zeroes it.
     Raises UserError for a file that is no ML program, ExportError that lists all operations
     that are not supported.
@@ -104,15 +105,13 @@ class Interpreter:
         self.inputs = [feature.name for feature in self.program.inputs]
         self.outputs = list(self.program.main.outputs)
         self.record: dict[str, Record] | None = None
-        self.observe: Callable[[Operation, Result, Tensor], None] | None = None
+        self.observe: Callable[[str, Tensor], None] | None = None  # called with each float result as it is kept
         self._constants, self._body = self._fold()
         self._last_use = _last_uses(self._body, self.program.main.outputs)
         self.reset()
 
     def reset(self) -> None:
-        self.state = {
-            name: torch.zeros([n or 1 for n in result.shape]) for name, result in self.program.states.items()
-        }
+        self.state = {name: torch.zeros([n or 1 for n in result.shape]) for name, result in self.program.states.items()}
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32, int32 or bool. Inputs that the package does not have are dropped."""
@@ -124,7 +123,8 @@ class Interpreter:
             value = as_tensor(batch[feature.name])
             if not feature.accepts(tuple(value.shape)):
                 raise UserError(f"{self.package}: an input of shape {list(value.shape)}; the package takes {feature}")
-            values[feature.name] = self._rounded(value, feature.name, feature.dtype)
+            half = _is_float(value) and feature.dtype == "FLOAT16" and self.rounding != "fp32"
+            values[feature.name] = _half(value) if half else value
         with torch.no_grad():
             self._run(self._body, values, self._last_use)
         found = {name: self._look_up(Name(name), values) for name in self.outputs}
@@ -151,22 +151,21 @@ class Interpreter:
             arguments = {name: self._argument(values, constants) for name, values in operation.inputs.items()}
             results = CONSTANTS[operation.type](**arguments)
             for result, value in zip(operation.results, results if isinstance(results, tuple) else (results,)):
-                constants[result.name] = self._rounded(value, result.name, result.dtype)
-        if self.rounding == "fp16":
-            constants = {n: _half(v) if _is_float(v) and n not in self.keep_fp32 else v for n, v in constants.items()}
+                constants[result.name] = _half(value) if result.dtype == "FLOAT16" else value
         return constants, tuple(body)
 
     def _run(self, operations: tuple[Operation, ...], values: dict[str, Value], last: dict[int, list[str]]) -> None:
         for index, operation in enumerate(operations):
             results = self._results(operation, values)
             for result, value in zip(operation.results, results):
+                rounded = self._rounded(value, operation.name, result.dtype)
                 if _is_float(value):
                     if self.record is not None:
                         row = Record(operation.name, operation.type, result.dtype)
-                        self.record.setdefault(operation.name, row).update(value)
+                        self.record.setdefault(operation.name, row).update(value, rounded)
                     if self.observe is not None:
-                        self.observe(operation, result, value)
-                values[result.name] = self._rounded(value, result.name, result.dtype)
+                        self.observe(operation.name, rounded)
+                values[result.name] = rounded
             for name in last.get(index, ()):
                 values.pop(name, None)
 
@@ -174,6 +173,8 @@ class Interpreter:
         if operation.type in CONTROL:
             return tuple(getattr(self, f"_{operation.type}")(operation, values))
         arguments = {name: self._argument(found, values) for name, found in operation.inputs.items()}
+        if self.rounding == "fp16" and operation.name not in self.keep_fp32:
+            arguments = {name: _all_half(value) for name, value in arguments.items()}
         try:
             found = OPERATIONS[operation.type](**arguments)
         except Exception as error:
@@ -219,6 +220,7 @@ class Interpreter:
         return values[value.name] if value.name in values else self._constants[value.name]
 
     def _rounded(self, value: Value, name: str, dtype: str) -> Value:
+        """name: of the operation that made the value."""
         if not _is_float(value) or name in self.keep_fp32 or self.rounding == "fp32":
             return value
         return _half(value) if self.rounding == "fp16" or dtype == "FLOAT16" else value
@@ -260,6 +262,12 @@ def _half(value: Tensor) -> Tensor:
     return value.to(torch.float16).float()
 
 
+def _all_half(value: Value) -> Value:
+    if isinstance(value, list):
+        return [_all_half(item) for item in value]
+    return _half(value) if _is_float(value) else value
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -267,5 +275,3 @@ def _is_float(value: Any) -> bool:
 def _array(value: Tensor) -> np.ndarray:
     array = value.numpy()
     return array.astype(np.int32) if array.dtype == np.int64 else array
-
-

@@ -101,9 +101,7 @@ def _slices(
         if one[axis]:
             found.append(first)
         else:
-            found.append(
-                slice(None if from_start[axis] else first, None if to_end[axis] else last, strides[axis])
-            )
+            found.append(slice(None if from_start[axis] else first, None if to_end[axis] else last, strides[axis]))
     return tuple(found)
 
 
@@ -242,7 +240,7 @@ def topk(
 
 
 def argsort(x: Tensor, axis: Any = -1, ascending: Any = False) -> Tensor:
-    return torch.argsort(x, int(axis), descending=not bool(ascending), stable=True)
+    return torch.argsort(x, dim=int(axis), descending=not bool(ascending), stable=True)
 
 
 def one_hot(
@@ -295,7 +293,7 @@ def affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor,
 
 
 def lut_to_dense(indices: Tensor, lut: Tensor, shape: Tensor | None = None, vector_axis: Any = None) -> Tensor:
-    """lut: [groups along each axis of indices..., entries, vector]; before iOS 18 [entries], indices packed in bytes."""
+    """lut: [groups along each axis of indices…, entries, vector]; before iOS 18 [entries], and packed indices."""
     if shape is not None:
         bits = int(np.log2(lut.numel()))
         stream = np.unpackbits(indices.numpy().astype(np.uint8), bitorder="little")

@@ -129,9 +129,7 @@ def einsum(values: list[Tensor], equation: str) -> Tensor:
     return torch.einsum(equation, *values)
 
 
-def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
-) -> Tensor:
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
 
 
@@ -207,7 +205,9 @@ def conv(
 def max_pool(
     x: Tensor, kernel_sizes: Tensor, pad_type: str = "valid", strides: Any = None, pad: Any = None, ceil_mode: Any = 0
 ) -> Tensor:
-    return _pool(x, kernel_sizes, pad_type, strides, pad, ceil_mode, -math.inf, F.max_pool1d, F.max_pool2d, F.max_pool3d)
+    return _pool(
+        x, kernel_sizes, pad_type, strides, pad, ceil_mode, -math.inf, F.max_pool1d, F.max_pool2d, F.max_pool3d
+    )
 
 
 def avg_pool(

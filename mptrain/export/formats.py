@@ -1,0 +1,140 @@
+"""What a run needs of an export format: write a variant, run it again, and say what is in it.
+
+A format is made from its entry in the recipe (`format_of`) and imports its runtime only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mptrain.compress import quantizers
+from mptrain.recipe import CoreMl, Export, OpenVino, Stage
+
+Forward = Callable[[Mapping[str, Tensor | np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """path: of the file or folder that holds the model; size_bytes: of the model alone; notes: JSON facts."""
+
+    path: Path
+    size_bytes: int
+    facts: dict[str, Any]
+
+
+class Format(Protocol):
+    """timed: whether the time of its runner says something about the runtime that the format is for."""
+
+    timed: bool
+
+    def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
+        """The torch model that the exported one is compared with."""
+        ...
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        example: Mapping[str, Tensor],
+        folder: Path,
+        *,
+        precision: str,
+        stage: Stage,
+        processor: Any,
+    ) -> Written: ...
+
+    def runner(self, path: Path, threads: int | None = None) -> Forward: ...
+
+    def facts(self, runner: Forward) -> dict[str, Any]:
+        """JSON facts read from the exported file or the compiled model."""
+        ...
+
+
+def format_of(spec: Export) -> Format:
+    return OpenVinoFormat() if isinstance(spec, OpenVino) else CoreMlFormat(spec)
+
+
+class OpenVinoFormat:
+    timed = True
+
+    def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
+        return quantizers.detach(model)[0] if precision == "fp32" and quantizers.is_quantized(model) else model
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        example: Mapping[str, Tensor],
+        folder: Path,
+        *,
+        precision: Any,
+        stage: Stage,
+        processor: Any,
+    ) -> Written:
+        from mptrain.export.openvino import export_openvino
+
+        embeddings = stage.quantize.embeddings if stage.quantize is not None else "fp32"
+        done = export_openvino(model, example, folder, precision=precision, embeddings=embeddings, processor=processor)
+        return Written(done.xml, done.size_bytes, {})
+
+    def runner(self, path: Path, threads: int | None = None) -> Forward:
+        from mptrain.export.openvino import Runner
+
+        return Runner(path, threads)
+
+    def facts(self, runner: Any) -> dict[str, Any]:
+        from mptrain.verify import graph
+
+        return graph.facts(runner)
+
+
+class CoreMlFormat:
+    """Scores come from the reference interpreter, which runs anywhere: no times."""
+
+    timed = False
+
+    def __init__(self, spec: CoreMl):
+        self.spec = spec
+
+    def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
+        return model
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        example: Mapping[str, Tensor],
+        folder: Path,
+        *,
+        precision: Any,
+        stage: Stage,
+        processor: Any,
+    ) -> Written:
+        from mptrain.export.coreml import export_coreml
+
+        done = export_coreml(
+            model,
+            example,
+            folder,
+            precision=precision,
+            target=self.spec.minimum_deployment_target,
+            shapes=self.spec.shapes,
+            route=self.spec.route,
+            processor=processor,
+        )
+        return Written(done.package, done.size_bytes, {})
+
+    def runner(self, path: Path, threads: int | None = None) -> Forward:
+        from mptrain.verify.mil import Interpreter
+        from mptrain.verify.mil_runner import Padded
+
+        return Padded(Interpreter(path))
+
+    def facts(self, runner: Any) -> dict[str, Any]:
+        from mptrain.verify.mil_facts import facts
+
+        return facts(runner.interpreter.program)
