@@ -127,6 +127,25 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="the folder of a run, e.g. runs/jpqd-bert")
     report.set_defaults(call=_report)
 
+    export = commands.add_parser(
+        "export",
+        help="export one model and compare the result with it",
+        description="Export a model, run the result, compare it with the torch model. To train or compress: a recipe.",
+    )
+    export.add_argument("model", metavar="MODEL", help="a model folder (also of a run), packaged:NAME or a hub name")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must not exist")
+    export.add_argument("--format", default="openvino", help="openvino or coreml (default openvino)")
+    export.add_argument("--precision", default="fp32", help="as in a recipe's export of that format (default fp32)")
+    export.add_argument("--target", metavar="iOS18", help="coreml: minimum_deployment_target")
+    export.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
+    export.add_argument("--task", help="what the model does; default: from its head")
+    export.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
+    export.add_argument("--samples", type=int, default=32, help="inputs to compare on (default 32)")
+    export.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
+    export.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
+    export.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
+    export.set_defaults(call=_export)
+
     parser.add_argument("--version", action="version", version=_version())
     return parser
 
@@ -259,7 +278,8 @@ def _schema(options: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _check_model_options(options: argparse.Namespace) -> Path | None:
+    """Returns the path of --json."""
     from typing import get_args
 
     from mptrain.recipe import Task
@@ -272,6 +292,51 @@ def _inspect(options: argparse.Namespace) -> int:
     target = Path(options.json) if options.json else None
     if target is not None and not target.absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
+    return target
+
+
+def _export(options: argparse.Namespace) -> int:
+    target = _check_model_options(options)
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
+    from mptrain.errors import GateFailed
+    from mptrain.export.single import export_model
+
+    facts = export_model(
+        options.model,
+        Path(options.to),
+        format=options.format,
+        precision=options.precision,
+        options={"minimum_deployment_target": options.target} if options.target else None,
+        task=options.task,
+        attn=options.attn,
+        data=options.data,
+        samples=options.samples,
+        length=options.max_length,
+        allow_code=options.allow_code,
+    )
+    if target is not None:
+        from mptrain.run_folder import write_json
+
+        write_json(target, facts)
+    compared = facts["parity"]
+    print(
+        f"{facts['path']}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['precision']}. Against the torch model on"
+        f" {compared['examples']} inputs ({facts['inputs']}): largest difference {compared['max_abs_diff']:.2g},"
+        f" same decision in {100 * compared['argmax_agreement']:.1f}%."
+    )
+    if not facts["passed"]:
+        raise GateFailed(
+            f"the exported model differs from the torch model by more than {facts['limit']:g}; it was kept."
+            if facts["precision"] == "fp32"
+            else f"the exported model decides as the torch model in less than {100 * facts['limit']:.0f}%; it was kept."
+        )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    target = _check_model_options(options)
     from mptrain.console import quiet_libraries
 
     quiet_libraries()

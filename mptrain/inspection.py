@@ -22,15 +22,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from mptrain.compress import quantizers
 from mptrain.compress.base import is_quantized
 from mptrain.errors import ModelError, UserError
-from mptrain.inputs.data import load_data
-from mptrain.inputs.model import load_model, load_processor, read_config
-from mptrain.inputs.samples import BATCH, Samples, guess_task, made_up, texts_for, tokenized
+from mptrain.inputs.samples import Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.policy import Compute
-from mptrain.recipe import Model, Task
+from mptrain.recipe import Task
 from mptrain.report.measure import host
 from mptrain.verify import overflow
 from mptrain.verify.half_modules import HalfModules
@@ -39,7 +38,6 @@ from mptrain.verify.torch_ops import TorchOps, counted
 
 SCHEMA = "mptrain.inspect/v1"
 _MASK = 1e38  # finfo(float32).min and its like
-_MEDIA = ("image-classification", "audio-classification")
 
 
 def inspect_model(
@@ -106,41 +104,9 @@ def inspect_model(
 def _load(
     path: str, task: Task | None, attn: str | None, data: str | None, samples: int, length: int, allow_code: bool
 ) -> tuple[PreTrainedModel, Task, Samples]:
-    given: dict[str, Any] = {"path": path} | ({"attn": attn} if attn else {})
-    recipe = None
-    if data is not None and data.endswith((".yaml", ".yml")):
-        from mptrain import recipe_file
-
-        recipe = recipe_file.read(data, []).recipe
-        task = task or recipe.model.task
-    task = task or guess_task(read_config(Model(**given, task="causal-lm"), allow_code))
-    spec = Model(**given, task=task)
-    model = load_model(spec, None, seed=0, allow_code=allow_code)
-    if is_quantized(model):
-        from mptrain.compress import quantizers
-
-        model = quantizers.detach(model)[0]
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    model = model.float().eval()
-    if recipe is not None:
-        found = load_data(recipe.data, task, load_processor(spec, allow_code), seed=recipe.seed)
-        return model, task, Samples(found.calibration(samples, BATCH), f"the data of {data}")
-    if task in _MEDIA:
-        if data is not None:
-            raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
-        return model, task, made_up(model, task, samples, length)
-    texts = texts_for(data)
-    try:
-        tokenizer = load_processor(spec, allow_code)
-    except ModelError:
-        if data is not None:
-            raise
-        tokenizer = None
-    limit = min(length, getattr(model.config, "max_position_embeddings", None) or length)
-    if texts is None or tokenizer is None:
-        return model, task, made_up(model, task, samples, limit)
-    return model, task, tokenized(*texts, tokenizer, task, samples, limit)
+    found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
+    model = quantizers.detach(found.model)[0] if is_quantized(found.model) else found.model
+    return model.float().eval(), found.task, found.samples
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

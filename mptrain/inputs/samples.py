@@ -14,12 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.errors import DownloadError, ModelError, UserError
 from mptrain.inputs import packaged
+from mptrain.inputs.data import load_data
 from mptrain.inputs.film_reviews import read_film_reviews
-from mptrain.inputs.model import HEADS
+from mptrain.inputs.model import HEADS, load_model, load_processor, read_config
 from mptrain.inputs.tables import read_table
 from mptrain.inputs.task import Batch
 from mptrain.inputs.text import examples_of, pad, tokenize
-from mptrain.recipe import Task
+from mptrain.recipe import Model, Task
 
 BATCH = 8
 _SOUND = 16_000  # samples of a made-up sound
@@ -31,7 +32,7 @@ _TASK_OF_HEAD: dict[str, Task] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
 }
-_MEDIA: tuple[Task, ...] = ("image-classification", "audio-classification")
+MEDIA: tuple[Task, ...] = ("image-classification", "audio-classification")
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,69 @@ class Samples:
     source: str
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a command was given by name, with inputs to run it on. processor: None where it has none."""
+
+    model: PreTrainedModel
+    task: Task
+    samples: Samples
+    processor: Any
+
+
+def load_with_inputs(
+    path: str,
+    task: Task | None = None,
+    attn: str | None = None,
+    data: str | None = None,
+    samples: int = 32,
+    length: int = 128,
+    allow_code: bool = False,
+) -> Loaded:
+    """path: a model folder, packaged:NAME or a hub name. data: a file of texts, or a recipe whose `data:` is used.
+
+    task: default from the model's head. Raises UserError (ModelError, DataError).
+    """
+    given: dict[str, Any] = {"path": path} | ({"attn": attn} if attn else {})
+    recipe = None
+    if data is not None and data.endswith((".yaml", ".yml")):
+        from mptrain import recipe_file
+
+        recipe = recipe_file.read(data, []).recipe
+        task = task or recipe.model.task
+    task = task or guess_task(read_config(Model(**given, task="causal-lm"), allow_code))
+    spec = Model(**given, task=task)
+    model = load_model(spec, None, seed=0, allow_code=allow_code).eval()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if recipe is not None:
+        processor = load_processor(spec, allow_code)
+        found = load_data(recipe.data, task, processor, seed=recipe.seed)
+        return Loaded(model, task, Samples(found.calibration(samples, BATCH), f"the data of {data}"), processor)
+    try:
+        processor = load_processor(spec, allow_code)
+    except ModelError:
+        if data is not None:
+            raise
+        processor = None
+    if task in MEDIA:
+        if data is not None:
+            raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
+        return Loaded(model, task, made_up(model, task, samples, length), processor)
+    texts = texts_for(data)
+    limit = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    if texts is None or processor is None:
+        return Loaded(model, task, made_up(model, task, samples, limit), processor)
+    return Loaded(model, task, tokenized(*texts, processor, task, samples, limit), processor)
+
+
 def guess_task(config: PreTrainedConfig) -> Task:
     """What a model does, from its head, else from the heads that transformers has for it. Raises ModelError."""
     head = (config.architectures or [""])[0]
     for ending, task in _TASK_OF_HEAD.items():
         if head.endswith(ending):
             return task
-    order: tuple[Task, ...] = (*_MEDIA, "text-classification", "causal-lm")
+    order: tuple[Task, ...] = (*MEDIA, "text-classification", "causal-lm")
     for task in order:
         if type(config) in HEADS[task]._model_mapping:
             return task

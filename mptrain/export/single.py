@@ -1,0 +1,79 @@
+"""`mptrain export`: one model to one format, run again and compared before it is called done."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from mptrain.compress.base import is_quantized
+from mptrain.errors import UserError
+from mptrain.export.formats import format_of
+from mptrain.inputs.samples import load_with_inputs
+from mptrain.recipe import Export, Gates, Ptq, Stage, Task
+from mptrain.verify import parity
+
+SCHEMA = "mptrain.export/v1"
+
+
+def export_model(
+    path: str,
+    to: Path,
+    *,
+    format: str = "openvino",
+    precision: str = "fp32",
+    options: dict[str, Any] | None = None,
+    task: Task | None = None,
+    attn: str | None = None,
+    data: str | None = None,
+    samples: int = 32,
+    length: int = 128,
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Write the folder `to` and return facts as JSON values.
+
+    path: a model folder (also a pruned or quantized one), packaged:NAME or a hub name. options: further fields of a
+    recipe's `export` entry of that format. data: as for `mptrain inspect`; the inputs that the exported model
+    is compared on. Returns {"schema", "model", "task", "format", "precision", "path", "size_bytes", "inputs",
+    "parity", "runtime", "passed", "seconds"}; passed: parity within the default gates. Raises UserError, ExportError.
+    """
+    begun = time.monotonic()
+    if to.exists():
+        raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
+    entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **(options or {})}
+    try:
+        spec = TypeAdapter(Export).validate_python(entry)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'format'}: {e['msg']}" for e in error.errors())
+        raise UserError(f"export {format} {precision}: {said}") from None
+    found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
+    kind = format_of(spec)
+    quantize = Ptq(mode="ptq") if is_quantized(found.model) else None
+    stage = Stage.model_construct(id="model", quantize=quantize)  # a finished model: nothing to train
+    model = kind.model(found.model, precision).eval()
+    batches = found.samples.batches
+    example = next((b for b in batches if len(next(iter(b.values()))) > 1), batches[0])
+    written = kind.write(model, example, to, precision=precision, stage=stage, processor=found.processor)
+    runner = kind.runner(written.path)
+    compared = parity.compare(model, runner, batches)
+    gates = Gates()
+    exact = precision == "fp32"
+    limit = gates.parity if exact else gates.agreement
+    assert limit is not None
+    return {
+        "schema": SCHEMA,
+        "model": path,
+        "task": found.task,
+        "format": format,
+        "precision": precision,
+        "path": str(written.path),
+        "size_bytes": written.size_bytes,
+        "inputs": found.samples.source,
+        "parity": compared,
+        "runtime": kind.facts(runner) | written.facts,
+        "passed": compared["max_abs_diff"] <= limit if exact else compared["argmax_agreement"] >= limit,
+        "limit": limit,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
