@@ -30,6 +30,7 @@ from mptrain.errors import ModelError
 
 VERSION = 1
 _ATTRIBUTE = "_mptrain_records"
+_AT_ONCE = 1 << 18  # weights that `dense` looks up at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +126,15 @@ class Palettized:
 
     def dense(self) -> Tensor:
         """The weight, float32 [out, in]."""
-        rows = torch.arange(self.indices.shape[0], device=self.lut.device)
-        groups = rows.div(self.rows_per_group, rounding_mode="floor")[:, None]
-        weight = self.lut[groups, self.indices.long()].flatten(1)
+        rows, entries = self.indices.shape
+        table = self.lut.flatten(0, 1)  # [groups · 2^bits, cluster_dim]
+        weight = self.lut.new_empty(rows, entries, self.cluster_dim)
+        step = max(1, _AT_ONCE // entries)
+        for at in range(0, rows, step):  # positions take more memory than the weight
+            group = torch.arange(at, min(at + step, rows), device=table.device) // self.rows_per_group
+            positions = self.indices[at : at + step].int() + (group.int() << self.bits)[:, None]
+            weight[at : at + step] = table.index_select(0, positions.flatten()).view(-1, entries, self.cluster_dim)
+        weight = weight.flatten(1)
         return weight if self.per_channel_scale is None else weight * self.per_channel_scale
 
 
@@ -190,6 +197,11 @@ def of(model: nn.Module) -> dict[str, Record]:
     if missing := [name for name in owned if name not in found]:
         raise ModelError(f"{missing[0]} has a record, but the model has no such weight any more: compress it again")
     return found
+
+
+def forget(model: nn.Module) -> None:
+    """The weights keep their values and are ordinary ones again, free to train."""
+    model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def distinct(records: Mapping[str, Record]) -> dict[str, Record]:
