@@ -28,7 +28,7 @@ from mptrain.inputs import packaged
 from mptrain.inputs.data import load_data
 from mptrain.inputs.model import HEADS, load_processor
 from mptrain.plan import phases, variants
-from mptrain.recipe import OpenVino, Recipe, Stage
+from mptrain.recipe import OpenVino, Recipe, Stage, WeightOnly
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
 EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
@@ -93,7 +93,7 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
     table = Table(title="\nVariants", title_justify="left", box=None, pad_edge=False)
     for name in ("variant", "parameters", "MACs", "size", "against fp32"):
         table.add_column(name, justify="left" if name == "variant" else "right")
-    dense = _bytes(outlook, 1.0, "fp32")
+    dense = _bytes(outlook, 1.0, 4.0, 4.0)
     for planned in variants(recipe):
         stage = recipe.stage(planned.stage)
         kept = _kept(recipe, stage)
@@ -102,7 +102,7 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
         if kept is None:
             table.add_row(planned.id, "by regularization", "", "", "")
             continue
-        size = _bytes(outlook, kept, stored)
+        size = _bytes(outlook, kept, *_stored(stage, stored))
         params = outlook.encoder * kept + outlook.embeddings + outlook.other
         table.add_row(
             planned.id, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
@@ -124,12 +124,18 @@ def _kept(recipe: Recipe, stage: Stage) -> float | None:
     return None if before is None else kept * before
 
 
-def _bytes(outlook: Outlook, kept: float, precision: str) -> float:
-    return (
-        outlook.encoder * kept * BYTES[precision]
-        + outlook.embeddings * EMBEDDING_BYTES[precision]
-        + outlook.other * BYTES[precision]
-    )
+def _bytes(outlook: Outlook, kept: float, weight: float, embedding: float) -> float:
+    return (outlook.encoder * kept + outlook.other) * weight + outlook.embeddings * embedding
+
+
+def _stored(stage: Stage, precision: str) -> tuple[float, float]:
+    """Bytes of one weight of a layer, and of an embedding."""
+    if not isinstance(stage.quantize, WeightOnly):
+        return BYTES[precision], EMBEDDING_BYTES[precision]
+    how = stage.quantize
+    zero = 0.0 if how.symmetric else how.bits / 8
+    weight = how.bits / 8 + ((2 + zero) / how.block_size if how.granularity == "block" else 0.0)
+    return weight, {"fp32": 4.0, "int8": 1.0, "same": weight}[how.embeddings]
 
 
 def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Stage, Train
+from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Stage, Train, WeightOnly
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,10 @@ def variants(recipe: Recipe) -> list[Planned]:
 
     The first stage is the `baseline`. An OpenVINO stage has the precisions that make sense for
     it: fp32 when it is not quantized or when it is pruned (`pruned_fp32` is then the pruned
-    structure without quantizers), int8 and int8_emb4 when it is quantized. Variants of other
-    formats carry the id of their export, `jpqd_coreml_fp16`; there the precision is that of the
-    arithmetic, and weights are stored as they were learned.
+    structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed` alone
+    when its weights are. Variants of other formats carry the id of their export,
+    `jpqd_coreml_fp16`; there the precision is that of the arithmetic, and weights are stored as
+    they were learned.
     """
     found: dict[str, Planned] = {}
     for export in recipe.export:
@@ -91,9 +92,7 @@ def variants(recipe: Recipe) -> list[Planned]:
             for precision in export.precision:
                 name = "baseline" if stage_id == recipe.stages[0].id else stage_id
                 if isinstance(export, OpenVino):
-                    if (precision == "fp32" and quantized and not stage.prune) or (
-                        precision != "fp32" and not quantized
-                    ):
+                    if precision not in _sensible(stage):
                         continue
                     if precision == "fp32" and stage.prune and quantized and name != "baseline":
                         name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
@@ -102,6 +101,15 @@ def variants(recipe: Recipe) -> list[Planned]:
                     variant = f"{name}_{export.id}_{precision}"
                 found.setdefault(variant, Planned(variant, stage_id, precision, export))
     return list(found.values())
+
+
+def _sensible(stage: Stage) -> tuple[str, ...]:
+    """The precisions of an OpenVINO export of a stage."""
+    if isinstance(stage.quantize, WeightOnly):
+        return ("compressed",)
+    if stage.quantize is None:
+        return ("fp32",)
+    return ("fp32", "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
 
 
 def _only_pruned(recipe: Recipe, stage: Stage) -> bool:

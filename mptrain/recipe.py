@@ -20,7 +20,7 @@ Task = Literal[
     "audio-classification",
     "causal-lm",
 ]
-Precision = Literal["fp32", "int8", "int8_emb4"]
+Precision = Literal["fp32", "int8", "int8_emb4", "compressed"]
 CoreMlPrecision = Literal["fp32", "fp16"]
 CoreMlTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]
 
@@ -215,7 +215,40 @@ class Ptq(Strict):
     fast_bias_correction: bool = True
 
 
-Quantize = Annotated[Qat | Ptq, Field(discriminator="mode")]
+Method = Literal["rtn", "scale", "gptq"]
+Granularity = Literal["tensor", "channel", "block"]
+
+
+class WeightOverride(Strict):
+    """What is different for the modules that a pattern matches."""
+
+    method: Method | None = None
+    bits: Literal[4, 8] | None = None
+    granularity: Granularity | None = None
+    block_size: Annotated[int, Field(gt=0)] | None = None
+    symmetric: bool | None = None
+
+
+class WeightOnly(Strict):
+    """int4 or int8 weights, float activations; no training. Exports store these very integers."""
+
+    mode: Literal["weight_only"]
+    method: Method = Field(
+        "gptq",
+        description="rtn: round to nearest; scale: search of the scales, weighted by calibration inputs;"
+        " gptq: error-compensated rounding with calibration data",
+    )
+    bits: Literal[4, 8] = 4
+    granularity: Granularity = Field("block", description="what shares a scale: a weight, a row, a block of a row")
+    block_size: Annotated[int, Field(gt=0)] = Field(32, description="columns to a block; must divide every weight")
+    symmetric: bool = True
+    embeddings: Literal["fp32", "int8", "same"] = Field("int8", description="int8: a scale per row; same: as the rest")
+    lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
+    overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
+    ignore: list[str] = Field([], description="modules kept in fp32: substrings, or regular expressions after 're:'")
+
+
+Quantize = Annotated[Qat | Ptq | WeightOnly, Field(discriminator="mode")]
 
 
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -374,8 +407,8 @@ class Stage(Strict):
             raise ValueError("distill needs train")
         if isinstance(self.quantize, Qat) and not self.train:
             raise ValueError("quantize mode qat needs train; mode ptq does not")
-        if isinstance(self.quantize, Ptq) and (self.train or self.prune):
-            raise ValueError("quantize mode ptq goes in a stage of its own, without train and prune")
+        if isinstance(self.quantize, Ptq | WeightOnly) and (self.train or self.prune):
+            raise ValueError(f"quantize mode {self.quantize.mode} goes in a stage of its own, without train and prune")
         if self.prune:
             end = self.prune.schedule.end
             if end > 0 and not self.train:
@@ -392,7 +425,10 @@ class OpenVino(Strict):
     id: Name
     format: Literal["openvino"]
     of: list[str] = Field(description="stage ids")
-    precision: list[Precision] = ["fp32", "int8"]
+    precision: list[Precision] = Field(
+        ["fp32", "int8", "compressed"],
+        description="each stage has those that fit it; compressed: the integers of a weight-only stage",
+    )
     shapes: Literal["dynamic"] = "dynamic"
 
 
@@ -499,6 +535,12 @@ class Recipe(Strict):
                 raise ValueError(f"{where}: the id {stage.id!r} is reserved; choose another")
             if stage.start is not None and stage.start not in ["model", *seen]:
                 raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
+            start = self.start_of(stage)
+            if start != "model" and isinstance(self.stage(start).quantize, WeightOnly):
+                raise ValueError(
+                    f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
+                    " start from the stage before it"
+                )
             if stage.teacher == "self" and index == 0 and stage.start is None:
                 raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
             if self.precision.master == "split" and stage.prune and stage.prune.schedule.end > 0:

@@ -270,15 +270,18 @@ def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
     """The fields allowed at a path, following the schema and, in unions, the tag given."""
     models: list[type[BaseModel]] = [Recipe]
     here: Any = data
+    mapping = False  # the next key is the user's own
     for key in loc:
         here = here[key] if isinstance(here, dict | list) else None
-        if isinstance(key, int):
+        if isinstance(key, int) or mapping:
+            mapping = False
             continue
         found: list[type[BaseModel]] = []
         for model in models:
             for name, info in model.model_fields.items():
                 if key in (name, info.alias):
                     found += _models_in(info.annotation)
+                    mapping = typing.get_origin(info.annotation) is dict
         models = found
     if len(models) > 1 and isinstance(here, dict):
         tagged = [

@@ -3,7 +3,8 @@
 Linears and convolutions with fake quantizers become i8 (or i4) constants with FakeQuantize on
 their inputs, which the CPU plugin turns into integer kernels. Embeddings have no quantizers:
 their rows are compressed here, int8 with one scale to a row, or int4 with one scale to every
-64 values (the token embedding of `int8_emb4`).
+64 values (the token embedding of `int8_emb4`). Weights that were compressed in torch keep the
+integers and scales they have there (openvino_weights.py).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mptrain.compress import quantizers
+from mptrain.compress import quantizers, records
 from mptrain.compress.scopes import openvino_module
 from mptrain.errors import ExportError, UserError
+from mptrain.export import openvino_weights
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import Precision
 from mptrain.silence import silenced
@@ -58,7 +60,8 @@ def export_openvino(
 ) -> Exported:
     """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files.
 
-    model: a plain model for "fp32", one with quantizers for "int8" and "int8_emb4". It is not changed.
+    model: a plain model for "fp32", one with quantizers for "int8" and "int8_emb4", one with
+    records for "compressed". It is not changed.
     example: inputs by name, at least 2 examples; fixes the inputs of the IR and their order. Batch
     and length stay dynamic (for images the batch). A causal LM is exported without a cache.
     embeddings: "fp32" or "int8"; int8_emb4 has an int4 token embedding, and int8 for the others.
@@ -72,6 +75,8 @@ def export_openvino(
         graph = _compress_embeddings(graph, _embeddings(model) - {token}, bits=8)
     elif precision == "int8" and embeddings == "int8":
         graph = _compress_embeddings(graph, _embeddings(model), bits=8)
+    elif precision == "compressed":
+        openvino_weights.store(graph, records.of(model))
     return _write(graph, model, folder, processor)
 
 
@@ -123,7 +128,13 @@ def _check(model: PreTrainedModel, precision: str) -> None:
     quantized = quantizers.is_quantized(model)
     if quantized and precision == "fp32":
         raise UserError("export precision fp32 of a model with quantizers: detach them first (quantizers.detach)")
-    if not quantized and precision != "fp32":
+    if precision == "compressed" or records.of(model):
+        if precision != "compressed" or not records.of(model):
+            raise UserError(
+                f"export precision {precision}: models with compressed weights, and no others, are exported as"
+                " `compressed`"
+            )
+    elif not quantized and precision != "fp32":
         raise UserError(
             f"export precision {precision} needs a quantized model: add `quantize` to the stage, or export it as fp32"
         )
@@ -211,11 +222,13 @@ class Runner:
 
     threads: all usable ones by default. precision: of the floating-point part; "f32" by
     default, for OpenVINO would take bf16 on CPUs that have it. `precision` afterwards is what
-    the plugin really took: on a CPU without bf16 or f16 it silently stays f32.
+    the plugin really took: on a CPU without bf16 or f16 it silently stays f32. Activations are not
+    quantized on the fly, as OpenVINO does by default before compressed weights.
     """
 
     def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         self.xml = Path(xml)

@@ -279,14 +279,17 @@ def methods(stage: Row) -> list[str]:
         kept = [f"keep {100 * value:g}% of {name.replace('_', ' ')}" for name, value in budgets.items() if value]
         found.append(" ".join([f"{stage['prune']['method']} pruning", *(f"({text})" for text in kept)]))
     if stage.get("quantize"):
-        found.append(
-            {"qat": "int8 quantization-aware training", "ptq": "int8 post-training quantization"}[
-                stage["quantize"]["mode"]
-            ]
-        )
+        found.append(_quantization(stage["quantize"]))
     if stage.get("distill"):
         found.append(f"distillation from {stage['teacher']}")
     return found
+
+
+def _quantization(how: Row) -> str:
+    if how["mode"] == "weight_only":
+        unit = f"block of {how['block_size']}" if how["granularity"] == "block" else how["granularity"]
+        return f"int{how['bits']} weights ({how['method']}, per {unit})"
+    return {"qat": "int8 quantization-aware training", "ptq": "int8 post-training quantization"}[how["mode"]]
 
 
 def count(kept: int | list[int]) -> int:

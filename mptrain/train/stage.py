@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mptrain import artifact
-from mptrain.compress import costs, quantizers, rescale
+from mptrain.compress import costs, quantizers, rescale, weight_only
 from mptrain.compress.fisher import FisherPruner
 from mptrain.compress.magnitude import MagnitudePruner
 from mptrain.compress.movement import MovementPruner
@@ -31,7 +31,7 @@ from mptrain.compress.structure import Structure, find_structure
 from mptrain.inputs.data import TaskData
 from mptrain.inputs.model import load_model
 from mptrain.plan import Phase
-from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage
+from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
 from mptrain.run_folder import read_json, write_json
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
@@ -71,7 +71,10 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     model = _starting_model(context, stage, phase)
     pruner = _pruner(context, stage, phase, model) if phase.prune else None
     if phase.quantize_at_start and stage.quantize is not None:
-        model = quantizers.quantize(model, stage.quantize, _calibration(context))
+        if isinstance(stage.quantize, WeightOnly):
+            weight_only.compress(model.to(context.peers.device), stage.quantize, _calibration(context))
+        else:
+            model = quantizers.quantize(model, stage.quantize, _calibration(context))
     model.to(context.peers.device)
     history: list[dict[str, Any]] = []
     trained_s = 0.0
