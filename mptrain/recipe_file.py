@@ -297,7 +297,7 @@ def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict, typing.Annotated):
         return [m for a in typing.get_args(annotation) for m in _models_in(a)]
     return []
 
