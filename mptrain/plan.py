@@ -78,9 +78,9 @@ def variants(recipe: Recipe) -> list[Planned]:
     """Everything that is exported, in order.
 
     The first stage is the `baseline`. An OpenVINO stage has the precisions that make sense for
-    it: fp32 when it is not quantized or when it is pruned (`pruned_fp32` is then the pruned
-    structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed` alone
-    when its weights are. Variants of other formats carry the id of their export,
+    it: fp32 and fp16 when it is not quantized or when it is pruned (`pruned_fp32` is then the
+    pruned structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed`
+    alone when its weights are. Variants of other formats carry the id of their export,
     `jpqd_coreml_fp16`; there the precision is that of the arithmetic, and weights are stored as
     they were learned.
     """
@@ -94,7 +94,7 @@ def variants(recipe: Recipe) -> list[Planned]:
                 if isinstance(export, OpenVino):
                     if precision not in _sensible(stage):
                         continue
-                    if precision == "fp32" and stage.prune and quantized and name != "baseline":
+                    if precision in ("fp32", "fp16") and stage.prune and quantized and name != "baseline":
                         name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
                     variant = f"{name}_{precision}"
                 else:
@@ -108,8 +108,8 @@ def _sensible(stage: Stage) -> tuple[str, ...]:
     if isinstance(stage.quantize, WeightOnly):
         return ("compressed",)
     if stage.quantize is None:
-        return ("fp32",)
-    return ("fp32", "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
+        return ("fp32", "fp16")
+    return ("fp32", "fp16", "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
 
 
 def _only_pruned(recipe: Recipe, stage: Stage) -> bool:

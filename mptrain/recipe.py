@@ -20,7 +20,7 @@ Task = Literal[
     "audio-classification",
     "causal-lm",
 ]
-Precision = Literal["fp32", "int8", "int8_emb4", "compressed"]
+Precision = Literal["fp32", "fp16", "int8", "int8_emb4", "compressed"]
 CoreMlPrecision = Literal["fp32", "fp16"]
 CoreMlTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]
 

@@ -46,8 +46,11 @@ class Format(Protocol):
         *,
         precision: str,
         stage: Stage,
+        calibration: Callable[[], list[dict[str, Tensor]]],
         processor: Any,
-    ) -> Written: ...
+    ) -> Written:
+        """calibration: gives batches of training inputs, for what has to see real values."""
+        ...
 
     def runner(self, path: Path, threads: int | None = None) -> Forward: ...
 
@@ -64,7 +67,8 @@ class OpenVinoFormat:
     timed = True
 
     def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
-        return quantizers.detach(model)[0] if precision == "fp32" and quantizers.is_quantized(model) else model
+        plain = precision in ("fp32", "fp16")
+        return quantizers.detach(model)[0] if plain and quantizers.is_quantized(model) else model
 
     def write(
         self,
@@ -74,13 +78,22 @@ class OpenVinoFormat:
         *,
         precision: Any,
         stage: Stage,
+        calibration: Callable[[], list[dict[str, Tensor]]],
         processor: Any,
     ) -> Written:
         from mptrain.export.openvino import export_openvino
 
         embeddings = stage.quantize.embeddings if stage.quantize is not None else "fp32"
-        done = export_openvino(model, example, folder, precision=precision, embeddings=embeddings, processor=processor)
-        return Written(done.xml, done.size_bytes, {})
+        done = export_openvino(
+            model,
+            example,
+            folder,
+            precision=precision,
+            embeddings=embeddings,
+            calibration=calibration() if precision == "fp16" else (),
+            processor=processor,
+        )
+        return Written(done.xml, done.size_bytes, {} if done.fp16 is None else {"fp16": done.fp16})
 
     def runner(self, path: Path, threads: int | None = None) -> Forward:
         from mptrain.export.openvino import Runner
@@ -112,6 +125,7 @@ class CoreMlFormat:
         *,
         precision: Any,
         stage: Stage,
+        calibration: Callable[[], list[dict[str, Tensor]]],
         processor: Any,
     ) -> Written:
         from mptrain.export.coreml import export_coreml

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from transformers import PreTrainedModel
 from mptrain.compress import quantizers, records
 from mptrain.compress.scopes import openvino_module
 from mptrain.errors import ExportError, UserError
-from mptrain.export import openvino_weights
+from mptrain.export import openvino_fp16, openvino_weights
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import Precision
 from mptrain.silence import silenced
+from mptrain.verify.parity import compare
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
 _INT4_GROUP = 64
@@ -42,11 +43,12 @@ _WRAPPED = "__module.model."  # scope of everything inside Positional
 
 @dataclass(frozen=True)
 class Exported:
-    """size_bytes: xml and bin together."""
+    """size_bytes: xml and bin together. fp16: what of it stays in fp32 (`openvino_fp16.described`)."""
 
     folder: Path
     xml: Path
     size_bytes: int
+    fp16: dict[str, Any] | None = None
 
 
 def export_openvino(
@@ -56,19 +58,23 @@ def export_openvino(
     *,
     precision: Precision,
     embeddings: str = "fp32",
+    calibration: Sequence[Mapping[str, Tensor]] = (),
     processor: Any = None,
 ) -> Exported:
     """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files.
 
-    model: a plain model for "fp32", one with quantizers for "int8" and "int8_emb4", one with
+    model: a plain model for "fp32" and "fp16", one with quantizers for "int8" and "int8_emb4", one with
     records for "compressed". It is not changed.
     example: inputs by name, at least 2 examples; fixes the inputs of the IR and their order. Batch
     and length stay dynamic (for images the batch). A causal LM is exported without a cache.
     embeddings: "fp32" or "int8"; int8_emb4 has an int4 token embedding, and int8 for the others.
+    calibration: real inputs, on which "fp16" is checked for overflow; default: the example.
     Raises UserError when precision and model do not fit, ExportError when the conversion fails.
     """
     _check(model, precision)
     graph = convert(model, example)
+    if precision == "fp16":
+        return _export_fp16(graph, model, list(calibration) or [example], folder, processor)
     if precision == "int8_emb4":
         token = _token_embedding(model)
         graph = _compress_embeddings(graph, {token}, bits=4, group=_group(model, token))
@@ -78,6 +84,20 @@ def export_openvino(
     elif precision == "compressed":
         openvino_weights.store(graph, records.of(model))
     return _write(graph, model, folder, processor)
+
+
+def _export_fp16(
+    graph: ov.Model, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], folder: Path, processor: Any
+) -> Exported:
+    plain = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    found, ops = openvino_fp16.find(plain.eval(), batches)
+    graph, nodes, constants = openvino_fp16.marked(graph, found.keep, ops)
+    facts = openvino_fp16.described(found, nodes, constants)
+    done = _write(graph, model, folder, processor, half=True)
+    runner = Runner(done.xml, precision="f16")
+    if runner.precision == "f16":
+        facts["executed"] = compare(plain, runner, batches)
+    return replace(done, fp16=facts)
 
 
 def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
@@ -126,15 +146,17 @@ def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]
 
 def _check(model: PreTrainedModel, precision: str) -> None:
     quantized = quantizers.is_quantized(model)
-    if quantized and precision == "fp32":
-        raise UserError("export precision fp32 of a model with quantizers: detach them first (quantizers.detach)")
+    if quantized and precision in ("fp32", "fp16"):
+        raise UserError(
+            f"export precision {precision} of a model with quantizers: detach them first (quantizers.detach)"
+        )
     if precision == "compressed" or records.of(model):
         if precision != "compressed" or not records.of(model):
             raise UserError(
                 f"export precision {precision}: models with compressed weights, and no others, are exported as"
                 " `compressed`"
             )
-    elif not quantized and precision != "fp32":
+    elif not quantized and precision not in ("fp32", "fp16"):
         raise UserError(
             f"export precision {precision} needs a quantized model: add `quantize` to the stage, or export it as fp32"
         )
@@ -185,11 +207,11 @@ def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group
     return graph
 
 
-def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any) -> Exported:
+def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any, *, half: bool = False) -> Exported:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        ov.save_model(graph, scratch / XML, compress_to_fp16=False)
+        ov.save_model(graph, scratch / XML, compress_to_fp16=half)
         config = model.config.to_dict()
         config.pop("auto_map", None)  # the IR needs no modeling code
         (scratch / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

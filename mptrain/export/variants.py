@@ -60,6 +60,7 @@ class Variants:
             self.folder / variant,
             precision=planned.precision,
             stage=self.recipe.stage(stage),
+            calibration=lambda: self.data.calibration(PARITY_EXAMPLES, 16),
             processor=self.context.processor,
         )
         facts = {

@@ -53,6 +53,7 @@ def markdown(report: Row) -> str:
         tables.structure(report),
         tables.training(report),
         tables.runtime(report),
+        tables.half(report),
     )
     parts += [section(table) for table in every if table]
     lists = tables.layer_lists(report)

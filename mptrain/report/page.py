@@ -45,6 +45,7 @@ def page(report: Row) -> str:
             "structure": tables.structure(report),
             "training": tables.training(report),
             "runtime": tables.runtime(report),
+            "half": tables.half(report),
             "data": tables.data(report),
             "time": tables.time(report),
             "environment": tables.environment(report),

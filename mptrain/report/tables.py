@@ -215,6 +215,40 @@ def runtime(report: Row) -> Table | None:
     return Table("Runtime", columns, rows, note, text_columns=2)
 
 
+def half(report: Row) -> Table | None:
+    """What fp16 exports keep in fp32, so that nothing overflows."""
+    found = [(v["id"], v["runtime"]["fp16"]) for v in report["variants"] if v["runtime"].get("fp16")]
+    if not found:
+        return None
+    rows = []
+    for name, facts in found:
+        kept, constants, executed = facts["operations"], facts.get("constants", []), facts.get("executed")
+        rows.append(
+            [
+                Cell(name),
+                Cell(", ".join(fold(kept)) or "none", f"{len(kept)} operation{'s' * (len(kept) != 1)}" if kept else ""),
+                Cell(", ".join(fold(constants)) or "none"),
+                Cell(str(facts["casts"])),
+                Cell(f"{facts['cosine']:.6f}"),
+                Cell(words.small(executed["max_abs_diff"]) if executed else words.NONE),
+            ]
+        )
+    columns = [
+        "Variant",
+        "Operations",
+        "Constants",
+        "Float↔half casts",
+        "Cosine, emulated",
+        "Max |difference|, executed",
+    ]
+    note = (
+        "The smallest set that a search on calibration inputs found: operations that overflow or underflow fp16 and"
+        " change the outputs. Cosine: outputs against fp32, every other operation rounded to fp16. Executed: in fp16 on"
+        " this host, where it can."
+    )
+    return Table("Kept in fp32", columns, rows, note, text_columns=2)
+
+
 def training(report: Row) -> Table | None:
     if not report["training"]:
         return None

@@ -21,7 +21,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mptrain.verify.overflow import Op, Watch
 
-_COPIES = {"clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "_to_copy", "copy"}
+_COPIES = {
+    "_unsafe_view",
+    "_reshape_copy",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "contiguous",
+    "_to_copy",
+    "copy",
+}
 _FIRST_ONLY = ("native_", "_native", "_scaled_dot_product", "_fused", "miopen", "cudnn", "mkldnn")
 """operations whose further results are statistics for the backward pass"""
 
