@@ -326,6 +326,10 @@ def _export(options: argparse.Namespace) -> int:
         f" {compared['examples']} inputs ({facts['inputs']}): largest difference {compared['max_abs_diff']:.2g},"
         f" same decision in {100 * compared['argmax_agreement']:.1f}%."
     )
+    if half := facts["runtime"].get("fp16"):
+        from mptrain.report.words import kept_in_fp32
+
+        print(f"fp16: {kept_in_fp32(half)}.")
     if not facts["passed"]:
         raise GateFailed(
             f"the exported model differs from the torch model by more than {facts['limit']:g}; it was kept."

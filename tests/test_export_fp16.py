@@ -15,12 +15,14 @@ from test_torch_ops import TextEncoder, build
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from mptrain.cli import main
 from mptrain.compress import quantizers
 from mptrain.errors import ExportError, UserError
 from mptrain.export import openvino_fp16
 from mptrain.export.openvino import Runner, convert, export_openvino
 from mptrain.export.traceable import traceable_masks, without_cache
 from mptrain.recipe import Ptq
+from mptrain.report.words import kept_in_fp32
 from mptrain.verify.overflow import Op
 from mptrain.verify.torch_ops import TorchOps
 
@@ -149,3 +151,13 @@ def test_a_run_reports_what_stays_in_fp32(tmp_path):
     assert half["size_bytes"] < report["variants"][0]["size_bytes"]
     page = (tmp_path / "run" / "report.md").read_text()
     assert "Kept in fp32" in page and "none" in page
+
+
+def test_the_export_command_says_what_stays_in_fp32(tmp_path, capsys):
+    tiny.save_bert(tmp_path / "bert")
+    (tmp_path / "texts.txt").write_text("good film\nbad plot was not so good\n" * 4)
+    words = [tmp_path / "bert", "--precision", "fp16", "--data", tmp_path / "texts.txt", "--to", tmp_path / "ov"]
+    main(["export", *map(str, words)])
+    assert "fp16: no op has to stay in fp32." in capsys.readouterr().out
+    half = {"operations": ["encoder/mul"], "casts": 2}
+    assert kept_in_fp32(half) == "1 op in fp32: encoder/mul; 2 float↔half casts"

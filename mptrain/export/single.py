@@ -55,7 +55,15 @@ def export_model(
     model = kind.model(found.model, precision).eval()
     batches = found.samples.batches
     example = next((b for b in batches if len(next(iter(b.values()))) > 1), batches[0])
-    written = kind.write(model, example, to, precision=precision, stage=stage, processor=found.processor)
+    written = kind.write(
+        model,
+        example,
+        to,
+        precision=precision,
+        stage=stage,
+        calibration=lambda: batches,
+        processor=found.processor,
+    )
     runner = kind.runner(written.path)
     compared = parity.compare(model, runner, batches)
     gates = Gates()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 NONE = "n/a"
 MINUS = "−"
 _FRACTIONS = ("accuracy", "f1", "exact_match")
@@ -109,3 +111,11 @@ def setting_words(key: str, task: str) -> str:
         else:
             return key
     return ", ".join(words)
+
+
+def kept_in_fp32(half: dict[str, Any]) -> str:
+    """What an fp16 export keeps: "1 op in fp32: encoder/mul; 2 float↔half casts"."""
+    ops, casts = half["operations"], half["casts"]
+    if not ops:
+        return "no op has to stay in fp32"
+    return f"{len(ops)} op{'s' * (len(ops) > 1)} in fp32: {', '.join(ops)}; {casts} float↔half cast{'s' * (casts != 1)}"
