@@ -17,7 +17,13 @@ EXIT = (
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
-EXTRAS = {"nncf": "openvino", "openvino": "openvino", "openvino_telemetry": "openvino", "matplotlib": "plots"}
+EXTRAS = {
+    "nncf": "openvino",
+    "openvino": "openvino",
+    "openvino_telemetry": "openvino",
+    "coremltools": "coreml",
+    "matplotlib": "plots",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,6 +128,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
     inspect.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
     inspect.set_defaults(call=_inspect)
+
+    verify = commands.add_parser(
+        "verify",
+        help="run a Core ML package anywhere, and compare it with its source",
+        description="Run a saved Core ML package in a reference interpreter: an emulation, without a Mac.",
+    )
+    verify.add_argument("package", metavar="PACKAGE", help="an .mlpackage with an ML program")
+    verify.add_argument("--model", metavar="SOURCE", help="compare with this model folder, packaged:NAME or hub name")
+    verify.add_argument(
+        "--precision", choices=["fp32", "fp16"], help="of the arithmetic; default: what the package declares"
+    )
+    verify.add_argument("--task", help="what the source model does; default: from its head")
+    verify.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
+    verify.add_argument("--allow-code", action="store_true", help="run code that comes with the source model")
+    verify.set_defaults(call=_verify)
 
     report = commands.add_parser("report", help="print the report of a run and write its pages again")
     report.add_argument("run", metavar="RUN", help="the folder of a run, e.g. runs/jpqd-bert")
@@ -366,6 +387,34 @@ def _inspect(options: argparse.Namespace) -> int:
 
         write_json(target, facts)
         print(f"Written: {target}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    target = Path(options.json) if options.json else None
+    if target is not None and not target.absolute().parent.is_dir():
+        raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
+    from rich.console import Console
+
+    from mptrain.errors import ExportError
+    from mptrain.report.package import package
+    from mptrain.verify.package import load_source, verify
+
+    model = None
+    if options.model is not None:
+        model = load_source(options.model, options.task, options.allow_code)
+    facts = verify(Path(options.package), precision=options.precision or "stored", model=model)
+    Console(width=None if sys.stdout.isatty() else 120).print(package(facts))
+    if target is not None:
+        from mptrain.run_folder import write_json
+
+        write_json(target, facts)
+        print(f"Written: {target}")
+    if not facts["passed"]:
+        raise ExportError(f"{options.package}: its outputs are wrong; see above.")
     return 0
 
 

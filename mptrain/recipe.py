@@ -462,6 +462,9 @@ class CoreMl(Strict):
     minimum_deployment_target: CoreMlTarget = "iOS18"
     shapes: CoreMlShapes = CoreMlShapes()
     route: Literal["export", "trace"] = Field("export", description="torch.export, or a trace for models it refuses")
+    scaled_tables: bool = Field(
+        False, description="write tables with a scale to each row, which crash on some GPUs (coremltools issue 2688)"
+    )
 
 
 Export = Annotated[OpenVino | CoreMl, Field(discriminator="format")]

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from mptrain.compress.base import is_quantized
 from mptrain.errors import ExportError, UserError
-from mptrain.export.coreml_compat import compatible, supported
+from mptrain.export.coreml_compat import compatible, storing, supported
+from mptrain.export.coreml_constants import constants
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
 
@@ -38,11 +39,18 @@ Route = Literal["export", "trace"]
 
 @dataclass(frozen=True)
 class Exported:
-    """size_bytes: of all files in the package."""
+    """size_bytes: of all files in the package. floats: weights that lost their compression, with the reason."""
 
     folder: Path
     package: Path
     size_bytes: int
+    floats: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Converted:
+    model: ct.models.MLModel
+    floats: dict[str, str]
 
 
 def export_coreml(
@@ -55,16 +63,25 @@ def export_coreml(
     shapes: CoreMlShapes | None = None,
     route: Route = "export",
     keep_fp32: Collection[str] = (),
+    scaled_tables: bool = False,
     processor: Any = None,
 ) -> Exported:
     """Write folder/ with model.mlpackage, config.json and the processor's files.
 
-    model: a plain model; it is not changed. example: inputs by name, of any batch and length.
+    model: a plain model; it is not changed. Weights with a record (mptrain.compress.records)
+    are stored as the record's integers or tables. example: inputs by name, of any batch and length.
     keep_fp32: names of MIL operations that an fp16 package computes in float32.
     Raises UserError for shapes that do not fit, ExportError when the conversion fails.
     """
     converted = convert(
-        model, example, precision=precision, target=target, shapes=shapes, route=route, keep_fp32=keep_fp32
+        model,
+        example,
+        precision=precision,
+        target=target,
+        shapes=shapes,
+        route=route,
+        keep_fp32=keep_fp32,
+        scaled_tables=scaled_tables,
     )
     return write(converted, folder, config=getattr(model, "config", None), processor=processor)
 
@@ -78,7 +95,8 @@ def convert(
     shapes: CoreMlShapes | None = None,
     route: Route = "export",
     keep_fp32: Collection[str] = (),
-) -> ct.models.MLModel:
+    scaled_tables: bool = False,
+) -> Converted:
     """The package in memory; inputs and outputs have the names of the torch model's."""
     shapes = shapes or CoreMlShapes()
     _check(model, precision, keep_fp32)
@@ -99,7 +117,10 @@ def convert(
             warnings.simplefilter("ignore")
             outputs = wrapper.output_names(*values.values())
             source = traced(wrapper, values, shapes, route)
-            return _to_package(source, values, outputs, precision, target, shapes, keep_fp32)
+            stored, floats = constants(model, source, target, scaled_tables=scaled_tables)
+            with storing(stored):
+                package = _to_package(source, values, outputs, precision, target, shapes, keep_fp32)
+            return Converted(package, floats)
     except (ExportError, UserError):
         raise
     except Exception as error:
@@ -230,11 +251,11 @@ def _check(model: nn.Module, precision: str, keep_fp32: Collection[str]) -> None
         raise UserError(f"keep_fp32 is for precision fp16, this export has precision {precision}")
 
 
-def write(converted: ct.models.MLModel, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
+def write(converted: Converted, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        converted.save(str(scratch / PACKAGE))
+        converted.model.save(str(scratch / PACKAGE))
         if config is not None:
             described = config.to_dict()
             described.pop("auto_map", None)  # the package needs no modeling code
@@ -249,7 +270,7 @@ def write(converted: ct.models.MLModel, folder: Path, *, config: Any = None, pro
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     package = folder / PACKAGE
-    return Exported(folder, package, package_size(package))
+    return Exported(folder, package, package_size(package), converted.floats)
 
 
 def package_size(package: Path) -> int:

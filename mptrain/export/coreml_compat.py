@@ -3,6 +3,7 @@
     new_ones, __and__, __or__, where.ScalarOther, diff, alias   operations its torch frontend does not know
     ops._cast                      calls int() of an array with one axis, which NumPy >= 2.4 refuses (coremltools#2633)
     TorchConverter._add_const      stores a weight as the integers or tables we learned (see coreml_constants.py)
+    tqdm                           three progress bars to a conversion
 
 These hooks are private, so they are tied to the versions in TESTED: with another coremltools
 `compatible` refuses and says what to install. Nothing stays patched after the block.
@@ -11,7 +12,7 @@ These hooks are private, so they are tied to the versions in TESTED: with anothe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,7 @@ from coremltools.converters.mil.frontend.torch.converter import TorchConverter
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from coremltools.converters.mil.frontend.torch.utils import NUM_TO_DTYPE_STRING, sanitize_op_kind
 from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.passes import pass_pipeline
 
 from mptrain.errors import ExportError
 from mptrain.silence import replaced
@@ -32,11 +34,8 @@ Constant = Callable[[str], Any]
 
 
 @contextmanager
-def compatible(constants: Mapping[str, Constant] | None = None) -> Iterator[None]:
-    """constants: by name of a parameter in the traced graph, a function of the same name that adds its constexpr.
-
-    Raises ExportError for a coremltools that these hooks were not made for.
-    """
+def compatible() -> Iterator[None]:
+    """Raises ExportError for a coremltools that these hooks were not made for."""
     if ct.__version__ not in TESTED:
         raise ExportError(
             f"the Core ML export is made for coremltools {' or '.join(TESTED)}, {ct.__version__} is installed:"
@@ -44,25 +43,36 @@ def compatible(constants: Mapping[str, Constant] | None = None) -> Iterator[None
         )
     known = _TORCH_OPS_REGISTRY.name_to_func_mapping
     added = {name: function for name, function in _missing().items() if name not in known}
-    add_const = TorchConverter._add_const
-
-    def stored(self: TorchConverter, name: str, value: Any) -> None:
-        if constants and name in constants:
-            self.context.add(constants[name](name))
-        else:
-            add_const(self, name, value)
-
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)
     known.update(added)
     try:
-        with replaced(ops, _cast=_cast), replaced(TorchConverter, _add_const=stored):
+        with replaced(ops, _cast=_cast, _tqdm=_no_bar), replaced(pass_pipeline, tqdm=_no_bar):
             yield
     finally:
         logger.setLevel(level)
         for name in added:
             del known[name]
+
+
+@contextmanager
+def storing(constants: Mapping[str, Constant]) -> Iterator[None]:
+    """constants: by name of a parameter in the traced graph, a function of the same name that adds its constexpr."""
+    add_const = TorchConverter._add_const
+
+    def stored(self: TorchConverter, name: str, value: Any) -> None:
+        if name in constants:
+            self.context.add(constants[name](name))
+        else:
+            add_const(self, name, value)
+
+    with replaced(TorchConverter, _add_const=stored):
+        yield
+
+
+def _no_bar(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return items
 
 
 def supported(kind: str) -> bool:

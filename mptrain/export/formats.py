@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from torch import Tensor
@@ -115,7 +115,12 @@ class CoreMlFormat:
         self.spec = spec
 
     def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
-        return model
+        """Fake quantizers leave their integers in the weights; those of activations have no place in the package."""
+        if not quantizers.is_quantized(model):
+            return model
+        from mptrain.compress.quantizer_records import weight_only
+
+        return cast(PreTrainedModel, weight_only(model))
 
     def write(
         self,
@@ -138,9 +143,10 @@ class CoreMlFormat:
             target=self.spec.minimum_deployment_target,
             shapes=self.spec.shapes,
             route=self.spec.route,
+            scaled_tables=self.spec.scaled_tables,
             processor=processor,
         )
-        return Written(done.package, done.size_bytes, {})
+        return Written(done.package, done.size_bytes, {"stored_as_floats": done.floats})
 
     def runner(self, path: Path, threads: int | None = None) -> Forward:
         from mptrain.verify.mil import Interpreter

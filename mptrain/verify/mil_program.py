@@ -101,7 +101,7 @@ class Program:
     main: Block
     constants: dict[str, Value]
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
-    """By name of a constant: the stored type ("UINT4") and its number of elements."""
+    """By name of a constant, or OPERATION.PARAMETER: the stored type ("UINT4") and its number of elements."""
     specification: int = 0
 
     def operations(self) -> Iterator[Operation]:
@@ -169,6 +169,8 @@ class _Reader:
                 self.stored[f"{results[0].name}.{parameter}"] = _stored_type(value)
         for parameter, argument in spec.inputs.items():
             inputs[parameter] = [self._binding(binding) for binding in argument.arguments]
+            if results and [b.WhichOneof("binding") for b in argument.arguments] == ["value"]:
+                self.stored[f"{results[0].name}.{parameter}"] = _stored_type(argument.arguments[0].value)
         return Operation(spec.type, inputs, results, tuple(self.block(block) for block in spec.blocks))
 
     def _binding(self, binding: Any) -> Value:
