@@ -2,5 +2,6 @@
 
 from mptrain.precision.loop import MasterWeights
 from mptrain.precision.policy import LossScale, Policy
+from mptrain.precision.sharded import ShardedMasters
 
-__all__ = ["LossScale", "MasterWeights", "Policy"]
+__all__ = ["LossScale", "MasterWeights", "Policy", "ShardedMasters"]

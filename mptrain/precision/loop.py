@@ -15,7 +15,7 @@ non-finite gradient changes nothing but the loss scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,13 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mptrain.errors import TrainingError, UserError
+from mptrain.errors import UserError
 from mptrain.precision import accumulate
-from mptrain.precision.diagnose import ActivationWatch, bad_gradients
 from mptrain.precision.optimizer import KernelChoice, MasterOptimizer
 from mptrain.precision.policy import Compute, LossScale, Master, Policy
 from mptrain.precision.scaler import LossScaler
 from mptrain.precision.step import Run, clip_factor, collect
+from mptrain.precision.watchdog import Watchdog
 
 
 class MasterWeights(MasterOptimizer):
@@ -76,9 +76,9 @@ class MasterWeights(MasterOptimizer):
         self._clip = max_grad_norm
         self._measured: tuple[list[Run], bool] | None = None
         self._unscaled = False
-        self._watch: ActivationWatch | None = None
         self._last_loss: Tensor | None = None
         super().__init__(model, optimizer, policy, kernel)
+        self._watchdog = Watchdog(self.model, self.scaler, dtype, "keep_fp32=[...]")
 
     # -- gradients
 
@@ -186,7 +186,8 @@ class MasterWeights(MasterOptimizer):
             runs, _ = self._measured or ([], True)
             scale = 1.0 if self._unscaled else self.scaler.scale
             self._update(runs, clip_factor(self.grad_norm, self._clip) / scale)
-        self._watch_last_chance(finite)
+        rank = dist.get_rank() if self._ranks() > 1 else None
+        self._watchdog.stepped(finite, self._last_loss, self._named_gradients, rank)
         self.zero_grad()
         return finite
 
@@ -196,39 +197,10 @@ class MasterWeights(MasterOptimizer):
         self._unscaled = False
         self._clip = self.max_grad_norm
 
-    def _watch_last_chance(self, finite: bool) -> None:
-        self.scaler.update(finite)
-        if self.scaler.exhausted:
-            raise TrainingError(self._diagnosis())
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        if self.scaler.last_chance:
-            self._watch = ActivationWatch(self.model)
-
-    def _diagnosis(self) -> str:
-        named = [
-            (e.name, flat.view(flat.gradients(), e) if e.accumulated else e.parameter.grad)
-            for flat in self.flats
-            for e in flat.entries
-        ]
-        rank = f" on rank {dist.get_rank()}" if self._ranks() > 1 else ""
-        loss = f" The last loss was {float(self._last_loss):.4g}{rank}." if self._last_loss is not None else ""
-        if self._watch is None:
-            seen = "Activations were not watched (loss_scale.patience is 1)."
-        else:
-            seen = self._watch.describe()
-            self._watch.remove()
-        fix = (
-            "Check the data of this rank, lower the learning rate, or keep the named layers in fp32"
-            " (keep_fp32=[...]); the masters are those of the last good step."
-        )
-        if self.policy.compute == "fp16":
-            fix = f"{fix[:-1]}; or compute in bf16, whose range is that of fp32."
-        return (
-            f"{self.scaler.overflows_at_floor} optimizer steps in a row were skipped{rank} with the loss scale at its"
-            f" floor ({self.scaler.settings.floor:g}).{loss} {bad_gradients(named)} {seen} {fix}"
-        )
+    def _named_gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        for flat in self.flats:
+            for e in flat.entries:
+                yield e.name, flat.view(flat.gradients(), e) if e.accumulated else e.parameter.grad
 
     # -- reports and state
 

@@ -176,9 +176,7 @@ class Masters:
 def _target(name: str, p: nn.Parameter, trained: bool, keep: bool, policy: Policy) -> torch.dtype | None:
     """dtype that a parameter is computed with; None when it is left alone."""
     if hasattr(p, "full_tensor"):
-        raise ModelError(
-            f"{name} is sharded (a DTensor) and masters need whole parameters: use DDP, or FSDP2's MixedPrecisionPolicy"
-        )
+        raise ModelError(f"{name} is sharded (a DTensor) and masters need whole parameters: use DDP, or ShardedMasters")
     if p.dtype not in MASTER_DTYPES:
         if trained and p.requires_grad:
             raise ModelError(f"{name} is trained and must be fp32, fp16 or bf16, got {p.dtype}; cast it or freeze it")

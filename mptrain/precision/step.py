@@ -71,14 +71,15 @@ class AdamRule:
             self.eps,
         )
 
-    def apply(self, p: Tensor, g: Tensor, states: list[Tensor]) -> None:
+    def apply(self, p: Tensor, g: Tensor, states: list[Tensor], scale: Tensor) -> None:
+        """Update p and states in place with g / scale."""
         (torch._fused_adamw_ if self.decoupled else torch._fused_adam_)(
             [p],
             [g],
             states[:1],
             states[1:],
             [],
-            [torch.tensor(float(self.step), device=p.device)],
+            [torch.full((), float(self.step), device=p.device)],
             lr=self.lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -86,6 +87,7 @@ class AdamRule:
             eps=self.eps,
             amsgrad=False,
             maximize=self.maximize,
+            grad_scale=scale,
         )
 
 
@@ -132,7 +134,8 @@ class SgdRule:
             self.momentum if self.nesterov else 1.0,
         )
 
-    def apply(self, p: Tensor, g: Tensor, states: list[Tensor]) -> None:
+    def apply(self, p: Tensor, g: Tensor, states: list[Tensor], scale: Tensor) -> None:
+        """Update p and states in place with g / scale."""
         torch._fused_sgd_(
             [p],
             [g],
@@ -144,6 +147,7 @@ class SgdRule:
             nesterov=self.nesterov,
             maximize=self.maximize,
             is_first_step=self.step == 1,
+            grad_scale=scale,
         )
 
 
@@ -233,7 +237,7 @@ class TorchKernel:
     """Eager torch on one device; its temporaries are two blocks, whatever the size of the model."""
 
     def __init__(self, device: torch.device) -> None:
-        self.block = BLOCK if device.type == "cpu" else BLOCK << 7  # there, fewer launches matter more
+        self.block = BLOCK << 1 if device.type == "cpu" else BLOCK << 7  # there, fewer launches matter more
         self.gradient = torch.empty(0, device=device)
         self.master = torch.empty(0, device=device)
 
@@ -246,18 +250,17 @@ class TorchKernel:
     def update(self, run: Run, rule: Rule, factor: float) -> None:
         flat = run.flat
         buffers = [flat.state(name) for name in rule.states]
+        scale = torch.full((), 1.0 / factor, device=flat.device)  # torch's fused optimizers divide by it on the way
         for start, stop, g in self._blocks(run):
-            if factor != 1.0:
-                g.mul_(factor)
             states = [b[start:stop] for b in buffers]
             if flat.low is not None:
                 high, low = flat.half[start:stop], flat.low[start:stop]
                 p = join(high, low, out=self.master[: stop - start])
-                rule.apply(p, g, states)
+                rule.apply(p, g, states, scale)
                 split(p, high, low)
             else:
                 p = flat.master[start:stop]
-                rule.apply(p, g, states)
+                rule.apply(p, g, states, scale)
                 if flat.half is not None:
                     flat.half[start:stop].copy_(p)
 
