@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from mptrain.compress import costs
+from mptrain.compress import costs, palettize
 from mptrain.compress.structure import Structure, find_structure
 from mptrain.errors import MptrainError
 from mptrain.inputs import packaged
@@ -59,6 +59,8 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     console.print(f"output: {recipe.output.dir}\n")
     console.print(_stages(recipe, rows, outlook, speed))
     console.print(_variants(recipe, outlook))
+    if any(stage.palettize for stage in recipe.stages):
+        console.print(_tables(recipe, model))
     console.print("Predicted from sizes and a short measurement here; times within about a factor of two.")
     return text.getvalue()
 
@@ -84,6 +86,9 @@ def _does(stage: Stage, phase: Any) -> str:
         parts.append(f"prune ({stage.prune.method})")
     if stage.quantize and (phase.quantize_at_start or phase.name == "finetune"):
         parts.append(f"quantize ({stage.quantize.mode})")
+    if stage.palettize and phase.palettize:
+        trained = ", tables trained" if stage.palettize.finetune and phase.steps else ""
+        parts.append(f"palettize ({stage.palettize.method}, {stage.palettize.bits} bits{trained})")
     if stage.distill and phase.steps:
         parts.append(f"distil from {stage.teacher}")
     return " + ".join(parts)
@@ -108,6 +113,26 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
             planned.id, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
             f"{dense / size:.2f}×",
         )  # fmt: skip
+    return table
+
+
+def _tables(recipe: Recipe, model: torch.nn.Module) -> Table:
+    """What palettized weights take where a target stores tables, before any pruning."""
+    table = Table(title="\nPalettized weights", title_justify="left", box=None, pad_edge=False)
+    for name in ("stage", "bits", "layers", "weights", "size", "against fp16"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in recipe.stages:
+        if stage.palettize is None:
+            continue
+        alike: dict[float, list[palettize.Table]] = {}
+        for found in palettize.tables(model, stage.palettize).values():
+            alike.setdefault(found.bits / found.cluster_dim, []).append(found)
+        for bits, group in sorted(alike.items()):
+            count, size = sum(t.rows * t.columns for t in group), sum(t.stored_bytes for t in group)
+            table.add_row(
+                stage.id, f"{bits:g}", str(len(group)), f"{count / 1e6:.1f} M", f"{size / 1e6:.1f} MB",
+                f"{2 * count / size:.2f}×",
+            )  # fmt: skip
     return table
 
 
@@ -141,7 +166,7 @@ def _stored(stage: Stage, precision: str) -> tuple[float, float]:
 def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float) -> float:
     """Forward and backward are three forwards; a teacher one more; fake quantizers cost about half a step."""
     if stage.train is None or not steps:
-        return 30.0 if stage.quantize or stage.prune else 0.0
+        return 30.0 if stage.quantize or stage.prune or stage.palettize else 0.0
     kept = 1.0
     if stage.prune is not None and not warmup and stage.prune.keep is not None:
         kept = stage.prune.keep.encoder_params or stage.prune.keep.macs or 0.5

@@ -26,6 +26,7 @@ class Phase:
     steps_per_epoch: int
     quantize_at_start: bool
     prune: bool
+    palettize: bool = False
 
     @property
     def steps(self) -> int:
@@ -47,21 +48,23 @@ def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
     per_epoch = steps_per_epoch(rows, stage.train, world_size) if stage.train else 1
     total = max(1, round(stage.train.epochs * per_epoch)) if stage.train else 0
     qat = stage.quantize if isinstance(stage.quantize, Qat) else None
-    quantize = stage.quantize is not None
+    quantize, palettize = stage.quantize is not None, stage.palettize is not None
 
     def phase(index: int, name: str, start: int, end: int, **flags: bool) -> Phase:
         return Phase(stage.id, index, name, start, end, total, per_epoch, **flags)
 
     if stage.prune is None:
-        name = "train" if stage.train else "quantize"
-        return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False)]
+        name = "train" if stage.train else "quantize" if quantize else "palettize"
+        return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False, palettize=palettize)]
     joint = qat is not None and qat.start == "joint"
     unit = per_epoch if stage.prune.schedule.unit == "epoch" else 1
     end = min(round(stage.prune.schedule.end * unit), max(total - 1, 0))
-    first = phase(0, "warmup" if end else "prune", 0, end, quantize_at_start=joint, prune=True)
-    if not stage.train:
+    name, last = "warmup" if end else "prune", not stage.train
+    first = phase(0, name, 0, end, quantize_at_start=joint, prune=True, palettize=palettize and last)
+    if last:
         return [first]
-    return [first, phase(1, "finetune", end, total, quantize_at_start=qat is not None and not joint, prune=False)]
+    late = qat is not None and not joint
+    return [first, phase(1, "finetune", end, total, quantize_at_start=late, prune=False, palettize=palettize)]
 
 
 @dataclass(frozen=True)

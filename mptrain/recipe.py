@@ -393,6 +393,7 @@ class Stage(Strict):
     teacher: str | None = Field(None, description="a stage id, a model path, or 'self': the stage's own start")
     prune: Prune | None = None
     quantize: Quantize | None = None
+    palettize: Palettize | None = None
     distill: Distill | None = None
 
     @model_validator(mode="after")
@@ -401,8 +402,12 @@ class Stage(Strict):
             raise ValueError("distill needs a teacher: give teacher: STAGE, PATH or self")
         if self.teacher and not self.distill:
             raise ValueError("teacher is given but distill is not: add distill: {weight: 0.9} or drop teacher")
-        if not (self.train or self.prune or self.quantize):
-            raise ValueError("the stage does nothing: give train, prune or quantize")
+        if not (self.train or self.prune or self.quantize or self.palettize):
+            raise ValueError("the stage does nothing: give train, prune, quantize or palettize")
+        if self.palettize and self.quantize:
+            raise ValueError("a weight is an integer or a table entry: give quantize or palettize, or two stages")
+        if self.palettize and self.palettize.finetune and not self.train:
+            raise ValueError("palettize.finetune needs train: give epochs and lr, or drop finetune")
         if self.distill and not self.train:
             raise ValueError("distill needs train")
         if isinstance(self.quantize, Qat) and not self.train:
@@ -539,7 +544,9 @@ class Recipe(Strict):
             if stage.start is not None and stage.start not in ["model", *seen]:
                 raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
             start = self.start_of(stage)
-            if start != "model" and isinstance(self.stage(start).quantize, WeightOnly):
+            before = self.stage(start) if start != "model" else stage
+            palettized = before is not stage and before.palettize and not stage.palettize
+            if palettized or (before is not stage and isinstance(before.quantize, WeightOnly)):
                 raise ValueError(
                     f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
                     " start from the stage before it"

@@ -24,7 +24,7 @@ from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, locked, read_json, write_json
 from mptrain.sweep import take_stages
 from mptrain.train.launch import state
-from mptrain.train.stage import Context, run_phase, structure_facts
+from mptrain.train.stage import Context, compressed_facts, run_phase, structure_facts
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
         floor=variants.floor(),
         history=[row for _, facts in trained for row in facts["history"]],
         structure=structure_facts(context),
+        compressed=compressed_facts(context),
         data_facts=data.facts,
         checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},
     )

@@ -15,7 +15,7 @@ not be smaller than its fp16 values stays as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,19 +199,3 @@ def as_half(lut: Tensor) -> Tensor:
     half = lut.half().float()
     error = (half - lut).double().square().mean()
     return half if bool(error <= gaps.double().square().mean() / 256) else lut
-
-
-def described(records: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for the report of each palettized weight."""
-    return [
-        {
-            "weight": name,
-            "bits": record.bits / record.cluster_dim,
-            "tables": record.lut.shape[0],
-            "entries": record.lut.shape[1],
-            "cluster_dim": record.cluster_dim,
-            "per_channel_scale": record.per_channel_scale is not None,
-        }
-        for name, record in records.items()
-        if isinstance(record, Palettized)
-    ]

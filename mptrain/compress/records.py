@@ -229,6 +229,22 @@ def stored_bytes(record: Record) -> int:
     return size
 
 
+def describe(found: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """A row for the report of each compressed weight; a tied one is there once."""
+    rows = []
+    for name, record in distinct(found).items():
+        if isinstance(record, Palettized):
+            groups, entries, dim = record.lut.shape
+            how = f"{groups} table{'s' * (groups > 1)} of {entries}{f' vectors of {dim}' * (dim > 1)}"
+            how += " and a scale per channel" * (record.per_channel_scale is not None)
+            bits = record.bits / dim
+        else:
+            how, bits = f"blocks of {record.block_size}", float(record.bits)
+        count = record.shape[0] * record.shape[1]
+        rows.append({"weight": name, "bits": bits, "how": how, "count": count, "bytes": stored_bytes(record)})
+    return rows
+
+
 # -- on disk
 
 

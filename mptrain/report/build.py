@@ -58,6 +58,7 @@ def build(
     floor: Score | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     structure: Mapping[str, Any] | None = None,
+    compressed: Mapping[str, Sequence[Row]] | None = None,
     data_facts: Mapping[str, Any] | None = None,
     checkpoints: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
@@ -66,7 +67,7 @@ def build(
 
     The baseline is the fp32 variant of the first stage, `baseline_fp32`, else the first variant.
     Keys: schema, name, task, metric, created, host, versions, recipe, wall_s, variants, baseline,
-    comparisons (one per other variant), floor, structure, gates, recommendation, data, training
+    comparisons (one per other variant), floor, structure, compressed, gates, recommendation, data, training
     (optimizer steps per stage), history, checkpoints, on_hub (whether model and
     data names are names on the Hugging Face hub), notes.
 
@@ -76,6 +77,7 @@ def build(
             steps from the start of the stage.
         structure: {"stage", "family", "layers": [{"layer", "heads", "heads_total", "ffn",
             "ffn_total", "params", "params_total"}]} of the pruned stage.
+        compressed: rows of `records.describe` by stage: the weights that are integers or table entries.
         checkpoints: folders that `mptrain.load` reads, by stage, relative to the run folder.
     """
     base = next((v for v in variants if v.id == "baseline_fp32"), variants[0] if variants else None)
@@ -96,6 +98,7 @@ def build(
         "comparisons": comparisons,
         "floor": _floor(floor, base.scores[0] if base else None) if floor else None,
         "structure": structure,
+        "compressed": compressed or {},
         "gates": gates.check(recipe.gates, rows, comparisons, len(structure["layers"]) if structure else None),
         "recommendation": None,
         "data": data_facts or {},
@@ -103,7 +106,7 @@ def build(
         "history": history,
         "checkpoints": checkpoints or {},
         "on_hub": {"model": _on_hub(recipe.model.path), "data": _on_hub(recipe.data.source)},
-        "notes": [*notes, *_unchecked(recipe, rows)],
+        "notes": [*notes, *_unchecked(recipe, rows), *_expanded(compressed or {}, rows)],
     }
     if base:
         report["recommendation"] = recommend.recommend(
@@ -205,6 +208,18 @@ def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
     if recipe.gates.fused_attention is not None and not any(v["format"] == "openvino" for v in variants):
         notes.append("The fused-attention gate was not checked: no OpenVINO variant was exported.")
     return notes
+
+
+def _expanded(compressed: Mapping[str, Sequence[Row]], variants: Sequence[Row]) -> list[str]:
+    """Variants whose format has no place for the tables of a stage."""
+    tables = {stage for stage, rows in compressed.items() if any("table" in row["how"] for row in rows)}
+    found = [v["id"] for v in variants if v["format"] == "openvino" and v["stage"] in tables]
+    if not found:
+        return []
+    return [
+        f"OpenVINO has no look-up tables: the palettized weights of {', '.join(found)} are written out as fp32 numbers."
+        " They score as the tables do, but the file is not smaller; the table Compressed weights has the stored size."
+    ]
 
 
 def _on_hub(name: str | None) -> bool:

@@ -51,6 +51,7 @@ def markdown(report: Row) -> str:
         tables.latency(report),
         tables.gates(report),
         tables.structure(report),
+        tables.compressed(report),
         tables.training(report),
         tables.runtime(report),
         tables.half(report),

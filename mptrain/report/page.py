@@ -43,6 +43,7 @@ def page(report: Row) -> str:
             "latency": tables.latency(report),
             "gates": tables.gates(report),
             "structure": tables.structure(report),
+            "compressed": tables.compressed(report),
             "training": tables.training(report),
             "runtime": tables.runtime(report),
             "half": tables.half(report),

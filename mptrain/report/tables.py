@@ -249,6 +249,36 @@ def half(report: Row) -> Table | None:
     return Table("Kept in fp32", columns, rows, note, text_columns=2)
 
 
+def compressed(report: Row) -> Table | None:
+    """Weights stored as integers or table entries, those that are alike in one row."""
+    rows = []
+    for stage, weights in report.get("compressed", {}).items():
+        alike: dict[tuple[str, float], list[Row]] = {}
+        for weight in weights:
+            alike.setdefault((weight["how"], weight["bits"]), []).append(weight)
+        for (how, bits), group in alike.items():
+            rows.append(_stored([Cell(stage), Cell(f"{bits:g} bits", how)], group))
+        rows.append(_stored([Cell(stage), Cell("all")], weights))
+    columns = ["Stage", "Stored as", "Weights", "Size", "Against fp16", "Layers"]
+    note = (
+        "Integers and indices packed to their bits, with their scales and tables: what a target that has them stores."
+    )
+    return Table("Compressed weights", columns, rows, note, text_columns=1) if rows else None
+
+
+def _stored(first: list[Cell], weights: list[Row]) -> list[Cell]:
+    count, size = (sum(w[key] for w in weights) for key in ("count", "bytes"))
+    names = fold([w["weight"].removesuffix(".weight") for w in weights])
+    layers = Cell(f"{len(weights)}", ", ".join(names) if len(first[1].sub) and len(names) <= 4 else "")
+    return [
+        *first,
+        Cell(f"{count / 1e6:.2f} M"),
+        Cell(words.megabytes(size)),
+        Cell(words.ratio(2 * count / size)),
+        layers,
+    ]
+
+
 def training(report: Row) -> Table | None:
     if not report["training"]:
         return None
@@ -314,6 +344,10 @@ def methods(stage: Row) -> list[str]:
         found.append(" ".join([f"{stage['prune']['method']} pruning", *(f"({text})" for text in kept)]))
     if stage.get("quantize"):
         found.append(_quantization(stage["quantize"]))
+    if stage.get("palettize"):
+        how = {"kmeans": "k-means", "skm": "sensitive k-means"}[stage["palettize"]["method"]]
+        trained = ", tables trained" if stage["palettize"].get("finetune") else ""
+        found.append(f"{stage['palettize']['bits']}-bit palettization ({how}{trained})")
     if stage.get("distill"):
         found.append(f"distillation from {stage['teacher']}")
     return found

@@ -21,13 +21,14 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from mptrain import artifact
-from mptrain.compress import costs, quantizers, rescale, weight_only
+from mptrain.compress import costs, palettize, quantizers, records, rescale, weight_only
 from mptrain.compress.fisher import FisherPruner
 from mptrain.compress.magnitude import MagnitudePruner
 from mptrain.compress.movement import MovementPruner
 from mptrain.compress.pruner import Pruner
 from mptrain.compress.shrink import linear_slices, shrink
 from mptrain.compress.structure import Structure, find_structure
+from mptrain.compress.table_training import TableTrainer
 from mptrain.inputs.data import TaskData
 from mptrain.inputs.model import load_model
 from mptrain.plan import Phase
@@ -62,7 +63,10 @@ class Context:
 
 
 def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
-    """Run a phase unless it is done. Returns {"history": rows, "wall_s": seconds, "structure": …}."""
+    """Run a phase unless it is done.
+
+    Returns {"history": rows, "wall_s": seconds, "structure": …, "compressed": rows}.
+    """
     folder = context.folder / phase.folder
     if (folder / DONE).is_file():
         return read_json(folder / DONE)
@@ -76,6 +80,9 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
         else:
             model = quantizers.quantize(model, stage.quantize, _calibration(context))
     model.to(context.peers.device)
+    tables = _table_trainer(context, stage, phase, model)
+    if tables is not None:
+        tables.prepare(model)
     history: list[dict[str, Any]] = []
     trained_s = 0.0
     if pruner is not None:
@@ -94,7 +101,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
                 seed=context.recipe.seed,
                 stop=stop,
                 precision=context.recipe.precision,
-                compressors=[pruner] if pruner is not None else [],
+                compressors=[c for c in (pruner, tables) if c is not None],
                 distiller=_distiller(context, stage),
             )
         # what an earlier, killed attempt trained; the rest is in begun
@@ -104,10 +111,17 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     if pruner is not None:
         structure = costs.describe(pruner.structure, pruner.kept())
         model = _boundary(context, stage, model, pruner)
+    if tables is not None:
+        tables.finalize(model)
+    elif phase.palettize:
+        records.attach(model, _palettized(context, stage, model))
+        model.to("cpu")
     if context.peers.is_main_process:
         artifact.save(model.eval(), folder / MODEL, context.processor)
         wall = time.monotonic() - begun + trained_s
-        write_json(folder / DONE, {"history": history, "wall_s": round(wall, 3), "structure": structure})
+        compressed = records.describe(records.of(model))
+        facts = {"history": history, "wall_s": round(wall, 3), "structure": structure, "compressed": compressed}
+        write_json(folder / DONE, facts)
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
         (folder / "best.safetensors").unlink(missing_ok=True)
@@ -176,6 +190,21 @@ def _latency_table(context: Context, phase: Phase, structure: Structure, extents
     return read_json(path)
 
 
+def _palettized(context: Context, stage: Stage, model: nn.Module) -> dict[str, records.Palettized]:
+    """Records of the weights; what a stage before made of them is forgotten."""
+    assert stage.palettize is not None
+    records.forget(model)
+    model.to(context.peers.device)
+    batches = context.data.labelled(context.recipe.data.calibration) if stage.palettize.method == "skm" else None
+    return palettize.palettize(model, stage.palettize, batches, seed=context.recipe.seed)
+
+
+def _table_trainer(context: Context, stage: Stage, phase: Phase, model: nn.Module) -> TableTrainer | None:
+    if not (phase.palettize and phase.steps and stage.palettize and stage.palettize.finetune and stage.train):
+        return None
+    return TableTrainer(_palettized(context, stage, model), stage.palettize.finetune, lr=stage.train.lr)
+
+
 def _boundary(context: Context, stage: Stage, model: nn.Module, pruner: Pruner) -> nn.Module:
     """Cut what is masked for good; the quantizers follow."""
     pruner.restore_dense()
@@ -204,6 +233,12 @@ def structure_facts(context: Context) -> dict[str, Any] | None:
         return None
     folder = context.folder / context.plan[pruned[-1].id][0].folder
     return {"stage": pruned[-1].id, **read_json(folder / DONE)["structure"]}
+
+
+def compressed_facts(context: Context) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `records.describe` by stage, of the stages that end with compressed weights."""
+    last = {s.id: context.folder / context.plan[s.id][-1].folder / DONE for s in context.recipe.stages}
+    return {stage: rows for stage, done in last.items() if (rows := read_json(done)["compressed"])}
 
 
 @contextmanager
