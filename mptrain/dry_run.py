@@ -160,6 +160,7 @@ def _stored(stage: Stage, precision: str) -> tuple[float, float]:
     how = stage.quantize
     zero = 0.0 if how.symmetric else how.bits / 8
     weight = how.bits / 8 + ((2 + zero) / how.block_size if how.granularity == "block" else 0.0)
+    weight = weight if how.size_budget is None else how.size_budget / 8
     return weight, {"fp32": 4.0, "int8": 1.0, "same": weight}[how.embeddings]
 
 

@@ -239,6 +239,9 @@ class WeightOnly(Strict):
         " gptq: error-compensated rounding with calibration data",
     )
     bits: Literal[4, 8] = 4
+    size_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="stored bits per compressed weight, scales included: 4 or 8 bits to each by its sensitivity"
+    )
     granularity: Granularity = Field("block", description="what shares a scale: a weight, a row, a block of a row")
     block_size: Annotated[int, Field(gt=0)] = Field(32, description="columns to a block; must divide every weight")
     symmetric: bool = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ from mptrain.compress import records
 from mptrain.compress.base import is_quantized
 from mptrain.compress.blockwise import Grid, round_to_nearest
 from mptrain.compress.gptq import factor, gptq
+from mptrain.compress.importance import fisher
 from mptrain.compress.layerwise import walk
 from mptrain.compress.records import Record
 from mptrain.compress.scale_search import search
 from mptrain.compress.scopes import resolve
+from mptrain.compress.sensitivity import Option, allocate, option
 from mptrain.errors import ModelError, UserError
 from mptrain.recipe import WeightOnly
 
@@ -40,15 +42,23 @@ class Choice:
     linear: str | None
 
 
-def compress(model: nn.Module, config: WeightOnly, batches: Sequence[Mapping[str, Tensor]] = ()) -> None:
+def compress(
+    model: nn.Module,
+    config: WeightOnly,
+    batches: Sequence[Mapping[str, Tensor]] = (),
+    labelled: Sequence[Mapping[str, Tensor]] = (),
+) -> None:
     """Compress a plain float32 model in place; its records are there afterwards (records.of).
 
     batches: keyword arguments of the model, for methods `scale` and `gptq`. Without them `scale`
-    minimises the error of the weights, and `gptq` is an error. The same batches give the same
-    integers. Raises UserError for a pattern that matches nothing, or block sizes that do not
-    divide a weight; ModelError for weights that are not finite.
+    minimises the error of the weights, and `gptq` is an error. labelled: batches with labels, for
+    config.size_budget. The same batches give the same integers. Raises UserError for a pattern
+    that matches nothing, block sizes that do not divide a weight, or a budget below what 4 bits
+    take; ModelError for weights that are not finite.
     """
     plan = choices(model, config)
+    if config.size_budget is not None:
+        plan = _within_budget(model, plan, config.size_budget, labelled)
     calibrated = {
         choice.linear: name
         for name, choice in plan.items()
@@ -104,6 +114,21 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
     if not plan:
         raise UserError("quantize.ignore: nothing is left to compress; name fewer modules")
     return plan
+
+
+def _within_budget(
+    model: nn.Module, plan: dict[str, Choice], budget: float, labelled: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Choice]:
+    """The plan with 4 or 8 bits for each weight. Candidates are rounded to nearest, whatever the method is."""
+    information = fisher(model, [dict(batch) for batch in labelled], plan)
+    options: dict[str, list[Option]] = {}
+    for name, choice in plan.items():
+        weight = model.get_parameter(name).detach()
+        grids = [replace(choice.grid, bits=bits) for bits in (4, 8)]
+        options[name] = [option(weight, round_to_nearest(weight, grid), information[name]) for grid in grids]
+    total = sum(model.get_parameter(name).numel() for name in plan)
+    found = allocate(options, int(budget * total / 8))
+    return {name: replace(choice, grid=replace(choice.grid, bits=found[name].bits)) for name, choice in plan.items()}
 
 
 def _users(model: nn.Module) -> dict[str, dict[str, nn.Module]]:

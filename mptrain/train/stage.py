@@ -76,7 +76,8 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     pruner = _pruner(context, stage, phase, model) if phase.prune else None
     if phase.quantize_at_start and stage.quantize is not None:
         if isinstance(stage.quantize, WeightOnly):
-            weight_only.compress(model.to(context.peers.device), stage.quantize, _calibration(context))
+            labelled = context.data.labelled(context.recipe.data.calibration) if stage.quantize.size_budget else ()
+            weight_only.compress(model.to(context.peers.device), stage.quantize, _calibration(context), labelled)
         else:
             model = quantizers.quantize(model, stage.quantize, _calibration(context))
     model.to(context.peers.device)

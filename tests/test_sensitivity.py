@@ -1,0 +1,83 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_records import palettized, quantized
+from tiny_models import inputs, tiny
+
+from mptrain.compress import records, sensitivity, weight_only
+from mptrain.compress.importance import fisher
+from mptrain.compress.sensitivity import Option, allocate
+from mptrain.errors import UserError
+from mptrain.recipe import WeightOnly
+
+
+def cases(seed, count=6, equal=False):
+    rng = np.random.default_rng(seed)
+    sizes = np.full(count, 100) if equal else rng.integers(20, 200, count)
+    costs = np.sort(rng.exponential(1, (count, 3)), axis=1)[:, ::-1]
+    return {f"w{i}": [Option(2**k, int(s * 2**k), float(costs[i, k])) for k in range(3)] for i, s in enumerate(sizes)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_against_every_allocation(seed):
+    """It fits, and costs no more than the best that fits a budget smaller by the largest single step."""
+    options = cases(seed)
+    smallest, largest = (sum(o[i].size for o in options.values()) for i in (0, 2))
+    budget = int(smallest + 0.4 * (largest - smallest))
+    found = allocate(options, budget)
+    assert sum(o.size for o in found.values()) <= budget
+
+    def best(limit):
+        every = itertools.product(*options.values())
+        return min(sum(o.cost for o in pick) for pick in every if sum(o.size for o in pick) <= limit)
+
+    cost = sum(o.cost for o in found.values())
+    assert best(budget) <= cost + 1e-12
+    assert cost <= best(budget - max(o[2].size - o[0].size for o in options.values())) + 1e-12
+
+
+def test_the_ends():
+    options = cases(0)
+    assert all(o.bits == 1 for o in allocate(options, sum(o[0].size for o in options.values())).values())
+    assert all(o.bits == 4 for o in allocate(options, 10**9).values())
+    with pytest.raises(UserError, match="size_budget"):
+        allocate(options, 10)
+
+
+def test_cost_is_the_fisher_weighted_error_of_either_family():
+    weight, importance = torch.randn(5, 12), torch.rand(5, 12)
+    for record in (quantized(5, 12), palettized(5, 12)):
+        found = sensitivity.option(weight, record, importance)
+        expected = sum(
+            float(importance[i, j] * (weight[i, j] - record.dense()[i, j]) ** 2) for i, j in np.ndindex(5, 12)
+        )
+        assert found.cost == pytest.approx(expected) and found.size == records.stored_bytes(record)
+
+
+def test_a_model_within_its_budget():
+    """More bits where the loss minds more: the estimate is no worse than that of the reverse choice."""
+    labelled = [inputs("bert", labels=True, seed=i) for i in range(3)]
+    batches = [{k: v for k, v in b.items() if k != "labels"} for b in labelled]
+    config = WeightOnly(mode="weight_only", method="rtn", block_size=16, embeddings="fp32", size_budget=6.5)
+    model, plain = tiny("bert"), tiny("bert")
+    weight_only.compress(model, config, batches, labelled)
+    found = records.distinct(records.of(model))
+    weights = sum(r.q.numel() for r in found.values())
+    assert {r.bits for r in found.values()} == {4, 8}
+    assert 5.5 * weights < 8 * sum(map(records.stored_bytes, found.values())) <= 6.5 * weights
+    information = fisher(plain, labelled, list(found))
+
+    def cost(which):
+        plan = {n: 8 if (r.bits == 8) == which else 4 for n, r in found.items()}
+        model = tiny("bert")
+        config = WeightOnly(
+            mode="weight_only", method="rtn", block_size=16, embeddings="fp32",
+            overrides={n.removesuffix(".weight"): {"bits": b} for n, b in plan.items()},
+        )  # fmt: skip
+        weight_only.compress(model, config)
+        error = {n: (model.get_parameter(n) - plain.get_parameter(n)).detach().square() for n in found}
+        return sum(float((information[n] * error[n]).sum()) for n in found)
+
+    assert cost(True) < cost(False)
