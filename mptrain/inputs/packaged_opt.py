@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,19 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from mptrain.inputs.film_reviews import read_film_reviews
 
 VERSION = 1
+_CONFIG: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "word_embed_proj_dim": 128,
+    "num_hidden_layers": 4,
+    "ffn_dim": 512,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "dropout": 0.0,
+}
 _SPECIAL = ["<pad>", "</s>"]
 
 
@@ -30,7 +44,7 @@ def make(reviews: Path, folder: Path) -> Path:
         tokenizer(table["text"]).save_pretrained(new)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = OPTForCausalLM(_config())
+            model = OPTForCausalLM(OPTConfig(**_CONFIG))
         model.save_pretrained(new)
         os.replace(new, folder)
     return folder
@@ -44,7 +58,7 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     inner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=_config().vocab_size,
+            vocab_size=_CONFIG["vocab_size"],
             special_tokens=_SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -55,22 +69,6 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         bos_token="</s>",
-        model_max_length=_config().max_position_embeddings,
+        model_max_length=_CONFIG["max_position_embeddings"],
         model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def _config() -> OPTConfig:
-    return OPTConfig(
-        vocab_size=2048,
-        hidden_size=128,
-        word_embed_proj_dim=128,
-        num_hidden_layers=4,
-        ffn_dim=512,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        dropout=0.0,
     )
