@@ -347,7 +347,7 @@ def _export(options: argparse.Namespace) -> int:
         f" {compared['examples']} inputs ({facts['inputs']}): largest difference {compared['max_abs_diff']:.2g},"
         f" same decision in {100 * compared['argmax_agreement']:.1f}%."
     )
-    if half := facts["runtime"].get("fp16"):
+    if half := facts["runtime"].get("half"):
         from mptrain.report.words import kept_in_fp32
 
         print(f"fp16: {kept_in_fp32(half)}.")

@@ -11,7 +11,6 @@ model that runs in half precision, but in a graph that was exported in fp32 it h
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -185,9 +184,7 @@ def _training(model: PreTrainedModel, inputs: Samples, compute: Compute) -> dict
 
 
 def _difference(found: Difference) -> dict[str, Any]:
-    """JSON has no inf: None says that outputs were not finite."""
-    known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(found).items()}
-    return {**known, "right": found.right()}
+    return {**overflow.as_json(found), "right": found.right()}
 
 
 @torch.no_grad()

@@ -189,19 +189,13 @@ def _to_half(
         ops = graph_ops.GraphOps(graph, inputs, outputs, calibration)
         found = overflow.search(ops, suspects=list(kept))
         kept |= found.reasons
-        facts = {
-            "all_half": asdict(found.before),
-            "kept": asdict(found.after),
-            "runs": found.runs,
-            "seconds": found.seconds,
-            "casts": overflow.casts(ops.ops, kept),
-        }
+        facts = overflow.described(found) | {"casts": overflow.casts(ops.ops, kept)}
     stays = graph_ops.with_copies(graph, kept)
     with _quiet():
         from coreai_opt.casting import cast_fp32_to_fp16  # here, for it imports torchao, which takes seconds
 
         cast_fp32_to_fp16(graph, ignored_ops=lambda node: node.name in stays)
-    return {"kept_fp32": kept, **facts}
+    return facts | {"kept_fp32": kept}
 
 
 def _inside(node: fx.Node, name: str) -> bool:

@@ -93,7 +93,7 @@ class OpenVinoFormat:
             calibration=calibration() if precision == "fp16" else (),
             processor=processor,
         )
-        return Written(done.xml, done.size_bytes, {} if done.fp16 is None else {"fp16": done.fp16})
+        return Written(done.xml, done.size_bytes, {} if done.half is None else {"half": done.half})
 
     def runner(self, path: Path, threads: int | None = None) -> Forward:
         from mptrain.export.openvino import Runner

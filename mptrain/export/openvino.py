@@ -33,7 +33,8 @@ from mptrain.export import openvino_fp16, openvino_weights
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import Precision
 from mptrain.silence import silenced
-from mptrain.verify.parity import compare
+from mptrain.verify import overflow
+from mptrain.verify.torch_ops import counted
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
 _INT4_GROUP = 64
@@ -43,12 +44,12 @@ _WRAPPED = "__module.model."  # scope of everything inside Positional
 
 @dataclass(frozen=True)
 class Exported:
-    """size_bytes: xml and bin together. fp16: what of it stays in fp32 (`openvino_fp16.described`)."""
+    """size_bytes: xml and bin together. half: what of an fp16 export stays in fp32 (`openvino_fp16.described`)."""
 
     folder: Path
     xml: Path
     size_bytes: int
-    fp16: dict[str, Any] | None = None
+    half: dict[str, Any] | None = None
 
 
 def export_openvino(
@@ -96,8 +97,24 @@ def _export_fp16(
     done = _write(graph, model, folder, processor, half=True)
     runner = Runner(done.xml, precision="f16")
     if runner.precision == "f16":
-        facts["executed"] = compare(plain, runner, batches)
-    return replace(done, fp16=facts)
+        facts["executed"] = overflow.as_json(_executed(plain, runner, batches))
+        if not facts["executed"]["finite"]:
+            raise ExportError(
+                f"{folder}: computed in fp16 on this CPU, the exported model gives values that are not finite, although"
+                f" {', '.join(found.keep) or 'nothing'} was kept in fp32. Export it as fp32."
+            )
+    return replace(done, half=facts)
+
+
+@torch.no_grad()
+def _executed(model: PreTrainedModel, runner: Runner, batches: Sequence[Mapping[str, Tensor]]) -> overflow.Difference:
+    found = []
+    for batch in batches:
+        with without_cache(model):
+            expected = counted(model(**batch), batch)
+        got = counted({name: torch.from_numpy(value) for name, value in runner(batch).items()}, batch)
+        found.append(overflow.compare({name: expected[name] for name in got}, got))
+    return overflow.worst(found)
 
 
 def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:

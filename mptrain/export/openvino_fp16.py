@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from mptrain.errors import ExportError
 from mptrain.export.traceable import traceable_masks, without_cache
-from mptrain.verify.overflow import HALF_MAX, Found, Op, search
+from mptrain.verify import overflow
+from mptrain.verify.overflow import HALF_MAX, Found, Op
 from mptrain.verify.torch_ops import TorchOps
 
 _MAX_CHANGE = 2.0**-8
@@ -48,7 +49,7 @@ def find(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Fou
     """The ops to keep in fp32, and all ops, of the model with the masks that it is exported with."""
     with traceable_masks(), without_cache(model):
         program = TorchOps(model, batches)
-        return search(program), list(program.ops)
+        return overflow.search(program), list(program.ops)
 
 
 def marked(graph: ov.Model, keep: Collection[str], ops: Sequence[Op]) -> tuple[ov.Model, list[str], list[str]]:
@@ -123,15 +124,4 @@ def _with_attribute(graph: ov.Model, names: Iterable[str]) -> ov.Model:
 
 def described(found: Found, nodes: Sequence[str], constants: Sequence[str]) -> dict[str, Any]:
     """JSON facts for the report; executed: filled in where a device here computes in fp16."""
-    return {
-        "operations": list(found.keep),
-        "reasons": dict(found.reasons),
-        "casts": found.casts,
-        "nodes": list(nodes),
-        "constants": list(constants),
-        "finite_without": found.before.finite,
-        "cosine_without": found.before.cosine,
-        "cosine": found.after.cosine,
-        "max_diff": found.after.max_diff,
-        "executed": None,
-    }
+    return {**overflow.described(found), "nodes": list(nodes), "constants": list(constants), "executed": None}

@@ -217,20 +217,20 @@ def runtime(report: Row) -> Table | None:
 
 def half(report: Row) -> Table | None:
     """What fp16 exports keep in fp32, so that nothing overflows."""
-    found = [(v["id"], v["runtime"]["fp16"]) for v in report["variants"] if v["runtime"].get("fp16")]
+    found = [(v["id"], v["runtime"]["half"]) for v in report["variants"] if "kept" in v["runtime"].get("half", {})]
     if not found:
         return None
     rows = []
     for name, facts in found:
-        kept, constants, executed = facts["operations"], facts.get("constants", []), facts.get("executed")
+        kept, constants, executed = list(facts["kept_fp32"]), facts.get("constants", []), facts.get("executed")
         rows.append(
             [
                 Cell(name),
                 Cell(", ".join(fold(kept)) or "none", f"{len(kept)} operation{'s' * (len(kept) != 1)}" if kept else ""),
                 Cell(", ".join(fold(constants)) or "none"),
                 Cell(str(facts["casts"])),
-                Cell(f"{facts['cosine']:.6f}"),
-                Cell(words.small(executed["max_abs_diff"]) if executed else words.NONE),
+                Cell(f"{facts['kept']['cosine']:.6f}"),
+                Cell(words.small(executed["max_diff"]) if executed else words.NONE),
             ]
         )
     columns = [

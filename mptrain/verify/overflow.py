@@ -14,11 +14,12 @@ that no single op of it can be dropped; delta debugging (Zeller, Hildebrandt 200
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -148,6 +149,25 @@ def search(program: Program, *, max_error: float = MAX_ERROR, suspects: Collecti
         trial.runs,
         time.monotonic() - begun,
     )
+
+
+def described(found: Found) -> dict[str, Any]:
+    """JSON facts: what stays in fp32 and why, and the outputs against fp32 without (all_half) and with that (kept).
+
+    A difference that is not finite is None.
+    """
+    return {
+        "kept_fp32": dict(found.reasons),
+        "casts": found.casts,
+        "all_half": as_json(found.before),
+        "kept": as_json(found.after),
+        "runs": found.runs,
+        "seconds": found.seconds,
+    }
+
+
+def as_json(difference: Difference) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(difference).items()}
 
 
 def casts(ops: Iterable[Op], keep: Collection[str]) -> int:
