@@ -269,13 +269,19 @@ class _Meter:
         self.counts = torch.zeros(4, dtype=torch.int64)  # of values other than 0, too large, made 0, subnormal
 
     def add(self, value: Tensor) -> None:
-        self.broken += _broken(value)
         x = value.detach().abs()
-        x = x[torch.isfinite(x) & (x > 0)]
+        broken = _broken(x)
+        self.broken += broken
+        if broken:
+            x = torch.where(torch.isfinite(x), x, 0.0)
         if x.numel():
             self.largest = max(self.largest, float(x.max()))
-            bounds = (x > HALF_MAX, x <= HALF_LEAST / 2, x < HALF_TINY)
-            self.counts += torch.tensor([x.numel(), *(int(b.sum()) for b in bounds)])
+            nonzero = int(torch.count_nonzero(x))
+            zeros = x.numel() - nonzero
+            large, lost, small = (
+                int(torch.count_nonzero(b)) for b in (x > HALF_MAX, x <= HALF_LEAST / 2, x < HALF_TINY)
+            )
+            self.counts += torch.tensor([nonzero, large, lost - zeros, small - zeros])
 
     def range(self) -> Range:
         total, *parts = self.counts.tolist()
@@ -283,7 +289,7 @@ class _Meter:
 
 
 def _broken(value: Tensor) -> int:
-    return int((~torch.isfinite(value)).sum())
+    return value.numel() - int(torch.count_nonzero(torch.isfinite(value)))
 
 
 def compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Difference:
