@@ -167,11 +167,13 @@ def _check(model: PreTrainedModel, precision: str) -> None:
         raise UserError(
             f"export precision {precision} of a model with quantizers: detach them first (quantizers.detach)"
         )
-    if precision == "compressed" or records.of(model):
-        if precision != "compressed" or not records.of(model):
+    # look-up tables have no place in the IR: palettized weights are written out as the numbers they stand for
+    stored = any(isinstance(record, records.BlockQuantized) for record in records.of(model).values())
+    if precision == "compressed" or stored:
+        if precision != "compressed" or not stored:
             raise UserError(
-                f"export precision {precision}: models with compressed weights, and no others, are exported as"
-                " `compressed`"
+                f"export precision {precision}: models with weights compressed to integers, and no others, are"
+                " exported as `compressed`"
             )
     elif not quantized and precision not in ("fp32", "fp16"):
         raise UserError(
