@@ -11,12 +11,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+import mptrain
 from mptrain.cli import main
+from mptrain.compress import quantizers
+from mptrain.compress.shrink import shrink
+from mptrain.compress.structure import Kept, find_structure
 from mptrain.inputs.samples import guess_task
 from mptrain.precision import memory
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.loop import MasterWeights
 from mptrain.precision.policy import Policy, kept_in_fp32
+from mptrain.recipe import Ptq
 from mptrain.verify.half_modules import HalfModules
 from mptrain.verify.overflow import compare, search
 
@@ -207,6 +212,20 @@ def test_a_recipe_gives_the_data(overflowing, tmp_path):
     facts = json.loads(out.read_text())
     assert facts["inputs"]["examples"] == 10 and "recipe.yaml" in facts["inputs"]["source"]
     assert facts["export"] is None and facts["training"] == {} and facts["speed"]["rows"] == []
+
+
+def test_a_pruned_and_quantized_model_of_a_run(tmp_path):
+    model = tiny_models.tiny("bert")
+    structure = find_structure(model)
+    shrink(model, structure, Kept({0: [1]}, {1: list(range(0, 48, 2))}))
+    pruned = sum(p.numel() for p in model.parameters())
+    mptrain.save(quantizers.quantize(model, Ptq(mode="ptq"), [tiny_models.inputs("bert")]), tmp_path / "model")
+    out = tmp_path / "facts.json"
+    options = ["--samples", 2, "--max-length", 8, "--precision", "fp16-master", "--json", out]
+    assert run(tmp_path / "model", *options) == 0
+    facts = json.loads(out.read_text())
+    assert facts["parameters"] == pruned and facts["memory"][0]["parameters"] == pruned
+    assert facts["training"]["fp16"]["after"]["right"] and facts["export"]["after"]["right"]
 
 
 def test_wrong_input_is_exit_2(overflowing, tmp_path, capsys):

@@ -92,7 +92,7 @@ def load_with_inputs(
         if data is not None:
             raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
         return Loaded(model, task, made_up(model, task, samples, length), processor)
-    texts = texts_for(data)
+    texts = texts_for(data) if processor is not None else None
     limit = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     if texts is None or processor is None:
         return Loaded(model, task, made_up(model, task, samples, limit), processor)

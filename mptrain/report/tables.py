@@ -228,7 +228,7 @@ def half(report: Row) -> Table | None:
                 Cell(name),
                 Cell(", ".join(fold(kept)) or "none", f"{len(kept)} operation{'s' * (len(kept) != 1)}" if kept else ""),
                 Cell(", ".join(fold(constants)) or "none"),
-                Cell(str(facts["casts"])),
+                Cell(str(facts.get("float_casts", facts.get("casts", words.NONE)))),
                 Cell(f"{facts['kept']['cosine']:.6f}"),
                 Cell(words.small(executed["max_diff"]) if executed else words.NONE),
             ]

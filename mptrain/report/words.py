@@ -115,7 +115,7 @@ def setting_words(key: str, task: str) -> str:
 
 def kept_in_fp32(half: dict[str, Any]) -> str:
     """What an fp16 export keeps: "1 op in fp32: encoder/mul; 2 float↔half casts"."""
-    ops, casts = half["kept_fp32"], half["casts"]
+    ops, casts = half["kept_fp32"], half.get("float_casts", half.get("casts", 0))
     if not ops:
         return "no op has to stay in fp32"
     return f"{len(ops)} op{'s' * (len(ops) > 1)} in fp32: {', '.join(ops)}; {casts} float↔half cast{'s' * (casts != 1)}"
