@@ -74,14 +74,14 @@ def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
         for phase in phases(stage, rows):
             seconds = _seconds(stage, phase.prune, phase.steps, outlook, speed)
             total += seconds
-            does = _does(stage, phase)
+            does = _does(recipe.precision.compute, stage, phase)
             table.add_row(stage.id, phase.name, f"{phase.start}–{phase.end}", does, _minutes(seconds))
     table.add_row("", "", "", "all phases", _minutes(total))
     return table
 
 
-def _does(stage: Stage, phase: Any) -> str:
-    parts = ["train"] if phase.steps else []
+def _does(compute: str, stage: Stage, phase: Any) -> str:
+    parts = ["train" if compute == "fp32" else f"train in {compute}"] if phase.steps else []
     if phase.prune and stage.prune:
         parts.append(f"prune ({stage.prune.method})")
     if stage.quantize and (phase.quantize_at_start or phase.name == "finetune"):
