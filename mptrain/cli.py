@@ -22,6 +22,9 @@ EXTRAS = {
     "openvino": "openvino",
     "openvino_telemetry": "openvino",
     "coremltools": "coreml",
+    "coreai": "coreai",
+    "coreai_torch": "coreai",
+    "coreai_opt": "coreai",
     "matplotlib": "plots",
 }
 

@@ -475,7 +475,19 @@ class CoreMl(Strict):
     )
 
 
-Export = Annotated[OpenVino | CoreMl, Field(discriminator="format")]
+class CoreAi(Strict):
+    """A Core AI asset (.aimodel, iOS 27 and macOS 27), scored by executing it on this host's CPU."""
+
+    id: Name
+    format: Literal["coreai"]
+    of: list[str] = Field(description="stage ids")
+    precision: list[Literal["fp32", "fp16"]] = Field(
+        ["fp32", "fp16"], description="of the arithmetic; weights are stored as they were compressed"
+    )
+    shapes: Literal["dynamic"] = "dynamic"
+
+
+Export = Annotated[OpenVino | CoreMl | CoreAi, Field(discriminator="format")]
 
 
 class Latency(Strict):

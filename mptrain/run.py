@@ -38,6 +38,9 @@ VERSIONS = (
     "openvino",
     "optimum-intel",
     "coremltools",
+    "coreai-core",
+    "coreai-torch",
+    "coreai-opt",
     "numpy",
 )
 

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import json
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_an_asset_runs_at_every_shape(family, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long
 def test_fp16_with_a_module_in_fp32(tmp_path):
     model, batch = tiny("bert"), inputs("bert")
     plain = export_coreai(model, batch, tmp_path / "plain", precision="fp16")
@@ -86,7 +88,7 @@ def test_fp16_with_a_module_in_fp32(tmp_path):
 @pytest.mark.parametrize(
     ("attn", "precision", "limit"),
     [
-        ("sdpa", "fp16", 2e-2),
+        pytest.param("sdpa", "fp16", 2e-2, marks=pytest.mark.long),
         pytest.param("eager", "fp16", 2e-2, marks=pytest.mark.long),
         pytest.param("eager", "fp32", 1e-5, marks=pytest.mark.long),
     ],
@@ -206,22 +208,31 @@ def stored_model(tmp_path_factory):
     model = tiny("bert")
     found = compressed(model)
     folder = tmp_path_factory.mktemp("asset")
-    return model, found, {p: export_coreai(model, inputs("bert"), folder / p, precision=p) for p in ("fp32", "fp16")}
+
+    @functools.cache
+    def export(precision):
+        return export_coreai(model, inputs("bert"), folder / precision, precision=precision)
+
+    return model, found, export
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("fp16", 5e-3)])
+HALF = pytest.param("fp16", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), pytest.param("fp16", 5e-3, marks=pytest.mark.long)])
 def test_compressed_weights_compute_what_the_dense_model_computes(stored_model, precision, limit):
-    model, _, done = stored_model
-    assert difference(model, Runner(done[precision].asset), other("bert", 5, 13)) < limit
+    model, _, export = stored_model
+    assert difference(model, Runner(export(precision).asset), other("bert", 5, 13)) < limit
     assert type(model.bert.pooler.dense) is type(model.bert.encoder.layer[0].output.dense)  # nothing is left behind
     assert records.of(model).keys() == dict(model.named_parameters()).keys() & records.of(model).keys()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", HALF])
 def test_the_asset_holds_the_same_integers_and_tables(stored_model, precision):
-    _, found, done = stored_model
+    _, found, export = stored_model
+    asset = export(precision).asset
     real = {"fp32": "f32", "fp16": "f16"}[precision]
-    held = constants(done[precision].asset)
+    held = constants(asset)
 
     def holds(kind, values):
         return any(k == kind and v.shape == values.shape and np.array_equal(v, values) for k, v in held)
@@ -241,7 +252,7 @@ def test_the_asset_holds_the_same_integers_and_tables(stored_model, precision):
     wide = found["bert.encoder.layer.1.intermediate.dense.weight"]
     assert holds(real, wide.lut[:, None].numpy())
 
-    types = verify.stored_types(done[precision].asset)
+    types = verify.stored_types(asset)
     pairs = [(r, stored_bits(r)) for r in found.values()]
     for kind, cls, bits in (("UInt3", Palettized, 3), ("UInt2", Palettized, 2), ("UInt6", Palettized, 6)):
         assert types[kind] == sum(r.indices.numel() * bits // 8 for r, b in pairs if isinstance(r, cls) and b == bits)

@@ -38,6 +38,18 @@ def test_the_same_integers_without_quantizers(family, config):
     torch.testing.assert_close(logits(plain, inputs(family)), logits(model, inputs(family)), rtol=0, atol=1e-5)
 
 
+def test_embeddings_are_rounded_by_row():
+    model = quantizers.quantize(tiny("bert"), Qat(mode="qat"), [inputs("bert")])
+    names = {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
+    plain = weight_only(model, embeddings="int8")
+    found = records.of(plain)
+    assert set(found) - set(records_from_quantizers(model)) == names
+    for name in names:
+        error = (found[name].dense() - model.get_parameter(name)).abs()
+        assert (error <= found[name].scale * 0.51).all() and found[name].bits == 8
+        assert found[name].scale.shape == (len(error), 1)
+
+
 def bypass_activations(model):
     for module in model.modules():
         if isinstance(module, FakeQuantizer) and module.weight_of is None:

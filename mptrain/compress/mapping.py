@@ -37,6 +37,31 @@ ROWS = [
         "expanded",
         "float32: the CPU plugin has no kernel that keeps a table, and would expand it when the model is loaded",
     ),
+    Row(
+        "Core AI",
+        "int8 and int4 of JPQD, QAT and PTQ",
+        "stored",
+        "si8, ui8, si4 or ui4 constants with their learned scales (blockwise_shift_scale); activations compute in"
+        " floating point, their learned ranges are left out; embeddings are int8 by row where the recipe says so",
+    ),
+    Row(
+        "Core AI",
+        "2, 4 and 8 bit weights, per tensor, row or block",
+        "stored",
+        "si2 … ui8 constants with their scales and zero points; 1, 3, 5, 6 and 7 bit integers take the next width",
+    ),
+    Row(
+        "Core AI",
+        "look-up tables of 1, 2, 3, 4, 6 and 8 bits: per tensor, grouped, vector, with a scale per row",
+        "stored",
+        "lut_to_dense on uiN indices; a last group of fewer rows repeats tables; 5 and 7 bits take the next width",
+    ),
+    Row(
+        "Core AI",
+        "fake quantizers as such",
+        "refused",
+        "UserError: the integers are exported (quantizer_records.weight_only), as the recipe's `coreai` format does",
+    ),
 ]
 
 

@@ -8,11 +8,12 @@ had them, on the inputs of their Linears: folding them into the weights would ch
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress import placement, records
+from mptrain.compress import blockwise, placement, records
 from mptrain.compress.fake_quant import FakeQuantizer
 from mptrain.compress.records import BlockQuantized
 from mptrain.errors import ModelError
@@ -32,9 +33,22 @@ def records_from_quantizers(model: nn.Module) -> dict[str, BlockQuantized]:
     return found
 
 
-def weight_only(model: nn.Module) -> nn.Module:
-    """A plain copy with those records attached: weights as trained, activations in floating point."""
-    made = records_from_quantizers(model)
+@torch.no_grad()
+def weight_only(model: nn.Module, *, embeddings: Literal["fp32", "int8"] = "fp32") -> nn.Module:
+    """A plain copy with those records attached: weights as trained, activations in floating point.
+
+    embeddings: they have no quantizers; "int8" rounds each row to nearest, with its own scale, but for a table that
+    is tied to a quantized weight.
+    """
+    made: dict[str, BlockQuantized] = records_from_quantizers(model)
+    if embeddings == "int8":
+        quantized = {id(model.get_parameter(name)) for name in made}
+        grid = blockwise.Grid(bits=8, granularity="channel")
+        made |= {
+            f"{name}.weight": blockwise.round_to_nearest(module.weight, grid)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and id(module.weight) not in quantized
+        }
     plain = copy.deepcopy(model)
     smooth = [module for _, module in placement.hooks(plain) if isinstance(module, placement.Smooth)]
     placement.unhook(plain)

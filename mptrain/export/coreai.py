@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ with warnings.catch_warnings():
 
 ASSET = "model.aimodel"
 FUNCTION = "main"
-_MASKED = -3e4  # added to scores that do not count: finite in fp16 even with a score beside it
+MASKED = -3e4  # added to scores that do not count: finite in fp16 even with a score beside it
 _FIXED = {"pixel_values"}  # inputs with only the batch dynamic: images have the size the model was built for
 
 
@@ -62,9 +62,8 @@ Batches = Sequence[Mapping[str, Tensor]]
 class Exported:
     """size_bytes: all files of the asset.
 
-    half: of an fp16 asset, JSON facts: `kept_fp32` (operation: reason), `casts` between float and half that
-    follow from it, and with calibration batches the differences from the fp32 model: `all_half` and `kept`,
-    computed op by op in torch, and `executed`, of the asset itself.
+    half: of an fp16 asset, JSON facts: `kept_fp32` (operation: reason), and with calibration batches what
+    overflow.described says, and `executed`: the asset itself, run, against the fp32 model.
     """
 
     folder: Path
@@ -108,19 +107,19 @@ def export_coreai(
     half: dict[str, Any] | None = None
     if precision == "fp16":
         half = _to_half(graph, list(example), outputs, calibration, keep_fp32)
-    program = _converted(graph, model, list(example), outputs)
+    program = converted(graph, model, list(example), outputs)
 
     def verify(asset: Path) -> None:
         if half is not None and calibration:
             executed = _executed(model, asset, calibration)
-            half["executed"] = asdict(executed)
+            half["executed"] = overflow.as_json(executed)
             if not executed.right():
                 raise ExportError(
                     f"the fp16 asset of {type(model).__name__} is wrong on the calibration batches: {half}."
                     " Export it as fp32, or name more modules in keep_fp32"
                 )
 
-    return _write(program, model, folder, processor, half, verify)
+    return write(program, model, folder, processor, half, verify)
 
 
 def traced(
@@ -136,7 +135,7 @@ def traced(
     wrapper = Positional(model, list(example)).eval()
     axes = _dynamic(example) if shapes == "dynamic" else None
     try:
-        with torch.no_grad(), _quiet(), traceable_masks(_MASKED), without_cache(model), stored(model, held):
+        with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model), stored(model, held):
             program = torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=axes)
             return program.run_decompositions(get_decomp_table())
     except Exception as error:
@@ -165,7 +164,7 @@ def _dynamic(example: Mapping[str, Tensor]) -> tuple[tuple[dict[int, Any], ...]]
 
 
 def _names(model: nn.Module, example: Mapping[str, Tensor]) -> list[str]:
-    with torch.no_grad(), _quiet(), traceable_masks(_MASKED), without_cache(model):
+    with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model):
         return Positional(model, list(example)).output_names(*example.values())
 
 
@@ -191,7 +190,7 @@ def _to_half(
         kept |= found.reasons
         facts = overflow.described(found) | {"casts": overflow.casts(ops.ops, kept)}
     stays = graph_ops.with_copies(graph, kept)
-    with _quiet():
+    with quiet():
         from coreai_opt.casting import cast_fp32_to_fp16  # here, for it imports torchao, which takes seconds
 
         cast_fp32_to_fp16(graph, ignored_ops=lambda node: node.name in stays)
@@ -218,11 +217,14 @@ def _executed(model: nn.Module, asset: Path, batches: Batches) -> overflow.Diffe
         runner.close()
 
 
-def _converted(graph: ExportedProgram, model: nn.Module, inputs: list[str], outputs: list[str]) -> AIProgram:
+def converted(
+    graph: ExportedProgram, model: nn.Module, inputs: list[str], outputs: list[str], states: Sequence[str] = ()
+) -> AIProgram:
+    """The program of a decomposed export; states: names of the buffers that it changes, in order."""
     try:
-        with _quiet(), packing():
+        with quiet(), packing():
             converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)  # no source paths in the asset
-            converter.add_exported_program(graph, input_names=inputs, output_names=outputs)
+            converter.add_exported_program(graph, input_names=inputs, output_names=outputs, state_names=states)
             return converter.to_coreai()
     except Exception as error:
         raise ExportError(
@@ -231,21 +233,22 @@ def _converted(graph: ExportedProgram, model: nn.Module, inputs: list[str], outp
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the packages' banner and warnings."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
-def _write(
+def write(
     program: AIProgram,
     model: PreTrainedModel,
     folder: Path,
     processor: Any,
-    half: Mapping[str, Any] | None,
-    verify: Callable[[Path], None],
+    half: Mapping[str, Any] | None = None,
+    verify: Callable[[Path], None] = lambda _: None,
 ) -> Exported:
+    """Save asset, config and processor in a temporary folder, call `verify` on the asset, and move all to `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -277,8 +280,8 @@ class Runner:
     """An asset as a function of named inputs, computed by Core AI's runtime on this host's CPU.
 
     The runtime chooses its threads itself. Usable where an event loop is already running (Jupyter):
-    the asynchronous calls are made in a thread of their own. `close` frees the model; so does the
-    garbage collector.
+    the asynchronous calls are made in a thread of their own. States of the asset, such as a key-value
+    cache, start as zeros and stay between calls. `close` frees the model; so does the garbage collector.
     """
 
     def __init__(self, asset: Path | str):
@@ -299,6 +302,13 @@ class Runner:
         self.outputs = list(described.output_names)
         self._types = {name: np.dtype(described.input_descriptor(name).dtype) for name in self.inputs}
         self._shapes = {name: described.input_descriptor(name).shape for name in self.inputs}
+        self.states = {name: described.state_descriptor(name).shape for name in described.state_names}
+        self._state_types = {name: described.state_descriptor(name).dtype for name in described.state_names}
+        self.reset()
+
+    def reset(self) -> None:
+        """Make the states zeros again."""
+        self._state = {name: NDArray(np.zeros(shape, self._state_types[name])) for name, shape in self.states.items()}
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Takes torch tensors or arrays of any width; inputs that the asset lacks are dropped."""
@@ -306,7 +316,7 @@ class Runner:
         if missing:
             raise ExportError(f"{self.asset} needs the inputs {self.inputs}, the batch lacks {missing}")
         arrays = {name: self._array(name, batch[name]) for name in self.inputs}
-        results = _wait(self._function({name: NDArray(array) for name, array in arrays.items()}))
+        results = _wait(self._function({name: NDArray(array) for name, array in arrays.items()}, self._state))
         return {name: np.array(results[name].numpy()) for name in self.outputs}
 
     def _array(self, name: str, value: Tensor | np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mptrain.compress import quantizers
-from mptrain.recipe import CoreMl, Export, OpenVino, Stage
+from mptrain.recipe import CoreAi, CoreMl, Export, OpenVino, Stage
 
 Forward = Callable[[Mapping[str, Tensor | np.ndarray]], dict[str, np.ndarray]]
 
@@ -34,8 +34,8 @@ class Format(Protocol):
 
     timed: bool
 
-    def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
-        """The torch model that the exported one is compared with."""
+    def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
+        """The torch model that is written, and that the exported one is compared with."""
         ...
 
     def write(
@@ -60,13 +60,15 @@ class Format(Protocol):
 
 
 def format_of(spec: Export) -> Format:
-    return OpenVinoFormat() if isinstance(spec, OpenVino) else CoreMlFormat(spec)
+    if isinstance(spec, OpenVino):
+        return OpenVinoFormat()
+    return CoreAiFormat() if isinstance(spec, CoreAi) else CoreMlFormat(spec)
 
 
 class OpenVinoFormat:
     timed = True
 
-    def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         plain = precision in ("fp32", "fp16")
         return quantizers.detach(model)[0] if plain and quantizers.is_quantized(model) else model
 
@@ -114,7 +116,7 @@ class CoreMlFormat:
     def __init__(self, spec: CoreMl):
         self.spec = spec
 
-    def model(self, model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         """Fake quantizers leave their integers in the weights; those of activations have no place in the package."""
         if not quantizers.is_quantized(model):
             return model
@@ -158,3 +160,44 @@ class CoreMlFormat:
         from mptrain.verify.mil_facts import facts
 
         return facts(runner.interpreter.program)
+
+
+class CoreAiFormat:
+    """Scores come from the asset itself, executed on the host's CPU; times there say nothing about a device."""
+
+    timed = False
+
+    def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
+        if not quantizers.is_quantized(model):
+            return model
+        from mptrain.compress.quantizer_records import weight_only
+
+        whole = stage.quantize is not None and stage.quantize.embeddings == "int8"
+        return cast(PreTrainedModel, weight_only(model, embeddings="int8" if whole else "fp32"))
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        example: Mapping[str, Tensor],
+        folder: Path,
+        *,
+        precision: Any,
+        stage: Stage,
+        calibration: Callable[[], list[dict[str, Tensor]]],
+        processor: Any,
+    ) -> Written:
+        from mptrain.export.coreai import export_coreai
+
+        batches = calibration() if precision == "fp16" else ()
+        done = export_coreai(model, example, folder, precision=precision, calibration=batches, processor=processor)
+        return Written(done.asset, done.size_bytes, {} if done.half is None else {"half": dict(done.half)})
+
+    def runner(self, path: Path, threads: int | None = None) -> Forward:
+        from mptrain.export.coreai import Runner
+
+        return Runner(path)
+
+    def facts(self, runner: Any) -> dict[str, Any]:
+        from mptrain.verify.coreai import facts
+
+        return facts(runner)

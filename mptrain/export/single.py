@@ -52,7 +52,7 @@ def export_model(
     kind = format_of(spec)
     quantize = Ptq(mode="ptq") if is_quantized(found.model) else None
     stage = Stage.model_construct(id="model", quantize=quantize)  # a finished model: nothing to train
-    model = kind.model(found.model, precision).eval()
+    model = kind.model(found.model, precision, stage).eval()
     batches = found.samples.batches
     example = next((b for b in batches if len(next(iter(b.values()))) > 1), batches[0])
     written = kind.write(

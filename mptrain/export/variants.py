@@ -143,7 +143,7 @@ class Variants:
 
     def _torch_model(self, planned: Planned) -> PreTrainedModel:
         model = artifact.load(self.context.model_folder(planned.stage))
-        return self._format(planned.id).model(model, planned.precision).eval()
+        return self._format(planned.id).model(model, planned.precision, self.recipe.stage(planned.stage)).eval()
 
     def _format(self, variant: str) -> Format:
         return format_of(self._planned[variant].export)

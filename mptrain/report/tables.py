@@ -212,6 +212,9 @@ def runtime(report: Row) -> Table | None:
     note = (
         "Read from the compiled models. Difference and agreement: exported model against the torch model it came from."
     )
+    for execution in dict.fromkeys(v["runtime"]["execution"] for v in known if "execution" in v["runtime"]):
+        ids = ", ".join(v["id"] for v in known if v["runtime"].get("execution") == execution)
+        note += f" {ids}: scored by {execution}, and not timed."
     return Table("Runtime", columns, rows, note, text_columns=2)
 
 
