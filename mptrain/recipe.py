@@ -435,7 +435,8 @@ class OpenVino(Strict):
     of: list[str] = Field(description="stage ids")
     precision: list[Precision] = Field(
         ["fp32", "int8", "compressed"],
-        description="each stage has those that fit it; compressed: the integers of a weight-only stage",
+        description="each stage has those that fit it; compressed: the integers of a weight-only stage; fp16: weights"
+        " stored half, and in fp32 what a search finds that fp16 would break",
     )
     shapes: Literal["dynamic"] = "dynamic"
 

@@ -58,6 +58,7 @@ def test_an_overflow_is_kept_up_to_where_the_value_is_small_again():
     assert found.ranges["op1"].largest == pytest.approx(900**2)
     assert found.ranges["op1"].overflow == pytest.approx(1 - 0, abs=0.1)
     assert found.reasons["op1"] == "largest |x| 8.1e+05"
+    assert found.reasons["op3"].startswith("reads |x| up to 6.9"), "the largest mean of squares"
 
 
 def test_harmful_underflow_is_kept_and_harmless_is_not():

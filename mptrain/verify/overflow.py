@@ -145,7 +145,7 @@ def search(program: Program, *, max_error: float = MAX_ERROR, suspects: Collecti
         before,
         after,
         ranges,
-        {op: reason(ranges[op]) for op in keep},
+        {op.name: reason(op, ranges) for op in program.ops if op.name in keep},
         trial.runs,
         time.monotonic() - begun,
     )
@@ -178,9 +178,14 @@ def casts(ops: Iterable[Op], keep: Collection[str]) -> int:
     )
 
 
-def reason(found: Range) -> str:
+def reason(op: Op, ranges: Mapping[str, Range]) -> str:
+    """Why an op was kept, in a few words."""
+    found = ranges[op.name]
     if found.largest > HALF_MAX:
         return f"largest |x| {found.largest:.3g}"
+    read = max((ranges[name].largest for name in op.inputs), default=0.0)
+    if read > HALF_MAX:
+        return f"reads |x| up to {read:.3g}"
     if found.zero > MIN_UNDERFLOW:
         return f"{100 * found.zero:.2g}% of its values become 0"
     return "reads or makes values that fp16 does not hold"
