@@ -574,6 +574,11 @@ class Recipe(Strict):
                     f"{where}.prune.schedule: masks act on the compute weights, and with precision.master split those"
                     " are half of the master: use precision.master fp32, or prune at once (end: 0)"
                 )
+            if self.precision.master == "split" and stage.palettize and stage.palettize.finetune:
+                raise ValueError(
+                    f"{where}.palettize.finetune: table entries stand in the compute weights, and with precision.master"
+                    " split those are half of the master: use precision.master fp32"
+                )
             seen.append(stage.id)
         ids = [e.id for e in self.export]
         if len(set(ids)) != len(ids):

@@ -129,6 +129,12 @@ def test_recipes_that_make_no_sense_are_errors(tmp_path):
     assert "group_sise" in refused(tmp_path, palettize={"method": "kmeans", "group_sise": 4})
 
 
+def test_tables_do_not_train_with_split_masters(tmp_path):
+    found = described(tmp_path, precision="bf16-split")
+    with pytest.raises(RecipeError, match="table entries stand in the compute weights"):
+        load(tiny.write(found, tmp_path / "r.yaml"))
+
+
 def test_a_stage_after_a_palettized_one_must_not_undo_it(tmp_path):
     found = described(tmp_path)
     found["stages"] = [*found["stages"][:2], {"id": "more", "train": {"epochs": 1, "lr": 1e-3}}]

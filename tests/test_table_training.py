@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import inputs, tiny, train
 
+from mptrain import Trainer, TrainingArguments
 from mptrain.compress import records
 from mptrain.compress.palettize import palettize
 from mptrain.compress.records import Palettized
@@ -139,3 +140,43 @@ def test_a_tied_weight_trains_one_table():
     assert model(**batch).loss.item() < first
     ours.finalize(model)
     assert torch.equal(model.lm_head.weight, model.model.decoder.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_half_precision_training_follows_that_in_fp32(tmp_path, refresh):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, i):
+            return {name: value[0] for name, value in inputs("bert", batch=1, labels=True, seed=i).items()}
+
+    def tables(precision):
+        model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        ours = trainer(model, refresh, lr=1e-3)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            precision=precision,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        run = Trainer(model, arguments, train_dataset=Rows(), compressors=[ours])
+        run.train()
+        run.release()
+        ours.finalize(model)
+        assert model.dtype == torch.float32 and set(records.of(model)) >= set(ours.tables)
+        assert not torch.equal(model.bert.embeddings.LayerNorm.weight, start["bert.embeddings.LayerNorm.weight"])
+        return {name: table.detach() for name, table in ours.tables.items()}, ours.indices
+
+    (full, where), (half, there) = tables("fp32"), tables("bf16-master")
+    for name, table in full.items():
+        assert (table - half[name]).abs().mean() < 2e-3, name
+    if refresh == 0:
+        assert all(torch.equal(where[name], there[name]) for name in where)
