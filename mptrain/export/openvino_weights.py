@@ -4,7 +4,7 @@
 
 which OpenVINO's plugins recognise and keep compressed. Scales that are fp16 numbers are
 stored so and widened. Look-up tables have no such kernel on the CPU: a palettized
-weight is expanded to float32 (see mapping.py).
+weight stays the float constant that it is (see mapping.py).
 """
 
 from __future__ import annotations
