@@ -50,7 +50,8 @@ MODELS = {
 WAYS = {"fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp32"), "bf16_split": ("bf16", "split")}
 BARS = {"fp16": 1e-3, "bf16": 5e-3}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SETTINGS = {"lr": 1e-4, "eps": 1e-6}  # fp16 has no 1e-8, the default eps
+LR = {"gpt2": 3e-4, "bert": 3e-4, "vit": 1e-4}
+EPS = 1e-6  # fp16 has no 1e-8, the default
 SCALE = LossScale(init=2.0**12)  # from the default of 2^16 the first steps would be skipped, and the data shifted
 MICRO = 4
 
@@ -78,7 +79,7 @@ def train(name: str, steps: int, way: str | None = None, pure: str | None = None
     model = MODELS[name]().train()
     if pure:
         model.to(DTYPES[pure])
-    optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR[name], eps=EPS)
     mw = MasterWeights(model, optimizer, *WAYS[way], loss_scale=SCALE if way == "fp16" else None) if way else None
     losses = []
     for number in range(steps):
@@ -142,7 +143,7 @@ def steps_on_ranks(rank: int, ranks: int, way: str, steps: int) -> list[float]:
     """Mean loss of each optimizer step of MICRO micro-batches, dealt out to the ranks; the same on every rank."""
     torch.manual_seed(0)
     model: nn.Module = MODELS["bert"]()
-    optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR["bert"], eps=EPS)
     mw = MasterWeights(model, optimizer, *WAYS[way], loss_scale=SCALE if way == "fp16" else None)
     if ranks > 1:
         model = DistributedDataParallel(model, find_unused_parameters=False)

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from mptrain import recipe_file
-from mptrain.errors import RecipeError
+from mptrain.errors import RecipeError, TrainingError
 from mptrain.inputs.data import load_data
 from mptrain.inputs.model import load_processor
 from mptrain.plan import phases
@@ -92,6 +92,15 @@ def test_stages_train_half_and_an_interruption_changes_no_bit(tmp_path, monkeypa
         assert models["finetune"][0].keys() >= models["train"][0].keys()
     evaluated = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
     assert len(evaluated) >= 2
+
+
+def test_a_stage_that_overflows_for_good_ends_with_its_place_and_the_diagnosis(tmp_path, monkeypatch):
+    compute_loss = training.PhaseTrainer.compute_loss
+    monkeypatch.setattr(training.PhaseTrainer, "compute_loss", lambda *a, **k: compute_loss(*a, **k) * float("nan"))
+    scale = {"init": 2, "floor": 2, "ceiling": 2, "interval": None, "patience": 3}
+    described = recipe(tmp_path, {"compute": "fp16", "loss_scale": scale})
+    with pytest.raises(TrainingError, match="In stage dense, phase train, step 2: 3 optimizer steps in a row were"):
+        run(tmp_path, described, "run", None, monkeypatch)
 
 
 def test_split_masters_and_masks_exclude_each_other(tmp_path):

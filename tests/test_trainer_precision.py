@@ -202,6 +202,15 @@ def test_an_optimizer_and_scheduler_of_the_user(tmp_path):
     assert logged(t, "learning_rate") == [0.1, 0.05, 0.025]
 
 
+def test_masters_that_the_user_built(tmp_path):
+    m = model()
+    mw = MasterWeights(m, torch.optim.AdamW(m.parameters(), lr=1e-3), "fp16", loss_scale=512)
+    t = train(tmp_path, None, m=m, optimizers=(mw, None), max_steps=3)
+    assert t.master_weights is mw
+    assert logged(t, "precision/loss_scale") == [512.0] * 3
+    assert int(mw.flats[0].steps.max()) == 3
+
+
 def test_training_goes_on_when_train_is_called_again(tmp_path):
     t = trainer(tmp_path, "bf16-master", max_steps=3)
     t.train()

@@ -167,16 +167,18 @@ class PhaseTrainer(Trainer):
 
     def _diagnosis(self, loss: float) -> str:
         broken = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        where = f"stage {self.phase.stage}, phase {self.phase.name}, step {self.phase.start + self.state.global_step}"
         if broken:
             cause = f"{len(broken)} parameters are no longer finite (first: {broken[0]})"
         else:
             cause = "all parameters are finite, so this batch or its forward pass is the cause"
         return (
-            f"The loss became {loss} in {where}; {cause}. Lower stages.{self.phase.stage}.train.lr"
+            f"The loss became {loss} in {self.where()}; {cause}. Lower stages.{self.phase.stage}.train.lr"
             f" (now {self.settings.lr:g}), keep max_grad_norm at 1 (now {self.settings.max_grad_norm:g}), and check"
             " the data for empty or extreme rows. The last checkpoint is kept: the same command resumes from it."
         )
+
+    def where(self) -> str:
+        return f"stage {self.phase.stage}, phase {self.phase.name}, step {self.phase.start + self.state.global_step}"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.model.eval()
@@ -315,7 +317,12 @@ def train_phase(
     if found is not None:
         log.info("resuming %s/%s from %s", phase.stage, phase.name, found.name)
         trainer.resume_facts(found)
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
+    except TrainingError as error:
+        if trainer.master_weights is None:
+            raise
+        raise TrainingError(f"In {trainer.where()}: {error}") from None
     trainer.load_best()
     trainer.release()
     trainer.accelerator.wait_for_everyone()
