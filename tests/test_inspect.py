@@ -8,6 +8,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
+import yaml
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -21,7 +22,7 @@ from mptrain.precision import memory
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.loop import MasterWeights
 from mptrain.precision.policy import Policy, kept_in_fp32
-from mptrain.recipe import Ptq
+from mptrain.recipe import MixedPrecision, Ptq
 from mptrain.verify.half_modules import HalfModules
 from mptrain.verify.overflow import compare, search
 
@@ -165,7 +166,8 @@ def test_inspect_names_what_training_then_keeps(overflowing, tmp_path, capsys):
     assert not export["before"]["finite"] and export["before"]["max_diff"] is None and export["after"]["right"]
     assert export["keep"] and all("encoder.layer.0.output" in op for op in export["keep"])
     assert training["keep_fp32"] == [r"re:^bert\.encoder\.layer\.0\.output\."] and training["after"]["right"]
-    assert r"keep_fp32: ['re:^bert\.encoder\.layer\.0\.output\.']" in "".join(shown.split("\n"))
+    written = yaml.safe_load(shown[shown.index("precision:") :].partition("\nWritten")[0])
+    assert MixedPrecision.model_validate(written["precision"]).keep_fp32 == training["keep_fp32"]
     assert "Memory" in shown and "Ranges of" in shown and "times as fast as in fp32" in " ".join(shown.split())
     assert facts["memory"][0]["kept_fp32"] > 0 and [r["precision"] for r in facts["memory"]] == ["fp16-master"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from mptrain.report import words
 from mptrain.report.summary import draw, line
@@ -34,8 +35,9 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
         parts.append(line(mark, item["text"], style))
     patterns = (facts["training"].get("fp16") or {}).get("keep_fp32")
     if patterns:
-        listed = ", ".join(f"'{p}'" for p in patterns)
-        parts.append(line("→", f"precision: {{compute: fp16, keep_fp32: [{listed}]}}", "bold"))
+        parts.append(line("→", "In a recipe:", "bold"))
+        lines = ["precision:", "  compute: fp16", "  keep_fp32:", *(f"    - '{pattern}'" for pattern in patterns)]
+        parts.append(Text("\n".join(lines), no_wrap=True, overflow="ignore"))  # to be copied as it is
     return Group(*parts)
 
 
