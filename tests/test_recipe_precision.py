@@ -66,7 +66,7 @@ def run(folder, described, name, stop_at=None, monkeypatch=None):
     [
         ({"compute": "fp16", "loss_scale": {"init": 2.0**24}}, {}, 24),
         pytest.param("bf16-master", {"prune": MOVEMENT}, 40, marks=pytest.mark.long),
-        ("bf16-split", {"prune": None}, 27),
+        pytest.param("bf16-split", {"prune": None}, 27, marks=pytest.mark.long),
     ],
     ids=["fisher-qat-fp16", "movement-qat-bf16", "qat-split"],
 )
