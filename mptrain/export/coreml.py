@@ -15,7 +15,8 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,10 @@ from mptrain.export.coreml_compat import compatible, storing, supported
 from mptrain.export.coreml_constants import constants
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
+from mptrain.verify import overflow
+from mptrain.verify.mil import Interpreter
+from mptrain.verify.mil_facts import facts
+from mptrain.verify.mil_half import MilOps, counted, spellings
 
 PACKAGE = "model.mlpackage"
 MASKED = -32752.0  # half the least float16: a score added to it stays finite, and its exponential is zero
@@ -45,12 +50,16 @@ class Exported:
     package: Path
     size_bytes: int
     floats: dict[str, str]
+    half: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Converted:
+    """half: of an fp16 package that was checked, the JSON facts of `safe_half`."""
+
     model: ct.models.MLModel
     floats: dict[str, str]
+    half: dict[str, Any] | None = None
 
 
 def export_coreml(
@@ -64,25 +73,23 @@ def export_coreml(
     route: Route = "export",
     keep_fp32: Collection[str] = (),
     scaled_tables: bool = False,
+    calibration: Sequence[Mapping[str, Tensor]] = (),
     processor: Any = None,
 ) -> Exported:
     """Write folder/ with model.mlpackage, config.json and the processor's files.
 
     model: a plain model; it is not changed. Weights with a record (mptrain.compress.records)
     are stored as the record's integers or tables. example: inputs by name, of any batch and length.
-    keep_fp32: names of MIL operations that an fp16 package computes in float32.
-    Raises UserError for shapes that do not fit, ExportError when the conversion fails.
+    keep_fp32: names of MIL operations that an fp16 package computes in float32. calibration: for
+    fp16, batches on which the smallest set of such operations is found, and the package is checked.
+    Raises UserError for shapes that do not fit, ExportError when the conversion fails, or when an
+    fp16 package is wrong on the calibration batches.
     """
-    converted = convert(
-        model,
-        example,
-        precision=precision,
-        target=target,
-        shapes=shapes,
-        route=route,
-        keep_fp32=keep_fp32,
-        scaled_tables=scaled_tables,
-    )
+    into = partial(convert, model, example, target=target, shapes=shapes, route=route, scaled_tables=scaled_tables)
+    if precision == "fp16" and calibration:
+        converted = safe_half(into, calibration, keep_fp32)
+    else:
+        converted = into(precision=precision, keep_fp32=keep_fp32)
     return write(converted, folder, config=getattr(model, "config", None), processor=processor)
 
 
@@ -131,6 +138,49 @@ def convert(
         ) from error
     finally:
         model.train(training)
+
+
+def safe_half(
+    into: Callable[..., Converted], batches: Sequence[Mapping[str, Tensor]], suspects: Collection[str] = ()
+) -> Converted:
+    """An fp16 package in which the fewest operations compute in float32, found in the float32 one and checked.
+
+    Its facts: kept_fp32 {operation: why}, all_half and kept (differences that the search measured
+    without and with them), executed (of the package itself), float_casts in it, and a sentence.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        exact = Path(folder) / "fp32.mlpackage"
+        into(precision="fp32").model.save(str(exact))
+        program = MilOps(exact, batches)
+        found = overflow.search(program, suspects=suspects)
+        kept = {spelling for name in program.with_views(found.keep) for spelling in spellings(name)}
+        converted = into(precision="fp16", keep_fp32=kept)
+        package = Path(folder) / "fp16.mlpackage"
+        converted.model.save(str(package))
+        runners = Interpreter(exact), Interpreter(package)
+        executed = overflow.worst(
+            overflow.compare(*({n: counted(torch.as_tensor(v).float(), batch) for n, v in runner(batch).items()}
+                               for runner in runners))
+            for batch in batches
+        )  # fmt: skip
+        described = facts(runners[1].program)
+    if not executed.right():
+        raise ExportError(
+            f"the fp16 package is wrong on the calibration batches (relative error {executed.error:.2g}), with"
+            f" {', '.join(found.keep) or 'nothing'} in float32. Export it as fp32, or name operations in keep_fp32"
+        )
+    names = f": {', '.join(found.keep)}" if found.keep else ""
+    half = {
+        "kept_fp32": dict(found.reasons),
+        "all_half": asdict(found.before),
+        "kept": asdict(found.after),
+        "executed": asdict(executed),
+        "float_casts": described["float_casts"],
+        "seconds": round(found.seconds, 3),
+        "said": f"{len(found.keep)} op{'' if len(found.keep) == 1 else 's'} in FP32{names};"
+        f" {described['float_casts']} float↔half casts",
+    }
+    return replace(converted, half=half)
 
 
 def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, route: Route) -> Any:
@@ -270,7 +320,7 @@ def write(converted: Converted, folder: Path, *, config: Any = None, processor: 
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     package = folder / PACKAGE
-    return Exported(folder, package, package_size(package), converted.floats)
+    return Exported(folder, package, package_size(package), converted.floats, converted.half)
 
 
 def package_size(package: Path) -> int:

@@ -31,6 +31,7 @@ from mptrain.verify.mil_program import (
 )
 
 Rounding = Literal["stored", "fp32", "fp16"]
+LookUp = Callable[[Value, dict[str, Value]], Value]
 OPERATIONS = MATH | LAYOUT
 CONTROL = ("cond", "while_loop", "read_state", "write_state")
 LIMITS = (
@@ -107,6 +108,7 @@ class Interpreter:
         self.record: dict[str, Record] | None = None
         self.observe: Callable[[str, Tensor], None] | None = None  # called with each float result as it is kept
         self._constants, self._body = self._fold()
+        self._halves: dict[str, Tensor] = {}
         self._last_use = _last_uses(self._body, self.program.main.outputs)
         self.reset()
 
@@ -172,9 +174,10 @@ class Interpreter:
     def _results(self, operation: Operation, values: dict[str, Value]) -> tuple[Value, ...]:
         if operation.type in CONTROL:
             return tuple(getattr(self, f"_{operation.type}")(operation, values))
-        arguments = {name: self._argument(found, values) for name, found in operation.inputs.items()}
+        look_up = self._look_up
         if self.rounding == "fp16" and operation.name not in self.keep_fp32:
-            arguments = {name: _all_half(value) for name, value in arguments.items()}
+            look_up = self._look_up_half
+        arguments = {name: self._argument(found, values, look_up) for name, found in operation.inputs.items()}
         try:
             found = OPERATIONS[operation.type](**arguments)
         except Exception as error:
@@ -210,14 +213,24 @@ class Interpreter:
         self._run(block.operations, inner, {})
         return [self._look_up(Name(name), inner) for name in block.outputs]
 
-    def _argument(self, found: list[Value], values: dict[str, Value]) -> Value:
-        resolved = [self._look_up(value, values) for value in found]
+    def _argument(self, found: list[Value], values: dict[str, Value], look_up: LookUp | None = None) -> Value:
+        resolved = [(look_up or self._look_up)(value, values) for value in found]
         return resolved[0] if len(resolved) == 1 else resolved
 
     def _look_up(self, value: Value, values: dict[str, Value]) -> Value:
         if not isinstance(value, Name):
             return value
         return values[value.name] if value.name in values else self._constants[value.name]
+
+    def _look_up_half(self, value: Value, values: dict[str, Value]) -> Value:
+        found = self._look_up(value, values)
+        if not _is_float(found):
+            return found
+        if not isinstance(value, Name) or value.name in values:
+            return _half(found)
+        if value.name not in self._halves:  # constants are rounded once
+            self._halves[value.name] = _half(found)
+        return self._halves[value.name]
 
     def _rounded(self, value: Value, name: str, dtype: str) -> Value:
         """name: of the operation that made the value."""
@@ -260,12 +273,6 @@ def _last_uses(operations: tuple[Operation, ...], outputs: Collection[str]) -> d
 
 def _half(value: Tensor) -> Tensor:
     return value.to(torch.float16).float()
-
-
-def _all_half(value: Value) -> Value:
-    if isinstance(value, list):
-        return [_all_half(item) for item in value]
-    return _half(value) if _is_float(value) else value
 
 
 def _is_float(value: Any) -> bool:

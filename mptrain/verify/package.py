@@ -24,6 +24,7 @@ from mptrain.recipe import Model, Task
 from mptrain.verify import overflow
 from mptrain.verify.mil import LIMITS, Interpreter, Record, Rounding
 from mptrain.verify.mil_facts import facts
+from mptrain.verify.mil_half import counted
 from mptrain.verify.mil_program import Feature, Name, Program, is_float
 
 SCHEMA = "mptrain.verify/v1"
@@ -180,15 +181,7 @@ def _compared(model: nn.Module, batches: list[Batch], outputs: list[dict[str, Te
         missing = [name for name in found if name not in expected]
         if missing:
             raise ExportError(f"the package has the outputs {list(found)}, the model gives {list(expected)}")
-        kept = {name: _kept(value, batch) for name, value in expected.items() if name in found}
-        differences.append(overflow.compare(kept, {name: _kept(found[name], batch) for name in kept}))
+        kept = {name: counted(value, batch) for name, value in expected.items() if name in found}
+        differences.append(overflow.compare(kept, {name: counted(found[name], batch) for name in kept}))
     whole = overflow.worst(differences)
     return {"max_abs_diff": whole.max_diff, "cosine": whole.cosine, "error": whole.error, "finite": whole.finite}
-
-
-def _kept(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Without the positions that the mask leaves out."""
-    mask = batch.get("attention_mask")
-    if mask is not None and output.dim() > 2 and output.shape[:2] == mask.shape:
-        return output[mask.bool()]
-    return output
