@@ -62,6 +62,46 @@ ROWS = [
         "refused",
         "UserError: the integers are exported (quantizer_records.weight_only), as the recipe's `coreai` format does",
     ),
+    Row(
+        "Core ML, iOS 18",
+        "int8 of JPQD, QAT and PTQ",
+        "stored",
+        "int8 weights with their learned scales (constexpr_blockwise_shift_scale); quantizers of activations are"
+        " dropped: the package computes in floating point",
+    ),
+    Row(
+        "Core ML, iOS 18",
+        "int4 and int8 weights, per tensor, row or block",
+        "stored",
+        "int4, uint4, int8 or uint8 data, scales in the precision of the package; other widths in the next of 4 and 8",
+    ),
+    Row(
+        "Core ML, iOS 18",
+        "look-up tables",
+        "stored",
+        "constexpr_lut_to_dense, 1 to 8 bits (5 as 6, 7 as 8), a table to each group of rows, scalar or vector; a"
+        " weight whose rows are no multiple of the group is expanded to floats, and the report says so",
+    ),
+    Row(
+        "Core ML, iOS 18",
+        "look-up tables with a scale to each row",
+        "refused",
+        "they crash on some GPUs (coremltools issue 2688); `scaled_tables: true` stores them all the same",
+    ),
+    Row(
+        "Core ML, iOS 16 and 17",
+        "int8 of JPQD, QAT and PTQ",
+        "stored",
+        "constexpr_affine_dequantize, one scale to the tensor or row",
+    ),
+    Row("Core ML, iOS 16 and 17", "int4 weights, blocks", "refused", "need minimum_deployment_target iOS18"),
+    Row(
+        "Core ML, iOS 16 and 17",
+        "look-up tables",
+        "stored",
+        "one scalar table to the tensor, of 1, 2, 4, 6 or 8 bits; groups, vectors and 3 bits are refused",
+    ),
+    Row("Core ML, iOS 15", "any", "refused", "Core ML would silently expand every weight"),
 ]
 
 

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +87,8 @@ def export_coreml(
     """
     into = partial(convert, model, example, target=target, shapes=shapes, route=route, scaled_tables=scaled_tables)
     if precision == "fp16" and calibration:
-        converted = safe_half(into, calibration, keep_fp32)
+        sizes = shapes or CoreMlShapes()
+        converted = safe_half(into, [_fitted(batch, list(example), sizes) for batch in calibration], keep_fp32)
     else:
         converted = into(precision=precision, keep_fp32=keep_fp32)
     return write(converted, folder, config=getattr(model, "config", None), processor=processor)
@@ -171,12 +172,9 @@ def safe_half(
         )
     names = f": {', '.join(found.keep)}" if found.keep else ""
     half = {
-        "kept_fp32": dict(found.reasons),
-        "all_half": asdict(found.before),
-        "kept": asdict(found.after),
-        "executed": asdict(executed),
+        **overflow.described(found),
+        "executed": overflow.as_json(executed),
         "float_casts": described["float_casts"],
-        "seconds": round(found.seconds, 3),
         "said": f"{len(found.keep)} op{'' if len(found.keep) == 1 else 's'} in FP32{names};"
         f" {described['float_casts']} float↔half casts",
     }
@@ -265,6 +263,27 @@ def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes) -> dict[str, Te
             value = value.repeat(repeats).narrow(axis, 0, chosen[axis_name])
         values[name] = value.clone(memory_format=torch.contiguous_format)  # strides of its own: they become guards
     return values
+
+
+def _fitted(batch: Mapping[str, Tensor], names: Sequence[str], shapes: CoreMlShapes) -> dict[str, Tensor]:
+    """Calibration inputs at a size that the package takes: rows cut or repeated, texts cut or padded."""
+    found = {}
+    for name in names:
+        value = torch.as_tensor(batch[name])
+        for axis, axis_name in _axes(name, value):
+            sizes = sorted(shapes.batch if axis_name == "batch" else shapes.length)
+            count = value.shape[axis]
+            if shapes.kind == "ranged":
+                wanted = max(sizes[0], min(count, sizes[-1]))
+            else:
+                wanted = next((n for n in sizes if n >= count), sizes[-1])
+            if axis == 0:
+                value = value.repeat([-(-wanted // count), *[1] * (value.dim() - 1)])
+            elif wanted > count:
+                value = torch.nn.functional.pad(value, (0, wanted - count))
+            value = value.narrow(axis, 0, wanted)
+        found[name] = value
+    return found
 
 
 def _flexible(shapes: CoreMlShapes) -> list[tuple[str, list[int]]]:

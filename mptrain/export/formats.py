@@ -17,6 +17,10 @@ from transformers import PreTrainedModel
 from mptrain.compress import quantizers
 from mptrain.recipe import CoreAi, CoreMl, Export, OpenVino, Stage
 
+ACTIVATIONS = (
+    "the fake quantizers of activations: the package computes in floating point with the integers of the weights;"
+    " its operations on 8-bit activations exist on few devices and have not been run"
+)
 Forward = Callable[[Mapping[str, Tensor | np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -63,6 +67,19 @@ def format_of(spec: Export) -> Format:
     if isinstance(spec, OpenVino):
         return OpenVinoFormat()
     return CoreAiFormat() if isinstance(spec, CoreAi) else CoreMlFormat(spec)
+
+
+def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
+    """A quantized stage as targets take it that store weights alone: with the integers its fake quantizers learned.
+
+    Embeddings, which have no fake quantizers, get int8 and one scale to a row where the stage says int8.
+    """
+    if not quantizers.is_quantized(model):
+        return model
+    from mptrain.compress.quantizer_records import weight_only
+
+    whole = stage.quantize is not None and stage.quantize.embeddings == "int8"
+    return cast(PreTrainedModel, weight_only(model, embeddings="int8" if whole else "fp32"))
 
 
 class OpenVinoFormat:
@@ -117,12 +134,7 @@ class CoreMlFormat:
         self.spec = spec
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
-        """Fake quantizers leave their integers in the weights; those of activations have no place in the package."""
-        if not quantizers.is_quantized(model):
-            return model
-        from mptrain.compress.quantizer_records import weight_only
-
-        return cast(PreTrainedModel, weight_only(model))
+        return stored_weights(model, stage)
 
     def write(
         self,
@@ -146,9 +158,13 @@ class CoreMlFormat:
             shapes=self.spec.shapes,
             route=self.spec.route,
             scaled_tables=self.spec.scaled_tables,
+            calibration=calibration() if precision == "fp16" else (),
             processor=processor,
         )
-        return Written(done.package, done.size_bytes, {"stored_as_floats": done.floats})
+        found: dict[str, Any] = {"stored_as_floats": done.floats}
+        if stage.quantize is not None:
+            found["dropped"] = ACTIVATIONS
+        return Written(done.package, done.size_bytes, found if done.half is None else found | {"half": done.half})
 
     def runner(self, path: Path, threads: int | None = None) -> Forward:
         from mptrain.verify.mil import Interpreter
@@ -168,12 +184,7 @@ class CoreAiFormat:
     timed = False
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
-        if not quantizers.is_quantized(model):
-            return model
-        from mptrain.compress.quantizer_records import weight_only
-
-        whole = stage.quantize is not None and stage.quantize.embeddings == "int8"
-        return cast(PreTrainedModel, weight_only(model, embeddings="int8" if whole else "fp32"))
+        return stored_weights(model, stage)
 
     def write(
         self,
