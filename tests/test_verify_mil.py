@@ -257,3 +257,28 @@ def test_a_file_that_is_no_package_is_refused(tmp_path):
     (tmp_path / "x.mlpackage").mkdir()
     with pytest.raises(UserError, match=r"x\.mlpackage: not a Core ML package"):
         Interpreter(tmp_path / "x.mlpackage")
+
+
+def test_states_live_from_call_to_call(tmp_path):
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("total", torch.zeros(2, 3))
+
+        def forward(self, x):
+            self.total.add_(x)
+            return self.total * 2
+
+    exported = torch.export.export(Sum(), (torch.zeros(2, 3),), strict=False).run_decompositions({})
+    runner = Interpreter(save(exported, tmp_path))
+    assert runner.program.states["total"].shape == (2, 3)
+    x = {"x": torch.full((2, 3), 0.1)}
+    steps = [next(iter(runner(x).values())) for _ in range(3)]
+    step = torch.tensor(0.1)
+    total = torch.zeros(())
+    for found in steps:
+        total = (total + step).half().float()  # Core ML keeps states in float16
+        np.testing.assert_allclose(found, 2 * total.expand(2, 3), rtol=1e-3)
+    np.testing.assert_array_equal(runner.state["total"], total.expand(2, 3))
+    runner.reset()
+    np.testing.assert_array_equal(next(iter(runner(x).values())), steps[0])
