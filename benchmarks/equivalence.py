@@ -215,7 +215,14 @@ def main() -> None:
     columns |= {"ratio": "loss", "evaluation": "evaluation loss", "pure": "loss without masters"}
     table = markdown(shown, columns | {"pure_evaluation": "evaluation loss without masters"})
     finite = [{k: v if v != math.inf else None for k, v in r.items()} for r in rows + apart]  # JSON has no infinity
-    write(options.json, finite, bars, f"Relative differences to fp32 training.\n\n{table}", steps=options.steps)
+    write(
+        options.json,
+        finite,
+        bars,
+        f"Relative differences to fp32 training.\n\n{table}",
+        plotted=None,
+        steps=options.steps,
+    )
 
 
 if __name__ == "__main__":

@@ -198,7 +198,14 @@ def main() -> None:
         "peak_bytes_over_weight": "peak / weight",
     }
     bars = judge(rows) if chosen == every else []
-    write(options.json, rows, bars, markdown(rows, columns), size=options.size)
+    write(
+        options.json,
+        rows,
+        bars,
+        markdown(rows, columns),
+        plotted=("speedup", "times as fast as coremltools"),
+        size=options.size,
+    )
 
 
 if __name__ == "__main__":

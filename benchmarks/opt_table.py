@@ -295,7 +295,7 @@ def main() -> None:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in done[-1].items()}, flush=True)
         columns = {key: key.replace("_", " ") for key in done[0] if key != "coremltools_skipped"}
         shown = [{k: "–" if v is None else v for k, v in r.items()} for r in done]
-        write(options.json, done, bars(done), markdown(shown, columns), **more)
+        write(options.json, done, bars(done), markdown(shown, columns), plotted=None, **more)
         plot(done, options.json.with_suffix(".png"))
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     ]
     shown = [row | {"keep": ", ".join(row["keep"]) or "nothing"} for row in rows]
     columns = {"name": "case", "seconds": "s", "runs": "forwards", "keep": "kept in fp32", "casts": "casts"}
-    write(options.json, rows, bars, markdown(shown, columns), samples=options.samples)
+    write(options.json, rows, bars, markdown(shown, columns), plotted=None, samples=options.samples)
 
 
 if __name__ == "__main__":

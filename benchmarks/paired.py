@@ -85,8 +85,16 @@ def bytes_allocated(work: Callable[[], Any]) -> int:
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
-def write(path: Path, rows: list[dict[str, Any]], bars: list[tuple[str, bool]], table: str, **more: Any) -> None:
-    """The JSON, and beside it a Markdown table of the same rows."""
+def write(
+    path: Path,
+    rows: list[dict[str, Any]],
+    bars: list[tuple[str, bool]],
+    table: str,
+    *,
+    plotted: tuple[str, str] | None = ("ratio", "time over the baseline; line: all rounds"),
+    **more: Any,
+) -> None:
+    """The JSON, and beside it a Markdown table of the same rows and a plot. plotted: key of the rows, and its label."""
     result = {
         "host": host(),
         "versions": versions(),
@@ -102,7 +110,36 @@ def write(path: Path, rows: list[dict[str, Any]], bars: list[tuple[str, bool]], 
     verdicts = "\n".join(f"- {'met' if met else '**missed**'}: {bar}" for bar, met in bars)
     where = f"{result['host']['cpu']}, 1 thread, load average {os.getloadavg()[0]:.1f} at the end"
     path.with_suffix(".md").write_text(f"{table}\n\n{verdicts}\n\n{where}.\n")
+    if plotted is not None:
+        plot(path.with_suffix(".png"), rows, *plotted)
     print(verdicts)
+
+
+def plot(path: Path, rows: list[dict[str, Any]], key: str, label: str) -> None:
+    """A bar for every row, on a logarithmic axis, with its smallest and largest round where known."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.get(key)]
+    figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.26 * len(shown)))
+    names, values = [row["name"] for row in shown], [row[key] for row in shown]
+    axis.barh(names, values, color=["#1b6ca8" if "ours" in name else "#b0b7bf" for name in names], height=0.7)
+    for i, row in enumerate(shown):
+        if "min" in row:
+            axis.plot([row["min"], row["max"]], [i, i], color="#333333", lw=1)
+        axis.annotate(
+            f"{row[key]:,.2f}", (row.get("max", row[key]), i), (4, 0), textcoords="offset points", va="center"
+        )
+    axis.set_xscale("log")
+    axis.axvline(1, color="#333333", lw=0.8)
+    axis.set_xlim(right=max(row.get("max", row[key]) for row in shown) * 2.5)
+    axis.set_xlabel(label)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
