@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mptrain.train.stage import Context, compressed_facts, run_phase, structure_
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
+RUNTIMES = {"openvino": "openvino", "coreml": "coremltools", "coreai": "coreai"}
 VERSIONS = (
     "mptrain",
     "torch",
@@ -70,6 +71,8 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 
 
 def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path]) -> dict[str, Any]:
+    for export in recipe.export:
+        import_module(RUNTIMES[export.format])  # an extra that is missing is an error now, not after training
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:
