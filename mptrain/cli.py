@@ -123,13 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="fp32, fp16-master, bf16-master or bf16-split (may be repeated; default: all)",
     )
-    inspect.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
-    inspect.add_argument("--task", help="what the model does; default: from its head")
-    inspect.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
-    inspect.add_argument("--samples", type=int, default=32, help="inputs to run (default 32)")
-    inspect.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
-    inspect.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
-    inspect.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
+    _add_model_options(inspect)
     inspect.set_defaults(call=_inspect)
 
     verify = commands.add_parser(
@@ -158,20 +152,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("model", metavar="MODEL", help="a model folder (also of a run), packaged:NAME or a hub name")
     export.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must not exist")
-    export.add_argument("--format", default="openvino", help="openvino or coreml (default openvino)")
+    export.add_argument("--format", default="openvino", help="openvino, coreml or coreai (default openvino)")
     export.add_argument("--precision", default="fp32", help="as in a recipe's export of that format (default fp32)")
     export.add_argument("--target", metavar="iOS18", help="coreml: minimum_deployment_target")
-    export.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
-    export.add_argument("--task", help="what the model does; default: from its head")
-    export.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
-    export.add_argument("--samples", type=int, default=32, help="inputs to compare on (default 32)")
-    export.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
-    export.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
-    export.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
+    _add_model_options(export)
     export.set_defaults(call=_export)
 
     parser.add_argument("--version", action="version", version=_version())
     return parser
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    """Of the commands that take a model and run it on inputs."""
+    command.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
+    command.add_argument("--task", help="what the model does; default: from its head")
+    command.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
+    command.add_argument("--samples", type=int, default=32, help="inputs to run on (default 32)")
+    command.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
+    command.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
+    command.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
 
 
 def _version() -> str:
@@ -313,6 +312,10 @@ def _check_model_options(options: argparse.Namespace) -> Path | None:
     for name in ("samples", "max_length"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    return _json_target(options)
+
+
+def _json_target(options: argparse.Namespace) -> Path | None:
     target = Path(options.json) if options.json else None
     if target is not None and not target.absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
@@ -394,9 +397,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    target = Path(options.json) if options.json else None
-    if target is not None and not target.absolute().parent.is_dir():
-        raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
+    target = _json_target(options)
     from mptrain.console import quiet_libraries
 
     quiet_libraries()

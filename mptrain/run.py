@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.errors import GateFailed
+from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
 from mptrain.inputs.data import TaskData, load_data
 from mptrain.inputs.model import load_processor
@@ -29,7 +30,6 @@ from mptrain.train.stage import Context, compressed_facts, run_phase, structure_
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
-RUNTIMES = {"openvino": "openvino", "coreml": "coremltools", "coreai": "coreai"}
 VERSIONS = (
     "mptrain",
     "torch",
@@ -72,7 +72,7 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 
 def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path]) -> dict[str, Any]:
     for export in recipe.export:
-        import_module(RUNTIMES[export.format])  # an extra that is missing is an error now, not after training
+        import_module(format_of(export).package)  # an extra that is missing is an error now, not after training
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:

@@ -12,8 +12,9 @@ from tiny_models import inputs, tiny
 from mptrain.compress import quantizers, records
 from mptrain.compress.records import BlockQuantized, Palettized
 from mptrain.errors import ExportError, ModelError, UserError
-from mptrain.export.coreai import Runner, asset_bytes, export_coreai
+from mptrain.export.coreai import Runner, export_coreai
 from mptrain.export.coreai_weights import stored_bits
+from mptrain.export.folder import size
 from mptrain.recipe import Qat
 from mptrain.verify import coreai as verify
 from mptrain.verify.parity import compare
@@ -59,7 +60,7 @@ def test_an_asset_runs_at_every_shape(family, tmp_path):
     assert facts["minimum_os"] == "27.0" and json.loads(json.dumps(facts)) == facts
     parameters = 4 * sum(p.numel() for p in model.parameters())
     assert parameters <= facts["weight_types"]["Float32"] <= parameters + 400
-    assert done.size_bytes == asset_bytes(done.asset) > parameters
+    assert done.size_bytes == size(done.asset) > parameters
     assert {p.name for p in done.folder.iterdir()} >= {"model.aimodel", "config.json", "tokenizer.json"}
     assert "auto_map" not in json.loads((done.folder / "config.json").read_text())
     assert model.config.auto_map and str(tmp_path) not in (done.asset / "metadata.json").read_text()

@@ -15,10 +15,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import io
-import json
-import os
-import shutil
-import tempfile
 import threading
 import warnings
 import weakref
@@ -37,6 +33,7 @@ from transformers import PreTrainedModel
 from mptrain.compress import records
 from mptrain.compress.base import is_quantized
 from mptrain.errors import ExportError, UserError
+from mptrain.export.folder import size, whole
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.verify import graph_ops, overflow
 from mptrain.verify.torch_ops import counted
@@ -249,28 +246,10 @@ def write(
     verify: Callable[[Path], None] = lambda _: None,
 ) -> Exported:
     """Save asset, config and processor in a temporary folder, call `verify` on the asset, and move all to `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder, model.config, processor) as scratch:
         program.save_asset(scratch / ASSET)
         verify(scratch / ASSET)
-        config = model.config.to_dict()
-        config.pop("auto_map", None)  # the asset needs no modeling code
-        (scratch / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-        if processor is not None:
-            processor.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return Exported(folder, folder / ASSET, asset_bytes(folder / ASSET), half)
-
-
-def asset_bytes(asset: Path) -> int:
-    return sum(file.stat().st_size for file in asset.rglob("*") if file.is_file())
+    return Exported(folder, folder / ASSET, size(folder / ASSET), half)
 
 
 # -- execution

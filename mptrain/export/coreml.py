@@ -8,9 +8,6 @@ range. A trace records what one example did; it is there for models that torch.e
 from __future__ import annotations
 
 import copy
-import json
-import os
-import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -29,6 +26,7 @@ from mptrain.compress.base import is_quantized
 from mptrain.errors import ExportError, UserError
 from mptrain.export.coreml_compat import compatible, storing, supported
 from mptrain.export.coreml_constants import constants
+from mptrain.export.folder import size, whole
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
 from mptrain.verify import overflow
@@ -321,26 +319,7 @@ def _check(model: nn.Module, precision: str, keep_fp32: Collection[str]) -> None
 
 
 def write(converted: Converted, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder, config, processor) as scratch:
         converted.model.save(str(scratch / PACKAGE))
-        if config is not None:
-            described = config.to_dict()
-            described.pop("auto_map", None)  # the package needs no modeling code
-            (scratch / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
-        if processor is not None:
-            processor.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     package = folder / PACKAGE
-    return Exported(folder, package, package_size(package), converted.floats, converted.half)
-
-
-def package_size(package: Path) -> int:
-    return sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+    return Exported(folder, package, size(package), converted.floats, converted.half)

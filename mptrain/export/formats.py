@@ -34,9 +34,13 @@ class Written:
 
 
 class Format(Protocol):
-    """timed: whether the time of its runner says something about the runtime that the format is for."""
+    """timed: whether the time of its runner says something about the runtime that the format is for.
+
+    package: what must be installed; of an extra of mptrain.
+    """
 
     timed: bool
+    package: str
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         """The torch model that is written, and that the exported one is compared with."""
@@ -84,6 +88,7 @@ def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
 
 class OpenVinoFormat:
     timed = True
+    package = "openvino"
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         plain = precision in ("fp32", "fp16")
@@ -129,6 +134,7 @@ class CoreMlFormat:
     """Scores come from the reference interpreter, which runs anywhere: no times."""
 
     timed = False
+    package = "coremltools"
 
     def __init__(self, spec: CoreMl):
         self.spec = spec
@@ -182,6 +188,7 @@ class CoreAiFormat:
     """Scores come from the asset itself, executed on the host's CPU; times there say nothing about a device."""
 
     timed = False
+    package = "coreai"
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         return stored_weights(model, stage)

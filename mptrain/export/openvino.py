@@ -10,10 +10,6 @@ integers and scales they have there (openvino_weights.py).
 from __future__ import annotations
 
 import copy
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +26,7 @@ from mptrain.compress import quantizers, records
 from mptrain.compress.scopes import openvino_module
 from mptrain.errors import ExportError, UserError
 from mptrain.export import openvino_fp16, openvino_weights
+from mptrain.export.folder import whole
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import Precision
 from mptrain.silence import silenced
@@ -227,22 +224,8 @@ def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group
 
 
 def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any, *, half: bool = False) -> Exported:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole(folder, model.config, processor) as scratch:
         ov.save_model(graph, scratch / XML, compress_to_fp16=half)
-        config = model.config.to_dict()
-        config.pop("auto_map", None)  # the IR needs no modeling code
-        (scratch / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-        if processor is not None:
-            processor.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     xml = folder / XML
     return Exported(folder, xml, xml.stat().st_size + xml.with_suffix(".bin").stat().st_size)
 

@@ -214,11 +214,7 @@ class MasterWeights(MasterOptimizer):
 
     def logs(self) -> dict[str, float]:
         """Scalars for the training log."""
-        return {
-            "precision/loss_scale": self.scaler.scale,
-            "precision/skipped_steps": float(self.scaler.skipped_steps),
-            "precision/grad_norm": self.grad_norm,
-        }
+        return self.scaler.logs(self.grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-identical resume needs besides the model's buffers: tensors, numbers and strings."""

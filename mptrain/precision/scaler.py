@@ -64,6 +64,14 @@ class LossScaler:
     def exhausted(self) -> bool:
         return self.overflows_at_floor >= self.settings.patience
 
+    def logs(self, grad_norm: float) -> dict[str, float]:
+        """Scalars for the training log. grad_norm: unscaled, before clipping."""
+        return {
+            "precision/loss_scale": self.scale,
+            "precision/skipped_steps": float(self.skipped_steps),
+            "precision/grad_norm": grad_norm,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}
 

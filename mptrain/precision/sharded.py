@@ -134,11 +134,7 @@ class ShardedMasters:
 
     def logs(self) -> dict[str, float]:
         """Scalars for the training log."""
-        return {
-            "precision/loss_scale": self.scaler.scale,
-            "precision/skipped_steps": float(self.scaler.skipped_steps),
-            "precision/grad_norm": self.grad_norm,
-        }
+        return self.scaler.logs(self.grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale; weights and moments are saved as for any FSDP2 model, with torch.distributed.checkpoint."""
