@@ -156,9 +156,8 @@ def main() -> int:
     options = parser.parse_args()
     begun = time.monotonic()
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    done = read(options.json)
     for point in points():
-        if options.summary or point in done or not fnmatch.fnmatch(point, options.only):
+        if options.summary or point in read(options.json) or not fnmatch.fnmatch(point, options.only):
             continue
         if time.monotonic() - begun > 60 * options.minutes:
             break

@@ -310,3 +310,26 @@ def test_a_library_that_is_none_is_a_build_error(tmp_path):
     (tmp_path / "x.so").write_text("not a library")
     with pytest.raises(native.BuildError, match="could not be loaded"):
         NativeKernel(tmp_path / "x.so")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weights", ["fp16", "bf16", "split", "fp32"])
+@pytest.mark.parametrize("size", [40_003, 9_000_000], ids=["cached", "streamed"])
+def test_sync_rounds_every_value_as_torch_does(kernel, weights, size, monkeypatch):
+    monkeypatch.setattr(native, "ELEMENTS_PER_THREAD", 10_000)
+    flat = make_flat(weights, [(size,)])
+    if flat.master is not None:
+        generator = torch.Generator().manual_seed(2)
+        bits = torch.randint(-(2**31), 2**31, (flat.numel,), generator=generator, dtype=torch.int32)
+        flat.master.copy_(bits.view(torch.float32))  # every exponent, subnormals, infinities and NaN
+        flat.master[:4] = torch.tensor([65519.9, 65520.0, 2.0**-25, 1 + 2.0**-8])
+    expected = None if flat.half is None else flat.half.clone() if flat.master is None else flat.master.to(flat.dtype)
+    torch.set_num_threads(3)
+    try:
+        make_kernel(kernel).sync(flat)
+    finally:
+        torch.set_num_threads(1)
+    if expected is not None:
+        assert torch.equal(flat.half.isnan(), expected.isnan())
+        numbers = ~expected.isnan()
+        assert torch.equal(flat.half[numbers], expected[numbers])

@@ -7,6 +7,8 @@
 //   sgd    g = factor * grad + l2 * p;  b = momentum * b + keep * g
 //          p -= lr * (from_grad * g + from_buffer * b)     (without momentum: p -= lr * g)
 //
+//   narrow half = p
+//
 // and the half weight is p rounded to nearest even. With split masters there is no p in memory: its
 // bits are those of the bfloat16 weight (rounded half up) plus a signed 16-bit remainder.
 //
@@ -22,12 +24,13 @@
 #include <cstring>
 #include <thread>
 #include <vector>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
 constexpr int W = 16;
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
 constexpr int W = 8;
 #else
 constexpr int W = 4;
@@ -282,6 +285,36 @@ void update(const Segment* segments, int64_t count, const Buffers& b, const doub
   });
 }
 
+// Half weights of more than this would only push other things out of the cache: they go to memory directly,
+// which saves reading the lines that are overwritten.
+constexpr int64_t STREAMED = int64_t{1} << 23;
+
+void stream(uint16_t* p, Half x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)x);
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)x);
+#else
+  write(p, x);
+#endif
+}
+
+// numel: a multiple of 16, as buffers are
+template <class H> void narrow_all(const float* master, uint16_t* half, int64_t numel, int threads) {
+  const bool streamed = numel >= STREAMED && reinterpret_cast<uintptr_t>(half) % sizeof(Half) == 0;
+  const int64_t vectors = numel / W;
+  parallel(threads, [=](int t) {
+    const int64_t from = vectors * t / threads * W, to = vectors * (t + 1) / threads * W;
+    if (streamed)
+      for (int64_t i = from; i < to; i += W) stream(half + i, narrow(read<Vec>(master + i), H{}));
+    else
+      for (int64_t i = from; i < to; i += W) write(half + i, narrow(read<Vec>(master + i), H{}));
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+  });
+}
+
 constexpr int64_t CHUNK = 1 << 12;
 
 template <class G> double sum_of_squares(const typename G::Store* g, int64_t n) {
@@ -353,6 +386,11 @@ double mptrain_norm(const Segment* segments, int64_t count, int grad, int thread
   if (grad == HALF) return norm<F16>(segments, count, threads);
   if (grad == BFLOAT) return norm<BF16>(segments, count, threads);
   return norm<F32>(segments, count, threads);
+}
+
+// half: fp16 or bf16 by `weights`
+void mptrain_narrow(const float* master, uint16_t* half, int64_t numel, int weights, int threads) {
+  (weights == HALF ? narrow_all<F16> : narrow_all<BF16>)(master, half, numel, threads);
 }
 
 void mptrain_adam(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {

@@ -17,6 +17,7 @@ import torch
 
 from mptrain import native
 from mptrain.native import BuildError
+from mptrain.precision.flat import Flat
 from mptrain.precision.step import AdamRule, Rule, Run
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,12 @@ class NativeKernel:
             raise BuildError(f"{library} was built for another CPU")
         self.library.mptrain_norm.restype = ctypes.c_double
 
+    def sync(self, flat: Flat) -> None:
+        if flat.master is None or flat.half is None:
+            return
+        master, half = ctypes.c_void_p(flat.master.data_ptr()), ctypes.c_void_p(flat.half.data_ptr())
+        self.library.mptrain_narrow(master, half, ctypes.c_int64(flat.numel), TYPES[flat.dtype], _threads(flat.numel))
+
     def norm(self, run: Run) -> float:
         segments, kind, threads = self._segments(run)
         return self.library.mptrain_norm(_pointer(segments), _length(segments), kind, threads)
@@ -72,8 +79,11 @@ class NativeKernel:
         numels = [g.numel() for g in run.gradients]
         addresses = [g.data_ptr() for g in run.gradients]
         segments = array("q", chain.from_iterable(zip(addresses, run.offsets, numels, strict=True)))
-        threads = max(1, min(torch.get_num_threads(), sum(numels) // ELEMENTS_PER_THREAD))
-        return segments, TYPES[run.gradients[0].dtype], threads
+        return segments, TYPES[run.gradients[0].dtype], _threads(sum(numels))
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD))
 
 
 def _pointer(values: array) -> ctypes.c_void_p:

@@ -198,7 +198,8 @@ class MasterOptimizer(torch.optim.Optimizer):
         """
         if not self.masters.in_place():
             self._settle()
-        self.masters.sync()
+        for flat in self.flats:
+            self._kernel(flat).sync(flat)
 
     @contextlib.contextmanager
     def exposed(self, *, write: bool = False) -> Iterator[nn.Module]:

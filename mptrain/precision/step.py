@@ -224,6 +224,10 @@ def _dense(grad: Tensor, entry: Entry) -> Tensor:
 
 
 class Kernel(Protocol):
+    def sync(self, flat: Flat) -> None:
+        """half <- master, in place; allocates nothing."""
+        ...
+
     def norm(self, run: Run) -> Tensor | float:
         """Sum of squares of the run's gradients; non-finite when one of them is."""
         ...
@@ -240,6 +244,9 @@ class TorchKernel:
         self.block = BLOCK << 1 if device.type == "cpu" else BLOCK << 7  # there, fewer launches matter more
         self.gradient = torch.empty(0, device=device)
         self.master = torch.empty(0, device=device)
+
+    def sync(self, flat: Flat) -> None:
+        flat.sync()
 
     def norm(self, run: Run) -> Tensor | float:
         sums = []

@@ -28,6 +28,9 @@ QUIET_NAN = tl.constexpr(0x7FC00000)
 class TritonKernel:
     """`mptrain.precision.step.Kernel` for one CUDA device."""
 
+    def sync(self, flat: Flat) -> None:
+        flat.sync()  # one launch
+
     def norm(self, run: Run) -> Tensor:
         pieces = _pieces(run)
         sums = torch.empty(len(pieces), device=run.flat.device)
