@@ -83,6 +83,16 @@ def test_larger_groups_where_cells_hold_many_values(weights, compiled):
         assert float(found) <= best * (1.0005 if heavy is None else 1.005)
 
 
+@pytest.mark.parametrize(("bits", "n", "groups"), [(2, 1000, [407, 438, 457, 654]), (3, 500, [175, 895])])
+def test_few_bits_are_exact(bits, n, groups):
+    """Groups with a second valley about as deep, which 256 cells mistake for the deepest."""
+    values = draw("heavy", groups=1000, n=n)
+    heavy = importance("uneven", values.shape)[groups]
+    values = values[groups]
+    for group, found in enumerate(loss(values, *cluster(values, bits, heavy), heavy)):
+        assert float(found) <= optimum(values[group], 2**bits, heavy[group]) * (1 + 2e-6)
+
+
 @pytest.mark.parametrize("weights", ["even", "uneven"])
 @pytest.mark.parametrize("kind", ["gauss", "offset", "outlier"])
 def test_a_group_too_large_to_sort_is_clustered_as_well(kind, weights):
