@@ -1,15 +1,18 @@
 """Classes of sounds, cut to `max_length` samples and prepared by the model's feature extractor.
 
+A sound of another rate than the model's is resampled (polyphase, with a low-pass filter).
 A model that takes the waveform gets it zero-padded to the longest of the batch, with an attention
 mask where the extractor asks for one; a model that takes a spectrogram gets it as extracted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.signal import resample_poly
 
 from mptrain.errors import DataError
 from mptrain.inputs import media
@@ -46,11 +49,9 @@ class AudioClassificationData(ClassificationData):
     def _sound(self, table: Table, row: int) -> np.ndarray:
         samples, rate = media.read_sound(table, "audio", row)
         if rate is not None and rate != self.processor.sampling_rate:
-            raise DataError(
-                f"data.audio: row {row + 1} of {table.where} has {rate} samples a second, the model expects"
-                f" {self.processor.sampling_rate}. Resample the files, e.g."
-                f" `ffmpeg -i in.wav -ar {self.processor.sampling_rate} out.wav`."
-            )
+            wanted = self.processor.sampling_rate
+            common = math.gcd(wanted, int(rate))
+            samples = resample_poly(samples, wanted // common, int(rate) // common).astype(np.float32)
         if not len(samples):
             raise DataError(f"data.audio: row {row + 1} of {table.where} is a sound without samples; drop it.")
         return samples
