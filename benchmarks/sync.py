@@ -135,7 +135,8 @@ def main() -> None:
             all(r["bytes_allocated"] >= 2 * r["elements"] for r in rows if r["name"].endswith("/deepcopy_half")),
         ),
     ]
-    columns = {"name": "row", "ratio": "× one copy_", "ms": "ms", "ratio_reused": "memory reused", "bytes_allocated": "bytes allocated"}
+    columns = {"name": "row", "ratio": "× one copy_", "ratio_reused": "memory reused", "ms": "ms"}
+    columns["bytes_allocated"] = "bytes allocated"
     write(options.json, rows, bars, markdown(rows, columns))
 
 
