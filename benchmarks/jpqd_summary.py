@@ -14,6 +14,8 @@ from mptrain.report.intervals import paired_difference
 
 SETTING = "b1_s128_t1"
 COLOURS = {"fisher": "#1b6ca8", "magnitude": "#b5541c", "movement": "#3d8b37", "qat_int8": "#666666"}
+PEERS = {"torch_pruning": "#8e44ad", "modelopt_gradnas": "#c9a227"}
+STYLES = {"joint": "-o", "sequential": "--s", "one_shot": ":^", "-": "D"}
 
 
 def row(line: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,7 +74,9 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
         cells += [points(100 * r[k]) if r[k] is not None else "" for k in ("delta_fp32", "delta_emb4")]
         cells += [f"{r[k]:.2f}×" if r[k] else "" for k in ("size", "size_emb4", "speed_fp32", "speed_int8")]
         text.append("| " + " | ".join(cells) + " |")
-    text += ["", *_means(rows), "", *_against_magnitude(lines)]
+    text += ["", *_means(rows), "", *_against(lines, ["magnitude"]), "", *_against(lines, list(PEERS))]
+    hosts = {line["host"]["cpu"] for line in lines}
+    text += ["", f"Points were measured on: {', '.join(sorted(hosts))}. Ratios are within a point, so within a host."]
     table = "\n".join(text) + "\n"
     path.with_suffix(".md").write_text(table)
     _plot(rows, path.with_suffix(".png"))
@@ -91,22 +95,26 @@ def _means(rows: list[dict[str, Any]]) -> list[str]:
     return text if len(text) > 4 else []
 
 
-def _against_magnitude(lines: list[dict[str, Any]]) -> list[str]:
+def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
     """Paired intervals, int8 model against int8 model on the same test examples."""
-    right = {line["point"]: _right(line) for line in lines if line["point"].split("/")[0] in COLOURS}
-    text = ["Against magnitude at the same order, size and seed (int8, paired 95% interval, points):", ""]
-    text += ["| method | order | kept | seed | difference | 95% interval | verdict |", "|---|---|--:|--:|--:|---|---|"]
+    right = {line["point"]: _right(line) for line in lines}
+    text = [f"Against {' and '.join(others)} at the same order, size and seed (int8, paired 95% interval, points):", ""]
+    text += ["| method | against | order | kept | seed | difference | 95% interval | verdict |"]
+    text += ["|---|---|---|--:|--:|--:|---|---|"]
     for point, ours in right.items():
         method, rest = point.split("/", 1)
-        other = right.get(f"magnitude/{rest}")
-        if method == "magnitude" or ours is None or other is None:
+        if method in others or method not in COLOURS or ours is None:
             continue
-        found = paired_difference(_score(ours), _score(other))
-        order, kept, seed = rest.split("/")
-        text.append(
-            f"| {method} | {order} | {kept}% | {seed} | {100 * found.value:+.1f}"
-            f" | {100 * found.low:+.1f} … {100 * found.high:+.1f} | {verdict((found.low, found.high))} |"
-        )
+        for other in others:
+            theirs = right.get(f"{other}/{rest}")
+            if theirs is None:
+                continue
+            found = paired_difference(_score(ours), _score(theirs))
+            order, kept, seed = rest.split("/")
+            text.append(
+                f"| {method} | {other} | {order} | {kept}% | {seed} | {100 * found.value:+.1f}"
+                f" | {100 * found.low:+.1f} … {100 * found.high:+.1f} | {verdict((found.low, found.high))} |"
+            )
     return text if len(text) > 4 else []
 
 
@@ -132,8 +140,8 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     labels = ("times smaller (int8, int4 embedding)", "times faster (pruned fp32)")
     for axis, key, label in zip(axes, ("size_emb4", "speed_fp32"), labels):
-        for method, colour in COLOURS.items():
-            for order, style in (("joint", "-o"), ("sequential", "--s"), ("-", "D")):
+        for method, colour in (COLOURS | PEERS).items():
+            for order, style in STYLES.items():
                 found = [r for r in rows if (r["method"], r["order"], r["seed"]) == (method, order, 0) and r[key]]
                 if found:
                     found.sort(key=lambda r: r[key])
