@@ -88,7 +88,9 @@ def _does(compute: str, stage: Stage, phase: Any) -> str:
         parts.append(f"quantize ({stage.quantize.mode})")
     if stage.palettize and phase.palettize:
         trained = ", tables trained" if stage.palettize.finetune and phase.steps else ""
-        parts.append(f"palettize ({stage.palettize.method}, {stage.palettize.bits} bits{trained})")
+        how, budget = stage.palettize, stage.palettize.size_budget
+        bits = f"{how.bits} bits" if budget is None else f"{budget:g} bits a weight"
+        parts.append(f"palettize ({how.method}, {bits}{trained})")
     if stage.distill and phase.steps:
         parts.append(f"distil from {stage.teacher}")
     return " + ".join(parts)
@@ -124,13 +126,16 @@ def _tables(recipe: Recipe, model: torch.nn.Module) -> Table:
     for stage in recipe.stages:
         if stage.palettize is None:
             continue
-        alike: dict[float, list[palettize.Table]] = {}
+        budget = stage.palettize.size_budget
+        alike: dict[str, list[palettize.Table]] = {}
         for found in palettize.tables(model, stage.palettize).values():
-            alike.setdefault(found.bits / found.cluster_dim, []).append(found)
+            bits = f"{found.bits / found.cluster_dim:g}" if budget is None else "by sensitivity"
+            alike.setdefault(bits, []).append(found)
         for bits, group in sorted(alike.items()):
-            count, size = sum(t.rows * t.columns for t in group), sum(t.stored_bytes for t in group)
+            count = sum(t.rows * t.columns for t in group)
+            size = sum(t.stored_bytes for t in group) if budget is None else budget * count / 8
             table.add_row(
-                stage.id, f"{bits:g}", str(len(group)), f"{count / 1e6:.1f} M", f"{size / 1e6:.1f} MB",
+                stage.id, bits, str(len(group)), f"{count / 1e6:.1f} M", f"{size / 1e6:.1f} MB",
                 f"{2 * count / size:.2f}×",
             )  # fmt: skip
     return table

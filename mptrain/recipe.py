@@ -283,6 +283,11 @@ class Palettize(Strict):
         description="kmeans: needs no data; skm: weights count by their squared gradients on calibration data"
     )
     bits: Bits = 4
+    size_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="stored bits per palettized weight, tables and scales included: 1, 2, 3, 4, 6 or 8 bits to each by"
+        " its sensitivity on calibration data, except where overrides, embeddings or lm_head give a number",
+    )
     granularity: Literal["tensor", "channel_group"] = Field(
         "channel_group", description="one table for a weight, or one for every group of output channels"
     )

@@ -11,6 +11,7 @@ from mptrain.cli import main
 from mptrain.compress import records
 from mptrain.errors import RecipeError
 from mptrain.recipe_file import read
+from mptrain.report.tables import methods
 from mptrain.run import run
 from mptrain.train import stage as stages
 
@@ -141,3 +142,22 @@ def test_a_stage_after_a_palettized_one_must_not_undo_it(tmp_path):
     found["export"][0]["of"] = ["more"]
     with pytest.raises(RecipeError, match="'skm' holds compressed weights, which nothing may change after"):
         load(tiny.write(found, tmp_path / "r.yaml"))
+
+
+def test_a_budget_shows_its_bits_in_report_and_dry_run(tmp_path, capsys):
+    tables = {"method": "skm", "granularity": "tensor", "size_budget": 3.5}
+    recipe = described(tmp_path, stages=[{"id": "mixed", "from": "model", "palettize": tables}])
+    recipe["export"][0]["of"] = ["mixed"]
+    path = tiny.write(recipe, tmp_path / "recipe.yaml")
+    report = run(load(path))
+    rows = report["compressed"]["mixed"]
+    assert len({row["bits"] for row in rows}) > 1
+    assert 2.5 < 8 * sum(r["bytes"] for r in rows) / sum(r["count"] for r in rows) <= 3.5
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "mixed-bit palettization (sensitive k-means, at most 3.5 bits a weight)" in methods(
+        report["recipe"]["stages"][0]
+    )
+    assert all(f"{row['bits']:g} bits" in text for row in rows)
+    assert main(["recipe", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "palettize (skm, 3.5 bits a weight)" in said and "by sensitivity" in said

@@ -11,8 +11,10 @@ import time
 import psutil
 import pytest
 import tiny
+import torch
 
-from mptrain import recipe_file
+from mptrain import artifact, recipe_file
+from mptrain.compress import records
 
 CONFIGS = recipe_file.folder("configs")
 
@@ -52,6 +54,32 @@ def test_two_processes_match_one_with_accumulation(tmp_path):
     assert again.returncode == 0 and again.stdout.count("Report: ") == 1, again.stderr[-4000:]
     refused = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml", config="1cpu")
     assert refused.returncode != 0 and "processes was 2 and is 1" in refused.stderr
+
+
+def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
+    described = tiny.jpqd(tmp_path)
+    block = {"mode": "weight_only", "method": "gptq", "block_size": 16}
+    described["stages"] = [
+        {"id": "int4", "from": "model", "quantize": block},
+        {"id": "skm", "from": "model", "palettize": {"method": "skm", "bits": 3, "group_size": 8}},
+    ]
+    described["export"] = [{"id": "ov", "format": "openvino", "of": ["int4", "skm"], "precision": ["fp32"]}]
+    described["gates"] = {"fused_attention": None}
+    for name, config in (("one", "1cpu"), ("two", "gloo-2cpu")):
+        path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")
+        done = launch("-m", "mptrain", "recipe", path, config=config)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for stage in ("int4", "skm"):
+        a, b = (records.of(artifact.load(tmp_path / n / phase_model(tmp_path / n, stage))) for n in ("one", "two"))
+        assert a.keys() == b.keys() and len(a) > 10
+        for name in a:
+            for part, value in vars(a[name]).items():
+                other = vars(b[name])[part]
+                assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def phase_model(run, stage):
+    return json.loads((run / "report.json").read_text())["checkpoints"][stage]
 
 
 def test_a_launch_that_silently_runs_one_process_is_refused(tmp_path):

@@ -10,6 +10,10 @@ simply feed each other, the model runs from its beginning up to each layer inste
 same numbers, with time quadratic in depth. Linears outside the layers (heads, poolers) come last.
 
 Padding does not count. Linears with one input (query, key, value) share one matrix.
+
+Layers are sequential: the inputs of one need the compressed weights of those before. Several
+ranks share the batches (ranks.py): each holds the hidden states of its own, and the products
+x xᵀ of a batch go to all.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.ranks import ALONE, Ranks, from_rank, told
 from mptrain.compress.structure import find_structure
 from mptrain.errors import ModelError
 
@@ -28,43 +33,53 @@ Batch = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def walk(model: nn.Module, names: set[str], batches: Sequence[Batch]) -> Iterator[dict[str, Tensor]]:
-    """Yield the moments of the Linears `names`, float64, layer by layer.
+def walk(
+    model: nn.Module, names: set[str], batches: Sequence[Batch], ranks: Ranks = ALONE
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the moments of the Linears `names`, float64, layer by layer, on every rank.
 
-    batches: keyword arguments of the model. Raises ModelError when a Linear never ran.
+    batches: keyword arguments of the model, the same on every rank. Raises ModelError when a Linear never ran.
     """
     device = next(model.parameters()).device
-    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    first = {name: value.to(device) for name, value in batches[0].items()}
+    own = [{k: v.to(device) for k, v in batch.items()} for batch in batches[ranks.index :: ranks.count]]
+    turns = range(-(-len(batches) // ranks.count))  # as many on every rank; in the last some may have no batch
     with _inference(model):
         layers = _layers(model, names)
-        steps = _chained(model, layers, batches) if layers else None
+        steps = _chained(model, layers, first, own) if layers else None
         for index, layer in enumerate(layers):
-            moments = _Moments(model, {n for n in names if n.startswith(f"{layer}.")})
+            moments = _Moments(model, {n for n in names if n.startswith(f"{layer}.")}, ranks)
             with moments.watching():
-                for number, batch in enumerate(batches):
-                    moments.begin(batch)
-                    if steps is not None:
-                        _run(model, layer, steps[number])
-                    else:
-                        _run_until(model, layer, batch)
+                for turn in turns:
+                    for number, batch in enumerate(own[turn : turn + 1], turn):
+                        moments.begin(batch)
+                        if steps is not None:
+                            _run(model, layer, steps[number])
+                        else:
+                            _run_until(model, layer, batch)
+                    moments.end()
             yield moments.mean()
             if steps is not None and index + 1 < len(layers):
                 for step in steps:
                     step[0] = (_hidden(_run(model, layer, step)), *step[0][1:])
         del steps
         if outside := {n for n in names if not any(n.startswith(f"{layer}.") for layer in layers)}:
-            moments = _Moments(model, outside)
+            moments = _Moments(model, outside, ranks)
             with moments.watching():
-                for batch in batches:
-                    moments.begin(batch)
-                    model(**batch)
+                for turn in turns:
+                    for batch in own[turn : turn + 1]:
+                        moments.begin(batch)
+                        model(**batch)
+                    moments.end()
             yield moments.mean()
 
 
 class _Moments:
     """Sums of x xᵀ over the tokens that Linears see."""
 
-    def __init__(self, model: nn.Module, names: set[str]) -> None:
+    def __init__(self, model: nn.Module, names: set[str], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.products: list[tuple[str, int, Tensor]] = []  # of this rank's batch, to be exchanged
         self.modules = {name: model.get_submodule(name) for name in sorted(names)}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -93,11 +108,34 @@ class _Moments:
             if self.mask is not None and x.shape[:-1] == self.mask.shape:
                 x = x[self.mask.bool()]
             x = x.reshape(-1, x.shape[-1]).float()
-            product = (x.T @ x).double()
-            self.sums[name] = self.sums[name].add_(product) if name in self.sums else product
-            self.counts[name] = self.counts.get(name, 0) + len(x)
+            if self.ranks.count == 1:
+                self._add(name, len(x), x.T @ x)
+            else:
+                self.products.append((name, len(x), x.T @ x))
 
         return hook
+
+    def _add(self, name: str, count: int, product: Tensor) -> None:
+        total = product.double()
+        self.sums[name] = self.sums[name].add_(total) if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def end(self) -> None:
+        """Add what the batches of this turn gave, those of all ranks in their order."""
+        if self.ranks.count == 1:
+            return
+        own, self.products = self.products, []
+        facts = told((self.owner, [(name, count, product.shape) for name, count, product in own]), self.ranks)
+        self.owner = {}
+        for owner, _ in facts:  # the first batch decides whose matrix a Linear shares
+            self.owner = owner | self.owner
+        device = next(next(iter(self.modules.values())).parameters()).device
+        for rank, (_, sent) in enumerate(facts):
+            for number, (name, count, shape) in enumerate(sent):
+                product = own[number][2] if rank == self.ranks.index else torch.empty(shape, device=device)
+                from_rank(rank, product)
+                if self.owner[name] == name:
+                    self._add(name, count, product)
 
     def mean(self) -> dict[str, Tensor]:
         if never := [name for name in self.modules if name not in self.owner]:
@@ -119,8 +157,11 @@ class _Stop(Exception):
     pass
 
 
-def _chained(model: nn.Module, layers: list[str], batches: Sequence[Batch]) -> list[list[Any]] | None:
-    """[args, kwargs] of the first layer for each batch; None unless each layer's input is what the one before gives."""
+def _chained(model: nn.Module, layers: list[str], first: Batch, batches: Sequence[Batch]) -> list[list[Any]] | None:
+    """[args, kwargs] of the first layer for each batch; None unless each layer's input is what the one before gives.
+
+    first: the batch by which that is found out.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Any] = []
     modules = [model.get_submodule(layer) for layer in layers]
@@ -130,7 +171,7 @@ def _chained(model: nn.Module, layers: list[str], batches: Sequence[Batch]) -> l
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda m, args, output: outputs.append(_hidden(output))))
     try:
-        model(**batches[0])
+        model(**first)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,6 +8,9 @@ A table serves the tensor or a group of output channels; an entry is one number 
 cluster_dim, several neighbours of a row. With a per-channel scale, s = max |w| of the channel,
 the tables hold w / s and errors count s² times: what is minimised stays the error of the weight.
 
+Bits: as configured, or for each weight by its sensitivity, so that all meet a size budget
+(sensitivity.py). Several ranks share the weights and the calibration batches (ranks.py).
+
 Which weights: those of Linear and Embedding layers and convolutions. One whose record would
 not be smaller than its fp16 values stays as it is.
 """
@@ -15,8 +18,8 @@ not be smaller than its fp16 values stays as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,20 +30,28 @@ from mptrain.compress.base import is_quantized
 from mptrain.compress.importance import fisher
 from mptrain.compress.kmeans import cluster
 from mptrain.compress.pruner import Batch, LossFn, model_loss
+from mptrain.compress.ranks import ALONE, Ranks, assign, share
 from mptrain.compress.records import Palettized
 from mptrain.compress.scopes import resolve
+from mptrain.compress.sensitivity import Option, allocate, option
 from mptrain.compress.vector_kmeans import cluster_vectors
 from mptrain.errors import ModelError, UserError
 from mptrain.recipe import Palettize
 
 log = logging.getLogger(__name__)
 
+WIDTHS = (1, 2, 3, 4, 6, 8)
+"""Bits that a size budget chooses from: those that targets store as they are."""
+
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class Table:
-    """How one weight [rows, columns] is palettized; rows_per_group == rows is one table for the tensor."""
+    """How one weight [rows, columns] is palettized; rows_per_group == rows is one table for the tensor.
+
+    fixed: False where a size budget chooses the bits.
+    """
 
     rows: int
     columns: int
@@ -48,6 +59,12 @@ class Table:
     rows_per_group: int
     cluster_dim: int
     per_channel_scale: bool
+    fixed: bool = True
+
+    @property
+    def smaller(self) -> bool:
+        """Than the weight in fp16."""
+        return self.stored_bytes < 2 * self.rows * self.columns
 
     @property
     def stored_bytes(self) -> int:
@@ -64,29 +81,81 @@ def palettize(
     *,
     loss_fn: LossFn = model_loss,
     seed: int = 0,
+    widths: Sequence[int] = WIDTHS,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Palettized]:
     """Records of the weights that `config` covers, by parameter name, on the CPU; the model is not changed.
 
-    `records.attach(model, found)` puts them into it. batches: for method skm, keyword arguments
-    of the model with labels. seed: of the vectors' k-means++. Layer by layer: besides the records
-    and for SKM one float32 per weight, memory is that of the largest layer.
+    `records.attach(model, found)` puts them into it. batches: for method skm and for a size
+    budget, keyword arguments of the model with labels. seed: of the vectors' k-means++. widths:
+    bits that a size budget chooses from. Layer by layer: besides the records and the Fisher
+    information, one float32 per weight, memory is that of the largest layer. With several ranks
+    all call this with the same arguments and get the same records.
     Raises UserError for a pattern without a module, a cluster_dim that does not divide a layer,
-    or SKM without data; ModelError for weights or gradients that are not finite.
+    a budget below what the fewest bits take, or SKM or a budget without data; ModelError for
+    weights or gradients that are not finite.
     """
-    chosen = tables(model, config)
+    chosen = tables(model, config, widths)
     importance: dict[str, Tensor] = {}
-    if config.method == "skm":
+    if config.method == "skm" or config.size_budget is not None:
         if batches is None:
-            raise UserError("palettize.method skm needs calibration data; kmeans does without")
-        importance = fisher(model, batches, chosen, loss_fn)
-    found = {}
-    for name in tqdm(chosen, "palettizing", disable=None):
-        found[name] = palettized(name, model.get_parameter(name), chosen[name], importance.pop(name, None), seed)
-    return found
+            field = "method skm" if config.method == "skm" else "size_budget"
+            raise UserError(f"palettize.{field} needs calibration data; kmeans with given bits does without")
+        importance = fisher(model, batches, chosen, loss_fn, ranks)
+    weighted = config.method == "skm"
+
+    def work(name: str) -> Palettized:
+        return palettized(name, model.get_parameter(name), chosen[name], importance.pop(name, None), seed)
+
+    if config.size_budget is not None:
+        chosen = _within_budget(model, chosen, config, importance, widths, seed, ranks)
+    owners = assign({name: _cost(table) for name, table in chosen.items()}, ranks.count)
+    importance = {name: f for name, f in importance.items() if weighted and owners[name] == ranks.index}
+    return dict(tqdm(share(owners, work, ranks), "palettizing", len(owners), disable=None))
 
 
-def tables(model: nn.Module, config: Palettize) -> dict[str, Table]:
-    """What `palettize` would do to each weight, from its shape alone (also on the meta device)."""
+def _within_budget(
+    model: nn.Module,
+    chosen: Mapping[str, Table],
+    config: Palettize,
+    importance: Mapping[str, Tensor],
+    widths: Sequence[int],
+    seed: int,
+    ranks: Ranks,
+) -> dict[str, Table]:
+    """The tables with bits for each; only what each candidate costs is kept of it."""
+    assert config.size_budget is not None
+
+    def work(name: str) -> list[Option]:
+        weight, heavy = model.get_parameter(name).detach(), importance[name]
+        used = heavy if config.method == "skm" else None
+        candidates = _candidates(chosen[name], widths)
+        return [option(weight, palettized(name, weight, table, used, seed), heavy) for table in candidates]
+
+    costs = {name: sum(map(_cost, _candidates(table, widths))) for name, table in chosen.items()}
+    shared = share(assign(costs, ranks.count), work, ranks)
+    options = dict(tqdm(shared, "choosing bits", len(costs), disable=None))
+    total = sum(table.rows * table.columns for table in chosen.values())
+    found = allocate(options, int(config.size_budget * total / 8), "palettize.size_budget")
+    return {name: replace(table, bits=found[name].bits) for name, table in chosen.items()}
+
+
+def _candidates(table: Table, widths: Sequence[int]) -> list[Table]:
+    if table.fixed:
+        return [table]
+    return [new for bits in widths if (new := replace(table, bits=bits)).smaller]
+
+
+def _cost(table: Table) -> float:
+    """About proportional to the time that it takes."""
+    return table.rows * table.columns * (20 if table.cluster_dim == 1 else 2**table.bits)
+
+
+def tables(model: nn.Module, config: Palettize, widths: Sequence[int] = WIDTHS) -> dict[str, Table]:
+    """What `palettize` would do to each weight, from its shape alone (also on the meta device).
+
+    With a size budget the bits of those that are not `fixed` are still to be chosen among `widths`.
+    """
     if is_quantized(model):
         raise UserError("palettize: the model has int8 quantizers; palettize in a stage that starts before them")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
@@ -115,14 +184,16 @@ def tables(model: nn.Module, config: Palettize) -> dict[str, Table]:
         if choice is False:
             continue
         merged: dict[str, Any] = {"bits": config.bits if choice is True else choice}
+        fixed = config.size_budget is None or choice is not True
         for modules, pattern in overrides:
             if name in modules:
                 merged |= config.overrides[pattern].model_dump(exclude_none=True)
-        table = _table(name, module.weight, config.model_copy(update=merged))
-        if table.stored_bytes < 2 * table.rows * table.columns:
+                fixed = fixed or config.overrides[pattern].bits is not None
+        table = replace(_table(name, module.weight, config.model_copy(update=merged)), fixed=fixed)
+        if any(candidate.smaller for candidate in _candidates(table, widths)):
             found[parameter] = table
         else:
-            log.info("%s stays as it is: %d-bit tables would not make it smaller", parameter, table.bits)
+            log.info("%s stays as it is: tables would not make it smaller", parameter)
     if not found:
         raise UserError("palettize: no weight is left to palettize; make ignore narrower or group_size larger")
     return found

@@ -38,8 +38,8 @@ def option(weight: Tensor, record: Record, importance: Tensor) -> Option:
     return Option(record.bits, stored_bytes(record), float((importance * error).double().sum()))
 
 
-def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """One option for each weight, of at most `budget` bytes together.
+def allocate(options: Mapping[str, Sequence[Option]], budget: int, field: str) -> dict[str, Option]:
+    """One option for each weight, of at most `budget` bytes together. field: of the recipe, for the error.
 
     Raises UserError when the smallest of all do not fit.
     """
@@ -48,8 +48,8 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
     used = sum(hull[0].size for hull in hulls.values())
     if used > budget:
         raise UserError(
-            f"quantize.size_budget: {budget:,} bytes are less than the {used:,} that the fewest bits take; raise it, or"
-            " use larger blocks"
+            f"{field}: {budget:,} bytes are less than the {used:,} that the fewest bits take; raise it, or let more"
+            " weights share a scale or table"
         )
     while True:
         steps = [

@@ -3,13 +3,14 @@
 Linears, embeddings and the output embedding (lm_head) are compressed; biases, norms and
 convolutions stay float32. Methods without calibration come first, so that the calibration of
 the others sees them; then layer by layer (layerwise.py), each on the inputs that the
-compressed layers before it give.
+compressed layers before it give. Several ranks share the weights, of a layer or of all that
+need no calibration, and the calibration batches (ranks.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,7 @@ from mptrain.compress.blockwise import Grid, round_to_nearest
 from mptrain.compress.gptq import factor, gptq
 from mptrain.compress.importance import fisher
 from mptrain.compress.layerwise import walk
+from mptrain.compress.ranks import ALONE, Ranks, assign, share
 from mptrain.compress.records import Record
 from mptrain.compress.scale_search import search
 from mptrain.compress.scopes import resolve
@@ -47,18 +49,20 @@ def compress(
     config: WeightOnly,
     batches: Sequence[Mapping[str, Tensor]] = (),
     labelled: Sequence[Mapping[str, Tensor]] = (),
+    ranks: Ranks = ALONE,
 ) -> None:
     """Compress a plain float32 model in place; its records are there afterwards (records.of).
 
     batches: keyword arguments of the model, for methods `scale` and `gptq`. Without them `scale`
     minimises the error of the weights, and `gptq` is an error. labelled: batches with labels, for
-    config.size_budget. The same batches give the same integers. Raises UserError for a pattern
+    config.size_budget. The same batches give the same integers. With several ranks all call this
+    with the same arguments, and all have the whole model afterwards. Raises UserError for a pattern
     that matches nothing, block sizes that do not divide a weight, or a budget below what 4 bits
     take; ModelError for weights that are not finite.
     """
     plan = choices(model, config)
     if config.size_budget is not None:
-        plan = _within_budget(model, plan, config.size_budget, labelled)
+        plan = _within_budget(model, plan, config.size_budget, labelled, ranks)
     calibrated = {
         choice.linear: name
         for name, choice in plan.items()
@@ -67,16 +71,17 @@ def compress(
     if not batches and any(plan[name].method == "gptq" for name in calibrated.values()):
         raise UserError("quantize.method: gptq needs calibration data; without any use scale")
     with tqdm(total=len(plan), desc="compress", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for name in (n for n in plan if n not in calibrated.values()):
-            _compressed(model, name, plan[name])
+        free = [name for name in plan if name not in calibrated.values()]
+        owners = assign({name: _cost(model, name, plan[name]) for name in free}, ranks.count)
+        for name, record in share(owners, lambda name: _record(model, name, plan[name]), ranks):
+            records.attach(model, {name: record})
             bar.update()
         if not calibrated:
             return
-        for moments in walk(model, set(calibrated), batches):
-            factors = _factors([h for linear, h in moments.items() if plan[calibrated[linear]].method == "gptq"])
-            for linear, h in moments.items():
-                name = calibrated[linear]
-                _compressed(model, name, plan[name], h, factors.get(id(h)))
+        for by_linear in walk(model, set(calibrated), batches, ranks):
+            moments = {calibrated[linear]: h for linear, h in by_linear.items()}
+            for name, record in _of_layer(model, plan, moments, ranks):
+                records.attach(model, {name: record})
                 bar.update()
 
 
@@ -117,17 +122,17 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
 
 
 def _within_budget(
-    model: nn.Module, plan: dict[str, Choice], budget: float, labelled: Sequence[Mapping[str, Tensor]]
+    model: nn.Module, plan: dict[str, Choice], budget: float, labelled: Sequence[Mapping[str, Tensor]], ranks: Ranks
 ) -> dict[str, Choice]:
     """The plan with 4 or 8 bits for each weight. Candidates are rounded to nearest, whatever the method is."""
-    information = fisher(model, [dict(batch) for batch in labelled], plan)
+    information = fisher(model, [dict(batch) for batch in labelled], plan, ranks=ranks)
     options: dict[str, list[Option]] = {}
     for name, choice in plan.items():
         weight = model.get_parameter(name).detach()
         grids = [replace(choice.grid, bits=bits) for bits in (4, 8)]
         options[name] = [option(weight, round_to_nearest(weight, grid), information[name]) for grid in grids]
     total = sum(model.get_parameter(name).numel() for name in plan)
-    found = allocate(options, int(budget * total / 8))
+    found = allocate(options, int(budget * total / 8), "quantize.size_budget")
     return {name: replace(choice, grid=replace(choice.grid, bits=found[name].bits)) for name, choice in plan.items()}
 
 
@@ -168,20 +173,34 @@ def _factors(moments: Sequence[Tensor]) -> dict[int, Tensor]:
     return found
 
 
-def _compressed(
+def _of_layer(
+    model: nn.Module, plan: Mapping[str, Choice], moments: Mapping[str, Tensor], ranks: Ranks
+) -> Iterator[tuple[str, Record]]:
+    """The records of the weights of one layer, given the second moments of their inputs."""
+    owners = assign({name: _cost(model, name, plan[name]) for name in moments}, ranks.count)
+    own = [name for name, rank in owners.items() if rank == ranks.index]
+    factors = _factors([moments[name] for name in own if plan[name].method == "gptq"])
+    work = lambda name: _record(model, name, plan[name], moments[name], factors.get(id(moments[name])))  # noqa: E731
+    return share(owners, work, ranks)
+
+
+def _cost(model: nn.Module, name: str, choice: Choice) -> float:
+    """About proportional to the time that a weight takes."""
+    rows, columns = model.get_parameter(name).shape
+    search = {"rtn": 0.01, "scale": 1.0, "gptq": 1.0 + columns / 1000}[choice.method]
+    factorisation = columns**3 / 1000 if choice.method == "gptq" else 0.0
+    return rows * columns * search + factorisation
+
+
+def _record(
     model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, upper: Tensor | None = None
-) -> None:
+) -> Record:
     weight = model.get_parameter(name).detach()
     try:
-        record = _record(weight, choice, moments, upper)
+        if choice.method == "gptq" and upper is not None:
+            return gptq(weight, choice.grid, upper)
+        if choice.method == "rtn":
+            return round_to_nearest(weight, choice.grid)
+        return search(weight, choice.grid, None if moments is None else moments.diagonal())
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
-    records.attach(model, {name: record})
-
-
-def _record(weight: Tensor, choice: Choice, moments: Tensor | None, upper: Tensor | None) -> Record:
-    if choice.method == "gptq" and upper is not None:
-        return gptq(weight, choice.grid, upper)
-    if choice.method == "rtn":
-        return round_to_nearest(weight, choice.grid)
-    return search(weight, choice.grid, None if moments is None else moments.diagonal())

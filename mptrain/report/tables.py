@@ -350,7 +350,10 @@ def methods(stage: Row) -> list[str]:
     if stage.get("palettize"):
         how = {"kmeans": "k-means", "skm": "sensitive k-means"}[stage["palettize"]["method"]]
         trained = ", tables trained" if stage["palettize"].get("finetune") else ""
-        found.append(f"{stage['palettize']['bits']}-bit palettization ({how}{trained})")
+        budget = stage["palettize"].get("size_budget")
+        bits = f"{stage['palettize']['bits']}-bit palettization" if budget is None else "mixed-bit palettization"
+        size = "" if budget is None else f", at most {budget:g} bits a weight"
+        found.append(f"{bits} ({how}{size}{trained})")
     if stage.get("distill"):
         found.append(f"distillation from {stage['teacher']}")
     return found

@@ -26,13 +26,14 @@ from mptrain.compress.fisher import FisherPruner
 from mptrain.compress.magnitude import MagnitudePruner
 from mptrain.compress.movement import MovementPruner
 from mptrain.compress.pruner import Pruner
+from mptrain.compress.ranks import Ranks
 from mptrain.compress.shrink import linear_slices, shrink
 from mptrain.compress.structure import Structure, find_structure
 from mptrain.compress.table_training import TableTrainer
 from mptrain.inputs.data import TaskData
 from mptrain.inputs.model import load_model
 from mptrain.plan import Phase
-from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
+from mptrain.recipe import CoreMl, Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
 from mptrain.run_folder import read_json, write_json
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
@@ -57,6 +58,10 @@ class Context:
     peers: PartialState
     allow_code: bool
 
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self.peers.process_index, self.peers.num_processes)
+
     def model_folder(self, stage_id: str) -> Path:
         """Where the model at the end of a stage is."""
         return self.folder / self.plan[stage_id][-1].folder / MODEL
@@ -77,7 +82,8 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     if phase.quantize_at_start and stage.quantize is not None:
         if isinstance(stage.quantize, WeightOnly):
             labelled = context.data.labelled(context.recipe.data.calibration) if stage.quantize.size_budget else ()
-            weight_only.compress(model.to(context.peers.device), stage.quantize, _calibration(context), labelled)
+            model.to(context.peers.device)
+            weight_only.compress(model, stage.quantize, _calibration(context), labelled, context.ranks)
         else:
             model = quantizers.quantize(model, stage.quantize, _calibration(context))
     model.to(context.peers.device)
@@ -196,8 +202,12 @@ def _palettized(context: Context, stage: Stage, model: nn.Module) -> dict[str, r
     assert stage.palettize is not None
     records.forget(model)
     model.to(context.peers.device)
-    batches = context.data.labelled(context.recipe.data.calibration) if stage.palettize.method == "skm" else None
-    return palettize.palettize(model, stage.palettize, batches, seed=context.recipe.seed)
+    how, calibration = stage.palettize, context.recipe.data.calibration
+    batches = context.data.labelled(calibration) if how.method == "skm" or how.size_budget is not None else None
+    older = [e for e in context.recipe.export if isinstance(e, CoreMl) and stage.id in e.of]
+    # Core ML before iOS 18 has no tables of 3 bits
+    widths = [b for b in palettize.WIDTHS if b != 3 or all(e.minimum_deployment_target == "iOS18" for e in older)]
+    return palettize.palettize(model, how, batches, seed=context.recipe.seed, widths=widths, ranks=context.ranks)
 
 
 def _table_trainer(context: Context, stage: Stage, phase: Phase, model: nn.Module) -> TableTrainer | None:
