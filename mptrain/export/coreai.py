@@ -77,6 +77,7 @@ def export_coreai(
     precision: Literal["fp32", "fp16"] = "fp32",
     shapes: Literal["dynamic", "fixed"] = "dynamic",
     calibration: Batches = (),
+    few: bool = False,
     keep_fp32: Collection[str] = (),
     processor: Any = None,
 ) -> Exported:
@@ -88,7 +89,8 @@ def export_coreai(
     least 2 examples of at least 2 tokens, and leaves batch and length open (of images the batch). Integers are
     int32 in the asset. A causal LM is exported without a cache.
     calibration: for fp16, batches on which the smallest set of operations to keep in fp32 is found, and on
-    which the asset is run against the model before it is moved to `folder`.
+    which the asset is run against the model before it is moved to `folder`. `few`: it is run on two of their
+    examples only, for hosts that compute fp16 in software.
     keep_fp32: more operations (names in the graph of `traced`) or modules of an fp16 asset that compute in fp32.
     Raises UserError when model and arguments do not fit, ExportError when the conversion fails or when an
     fp16 asset is wrong on the calibration batches.
@@ -100,7 +102,7 @@ def export_coreai(
         )
     if precision != "fp16" and (keep_fp32 or calibration):
         raise UserError(f"Core AI export: keep_fp32 and calibration are for precision fp16, got {precision}")
-    graph, outputs = traced(model, example, shapes=shapes), _names(model, example)
+    graph, outputs = traced(model, example, shapes=shapes), output_names(model, example)
     half: dict[str, Any] | None = None
     if precision == "fp16":
         half = _to_half(graph, list(example), outputs, calibration, keep_fp32)
@@ -108,8 +110,10 @@ def export_coreai(
 
     def verify(asset: Path) -> None:
         if half is not None and calibration:
-            executed = _executed(model, asset, calibration)
-            half["executed"] = overflow.as_json(executed)
+            batches = [_smallest(calibration)] if few else calibration
+            executed = _executed(model, asset, batches)
+            examples = sum(len(next(iter(batch.values()))) for batch in batches)
+            half["executed"] = overflow.as_json(executed) | {"examples": examples}
             if not executed.right():
                 raise ExportError(
                     f"the fp16 asset of {type(model).__name__} is wrong on the calibration batches: {half}."
@@ -160,7 +164,8 @@ def _dynamic(example: Mapping[str, Tensor]) -> tuple[tuple[dict[int, Any], ...]]
     return (tuple(found),)
 
 
-def _names(model: nn.Module, example: Mapping[str, Tensor]) -> list[str]:
+def output_names(model: nn.Module, example: Mapping[str, Tensor]) -> list[str]:
+    """Of the graph that `traced` gives."""
     with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model):
         return Positional(model, list(example)).output_names(*example.values())
 
@@ -197,6 +202,12 @@ def _to_half(
 def _inside(node: fx.Node, name: str) -> bool:
     found = graph_ops.module(node)
     return found == name or found.startswith(f"{name}.")
+
+
+def _smallest(batches: Batches) -> Mapping[str, Tensor]:
+    """Two examples of the batch with the least values to an example."""
+    least = min(batches, key=lambda batch: sum(value[0].numel() for value in batch.values()))
+    return {name: value[:2] for name, value in least.items()}
 
 
 def _executed(model: nn.Module, asset: Path, batches: Batches) -> overflow.Difference:
@@ -262,6 +273,8 @@ class Runner:
     the asynchronous calls are made in a thread of their own. States of the asset, such as a key-value
     cache, start as zeros and stay between calls. `close` frees the model; so does the garbage collector.
     """
+
+    execution = "Core AI's runtime on this host's CPU, not an Apple device"
 
     def __init__(self, asset: Path | str):
         self.asset = Path(asset)

@@ -5,6 +5,7 @@ A format is made from its entry in the recipe (`format_of`) and imports its runt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from mptrain.compress import quantizers
 from mptrain.recipe import CoreAi, CoreMl, Export, OpenVino, Stage
+
+log = logging.getLogger(__name__)
 
 ACTIVATIONS = (
     "the fake quantizers of activations: the package computes in floating point with the integers of the weights;"
@@ -31,6 +34,16 @@ class Written:
     path: Path
     size_bytes: int
     facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file was written from, for a format that cannot run every file on every host. facts: of `Written`."""
+
+    model: Callable[[], PreTrainedModel]
+    example: Mapping[str, Tensor]
+    precision: str
+    facts: Mapping[str, Any]
 
 
 class Format(Protocol):
@@ -60,7 +73,7 @@ class Format(Protocol):
         """calibration: gives batches of training inputs, for what has to see real values."""
         ...
 
-    def runner(self, path: Path, threads: int | None = None) -> Forward: ...
+    def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward: ...
 
     def facts(self, runner: Forward) -> dict[str, Any]:
         """JSON facts read from the exported file or the compiled model."""
@@ -119,7 +132,7 @@ class OpenVinoFormat:
         )
         return Written(done.xml, done.size_bytes, {} if done.half is None else {"half": done.half})
 
-    def runner(self, path: Path, threads: int | None = None) -> Forward:
+    def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
         from mptrain.export.openvino import Runner
 
         return Runner(path, threads)
@@ -172,7 +185,7 @@ class CoreMlFormat:
             found["dropped"] = ACTIVATIONS
         return Written(done.package, done.size_bytes, found if done.half is None else found | {"half": done.half})
 
-    def runner(self, path: Path, threads: int | None = None) -> Forward:
+    def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
         from mptrain.verify.mil import Interpreter
         from mptrain.verify.mil_runner import Padded
 
@@ -185,7 +198,10 @@ class CoreMlFormat:
 
 
 class CoreAiFormat:
-    """Scores come from the asset itself, executed on the host's CPU; times there say nothing about a device."""
+    """Scores come from the asset itself, executed on the host's CPU; times there say nothing about a device.
+
+    On a CPU without fp16 arithmetic fp16 assets are executed on two examples and scored by emulation.
+    """
 
     timed = False
     package = "coreai"
@@ -205,14 +221,22 @@ class CoreAiFormat:
         processor: Any,
     ) -> Written:
         from mptrain.export.coreai import export_coreai
+        from mptrain.verify.coreai_half import computes_half
 
-        batches = calibration() if precision == "fp16" else ()
-        done = export_coreai(model, example, folder, precision=precision, calibration=batches, processor=processor)
+        batches, few = (calibration(), not computes_half()) if precision == "fp16" else ((), False)
+        if few:
+            log.info("this CPU computes fp16 in software: the asset is executed on 2 examples and scored by emulation")
+        done = export_coreai(
+            model, example, folder, precision=precision, calibration=batches, few=few, processor=processor
+        )
         return Written(done.asset, done.size_bytes, {} if done.half is None else {"half": dict(done.half)})
 
-    def runner(self, path: Path, threads: int | None = None) -> Forward:
+    def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
         from mptrain.export.coreai import Runner
+        from mptrain.verify.coreai_half import EmulatedAsset, computes_half
 
+        if source.precision == "fp16" and not computes_half():
+            return EmulatedAsset(path, source.model(), source.example, source.facts["half"]["kept_fp32"])
         return Runner(path)
 
     def facts(self, runner: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mptrain.compress.base import is_quantized
 from mptrain.errors import UserError
-from mptrain.export.formats import format_of
+from mptrain.export.formats import Source, format_of
 from mptrain.inputs.samples import load_with_inputs
 from mptrain.recipe import Export, Gates, Ptq, Stage, Task
 from mptrain.verify import parity
@@ -64,7 +64,7 @@ def export_model(
         calibration=lambda: batches,
         processor=found.processor,
     )
-    runner = kind.runner(written.path)
+    runner = kind.runner(written.path, Source(lambda: model, example, precision, written.facts))
     compared = parity.compare(model, runner, batches)
     gates = Gates()
     exact = precision == "fp32"

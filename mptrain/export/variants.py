@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mptrain import artifact
 from mptrain.compress import costs, quantizers
 from mptrain.compress.structure import find_structure
-from mptrain.export.formats import Format, format_of
+from mptrain.export.formats import Format, Source, format_of
 from mptrain.inputs.metrics import Score
 from mptrain.plan import Planned, variants
 from mptrain.report import floor, measure
@@ -56,7 +56,7 @@ class Variants:
         model = self._torch_model(planned)
         written = self._format(variant).write(
             model,
-            self.data.example(2, TRACED_LENGTH * self.data.min_length),
+            self._example(),
             self.folder / variant,
             precision=planned.precision,
             stage=self.recipe.stage(stage),
@@ -148,8 +148,15 @@ class Variants:
     def _format(self, variant: str) -> Format:
         return format_of(self._planned[variant].export)
 
+    def _example(self) -> dict[str, Any]:
+        """The inputs that models are traced with."""
+        return self.data.example(2, TRACED_LENGTH * self.data.min_length)
+
     def _runner(self, variant: str, facts: dict[str, Any], threads: int | None = None) -> Any:
-        return self._format(variant).runner(self.context.folder / facts["path"], threads)
+        planned = self._planned[variant]
+        written = facts["runtime"] if "runtime" in facts else facts["written"]
+        source = Source(lambda: self._torch_model(planned), self._example(), planned.precision, written)
+        return self._format(variant).runner(self.context.folder / facts["path"], source, threads)
 
 
 def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.export.coreai import FUNCTION, AIModelAsset, Runner
+from mptrain.verify.coreai_half import EmulatedAsset
 
-HOST = "Core AI's runtime on this host's CPU, not an Apple device"
 _INDICES = {"Int16", "Int32", "Int64", "UInt16", "UInt32", "UInt64", "Bool"}  # shapes, axes and positions
 _ATTENTION = '"scaled_dot_product_attention"'
 
 
-def facts(runner: Runner) -> dict[str, Any]:
+def facts(runner: Runner | EmulatedAsset) -> dict[str, Any]:
     """JSON facts of an asset.
 
     fused_attention, attention_layers: attention blocks that are one composite operation, and all.
@@ -46,7 +46,7 @@ def facts(runner: Runner) -> dict[str, Any]:
         "weight_types": types,
         "inference_precision": "f16" if types.get("Float16", 0) > types.get("Float32", 0) else "f32",
         "casts": casts,
-        "execution": HOST,
+        "execution": runner.execution,
         "minimum_os": asset.summary(include_statistics=False)._compatibility_version,
     }
 

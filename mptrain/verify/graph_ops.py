@@ -61,6 +61,12 @@ class GraphOps:
 
     def run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
         inputs = self._batches[batch]
+        return counted(self.outputs(inputs, keep, watch), inputs)
+
+    def outputs(
+        self, inputs: Mapping[str, Tensor], keep: Collection[str], watch: Watch | None = None
+    ) -> dict[str, Tensor]:
+        """All outputs by name, every row of them."""
         values: dict[str, Any] = dict(self._constants)
         values |= {node: inputs[name] for node, name in self._users.items()}
         halves: set[str] = set()  # nodes whose value is already rounded
@@ -83,7 +89,7 @@ class GraphOps:
                 for value in _floats(result)[: None if isinstance(result, Tensor) else 1]:
                     watch(node.name, value)
         results = [values[source.name] for source in self._nodes[-1].args[0]]
-        return counted(dict(zip(self._outputs, results, strict=True)), inputs)
+        return dict(zip(self._outputs, results, strict=True))
 
     def _half_call(self, node: fx.Node, values: Mapping[str, Any], halves: Collection[str]) -> Any:
         if any(HALF_MAX < abs(x) < _INFINITE for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, float)):
