@@ -116,3 +116,16 @@ def test_every_rank_ends_with_what_one_process_gives(tmp_path, count):
         assert "classifier.weight" in found["error"], "the error of the rank that met it"
         assert found["shared"] == {name: name for name in "abcdef"}
     assert sorted(itertools.chain(*(found["computed"] for found in ranks))) == list("abcdef"), "each once"
+
+
+def test_threads_give_the_same_in_the_same_order():
+    config = Palettize(method="kmeans", granularity="tensor", bits=3)
+    one = palettize(tiny("bert"), config)
+    torch.set_num_threads(3)
+    many = palettize(tiny("bert"), config)
+    assert list(one) == list(many)
+    assert all(torch.equal(one[n].indices, many[n].indices) and torch.equal(one[n].lut, many[n].lut) for n in one)
+    model = tiny("bert")
+    model.classifier.weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"classifier\.weight"):
+        palettize(model, config)

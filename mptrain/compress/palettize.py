@@ -89,7 +89,8 @@ def palettize(
     `records.attach(model, found)` puts them into it. batches: for method skm and for a size
     budget, keyword arguments of the model with labels. seed: of the vectors' k-means++. widths:
     bits that a size budget chooses from. Layer by layer: besides the records and the Fisher
-    information, one float32 per weight, memory is that of the largest layer. With several ranks
+    information, one float32 per weight, memory is that of the largest layer, or with one table to
+    a weight of as many layers as there are threads. With several ranks
     all call this with the same arguments and get the same records.
     Raises UserError for a pattern without a module, a cluster_dim that does not divide a layer,
     a budget below what the fewest bits take, or SKM or a budget without data; ModelError for
@@ -111,7 +112,8 @@ def palettize(
         chosen = _within_budget(model, chosen, config, importance, widths, seed, ranks)
     owners = assign({name: _cost(table) for name, table in chosen.items()}, ranks.count)
     importance = {name: f for name, f in importance.items() if weighted and owners[name] == ranks.index}
-    return dict(tqdm(share(owners, work, ranks), "palettizing", len(owners), disable=None))
+    shared = share(owners, work, ranks, _at_once(model, chosen))
+    return dict(tqdm(shared, "palettizing", len(owners), disable=None))
 
 
 def _within_budget(
@@ -133,7 +135,7 @@ def _within_budget(
         return [option(weight, palettized(name, weight, table, used, seed), heavy) for table in candidates]
 
     costs = {name: sum(map(_cost, _candidates(table, widths))) for name, table in chosen.items()}
-    shared = share(assign(costs, ranks.count), work, ranks)
+    shared = share(assign(costs, ranks.count), work, ranks, _at_once(model, chosen))
     options = dict(tqdm(shared, "choosing bits", len(costs), disable=None))
     total = sum(table.rows * table.columns for table in chosen.values())
     found = allocate(options, int(config.size_budget * total / 8), "palettize.size_budget")
@@ -144,6 +146,13 @@ def _candidates(table: Table, widths: Sequence[int]) -> list[Table]:
     if table.fixed:
         return [table]
     return [new for bits in widths if (new := replace(table, bits=bits)).smaller]
+
+
+def _at_once(model: nn.Module, chosen: Mapping[str, Table]) -> int:
+    """Weights to work on at once: the k-means of a CPU takes a core to a group, so one table to a weight one core."""
+    device = next(model.parameters()).device
+    one_core = device.type == "cpu" and all(t.rows == t.rows_per_group and t.cluster_dim == 1 for t in chosen.values())
+    return torch.get_num_threads() if one_core else 1
 
 
 def _cost(table: Table) -> float:

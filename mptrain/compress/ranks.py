@@ -11,6 +11,7 @@ A rank that fails while it compresses a weight tells the others, and all raise i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -42,26 +43,40 @@ def assign(costs: Mapping[str, float], count: int) -> dict[str, int]:
     return owners
 
 
-def share(owners: Mapping[str, int], work: Callable[[str], T], ranks: Ranks) -> Iterator[tuple[str, T]]:
+def share(
+    owners: Mapping[str, int], work: Callable[[str], T], ranks: Ranks, threads: int = 1
+) -> Iterator[tuple[str, T]]:
     """(name, work(name)) in the order of `owners`, on every rank; `work` runs on the owner alone.
 
-    What `work` returns is pickled. Every rank must iterate to the end.
+    What `work` returns is pickled. Every rank must iterate to the end. threads: items that a rank
+    works on at once, for work that runs on one core.
     """
     if ranks.count == 1:
-        yield from ((name, work(name)) for name in owners)
+        yield from zip(owners, _each(work, owners, threads))
         return
-    done: dict[str, Any] = {}
-    for name in (n for n, owner in owners.items() if owner == ranks.index):
+
+    def attempt(name: str) -> Any:
         try:
-            done[name] = work(name)
+            return work(name)
         except Exception as error:
-            done[name] = error
+            return error
+
+    own = [name for name, owner in owners.items() if owner == ranks.index]
+    done: dict[str, Any] = dict(zip(own, _each(attempt, own, threads)))
     for name, owner in owners.items():
         found = [done.pop(name, None)]
         dist.broadcast_object_list(found, src=owner)
         if isinstance(found[0], Exception):
             raise found[0]
         yield name, found[0]
+
+
+def _each(work: Callable[[str], T], names: Iterable[str], threads: int) -> Iterator[T]:
+    if threads == 1:
+        yield from map(work, names)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(work, names)
 
 
 def rounds(items: Iterable[T], ranks: Ranks) -> Iterator[list[T]]:
