@@ -60,9 +60,11 @@ def results(report: Row) -> Table | None:
         cells.append(Cell(words.millions(v["params"]), kept))
         if key:
             time = v["latency_ms"].get(key)
-            speed = words.ratio(c["speedup"].get(key)) + " as fast" if c else ""
-            bar = time["median"] / slowest if time else None
-            cells.append(Cell(words.milliseconds(time and time["median"]) + " ms", speed, bar=bar))
+            if time:
+                speed = words.ratio(c["speedup"].get(key)) + " as fast" if c else ""
+                cells.append(Cell(f"{words.milliseconds(time['median'])} ms", speed, bar=time["median"] / slowest))
+            else:
+                cells.append(Cell("not timed", tone="quiet"))
         rows.append(cells)
     if report["floor"]:
         scores = [_metric(name, report["floor"]["metrics"].get(name)) for name in names]
