@@ -225,6 +225,31 @@ def test_training_goes_on_when_train_is_called_again(tmp_path):
     assert t.master_weights is not None
 
 
+@pytest.mark.parametrize("flag", ["fp16_full_eval", "bf16_full_eval"])
+@pytest.mark.parametrize("precision", [*MODES, {"compute": "fp16", "keep_fp32": ["norms"]}], ids=[*MODES, "norms"])
+def test_half_evaluation_changes_no_weight_and_no_buffer(tmp_path, precision, flag):
+    """transformers casts the model for it, so what is saved or trained after it would start from rounded weights."""
+    m = model()
+    m.register_buffer("frequencies", torch.tensor([0.1, 0.2]))
+    t = trainer(tmp_path, precision, m=m, max_steps=2, **{flag: True})
+    fresh = {n: p.clone() for n, p in m.state_dict().items()}
+    half = t.evaluate()["eval_loss"]
+    assert same(fresh, m.state_dict())
+    t.args.fp16_full_eval = t.args.bf16_full_eval = False
+    whole = t.evaluate()["eval_loss"]
+    assert half == pytest.approx(whole, rel=1e-3) and half != whole
+    setattr(t.args, flag, True)
+    t.train()
+    expected = masters(t)
+    assert t.predict(Rows(8)).predictions.dtype == "float32"
+    assert same(masters(t), expected) and torch.equal(m.frequencies, torch.tensor([0.1, 0.2]))
+    t.save_model(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(tensors[n], x) for n, x in expected.items())
+    t.train()
+    assert t.master_weights.skipped_steps == 0 and not same(masters(t), expected)
+
+
 # -- what is saved
 
 

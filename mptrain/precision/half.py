@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from mptrain.precision.casting import add_casts
+from mptrain.precision.master import slots
 from mptrain.precision.policy import Compute, Policy, kept_in_fp32
 
 
@@ -27,3 +29,29 @@ def in_half(model: nn.Module, keep_fp32: Sequence[str], compute: Compute = "fp16
             p.data = p.data.to(policy.dtype)
     add_casts(half, kept, policy.dtype)
     return half
+
+
+@contextlib.contextmanager
+def computing_in(model: nn.Module, keep_fp32: Sequence[str], compute: Compute) -> Iterator[None]:
+    """Inside, an fp32 `model` computes as `MasterWeights` makes it; afterwards it is as it was, bit for bit.
+
+    Stand-ins take the place of its parameters. Raises ModelError when everything is kept.
+    """
+    policy = Policy(compute, keep_fp32=keep_fp32)
+    kept = kept_in_fp32(model, policy)
+    stand_ins = {
+        id(p): nn.Parameter(p.detach().to(policy.dtype), p.requires_grad)
+        for p in model.parameters()
+        if p.is_floating_point() and id(p) not in kept.parameters
+    }
+    swapped = [slot for slot in slots(model) if id(slot[2]) in stand_ins]
+    for module, name, parameter in swapped:
+        module._parameters[name] = stand_ins[id(parameter)]
+    casts = add_casts(model, kept, policy.dtype)
+    try:
+        yield
+    finally:
+        for cast in casts:
+            cast.remove()
+        for module, name, parameter in swapped:
+            module._parameters[name] = parameter

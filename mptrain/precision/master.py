@@ -89,7 +89,7 @@ class Masters:
             for e in f.entries
         }
         addresses = {i: p.data_ptr() for i, p in stand_ins.items()}
-        swapped = [slot for slot in _slots(self.model) if id(slot[2]) in stand_ins]
+        swapped = [slot for slot in slots(self.model) if id(slot[2]) in stand_ins]
         for module, name, parameter in swapped:
             module._parameters[name] = stand_ins[id(parameter)]
         changed: list[Changed] = []
@@ -112,7 +112,7 @@ class Masters:
             for module, name, parameter in swapped:
                 if name in module._parameters and id(parameter) not in replaced:
                     module._parameters[name] = parameter
-            for module, name, parameter in _slots(self.model):  # modules that are new
+            for module, name, parameter in slots(self.model):  # modules that are new
                 if id(parameter) in back:
                     module._parameters[name] = back[id(parameter)]
             if write:
@@ -138,7 +138,8 @@ class Masters:
     def changes(self) -> list[Changed]:
         """Parameters that were replaced, resized or cast while half (`resize_token_embeddings`, `float`).
 
-        Where a new value equals the old half weight it came from there, so the master's is restored. One that
+        Where a new value equals the old half weight, or that in its new dtype, it came from there, so the master's is
+        restored. One that
         was merely copied elsewhere (Accelerate's `model.to("cpu:0")`) is put back into the buffer at once; with
         its dtype unchanged that is safe also under DDP.
         """
@@ -151,7 +152,7 @@ class Masters:
                 continue
             values = present.detach().float().clone()
             overlap = tuple(slice(0, min(a, b)) for a, b in zip(values.shape, old.shape))
-            same = present.detach()[overlap] == old[overlap]
+            same = present.detach()[overlap] == old[overlap].to(present.dtype)
             values[overlap] = torch.where(same, flat.read_master(entry)[overlap], values[overlap])
             kind = (present.shape, present.dtype, present.device)
             if present is entry.parameter and kind == (old.shape, old.dtype, flat.device):
@@ -185,7 +186,7 @@ def _target(name: str, p: nn.Parameter, trained: bool, keep: bool, policy: Polic
     return target if trained or p.dtype != target else None
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Every place a parameter is registered at; a tied parameter has several."""
     for module in model.modules():
         for name, parameter in module._parameters.items():

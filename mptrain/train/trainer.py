@@ -28,6 +28,8 @@ from mptrain.compress.base import HOOKS, Compressor, is_quantized
 from mptrain.errors import UserError
 from mptrain.precision import MasterWeights
 from mptrain.precision.casting import cast
+from mptrain.precision.half import computing_in
+from mptrain.precision.policy import DTYPES, Compute
 from mptrain.recipe import MixedPrecision
 from mptrain.train import checkpoint, half
 from mptrain.train.arguments import parse
@@ -99,6 +101,11 @@ class Trainer(transformers.Trainer):
             optimizer = optimizer.optimizer
         return optimizer if isinstance(optimizer, MasterWeights) else None
 
+    @property
+    def _half(self) -> bool:
+        """Whether training computes, or will compute, in half."""
+        return self.precision.compute != "fp32" or self.master_weights is not None
+
     def release(self) -> nn.Module:
         """The model with fp32 parameters of its own, as before training; ends training in half precision."""
         if self.master_weights is not None:
@@ -165,10 +172,29 @@ class Trainer(transformers.Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         found = super().prediction_step(*args, **kwargs)
-        if self.master_weights is None:
+        if not self._half:
             return found
-        # metrics are computed by the user, in numpy
-        return cast(found, self.master_weights.policy.dtype, torch.float32)
+        for dtype in DTYPES.values():  # metrics are computed by the user, in numpy
+            found = cast(found, dtype, torch.float32)
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Half evaluation leaves the model alone; transformers casts it for good, fp32 weights and buffers included."""
+        asked = {flag: getattr(self.args, flag) for flag in ("fp16_full_eval", "bf16_full_eval")}
+        if not self._half or self.is_in_train or not any(asked.values()):
+            return super().evaluation_loop(*args, **kwargs)
+        compute: Compute = "fp16" if asked["fp16_full_eval"] else "bf16"
+        masters = self.master_weights
+        with contextlib.ExitStack() as stack:
+            if masters is None or masters.policy.compute != compute:
+                self._move_model_to_device(self.model, self.args.device)  # put off until now, too
+                stack.enter_context(self._in_fp32())
+                keep = self.precision.keep_fp32 if masters is None else masters.policy.keep_fp32
+                stack.enter_context(computing_in(self.model, keep, compute))
+            for flag, value in asked.items():
+                stack.callback(setattr, self.args, flag, value)
+                setattr(self.args, flag, False)
+            return super().evaluation_loop(*args, **kwargs)
 
     def _updated(self, step: int) -> None:
         self._gradients_seen = False
