@@ -146,6 +146,37 @@ def test_step_hooks_of_the_optimizer_run_once_a_step():
     assert torch.equal(calls[1], mw.masters.read()["0.weight"])
 
 
+def test_gradients_that_do_not_carry_the_loss_scale_are_refused():
+    """`loss.backward()` by habit, or Accelerate's, would train with a 65536th of the gradient."""
+    model = make_model()
+    mw = wrap(model, "fp16", optimizer=torch.optim.SGD)
+    before = masters(mw)
+    train(mw, model, [0])
+    loss_of(model, 1).backward()
+    with pytest.raises(UserError, match=r"not multiplied by the loss scale \(65536\).* call backward\(loss\)"):
+        mw.step()
+    mw.zero_grad()
+    train(mw, model, [1])
+    assert not torch.equal(before["0.weight"], masters(mw)["0.weight"])
+    plain = wrap(make_model(), "bf16")  # its scale is 1
+    loss_of(plain.model, 0).backward()
+    assert plain.step() and plain.grad_norm > 0
+
+
+@pytest.mark.parametrize(("dtype", "micro"), [("fp16", 1), ("bf16", 2)])
+def test_clipping_the_half_gradients_is_refused(dtype, micro):
+    """The norm of scaled fp16 gradients is soon inf, and dividing by it leaves none."""
+    model = make_model()
+    mw = wrap(model, dtype)
+    for i in range(micro):
+        mw.backward(loss_of(model, i))
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(UserError, match=r"changed between backward and step.* max_grad_norm=…"):
+        mw.step()
+    mw.zero_grad()
+    train(mw, model, [0])
+
+
 # -- memory
 
 

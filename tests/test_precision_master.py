@@ -1,5 +1,7 @@
 """What the flat masters survive: the list of models and events a training script meets."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -220,7 +222,7 @@ def test_compiled_models_train_the_same(order):
 
 @pytest.mark.parametrize(("dtype", "master"), MODES)
 @pytest.mark.parametrize("event", ["sync", "load", "train", "expose"])
-@pytest.mark.parametrize("move", ["copied", "cast"])
+@pytest.mark.parametrize("move", ["copied", "cast", "cast to the other half"])
 def test_a_model_that_is_copied_or_cast_comes_back_with_its_masters(dtype, master, event, move):
     """Accelerate calls model.to(torch.device("cpu", 0)) under DDP, which copies every parameter."""
     model, other = gpt2(), gpt2(1)
@@ -230,7 +232,8 @@ def test_a_model_that_is_copied_or_cast_comes_back_with_its_masters(dtype, maste
     state = source.state_dict()
     expected = {n: m.clone() for n, m in (source if event == "load" else mw).masters.read().items()}
     address = model.lm_head.weight.data_ptr()
-    model.to(torch.device("cpu", 0)) if move == "copied" else model.float()
+    moves = {"copied": torch.device("cpu", 0), "cast": torch.float32}
+    model.to(moves.get(move, torch.float16 if dtype == "bf16" else torch.bfloat16))
     assert model.lm_head.weight.data_ptr() != address
     if event == "sync":
         mw.sync()
@@ -245,6 +248,27 @@ def test_a_model_that_is_copied_or_cast_comes_back_with_its_masters(dtype, maste
     assert model.lm_head.weight.dtype == DTYPES[dtype]
     halves_follow_masters(mw)
     assert mw.step() or event != "train"
+    train(mw, model, 1)
+
+
+@pytest.mark.parametrize(("dtype", "master"), MODES)
+def test_a_copy_of_the_model_has_no_masters_and_changes_nothing(dtype, master):
+    """As an EMA or a teacher is made; torch patches a class's `step` when it copies an optimizer."""
+    model = gpt2()
+    mw = wrap(model, dtype, master)
+    train(mw, model, 1)
+    before = {n: m.clone() for n, m in mw.masters.read().items()}
+    twin = copy.deepcopy(model)
+    assert twin.lm_head.weight.dtype == DTYPES[dtype] and twin.lm_head.weight is twin.transformer.wte.weight
+    assert torch.equal(twin(**batch(0)).logits, model(**batch(0)).logits)
+    twin.load_state_dict(gpt2(1).state_dict())
+    assert all(torch.equal(m, before[n]) for n, m in mw.masters.read().items())
+    with mw.exposed():
+        average = torch.optim.swa_utils.AveragedModel(model)
+    assert torch.equal(average.module.lm_head.weight, before["transformer.wte.weight"])
+    with pytest.raises(UserError, match="MasterWeights cannot be copied or pickled"):
+        copy.deepcopy(mw)
+    model.load_state_dict(model.state_dict())
     train(mw, model, 1)
 
 
@@ -463,13 +487,21 @@ def test_wrong_arguments_are_named():
         ({"dtype": "fp16", "master": "split"}, "needs bf16, got fp16"),
         ({"reduce": "bf16"}, "must be 'fp32' or 'compute'"),
         ({"kernel": "cuda"}, "must be 'auto', 'native' or 'torch'"),
+        ({"keep_fp32": ["re:("]}, r"'re:REGEX' and 'norms', got 're:\(' \(missing \)"),
+        ({"keep_fp32": [3]}, "substrings of parameter names, .* got 3"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm must be None or a number of at least 0, got -1\.0"),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be .* got '1'"),
     ]:
         with pytest.raises(UserError, match=message):
             MasterWeights(model, optimizer, **arguments)
     with pytest.raises(UserError, match=r"must be a torch\.optim optimizer, got MasterWeights"):
         MasterWeights(model, MasterWeights(model, optimizer))
     with pytest.raises(UserError, match="split masters need Adam, AdamW or SGD, got RMSprop"):
-        MasterWeights(nn.Linear(2, 2), torch.optim.RMSprop(nn.Linear(2, 2).parameters()), master="split")
+        MasterWeights(model, torch.optim.RMSprop(model.parameters()), master="split")
+    with pytest.raises(UserError, match="holds no parameter of this model"):
+        MasterWeights(nn.Linear(2, 2), torch.optim.SGD(model.parameters()))
+    with pytest.raises(UserError, match="LBFGS evaluates the loss itself"):
+        MasterWeights(model, torch.optim.LBFGS(model.parameters()))
 
 
 def test_a_trained_float64_parameter_is_an_error():

@@ -1,5 +1,7 @@
 """The loss scale against torch's GradScaler, and its own rules; split masters."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -97,6 +99,10 @@ def test_state_survives():
         ({"interval": 0}, "interval"),
         ({"hysteresis": 0}, "hysteresis"),
         ({"patience": 0}, "patience"),
+        ({"init": "4"}, "init"),
+        ({"ceiling": math.inf}, "ceiling"),
+        ({"interval": 2.5}, "interval"),
+        ({"patience": None}, "patience"),
     ],
 )
 def test_wrong_settings_are_named(settings, field):
@@ -108,7 +114,7 @@ def test_what_a_user_may_write():
     assert LossScale.of(None, "fp16") == LossScale.of("dynamic", "bf16") == LossScale()
     assert LossScale.of(None, "bf16") == LossScale.static(1.0)
     assert LossScale.of(512, "fp16") == LossScale.static(512.0)
-    for wrong in (0, -1.0, "static", True):
+    for wrong in (0, -1.0, "static", True, math.inf, math.nan):
         with pytest.raises(UserError, match="must be 'dynamic', a positive number or a LossScale"):
             LossScale.of(wrong, "fp16")
 

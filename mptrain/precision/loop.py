@@ -28,7 +28,7 @@ from mptrain.precision import accumulate
 from mptrain.precision.optimizer import KernelChoice, MasterOptimizer
 from mptrain.precision.policy import Compute, LossScale, Master, Policy
 from mptrain.precision.scaler import LossScaler
-from mptrain.precision.step import Run, clip_factor, collect
+from mptrain.precision.step import Run, checked_max_norm, clip_factor, collect
 from mptrain.precision.watchdog import Watchdog
 
 
@@ -69,13 +69,16 @@ class MasterWeights(MasterOptimizer):
     ) -> None:
         policy = Policy(dtype, master, reduce, keep_fp32, LossScale.of(loss_scale, dtype))
         self.scaler = LossScaler(policy.loss_scale)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = checked_max_norm(max_grad_norm)
         self.grad_norm = 0.0
         """of the last step's gradients, unscaled, before clipping"""
         self._group = process_group
         self._clip = max_grad_norm
         self._measured: tuple[list[Run], bool] | None = None
         self._unscaled = False
+        self._scaled = False
+        self._left: tuple[nn.Parameter, int] | None = None
+        """a parameter whose gradient `backward` left, and the version of that tensor"""
         self._last_loss: Tensor | None = None
         super().__init__(model, optimizer, policy, kernel)
         self._watchdog = Watchdog(self.model, self.scaler, dtype, "keep_fp32=[...]")
@@ -98,11 +101,14 @@ class MasterWeights(MasterOptimizer):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scaled backward of a scalar loss; gradients of earlier micro-steps are summed in fp32."""
         self.scale(loss).backward(**kwargs)
+        half = (e.parameter for flat in self.flats if flat.dtype != torch.float32 for e in flat.entries)
+        self._left = next(((p, p.grad._version) for p in half if p.grad is not None), None)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward on, in fp32."""
         self._settle()
         self._measured = None
+        self._scaled = True
         for flat in self.flats:
             if flat.dtype != torch.float32 and any(e.parameter.grad is not None for e in flat.entries):
                 if self._ranks() > 1 and not self._attached:
@@ -148,18 +154,39 @@ class MasterWeights(MasterOptimizer):
 
         No gradient is touched: the factor goes into the update.
         """
-        self._clip = max_norm
+        self._clip = checked_max_norm(max_norm)
         self.finite()
         return torch.tensor(self.grad_norm)
 
     def finite(self) -> bool:
         """Whether this step's gradients are finite on all ranks. Measured once a step, with one host sync."""
         if self._measured is None:
+            self._check_gradients()
             runs = [run for flat in self.flats for run in collect(flat)]
             norm = math.sqrt(self._sum_of_squares(runs))
             self.grad_norm = norm / (1.0 if self._unscaled else self.scaler.scale)
             self._measured = runs, self._all_ranks(math.isfinite(norm))
         return self._measured[1]
+
+    def _check_gradients(self) -> None:
+        """Mistakes of a loop that would train wrongly without a word."""
+        if self._unscaled:
+            return
+        found = (e.parameter.grad is not None for flat in self.flats for e in flat.entries)
+        if not self._scaled and self.scaler.scale != 1.0 and any(found):
+            raise UserError(
+                f"gradients were not multiplied by the loss scale ({self.scaler.scale:g}), by which this step divides"
+                " them: call backward(loss) of the MasterWeights object instead of loss.backward()"
+            )
+        if self._left is None or self._left[0].grad is None or self._left[0].grad._version == self._left[1]:
+            return
+        if self.scaler.scale != 1.0 or any(e.accumulated for flat in self.flats for e in flat.entries):
+            raise UserError(
+                "gradients were changed between backward and step, while they are half, multiplied by the loss scale"
+                " and without those of earlier micro-steps: instead of torch.nn.utils.clip_grad_norm_ give"
+                " max_grad_norm=… or call clip_grad_norm(…) of the MasterWeights object; to edit them, edit what its"
+                " gradient(p) returns"
+            )
 
     def _ranks(self) -> int:
         return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
@@ -189,12 +216,14 @@ class MasterWeights(MasterOptimizer):
         rank = dist.get_rank() if self._ranks() > 1 else None
         self._watchdog.stepped(finite, self._last_loss, self._named_gradients, rank)
         self.zero_grad()
+        self._scaled = False
         return finite
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad()
         self._measured = None
         self._unscaled = False
+        self._left = None
         self._clip = self.max_grad_norm
 
     def _named_gradients(self) -> Iterator[tuple[str, Tensor | None]]:

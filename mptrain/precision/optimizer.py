@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,22 @@ FORMAT = "mptrain.masters/v1"
 KernelChoice = Literal["auto", "native", "torch"]
 
 
+class _Link:
+    """A hook of the model that belongs to its masters: a copy of the model (EMA, a teacher) must not take it along."""
+
+    __slots__ = ("_act",)  # no __dict__, which torch would copy into its own wrapper
+
+    def __init__(self, act: Callable[..., None] | None) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> None:
+        if self._act is not None:
+            self._act(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Link:
+        return _Link(None)
+
+
 class MasterOptimizer(torch.optim.Optimizer):
     """Wraps `optimizer`, built on the parameters of `model`, which become half in place."""
 
@@ -47,6 +64,18 @@ class MasterOptimizer(torch.optim.Optimizer):
             raise UserError(f"optimizer must be a torch.optim optimizer, got {type(optimizer).__name__}")
         self.policy = policy
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
+        own = {id(p) for p in self.model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise UserError(
+                "the optimizer holds no parameter of this model, so the model would not train: build it on"
+                " model.parameters() of the same model"
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UserError(
+                f"{type(optimizer).__name__} evaluates the loss itself (its step needs a closure): use an optimizer"
+                " that steps on gradients which are there"
+            )
         self.optimizer = optimizer
         self.rule = rule_of(optimizer)
         if self.rule is None and policy.master == "split":
@@ -71,8 +100,8 @@ class MasterOptimizer(torch.optim.Optimizer):
         self._loading = contextlib.ExitStack()
         self._hooks = [
             optimizer.register_step_pre_hook(self._refuse_direct_step),
-            self.model.register_load_state_dict_pre_hook(self._before_load),
-            self.model.register_load_state_dict_post_hook(self._after_load),
+            self.model.register_load_state_dict_pre_hook(_Link(self._before_load)),
+            self.model.register_load_state_dict_post_hook(_Link(self._after_load)),
         ]
 
     def _before_load(self, *_: Any) -> None:
@@ -99,6 +128,12 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.policy.compute}, master={self.policy.master}, {self.optimizer!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            f"{type(self).__name__} cannot be copied or pickled, as the model's weights are views of its buffers: save"
+            " its state_dict() and load it into one that was built on the other model"
+        )
 
     def _refuse_direct_step(self, *_: Any) -> None:
         if not self._stepping:

@@ -10,10 +10,11 @@ drift in half precision: running statistics (batch norm) and the ranges of fake 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import nn
@@ -27,6 +28,10 @@ NORMS = "norms"
 
 Compute = Literal["fp16", "bf16"]
 Master = Literal["fp32", "split"]
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,14 @@ class LossScale:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
             if not ok:
-                raise UserError(f"loss_scale.{name} must be {rule}, got {getattr(self, name)}; see LossScale")
+                raise UserError(f"loss_scale.{name} must be {rule}, got {getattr(self, name)!r}; see LossScale")
 
+        for name in ("init", "growth", "backoff", "floor", "ceiling"):
+            check(is_number(getattr(self, name)) and math.isfinite(getattr(self, name)), name, "a finite number")
+        for name in ("interval", "hysteresis", "patience"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            check(whole or (name == "interval" and value is None), name, "a whole number")
         check(self.floor > 0, "floor", "above 0")
         check(self.ceiling >= self.floor, "ceiling", f"at least the floor ({self.floor:g})")
         check(self.floor <= self.init <= self.ceiling, "init", f"from floor {self.floor:g} to ceiling {self.ceiling:g}")
@@ -73,7 +84,7 @@ class LossScale:
             return cls()
         if value is None:
             return cls.static(1.0)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+        if is_number(value) and 0 < value < math.inf:
             return cls.static(float(value))
         raise UserError(f"loss_scale must be 'dynamic', a positive number or a LossScale, got {value!r}")
 
@@ -102,6 +113,13 @@ class Policy:
             raise UserError(f"reduce must be 'fp32' or 'compute', got {self.reduce!r}")
         if isinstance(self.keep_fp32, str):
             raise UserError(f"keep_fp32 must be a list, got the string {self.keep_fp32!r}; write [{self.keep_fp32!r}]")
+        for pattern in self.keep_fp32:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except (AttributeError, re.error) as error:
+                raise UserError(
+                    f"keep_fp32 takes substrings of parameter names, 're:REGEX' and 'norms', got {pattern!r} ({error})"
+                ) from None
 
     @property
     def dtype(self) -> torch.dtype:

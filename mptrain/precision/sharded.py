@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from mptrain.errors import ModelError, UserError
 from mptrain.precision.policy import DTYPES, Compute, LossScale
 from mptrain.precision.scaler import LossScaler
-from mptrain.precision.step import clip_factor
+from mptrain.precision.step import checked_max_norm, clip_factor
 from mptrain.precision.watchdog import Watchdog
 
 
@@ -67,7 +67,7 @@ class ShardedMasters:
                     " fp32, call fully_shard with a MixedPrecisionPolicy, then make the optimizer"
                 )
         self.scaler = LossScaler(LossScale.of(loss_scale, dtype))
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = checked_max_norm(max_grad_norm)
         self.grad_norm = 0.0
         """of the last step's gradients, unscaled, before clipping"""
         self._group = process_group

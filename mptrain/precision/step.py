@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mptrain.errors import ModelError
+from mptrain.errors import ModelError, UserError
 from mptrain.precision.accumulate import fold
 from mptrain.precision.flat import BLOCK, Entry, Flat
+from mptrain.precision.policy import is_number
 from mptrain.precision.split import join, split
 
 
@@ -298,6 +299,13 @@ class TorchKernel:
             block.zero_()  # also between parameters
             torch._foreach_copy_([block[o - start : o - start + g.numel()] for o, g in group], [g for _, g in group])
         return start, stop, block
+
+
+def checked_max_norm(max_norm: Any) -> float | None:
+    """None or 0: no clipping. Raises UserError for what is no norm."""
+    if max_norm is not None and not (is_number(max_norm) and max_norm >= 0):
+        raise UserError(f"max_grad_norm must be None or a number of at least 0, got {max_norm!r}")
+    return max_norm
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:
