@@ -30,10 +30,10 @@ def test_the_load_is_balanced():
     assert set(assign(costs, 1).values()) == {0}
 
 
-def integers(ranks, method, family="bert", **changes):
+def integers(ranks, method, family="bert", count=BATCHES, **changes):
     model = tiny(family)
-    batches = [inputs(family, seed=i) for i in range(BATCHES)]
-    labelled = [inputs(family, labels=True, seed=i) for i in range(BATCHES)]
+    batches = [inputs(family, seed=i) for i in range(count)]
+    labelled = [inputs(family, labels=True, seed=i) for i in range(count)]
     config = WeightOnly(mode="weight_only", method=method, block_size=16, **changes)
     weight_only.compress(model, config, batches if method != "rtn" else [], labelled, ranks)
     return model
@@ -52,6 +52,7 @@ CASES = {
     "scale": lambda ranks: integers(ranks, "scale"),
     "gptq": lambda ranks: integers(ranks, "gptq"),
     "gptq, tied": lambda ranks: integers(ranks, "gptq", "opt"),
+    "fewer batches than ranks": lambda ranks: integers(ranks, "gptq", count=1, size_budget=6.5),
     "budget": lambda ranks: integers(ranks, "gptq", embeddings="fp32", size_budget=6.5),
     "kmeans": lambda ranks: tables(ranks, "kmeans"),
     "skm": lambda ranks: tables(ranks, "skm"),

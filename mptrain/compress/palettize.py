@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mptrain.compress import kmeans
 from mptrain.compress.base import is_quantized
 from mptrain.compress.importance import fisher
-from mptrain.compress.kmeans import cluster
 from mptrain.compress.pruner import Batch, LossFn, model_loss
 from mptrain.compress.ranks import ALONE, Ranks, assign, share
 from mptrain.compress.records import Palettized
@@ -157,7 +157,10 @@ def _at_once(model: nn.Module, chosen: Mapping[str, Table]) -> int:
 
 def _cost(table: Table) -> float:
     """About proportional to the time that it takes."""
-    return table.rows * table.columns * (20 if table.cluster_dim == 1 else 2**table.bits)
+    groups = table.rows // table.rows_per_group
+    if table.cluster_dim == 1:
+        return kmeans.cluster_cost(groups, table.rows_per_group * table.columns, table.bits)
+    return 10.0 * table.rows * table.columns * 2**table.bits
 
 
 def tables(model: nn.Module, config: Palettize, widths: Sequence[int] = WIDTHS) -> dict[str, Table]:
@@ -253,7 +256,7 @@ def palettized(name: str, weight: Tensor, table: Table, importance: Tensor | Non
     assert grouped[0] is not None
     try:
         if dim == 1:
-            lut, indices = cluster(grouped[0], table.bits, grouped[1])
+            lut, indices = kmeans.cluster(grouped[0], table.bits, grouped[1])
             lut = lut[..., None]
         else:
             lut, indices = cluster_vectors(grouped[0], table.bits, grouped[1], seed=seed)
