@@ -5,7 +5,8 @@
 DIR of --text holds calibration.txt, all that compression and fine-tuning read, and test.txt, all that is scored.
 Linear layers are compressed; embeddings and the tied lm_head are left alone, for coremltools' SKM fails on them.
 Sizes are of weights: integers packed, scales and tables in fp16, everything else in fp16, on both sides.
-A row that is in the JSON already is not computed again.
+A row that is in the JSON already is not computed again. `seconds` are of the compression, calibration included,
+on both sides (CPU time of the one thread); those of skm_ft are of its k-means, without the tuning.
 
     method   rtn, scale, gptq      integers, against coremltools' PostTrainingQuantizer (symmetric)
              pt, skm, skm_ft       tables: data-free, sensitive k-means, and those fine-tuned; against
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import markdown, write
+from paired import clock, markdown, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm import tqdm
@@ -92,8 +93,10 @@ class Bench:
 
     # -- ours
 
-    def ours(self, config: str, method: str) -> tuple[float, int]:
+    def ours(self, config: str, method: str) -> tuple[float, int, float]:
+        """(perplexity, bytes, seconds)"""
         model = self.fresh()
+        begun = clock()
         bits, unit, scaled = parse(config)
         if method in INTEGERS:
             name, size = (unit, 32) if not unit.startswith("block") else ("block", int(unit[5:]))
@@ -103,16 +106,19 @@ class Bench:
             )  # fmt: skip
             batches = [{"input_ids": ids} for ids in self.calibration] if method != "rtn" else []
             compress(model, how, batches)
+            took = clock() - begun
         else:
             batches = [{"input_ids": ids, "labels": ids} for ids in self.calibration]
             found = palettize(model, self.tables(bits, unit, scaled, method), batches if method != "pt" else None)
+            took = clock() - begun
             if method == "skm_ft":
                 self.tune(model, found)
             else:
                 records.attach(model, found)
         stored = records.distinct(records.of(model))
         rest = sum(p.numel() for name, p in model.named_parameters() if name not in stored)
-        return self.perplexity(model), 2 * rest + sum(map(records.stored_bytes, stored.values()))
+        size = 2 * rest + sum(map(records.stored_bytes, stored.values()))
+        return self.perplexity(model), size, took
 
     def tables(self, bits: int, unit: str, scaled: bool, method: str) -> Palettize:
         group = {"granularity": "tensor"} if unit == "tensor" else {"group_size": int(unit[5:])}
@@ -149,10 +155,11 @@ class Bench:
     # -- coremltools
 
     @functools.cache  # noqa: B019 (one bench to a process)
-    def theirs(self, config: str, method: str) -> tuple[float, int, list[str]]:
-        """(perplexity, bytes, names of the layers that it skipped)"""
+    def theirs(self, config: str, method: str) -> tuple[float, int, list[str], float]:
+        """(perplexity, bytes, names of the layers that it skipped, seconds)"""
         bits, unit, scaled = parse(config)
         model = self.fresh()
+        begun = clock()
         if method == "integers":
             block = {"granularity": "per_block", "block_size": int(unit[5:])} if unit.startswith("block") else {}
             how: dict[str, Any] = {"weight_dtype": f"int{bits}", "granularity": f"per_{unit}", **block}
@@ -174,6 +181,7 @@ class Bench:
             model = palettizer.compress(
                 dataloader=list(self.calibration), loss_fn=lambda m, ids: m(input_ids=ids, labels=ids).loss
             )
+        took = clock() - begun
         size, skipped, seen = 0, [], set()
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
@@ -187,7 +195,7 @@ class Bench:
                 else:
                     size += -(-weight.numel() * bits // 8) + 2 * sum(t.numel() for t in tables)
         size += 2 * sum(p.numel() for p in model.parameters() if id(p) not in seen)
-        return self.perplexity(model), size, skipped
+        return self.perplexity(model), size, skipped, took
 
 
 def parse(config: str) -> tuple[int, str, bool]:
@@ -196,12 +204,13 @@ def parse(config: str) -> tuple[int, str, bool]:
 
 
 def row(bench: Bench, config: str, method: str) -> dict[str, Any]:
-    ppl, size = bench.ours(config, method)
+    ppl, size, took = bench.ours(config, method)
     kind = "integers" if method in INTEGERS else "pt" if method == "pt" else "skm"
     try:
-        ct_ppl, ct_size, skipped = bench.theirs(config, kind)
+        ct_ppl, ct_size, skipped, ct_took = bench.theirs(config, kind)
     except Exception as error:  # whatever coremltools cannot do is part of the result
-        ct_ppl, ct_size, skipped = None, None, [f"failed: {type(error).__name__}: {str(error)[:200]}"]
+        ct_ppl, ct_size, ct_took = None, None, None
+        skipped = [f"failed: {type(error).__name__}: {str(error)[:200]}"]
     return {
         "config": config,
         "method": method,
@@ -210,6 +219,8 @@ def row(bench: Bench, config: str, method: str) -> dict[str, Any]:
         "size_bytes_coremltools": ct_size,
         "ppl_coremltools": ct_ppl,
         "ppl_uncompressed": bench.uncompressed,
+        "seconds": took,
+        "seconds_coremltools": ct_took,
         "coremltools_skipped": skipped,
     }
 
@@ -239,6 +250,12 @@ def bars(done: list[dict[str, Any]]) -> list[tuple[str, bool]]:
         if ours is not None and theirs_ is not None:
             text = f"{config} skm_ft: {ours:+.3f}, at most half of coremltools SKM's {theirs_:+.3f}"
             verdicts.append((text, ours <= theirs_ / 2))
+    timed = [r for r in done if r["method"] in ("pt", "skm") and r["seconds_coremltools"] is not None]
+    if timed:
+        ratio = sum(r["seconds_coremltools"] for r in timed) / sum(r["seconds"] for r in timed)
+        each = [r["seconds_coremltools"] / r["seconds"] for r in timed]
+        text = f"palettization: all {len(timed)} rows in {ratio:.1f} times less time than coremltools, at least 10"
+        verdicts.append((f"{text} (single rows {min(each):.1f} to {max(each):.1f})", ratio >= 10))
     return verdicts
 
 
