@@ -74,7 +74,9 @@ class Data(Strict):
     audio: str | None = None
     max_length: Annotated[int, Field(gt=0)] = Field(128, description="tokens; audio: samples at the model's rate")
     stride: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="tokens of overlap (question answering) or window step (causal LM)"
+        None,
+        description="question answering: tokens of overlap; causal LM: tokens from one scoring window to the next,"
+        " below max_length, default: half of it",
     )
     max_samples: Annotated[int, Field(gt=0)] | None = Field(None, description="cap on each split, for trying out")
     calibration: Calibration = Calibration()

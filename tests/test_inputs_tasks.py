@@ -454,12 +454,14 @@ def test_every_later_token_of_a_window_has_enough_before_it(tmp_path):
         assert (labels[12:] != IGNORED).all()
 
 
-def test_windows_in_a_row_skip_their_first_token(tmp_path):
-    data, text = written(tmp_path, max_length=16)
-    losses = stream_losses("\n".join(text.split("\n")[32:]))
-    predicted = [loss for i, loss in enumerate(losses, 1) if i % 16]
-    assert data.evaluate(bigram, "test")[0].value == pytest.approx(float(sum(predicted) / len(predicted)), rel=1e-6)
-    assert data.facts["stride"] == 16
+def test_the_stride_is_half_a_window_by_default_and_never_a_whole_one(tmp_path):
+    data, text = written(tmp_path, max_length=17)
+    assert data.facts["perplexity"] == {"window": 17, "stride": 8}
+    assert data.evaluate(bigram, "test")[0].stats[:, 1].sum() == len(stream_losses("\n".join(text.split("\n")[32:])))
+    with pytest.raises(DataError, match=r"data.stride: 16 is not below data.max_length \(16\).* at most 15"):
+        written(tmp_path, max_length=16, stride=16)
+    with pytest.raises(DataError, match=r"data.max_length: a window of 1 token"):
+        written(tmp_path, max_length=1)
 
 
 def test_text_stays_in_order_and_whole(tmp_path):
@@ -485,7 +487,7 @@ def test_rows_of_a_table_are_joined_by_blank_lines(tmp_path):
 def test_language_windows_are_capped_and_checked(tmp_path):
     data, _ = written(tmp_path, max_length=8, max_samples=3)
     assert data.facts["examples"] == {"train": 3, "validation": 3, "test": 3}
-    with pytest.raises(DataError, match=r"data.stride: 20 is more than data.max_length"):
+    with pytest.raises(DataError, match=r"data.stride: 20 is not below data.max_length"):
         written(tmp_path, max_length=8, stride=20)
     (tmp_path / "one.txt").write_text("word")
     with pytest.raises(DataError, match="too few to cut"):
@@ -495,7 +497,7 @@ def test_language_windows_are_capped_and_checked(tmp_path):
 def test_the_loss_is_that_of_transformers(tmp_path):
     from transformers import OPTConfig, OPTForCausalLM
 
-    data, _ = written(tmp_path, max_length=16, stride=16)
+    data, _ = written(tmp_path, max_length=16, stride=15)
     config = OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
     model = OPTForCausalLM(config).eval()
     loss, _ = data.evaluate(lambda b: model(**b), "test", 5)

@@ -2,10 +2,11 @@
 
 The rows of a split, joined by blank lines (the lines of a text file as they are), are one stream of
 N tokens, with special tokens at its ends only. Window k starts at token k·stride and is max_length
-long; of the tokens it predicts, those that an earlier window has predicted count no more. With a stride
-below max_length every token but the first is predicted exactly once, and after the first window
-with at least max_length − stride tokens before it; without a stride, windows follow each other and
-the first token of each is not predicted. Training windows never overlap.
+long; of the tokens it predicts, those that an earlier window has predicted count no more. So every
+token but the first is predicted exactly once, and after the first window with at least
+max_length − stride tokens before it (Hugging Face's guide "Perplexity of fixed-length models", whose
+stride is half the window too; it weighs a window by one token less than it predicts, here every token
+weighs the same). Training windows follow each other without overlap.
 
     loss = Σ nll / Σ tokens          perplexity = exp(loss)
 """
@@ -37,16 +38,21 @@ class CausalLmData(TaskData):
     def encode(self, split: str, table: Table) -> Examples:
         length = self.spec.max_length
         check_length(self.processor, length)
-        stride = self.spec.stride if self.spec.stride is not None and split != "train" else length
-        if stride > length:
-            raise DataError(f"data.stride: {stride} is more than data.max_length ({length}): tokens would be skipped.")
+        if length < 2:
+            raise DataError(f"data.max_length: a window of {length} token predicts nothing; give at least 2.")
+        stride = self.spec.stride if self.spec.stride is not None else length // 2
+        if stride >= length:
+            raise DataError(
+                f"data.stride: {stride} is not below data.max_length ({length}): a window does not predict its first"
+                f" token, so tokens would be left out. Give at most {length - 1}."
+            )
         stream = tokenize(self.processor, table.separator.join(texts_of(table, "text")))["input_ids"]
         if len(stream) < 2:
             raise DataError(f"data.text: {table.where} has {len(stream)} tokens; predicting needs at least two.")
-        windows = _windows(np.asarray(stream, dtype=np.int32), length, stride)
+        windows = _windows(np.asarray(stream, dtype=np.int32), length, length if split == "train" else stride)
         windows = [windows[i] for i in sample(len(windows), self.spec.max_samples)]
         self.facts.setdefault("tokens", {})[split] = len(stream)
-        self.facts["stride"] = self.spec.stride if self.spec.stride is not None else length
+        self.facts["perplexity"] = {"window": length, "stride": stride}
         return Examples(windows.__getitem__, [len(w["input_ids"]) for w in windows])
 
     def collate(self, examples: list[Example]) -> Batch:

@@ -78,7 +78,16 @@ def results(report: Row) -> Table | None:
         columns.append("Latency")
         note += f" Latency at {words.setting_words(key, report['task'])}."
     examples = {m["n"] for v in report["variants"] for m in v["metrics"].values() if m["n"]}
-    note += f" Scored on {' / '.join(f'{n:,}' for n in sorted(examples))} test examples, treated as independent."
+    windows = report["data"].get("perplexity")
+    scored = "windows" if windows else "examples"
+    note += f" Scored on {' / '.join(f'{n:,}' for n in sorted(examples))} test {scored}, treated as independent."
+    if windows:
+        length, stride = windows["window"], windows["stride"]
+        drawn = "of the windows drawn, " if report["recipe"]["data"]["max_samples"] else ""
+        note += (
+            f" Loss and perplexity: windows of {length:,} tokens, stride {stride:,}; {drawn}every token but the very"
+            f" first is predicted once, after the first window from at least {length - stride:,} tokens before it."
+        )
     return Table("Results", columns, rows, note)
 
 
