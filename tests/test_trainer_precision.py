@@ -102,6 +102,9 @@ def test_precision_is_a_short_name_or_the_mapping_of_a_recipe(tmp_path, value, e
         ({"precision": {"compute": "bf16", "keep": []}}, r"precision\.keep: unknown field; fields are compute"),
         ({"precision": {"compute": "fp8"}}, r"precision\.compute: input should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ({"precision": "{compute: fp16}"}, "is not JSON"),
+        ({"precision": {"compute": "fp16", "loss_scale": {"start": 1}}}, r"start: unknown field; fields are init"),
+        ({"precision": {"master": "split"}}, r"precision\.compute is missing, in \{'master': 'split'\}"),
+        ({"precision": ["bf16"]}, r"must be a mapping or one of fp32, .* got \['bf16'\]"),
     ],
 )
 def test_wrong_precisions_are_named(tmp_path, kwargs, message):

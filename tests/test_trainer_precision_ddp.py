@@ -39,7 +39,7 @@ class AtBegin(TrainerCallback):
         self.masters = {n: m.clone() for n, m in optimizer.optimizer.masters.read().items()}
 
 
-def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), **kwargs):
+def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), evaluate_first=False, **kwargs):
     m = model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     callbacks = [*callbacks, *([Poison(m, *poison)] if poison else [])]
     options = dict(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=MICRO // ranks, optim="sgd")
@@ -48,13 +48,16 @@ def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), **kwar
         options["ddp_backend"] = "gloo"
     t = Trainer(m, arguments(folder, **(options | kwargs)), train_dataset=Rows(), callbacks=callbacks)
     t.model_accepts_loss_kwargs = False  # micro-batches are averaged, not their tokens
+    if evaluate_first:
+        t.evaluate(Rows())
     t.train(resume_from_checkpoint=resume)
     assert isinstance(t.model_wrapped, DistributedDataParallel) is (ranks > 1)
     return t
 
 
 def equal_on_all_ranks(t):
-    mine = torch.cat([m.flatten() for m in masters(t).values()])
+    own = masters(t) if t.master_weights else {n: p.detach() for n, p in t.model.named_parameters()}
+    mine = torch.cat([m.flatten() for m in own.values()])
     first = mine.clone()
     dist.broadcast(first, 0)
     return torch.equal(mine, first)
@@ -77,6 +80,10 @@ def worker(rank, ranks, port, folder):
     t = run(folder, "bf16-split", ranks, resume=checkpoint, callbacks=[begin], max_steps=5)
     assert equal_on_all_ranks(t)
     out["resumed"] = begin.masters
+    # an evaluation before training, after which transformers trains the plain model on every rank
+    for precision in ("fp16-master", None):
+        t = run(folder, precision, ranks, evaluate_first=True)
+        assert equal_on_all_ranks(t)
     # NaN on the last rank alone: both skip, both go on
     t = run(folder, "bf16-master", ranks, poison=(1, 2) if rank == ranks - 1 else None)
     assert t.master_weights.skipped_steps == 1 and t.lr_scheduler.last_epoch == 3

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 from pydantic import ValidationError
 
 from mptrain.errors import UserError
-from mptrain.recipe import MixedPrecision
+from mptrain.recipe import LossScaling, MixedPrecision, ShortPrecision
 
 HELP = (
     "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, fp32, or the mapping of a recipe's"
@@ -35,8 +35,8 @@ class TrainingArguments(transformers.TrainingArguments):
             both = [name for name in ("fp16", "bf16") if getattr(self, name)]
             if both:
                 raise UserError(
-                    f"precision={self.precision!r} together with {both[0]}=True: autocast would cast what is half"
-                    f" already. Drop {both[0]}."
+                    f"precision={self.precision!r} together with {both[0]}=True: autocast would cast what precision"
+                    f" decides. Drop {both[0]}."
                 )
             self.precision = parse(self.precision).model_dump(mode="json")
         super().__post_init__()
@@ -58,7 +58,12 @@ def parse(value: Any) -> MixedPrecision:
 def _explain(error: Any) -> str:
     where = ".".join(["precision", *(str(key) for key in error["loc"])])
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown field; fields are {', '.join(MixedPrecision.model_fields)}, see docs/recipes.md"
+        fields = LossScaling.model_fields if error["loc"][0] == "loss_scale" else MixedPrecision.model_fields
+        return f"{where}: unknown field; fields are {', '.join(fields)}, see docs/recipes.md"
+    if error["type"] == "missing":
+        return f"{where} is missing, in {error['input']!r}; see docs/recipes.md"
+    if error["type"].startswith("model_"):
+        return f"{where}: must be a mapping or one of {', '.join(get_args(ShortPrecision))}, got {error['input']!r}"
     if error["type"] == "value_error":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
