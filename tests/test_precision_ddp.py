@@ -18,9 +18,9 @@ STEPS = 5
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, seed=0):
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.body = nn.Sequential(nn.Linear(6, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 3))
         self.unused = nn.Linear(3, 3)
 
@@ -34,8 +34,8 @@ def loss_of(model, i):
     return nn.functional.cross_entropy(model(x), y)
 
 
-def build(dtype, master, wrap=True, attach=True, bucket_view=False, **options):
-    model = Net()
+def build(dtype, master, wrap=True, attach=True, bucket_view=False, seed=0, **options):
+    model = Net(seed)
     mw = MasterWeights(model, torch.optim.AdamW(model.parameters(), lr=1e-2), dtype, master, **options)
     if not wrap:
         return model, mw
@@ -148,7 +148,25 @@ def averaging_survives_exposing_the_masters(rank, ranks):
         assert torch.equal(own, first)
 
 
+def ranks_that_started_apart_are_made_equal_or_refused(rank, ranks):
+    """DDP broadcasts the half weights of rank 0; from masters of their own, ranks would drift apart at once."""
+    for dtype, master in MODES:
+        ddp, mw = build(dtype, master, seed=rank)
+        first = torch.cat([m.flatten() for m in masters(mw).values()])
+        assert torch.equal(first, torch.cat([m.flatten() for m in masters(build(dtype, master, False)[1]).values()]))
+        mw.backward(loss_of(ddp, rank))
+        assert mw.step()
+        mine = torch.cat([m.flatten() for m in masters(mw).values()])
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first)
+        ddp, mw = build(dtype, master, attach=False, seed=rank)
+        with pytest.raises(UserError, match=r"started from different weights.* call attach"):
+            mw.backward(loss_of(ddp, rank))
+
+
 CHECKS = [
+    ranks_that_started_apart_are_made_equal_or_refused,
     plain_ddp_keeps_ranks_equal,
     nan_on_one_rank,
     nan_in_an_unreduced_micro_step,

@@ -447,6 +447,40 @@ def test_load_state_dict_goes_to_the_masters(dtype, master, assign):
 
 
 @pytest.mark.parametrize(("dtype", "master"), MODES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_half_weights_that_are_loaded_round_no_master_in_silence(dtype, master, assign, caplog):
+    model = gpt2()
+    mw = wrap(model, dtype, master)
+    train(mw, model, 1)
+    before = {n: m.clone() for n, m in mw.masters.read().items()}
+    own = {n: t.clone() for n, t in model.state_dict().items()}  # what a loop saves beside mw.state_dict()
+    assert own["lm_head.weight"].dtype == DTYPES[dtype]
+    model.load_state_dict(own, assign=assign)
+    assert all(torch.equal(m, before[n]) for n, m in mw.masters.read().items())
+    assert not caplog.text
+    other = gpt2(1).to(DTYPES[dtype]).state_dict()
+    model.load_state_dict(other, assign=assign)
+    assert "28 of 28 parameters are loaded from half weights" in caplog.text
+    assert all(torch.equal(m, other[n].float()) for n, m in mw.masters.read().items())
+    halves_follow_masters(mw)
+    caplog.clear()
+    with mw.exposed(write=True):
+        model.load_state_dict(other)
+    assert "28 of 28 parameters are loaded from half weights" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp32_weights_that_were_read_from_a_half_checkpoint_are_told(dtype, caplog):
+    wrap(gpt2())
+    assert not caplog.text
+    model = gpt2()
+    model.load_state_dict(gpt2().to(DTYPES[dtype]).state_dict())
+    assert model.lm_head.weight.dtype == torch.float32
+    wrap(model)
+    assert "all are numbers of half precision" in caplog.text and "dtype=torch.float32" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "master"), MODES)
 def test_saved_while_exposed_a_model_loads_as_fp32(dtype, master, tmp_path):
     model = gpt2()
     mw = wrap(model, dtype, master)

@@ -39,8 +39,8 @@ class AtBegin(TrainerCallback):
         self.masters = {n: m.clone() for n, m in optimizer.optimizer.masters.read().items()}
 
 
-def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), evaluate_first=False, **kwargs):
-    m = model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), evaluate_first=False, seed=1, **kwargs):
+    m = model(seed, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     callbacks = [*callbacks, *([Poison(m, *poison)] if poison else [])]
     options = dict(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=MICRO // ranks, optim="sgd")
     options |= dict(learning_rate=0.1, precision=precision, max_grad_norm=0.5)
@@ -80,9 +80,9 @@ def worker(rank, ranks, port, folder):
     t = run(folder, "bf16-split", ranks, resume=checkpoint, callbacks=[begin], max_steps=5)
     assert equal_on_all_ranks(t)
     out["resumed"] = begin.masters
-    # an evaluation before training, after which transformers trains the plain model on every rank
+    # an evaluation before training, after which transformers trains the plain model on every rank; other weights on each
     for precision in ("fp16-master", None):
-        t = run(folder, precision, ranks, evaluate_first=True)
+        t = run(folder, precision, ranks, evaluate_first=True, seed=rank)
         assert equal_on_all_ranks(t)
     # NaN on the last rank alone: both skip, both go on
     t = run(folder, "bf16-master", ranks, poison=(1, 2) if rank == ranks - 1 else None)

@@ -129,6 +129,13 @@ class Flat:
         if self.master is not None and self.half is not None:
             self.half.copy_(self.master)
 
+    @property
+    def bits(self) -> list[Tensor]:
+        """The masters as integers [n]: one tensor, or two when split."""
+        if self.split:
+            return [self.half.view(torch.int16), self.low]
+        return [self.master.view(torch.int32)]
+
     def read_master(self, entry: Entry) -> Tensor:
         """fp32 values of one parameter: a view of the master, or joined when split."""
         if self.split:

@@ -77,6 +77,8 @@ class MasterWeights(MasterOptimizer):
         self._measured: tuple[list[Run], bool] | None = None
         self._unscaled = False
         self._scaled = False
+        self._alike = False
+        """masters were found equal on all ranks, or made so"""
         self._left: tuple[nn.Parameter, int] | None = None
         """a parameter whose gradient `backward` left, and the version of that tensor"""
         self._last_loss: Tensor | None = None
@@ -88,7 +90,8 @@ class MasterWeights(MasterOptimizer):
     def attach(self, ddp: DistributedDataParallel) -> None:
         """Tell which DDP wraps the model: needed to accumulate gradients over micro-steps with several ranks.
 
-        Gradients are then summed over ranks in the policy's `reduce` dtype. Use DDP's `no_sync` as always.
+        As DDP does with the model, all ranks take the masters of rank 0. Gradients are then summed over ranks in the
+        policy's `reduce` dtype. Use DDP's `no_sync` as always.
         """
         if not isinstance(ddp, DistributedDataParallel):
             raise UserError(f"attach() takes the DistributedDataParallel around the model, got {type(ddp).__name__}")
@@ -97,6 +100,12 @@ class MasterWeights(MasterOptimizer):
         wire = torch.float32 if self.policy.reduce == "fp32" else self.policy.dtype
         accumulate.reduce_in_fp32(ddp, self.masters.by_id, wire)
         self._attached = ddp
+        self._settle()
+        for flat in self.flats:
+            for bits in flat.bits:
+                dist.broadcast(bits.view(torch.uint8), group=ddp.process_group, group_src=0)
+        self.sync()
+        self._alike = True
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scaled backward of a scalar loss; gradients of earlier micro-steps are summed in fp32."""
@@ -109,6 +118,8 @@ class MasterWeights(MasterOptimizer):
         self._settle()
         self._measured = None
         self._scaled = True
+        if not self._alike and self._ranks() > 1:
+            self._compare_ranks()
         for flat in self.flats:
             if flat.dtype != torch.float32 and any(e.parameter.grad is not None for e in flat.entries):
                 if self._ranks() > 1 and not self._attached:
@@ -190,6 +201,19 @@ class MasterWeights(MasterOptimizer):
 
     def _ranks(self) -> int:
         return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    def _compare_ranks(self) -> None:
+        """Raises UserError, on all ranks, when their masters differ: after a step their weights would, too."""
+        sums = torch.stack([bits.sum(dtype=torch.int64) for flat in self.flats for bits in flat.bits])
+        both = torch.stack([sums, -sums])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group)
+        if not torch.equal(both[0], -both[1]):
+            raise UserError(
+                "the ranks started from different weights; DDP has made the half weights equal, the masters still"
+                " differ: call attach(ddp_model) once after wrapping, which takes those of rank 0, or seed all ranks"
+                " alike before the model is made"
+            )
+        self._alike = True
 
     def _all_ranks(self, finite: bool) -> bool:
         if self._ranks() == 1:

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.errors import ResumeError, UserError
-from mptrain.precision import accumulate, moments
+from mptrain.precision import accumulate, moments, rounded
 from mptrain.precision.casting import add_casts
 from mptrain.precision.flat import Flat
 from mptrain.precision.master import Changed, Masters
 from mptrain.precision.native import native_kernel
-from mptrain.precision.policy import DTYPES, Policy
+from mptrain.precision.policy import Policy
 from mptrain.precision.step import Kernel, Run, TorchKernel, rule_of
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class MasterOptimizer(torch.optim.Optimizer):
         self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
         for parameter in self.model.parameters():
             parameter.grad = None
-        self._say_what_was_rounded()
+        rounded.tell_of([p for group in optimizer.param_groups for p in group["params"]])
         self._build()
         self._loading = contextlib.ExitStack()
         self._hooks = [
@@ -104,7 +104,8 @@ class MasterOptimizer(torch.optim.Optimizer):
             self.model.register_load_state_dict_post_hook(_Link(self._after_load)),
         ]
 
-    def _before_load(self, *_: Any) -> None:
+    def _before_load(self, _module: nn.Module, state: dict[str, Any], prefix: str = "", *_: Any) -> None:
+        rounded.keep_masters(self.model, self.masters, state, prefix)
         self._loading.enter_context(self.exposed(write=True))
 
     def _after_load(self, *_: Any) -> None:
@@ -143,18 +144,6 @@ class MasterOptimizer(torch.optim.Optimizer):
             )
 
     # -- building
-
-    def _say_what_was_rounded(self) -> None:
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        half = [p.dtype for p in trained if p.dtype in DTYPES.values()]
-        if half:
-            log.warning(
-                "%d of %d trained parameters arrive in %s: their masters start from those rounded values. If there is"
-                " an fp32 checkpoint, load that one (dtype=torch.float32).",
-                len(half),
-                len(trained),
-                str(half[0]).removeprefix("torch."),
-            )
 
     @property
     def flats(self) -> list[Flat]:

@@ -119,7 +119,7 @@ class Trainer(transformers.Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.world_size > 1 and self.model_wrapped is self.model and not self._sharded:
             # an evaluation has marked it as prepared: DDP would not wrap it, and ranks would drift apart
-            self.model._is_accelerate_prepared = False
+            setattr(self.model, "_is_accelerate_prepared", False)  # noqa: B010
         model, loader = super()._prepare_for_training(*args, **kwargs)
         masters = self.master_weights
         if masters is not None:
