@@ -80,7 +80,7 @@ def worker(rank, ranks, port, folder):
     t = run(folder, "bf16-split", ranks, resume=checkpoint, callbacks=[begin], max_steps=5)
     assert equal_on_all_ranks(t)
     out["resumed"] = begin.masters
-    # an evaluation before training, after which transformers trains the plain model on every rank; other weights on each
+    # an evaluation before training, after which transformers would train the plain model; other weights a rank
     for precision in ("fp16-master", None):
         t = run(folder, precision, ranks, evaluate_first=True, seed=rank)
         assert equal_on_all_ranks(t)
