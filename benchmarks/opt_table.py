@@ -57,7 +57,7 @@ def rows() -> Iterator[tuple[str, str]]:
     """(config, method), those that bars speak of first."""
     everything = [(f"{bits}b/{unit}", m) for bits in (4, 8) for unit in UNITS for m in INTEGERS]
     everything += [(f"{bits}b/{unit}", m) for bits in (4, 3, 2) for unit in TABLES for m in ("pt", "skm")]
-    everything += [(f"{bits}b/{unit}", "skm_ft") for bits in (3, 2) for unit in TABLES]
+    everything += [(f"{bits}b/{unit}", "skm_ft") for bits in (4, 3, 2) for unit in TABLES]
     first = [("4b/block32", m) for m in INTEGERS]
     first += [(f"{bits}b/group4", m) for bits in (3, 2) for m in ("skm", "skm_ft")]
     yield from dict.fromkeys(first + everything)
