@@ -508,6 +508,9 @@ class Latency(Strict):
 class Evaluate(Strict):
     latency: Latency = Latency()
     floor: bool = Field(True, description="text classification: also score TF-IDF + logistic regression")
+    multiple_choice: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="causal LM: paths of multiple_choice task files of lm-eval, scored on every exported variant"
+    )
 
 
 class Gates(Strict):
@@ -557,6 +560,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _references(self):
+        if self.evaluate.multiple_choice and self.model.task != "causal-lm":
+            raise ValueError(f"evaluate.multiple_choice: is for task causal-lm, not for {self.model.task}; drop it")
         seen: list[str] = []
         for index, stage in enumerate(self.stages):
             where = f"stages.{stage.id}"

@@ -13,13 +13,14 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from mptrain.errors import GateFailed
+from mptrain.errors import DataError, GateFailed
 from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
 from mptrain.inputs.data import TaskData, load_data
-from mptrain.inputs.model import load_processor
+from mptrain.inputs.model import load_processor, read_config
+from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
 from mptrain.plan import phases
-from mptrain.recipe import Recipe
+from mptrain.recipe import CoreMl, Recipe
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, locked, read_json, write_json
@@ -77,8 +78,9 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:
         data.example(1, length)  # a length that the task cannot have is an error now, not after training
+    questions = read_questions(recipe, processor, allow_code)
     if peers.is_main_process:
-        described = identity(recipe, data, peers.num_processes)
+        described = identity(recipe, data, peers.num_processes, questions)
         check_identity(folder, described)
         take_stages(folder, described, reuse)
     peers.wait_for_everyone()
@@ -92,7 +94,7 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
     if not peers.is_main_process:
         return {}
 
-    variants = Variants(context)
+    variants = Variants(context, questions)
     exported = [variants.export(v) for v in variants.wanted()]
     verified = [variants.verify(v) for v in exported]
     measured = variants.measure([variants.evaluate(v) for v in verified])
@@ -107,6 +109,7 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
         structure=structure_facts(context),
         compressed=compressed_facts(context),
         data_facts=data.facts,
+        multiple_choice={task.name: task.facts for task in questions},
         checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},
     )
     render.render(report, folder)
@@ -114,10 +117,30 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
     return report
 
 
-def identity(recipe: Recipe, data: TaskData, processes: int) -> dict[str, Any]:
+def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[MultipleChoice]:
+    """The tasks of evaluate.multiple_choice. Raises DataError, also for an input that an export cannot read."""
+    if not recipe.evaluate.multiple_choice:
+        return []
+    length = context_length(read_config(recipe.model, allow_code), tokenizer)
+    tasks = read_tasks(recipe.evaluate.multiple_choice, tokenizer, length)
+    for export in recipe.export:
+        most = max(export.shapes.length) if isinstance(export, CoreMl) else length
+        for task in tasks:
+            if task.longest > most:
+                raise DataError(
+                    f"export.{export.id}.shapes.length: {most} is less than the {task.longest} tokens of the longest"
+                    f" question of {task.facts['file']}; raise it, or drop the task from evaluate.multiple_choice."
+                )
+    return tasks
+
+
+def identity(
+    recipe: Recipe, data: TaskData, processes: int, questions: Sequence[MultipleChoice] = ()
+) -> dict[str, Any]:
     """What must be the same for a resume to give the result of an uninterrupted run."""
     described = recipe.model_dump(mode="json", by_alias=True, exclude={"output": True, "description": True})
-    return {"recipe": described, "data_hash": data.hash, "versions": versions(), "processes": processes}
+    found = {"recipe": described, "data_hash": data.hash, "versions": versions(), "processes": processes}
+    return found | ({"multiple_choice": {task.name: task.hash for task in questions}} if questions else {})
 
 
 def seconds(phases: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mptrain.compress import costs, quantizers
 from mptrain.compress.structure import find_structure
 from mptrain.export.formats import Format, Source, format_of
 from mptrain.inputs.metrics import Score
+from mptrain.inputs.multiple_choice import MultipleChoice
 from mptrain.plan import Planned, variants
 from mptrain.report import floor, measure
 from mptrain.report.build import Variant
@@ -37,8 +39,9 @@ TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound 
 class Variants:
     """Steps over the variants of a run; each step of each variant is done once."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, questions: Sequence[MultipleChoice] = ()) -> None:
         self.context = context
+        self.questions = questions
         self.recipe, self.data = context.recipe, context.data
         self.folder = context.folder / "export"
         self._planned = {planned.id: planned for planned in variants(self.recipe)}
@@ -88,17 +91,20 @@ class Variants:
         return self._keep(facts, "verify", begun)
 
     def evaluate(self, variant: str) -> str:
-        """Score the exported model on the test split."""
+        """Score the exported model on the test split and on the multiple-choice tasks."""
         facts = read_json(self._facts_file(variant))
         if "scores" in facts:
             return variant
         begun = time.monotonic()
-        scores = self.data.evaluate(self._runner(variant, facts), "test", progress=f"test {variant}")
-        facts["scores"] = [
-            {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better}
-            for s in scores
-        ]
+        runner = self._runner(variant, facts)
+        scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
+        facts["scores"] = _kept(scores)
         log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
+        facts["multiple_choice"] = {}
+        for task in self.questions:
+            found = task.evaluate(runner, progress=f"{task.name} {variant}")
+            facts["multiple_choice"][task.name] = _kept(found)
+            log.info("%s: %s %s", variant, task.name, ", ".join(f"{s.name} {s.value:.4f}" for s in found))
         return self._keep(facts, "evaluate", begun)
 
     def measure(self, ids: list[str]) -> list[Variant]:
@@ -167,7 +173,19 @@ def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int]:
     return {"params": sum(p.numel() for p in plain.parameters()), "macs": sum(row["macs"] for row in rows)}
 
 
+def _kept(scores: list[Score]) -> list[dict[str, Any]]:
+    return [
+        {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better} for s in scores
+    ]
+
+
+def _scores(kept: list[dict[str, Any]]) -> list[Score]:
+    return [Score(s["name"], np.array(s["stats"]), s["reduce"], s["higher"]) for s in kept]
+
+
 def _variant(facts: dict[str, Any], latency_ms: dict[str, Any]) -> Variant:
-    scores = [Score(s["name"], np.array(s["stats"]), s["reduce"], s["higher"]) for s in facts["scores"]]
+    chosen = {task: _scores(kept) for task, kept in facts.get("multiple_choice", {}).items()}
     keys = ("id", "stage", "format", "precision", "path", "size_bytes", "params", "macs", "runtime", "parity")
-    return Variant(**{k: facts[k] for k in keys}, scores=scores, latency_ms=latency_ms)
+    return Variant(
+        **{k: facts[k] for k in keys}, scores=_scores(facts["scores"]), multiple_choice=chosen, latency_ms=latency_ms
+    )

@@ -30,8 +30,8 @@ class Variant:
     """One exported model and what was measured on it.
 
     `scores` come from the exported file itself, the main metric first; all variants are
-    scored on the same examples in the same order. `path` is the model file,
-    relative to the run folder.
+    scored on the same examples in the same order. So are those of `multiple_choice`, by task.
+    `path` is the model file, relative to the run folder.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Variant:
     latency_ms: dict[str, dict[str, float | int]] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] | None = None
+    multiple_choice: dict[str, list[Score]] = field(default_factory=dict)
 
 
 def build(
@@ -60,6 +61,7 @@ def build(
     structure: Mapping[str, Any] | None = None,
     compressed: Mapping[str, Sequence[Row]] | None = None,
     data_facts: Mapping[str, Any] | None = None,
+    multiple_choice: Mapping[str, Mapping[str, Any]] | None = None,
     checkpoints: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> Row:
@@ -67,7 +69,8 @@ def build(
 
     The baseline is the fp32 variant of the first stage, `baseline_fp32`, else the first variant.
     Keys: schema, name, task, metric, created, host, versions, recipe, wall_s, variants, baseline,
-    comparisons (one per other variant), floor, structure, compressed, gates, recommendation, data, training
+    comparisons (one per other variant), floor, structure, compressed, gates, recommendation, data,
+    multiple_choice (facts by task; scores and differences are with the variants and comparisons), training
     (optimizer steps per stage), history, checkpoints, on_hub (whether model and
     data names are names on the Hugging Face hub), notes.
 
@@ -102,6 +105,7 @@ def build(
         "gates": gates.check(recipe.gates, rows, comparisons, len(structure["layers"]) if structure else None),
         "recommendation": None,
         "data": data_facts or {},
+        "multiple_choice": multiple_choice or {},
         "training": _training(recipe, history),
         "history": history,
         "checkpoints": checkpoints or {},
@@ -145,6 +149,9 @@ def _variant(v: Variant) -> Row:
         "precision": v.precision,
         "path": v.path,
         "metrics": {score.name: _measured(score) for score in v.scores},
+        "multiple_choice": {
+            task: {score.name: _measured(score) for score in scores} for task, scores in v.multiple_choice.items()
+        },
         "size_bytes": v.size_bytes,
         "params": v.params,
         "macs": v.macs,
@@ -177,6 +184,13 @@ def _compare(v: Variant, base: Variant) -> Row:
         f"{score.name}_delta_ci95": [difference.low, difference.high],
         "verdict": difference.verdict(score.higher_is_better),
         "drop": lost,
+        "multiple_choice": {
+            task: {
+                score.name: _paired(score, other)
+                for score, other in zip(scores, base.multiple_choice[task], strict=True)
+            }
+            for task, scores in v.multiple_choice.items()
+        },
         "size_ratio": base.size_bytes / v.size_bytes,
         "params_ratio": base.params / v.params,
         "speedup": {
@@ -184,6 +198,15 @@ def _compare(v: Variant, base: Variant) -> Row:
             for key, time in v.latency_ms.items()
             if key in base.latency_ms
         },
+    }
+
+
+def _paired(score: Score, reference: Score) -> Row:
+    difference = paired_difference(score, reference)
+    return {
+        "delta": difference.value,
+        "delta_ci95": [difference.low, difference.high],
+        "verdict": difference.verdict(score.higher_is_better),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mptrain.report import claims, tables
+from mptrain.report import choices, claims, tables
 from mptrain.report.markdown import escape, grid
 
 Row = dict[str, Any]
@@ -32,7 +32,7 @@ def card(report: Row) -> str:
     verdict = [f"- {escape(claim.text)}" for claim in claims.claims(report)]
     if verdict:
         parts.append("\n".join(verdict))
-    for table in (tables.results(report), tables.latency(report)):
+    for table in (tables.results(report), choices.table(report), tables.latency(report)):
         if table:
             parts.append(f"## {table.title}\n\n{grid(table)}\n\n{escape(table.note)}")
     parts += [*_use(report), _limits(report)]

@@ -58,12 +58,13 @@ def fastest(report: Row) -> Row | None:
 
 
 def claims(report: Row) -> list[Claim]:
-    """The verdict: size, speed, accuracy floor, training effort, gates."""
+    """The verdict: size, speed, accuracy floor, multiple choice, training effort, gates."""
     found = []
     if report["comparisons"]:
         found += _compression(report)
     if report["floor"] and report["floor"]["lead"]:
         found.append(_floor(report))
+    found += _choices(report)
     found += _effort(report)
     if report["gates"]:
         found.append(_gates(report))
@@ -178,6 +179,30 @@ def _floor(report: Row) -> Claim:
         f" 95% interval {words.signed_range(name, *lead['ci95'])}.",
         "plain" if lead["verdict"] == "better" else "warn",
     )
+
+
+def _choices(report: Row) -> list[Claim]:
+    base = next((v for v in report["variants"] if v["id"] == report["baseline"]), {})
+    tasks = base.get("multiple_choice", {})
+    return [_choice(report, task, name, score) for task, scores in tasks.items() for name, score in scores.items()]
+
+
+def _choice(report: Row, task: str, name: str, base: Row) -> Claim:
+    """Which variants are worse; nothing where the baseline is no better than luck, for nothing could be lost there."""
+    value = f"{words.metric(name, base['value'])}, 95% interval {words.metric_range(name, *base['ci95'])}"
+    luck = report["multiple_choice"][task]["guessing"]
+    if base["ci95"][0] is None or base["ci95"][0] <= luck:
+        text = f"the baseline ({value}) is not above guessing ({words.metric(name, luck)})"
+        return Claim(f"{task} {name}: {text}, so what compression costs does not show there.", "warn")
+    rows = {c["id"]: c["multiple_choice"][task][name] for c in report["comparisons"]}
+    worse = [
+        f"{variant} ({words.signed(name, row['delta'])} points, {words.signed_range(name, *row['delta_ci95'])})"
+        for variant, row in rows.items()
+        if row["verdict"] == "worse"
+    ]
+    if worse:
+        return Claim(f"{task} {name}: worse than the baseline ({value}): {', '.join(worse)}.", "warn")
+    return Claim(f"{task} {name}: no variant is worse than the baseline ({value}).", "good")
 
 
 def _effort(report: Row) -> list[Claim]:

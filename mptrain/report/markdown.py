@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mptrain.report import claims, tables
+from mptrain.report import choices, claims, tables
 from mptrain.report.tables import Cell, Table
 
 Row = dict[str, Any]
@@ -48,6 +48,7 @@ def markdown(report: Row) -> str:
     parts += [f"> **Note:** {escape(text)}" for text in [*(advice or {}).get("warnings", []), *report["notes"]]]
     every = (
         tables.results(report),
+        choices.table(report),
         tables.latency(report),
         tables.gates(report),
         tables.structure(report),

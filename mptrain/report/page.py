@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from mptrain.report import claims, tables
+from mptrain.report import choices, claims, tables
 
 Row = dict[str, Any]
 
@@ -40,6 +40,7 @@ def page(report: Row) -> str:
         warnings=[*(report["recommendation"] or {}).get("warnings", []), *report["notes"]],
         t={
             "results": tables.results(report),
+            "choices": choices.table(report),
             "latency": tables.latency(report),
             "gates": tables.gates(report),
             "structure": tables.structure(report),

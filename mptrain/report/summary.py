@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from mptrain.report import claims, tables
+from mptrain.report import choices, claims, tables
 from mptrain.report.tables import Cell, Table
 
 _STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "quiet": "dim", "plain": "", "": ""}
@@ -20,7 +20,7 @@ _MARKS = {"good": "✓", "warn": "!", "bad": "✗", "plain": "•"}
 def summary(report: dict[str, Any]) -> RenderableType:
     """Results, gates and verdict for `rich.print`; strings are literal, escape codes removed."""
     parts: list[RenderableType] = []
-    for table in (tables.results(report), tables.gates(report)):
+    for table in (tables.results(report), choices.table(report), tables.gates(report)):
         if table:
             parts.append(draw(table, without=("Parameters",)))
     for claim in claims.claims(report):

@@ -47,7 +47,7 @@ def results(report: Row) -> Table | None:
     rows = []
     for v in report["variants"]:
         c = comparisons.get(v["id"])
-        cells = [Cell(v["id"], _role(report, v)), *(_metric(name, v["metrics"].get(name)) for name in names)]
+        cells = [Cell(v["id"], _role(report, v)), *(score(name, v["metrics"].get(name)) for name in names)]
         cells.append(_difference(c) if c else Cell("baseline", tone="quiet"))
         cells.append(
             Cell(
@@ -67,7 +67,7 @@ def results(report: Row) -> Table | None:
                 cells.append(Cell("not timed", tone="quiet"))
         rows.append(cells)
     if report["floor"]:
-        scores = [_metric(name, report["floor"]["metrics"].get(name)) for name in names]
+        scores = [score(name, report["floor"]["metrics"].get(name)) for name in names]
         empty = [Cell("–", tone="quiet")] * (len(columns) - len(names) - 1 + bool(key))
         rows.append([Cell(report["floor"]["name"], "floor"), *scores, *empty])
     note = (
@@ -108,7 +108,7 @@ def sweep(found: Row) -> Table:
                 [
                     *(Cell(str(point["values"][k])) for k in keys),
                     Cell(v["id"]),
-                    _metric(v["metric"], v),
+                    score(v["metric"], v),
                     _difference(c),
                     Cell(words.megabytes(v["size_bytes"]), f"{words.ratio(c['size_ratio'])} smaller"),
                     Cell(
@@ -389,7 +389,7 @@ def _role(report: Row, variant: Row) -> str:
     return ", ".join(found)
 
 
-def _metric(name: str, measured: Row | None) -> Cell:
+def score(name: str, measured: Row | None) -> Cell:
     if measured is None:
         return Cell("–", tone="quiet")
     return Cell(words.metric(name, measured["value"]), words.metric_range(name, *measured["ci95"]))
@@ -397,11 +397,13 @@ def _metric(name: str, measured: Row | None) -> Cell:
 
 def _difference(comparison: Row) -> Cell:
     name = comparison["metric"]
-    verdict = comparison["verdict"] or "not comparable"
-    range_ = words.signed_range(name, *comparison[f"{name}_delta_ci95"])
-    tones: dict[str, Literal["good", "warn", "bad"]] = {"tied": "good", "better": "good", "worse": "warn"}
-    text = words.signed(name, comparison[f"{name}_delta"])
-    return Cell(text, f"{verdict}: {range_}", tones.get(verdict, "bad"))
+    return difference(name, comparison[f"{name}_delta"], comparison[f"{name}_delta_ci95"], comparison["verdict"])
+
+
+def difference(name: str, delta: float | None, interval: list[float | None], verdict: str | None) -> Cell:
+    tones: dict[str | None, Literal["good", "warn", "bad"]] = {"tied": "good", "better": "good", "worse": "warn"}
+    range_ = words.signed_range(name, *interval)
+    return Cell(words.signed(name, delta), f"{verdict or 'not comparable'}: {range_}", tones.get(verdict, "bad"))
 
 
 def _gate_value(report: Row, kind: str, value: float | None) -> str:

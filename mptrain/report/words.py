@@ -6,7 +6,7 @@ from typing import Any
 
 NONE = "n/a"
 MINUS = "−"
-_FRACTIONS = ("accuracy", "f1", "exact_match")
+_FRACTIONS = ("accuracy", "f1", "exact_match", "acc", "acc_norm")
 _METRICS = {"f1": "F1", "exact_match": "exact match"}
 
 
