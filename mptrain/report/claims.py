@@ -182,7 +182,7 @@ def _floor(report: Row) -> Claim:
 
 
 def _choices(report: Row) -> list[Claim]:
-    base = next((v for v in report["variants"] if v["id"] == report["baseline"]), {})
+    base: Row = next((v for v in report["variants"] if v["id"] == report["baseline"]), {})
     tasks = base.get("multiple_choice", {})
     return [_choice(report, task, name, score) for task, scores in tasks.items() for name, score in scores.items()]
 
@@ -202,7 +202,7 @@ def _choice(report: Row, task: str, name: str, base: Row) -> Claim:
     ]
     if worse:
         return Claim(f"{task} {name}: worse than the baseline ({value}): {', '.join(worse)}.", "warn")
-    return Claim(f"{task} {name}: no variant is worse than the baseline ({value}).", "good")
+    return Claim(f"{task} {name}: no variant is worse than the baseline ({value}) by its paired interval.", "good")
 
 
 def _effort(report: Row) -> list[Claim]:
