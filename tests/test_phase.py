@@ -1,4 +1,4 @@
-"""Which epoch a phase ends with."""
+"""Which epoch a phase ends with, and what it says on the way."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import pytest
 
 from mptrain.inputs.metrics import Score
 from mptrain.train.phase import PhaseTrainer
+from mptrain.train.progress import Progress
 
 
 def best_step(epochs, higher=True):
@@ -40,3 +41,17 @@ def test_best_epoch(epochs, expected):
 
 def test_a_metric_where_less_is_better():
     assert best_step([(3.0,), (2.0,), (2.5,)], higher=False) == 2
+
+
+def test_progress_of_one_step_names_no_loss(caplog):
+    """transformers logs the loss of a step after the step; until then there is none to show."""
+    progress = Progress(SimpleNamespace(stage="dense", name="train", start=0))
+    state = SimpleNamespace(global_step=0, max_steps=1)
+    with caplog.at_level("INFO"):
+        progress.on_train_begin(None, state, None)
+        state.global_step = 1
+        progress.on_step_end(None, state, None)
+        progress.on_log(None, state, None, logs={"loss": 0.5})
+        progress.on_step_end(None, state, None)
+    first, second = (r.message for r in caplog.records)
+    assert "loss" not in first and "step 1 of 1, loss 0.500," in second

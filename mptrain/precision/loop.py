@@ -45,7 +45,7 @@ class MasterWeights(MasterOptimizer):
         master: "fp32", or "split" (bf16 only): 2 bytes a parameter less and nothing to sync.
         keep_fp32: parameters whose modules compute in fp32: substrings of names, "re:REGEX", or "norms".
         loss_scale: "dynamic", a number, or a LossScale; default: dynamic for fp16, 1 for bf16.
-        max_grad_norm: clip the norm of all gradients to this in every step.
+        max_grad_norm: clip the norm of all gradients to this in every step; in place of torch's clip_grad_norm_.
         reduce: dtype in which an `attach`ed DDP sums gradients over ranks, "fp32" or "compute".
         process_group: ranks that agree on skipping a step; default: all.
         kernel: "auto" (compiled where possible), "native" or "torch".

@@ -21,7 +21,7 @@ class Progress(TrainerCallback):
     def __init__(self, phase: Phase) -> None:
         self.phase = phase
         self.label = f"{phase.stage}/{phase.name}"
-        self.loss = float("nan")
+        self.loss: float | None = None
         self.bar: Any = None
         self.begun = self.said = time.monotonic()
 
@@ -38,16 +38,17 @@ class Progress(TrainerCallback):
             self.said = now
             each = (now - self.begun) / (state.global_step - self.first)
             left = each * (state.max_steps - state.global_step) / 60
+            loss = "" if self.loss is None else f" loss {self.loss:.3f},"  # the first is logged after its step
             log.info(
-                "%s: step %d of %d, loss %.3f, %.2f s a step, %.1f min left",
-                self.label, state.global_step, state.max_steps, self.loss, each, left,
+                "%s: step %d of %d,%s %.2f s a step, %.1f min left",
+                self.label, state.global_step, state.max_steps, loss, each, left,
             )  # fmt: skip
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "loss" in logs:
             self.loss = logs["loss"]
-            self.bar.set_postfix_str(f"loss {self.loss:.3f}", refresh=False)
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
         scores = [f"{k.removeprefix('eval_')} {v:.4f}" for k, v in logs.items() if k.startswith("eval_")]
         if scores:
             step = self.phase.start + state.global_step
