@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from mptrain.errors import ModelError, TrainingError
+from mptrain.errors import ModelError, TrainingError, UserError
 from mptrain.precision import LossScale, MasterWeights, ShardedMasters
 from mptrain.precision.policy import DTYPES
 
@@ -126,7 +126,18 @@ def half_shards_are_refused(rank, ranks):
         MasterWeights(model, optimizer)
 
 
+def gradients_without_the_loss_scale_are_refused(rank, ranks):
+    model, mw = shard("fp16")
+    loss_of(model, rank).backward()
+    with pytest.raises(UserError, match=r"not multiplied by the loss scale \(65536\)"):
+        mw.step()
+    mw.zero_grad()
+    mw.backward(loss_of(model, rank))
+    assert mw.step()
+
+
 CHECKS = [
+    gradients_without_the_loss_scale_are_refused,
     one_rank_makes_all_skip,
     overflows_from_2_to_the_24,
     giving_up_happens_on_all_ranks_at_once,

@@ -39,7 +39,7 @@ class ShardedMasters:
     Arguments:
         model: after `fully_shard`, with the MixedPrecisionPolicy of `dtype`.
         optimizer: any torch.optim optimizer built on the sharded parameters.
-        dtype, loss_scale, max_grad_norm: as for `MasterWeights`.
+        dtype, loss_scale, max_grad_norm: as for `MasterWeights`; torch's clip_grad_norm_ would clip scaled gradients.
         process_group: ranks that agree on skipping a step; default: all.
 
     Raises ModelError when a trained parameter is not an fp32 DTensor: a half shard would be no master.
@@ -73,6 +73,7 @@ class ShardedMasters:
         self._group = process_group
         self._watchdog = Watchdog(model, self.scaler, dtype, "a policy of their own in fully_shard")
         self._last_loss: Tensor | None = None
+        self._scaled = False
 
     def _parameters(self) -> Iterator[Any]:
         """DTensors."""
@@ -85,6 +86,7 @@ class ShardedMasters:
         if loss.dtype == torch.float16:
             self.scaler.limit(2.0**15)
         (loss.float() * self.scaler.scale).backward(**kwargs)
+        self._scaled = True
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -93,6 +95,11 @@ class ShardedMasters:
         Returns whether the weights were updated. Raises TrainingError with a diagnosis when the loss scale is
         exhausted.
         """
+        if not self._scaled and self.scaler.scale != 1.0 and any(p.grad is not None for p in self._parameters()):
+            raise UserError(
+                f"gradients were not multiplied by the loss scale ({self.scaler.scale:g}), by which this step divides"
+                " them: call backward(loss) of the ShardedMasters object instead of loss.backward()"
+            )
         norm = math.sqrt(self._sum_of_squares())
         self.grad_norm = norm / self.scaler.scale
         finite = math.isfinite(norm)
@@ -103,6 +110,7 @@ class ShardedMasters:
             self.optimizer.step()
         self._watchdog.stepped(finite, self._last_loss, self._named_gradients, dist.get_rank(self._group))
         self.zero_grad()
+        self._scaled = False
         return finite
 
     def _sum_of_squares(self) -> float:
