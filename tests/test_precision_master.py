@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -390,6 +392,26 @@ def test_regression_labels_stay_fp32_and_loss_outside_the_model_is_fp32():
     out = model(torch.randn(2, 4), labels=torch.randn(2, 1))
     assert seen == {"x": torch.bfloat16, "labels": torch.float32}
     assert (out["logits"].dtype, out["ids"].dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(("dtype", "master"), MODES)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_decoders_compute_their_loss_in_fp32(family, dtype, master):
+    """Their code takes the cross entropy of the logits as they are; in bf16 it would have three digits."""
+    torch.manual_seed(0)
+    ids = {"vocab_size": 30, "decoder_start_token_id": 0, "pad_token_id": 0}
+    if family == "t5":
+        model = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **ids))
+    else:
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        width = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32}
+        model = BartForConditionalGeneration(BartConfig(**layers, **width, **ids))
+    mw = wrap(model.train(), dtype, master)
+    out = model(**batch(0, 30))
+    assert out.loss.dtype == out.logits.dtype == torch.float32
+    exact = nn.functional.cross_entropy(out.logits.double().flatten(0, 1), batch(0, 30)["labels"].flatten())
+    assert out.loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    train(mw, model, 2, lambda i: batch(i, 30))
 
 
 def test_outputs_with_a_loss_stay_half_and_keep_their_type():

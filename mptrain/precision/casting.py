@@ -56,12 +56,17 @@ def add_casts(model: nn.Module, kept: Kept, dtype: torch.dtype) -> list[Removabl
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
-    """What a transformers model puts on its base model, but for an LM head, whose losses cast by themselves."""
+    """What a transformers model puts on its base model, but for a causal LM head, whose loss casts by itself.
+
+    The losses of encoder-decoders (T5, BART, Whisper) do not.
+    """
     children = list(model.children())
     base = getattr(model, "base_model", model)
+    lm_head = getattr(model, "get_output_embeddings", lambda: None)()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and lm_head is not None:
+        return [lm_head]
     if not any(child is base for child in children):
         return []
-    lm_head = getattr(model, "get_output_embeddings", lambda: None)()
     parametric = [c for c in children if next(c.parameters(), None) is not None]
     return [c for c in parametric if c is not base and c is not lm_head]
 
