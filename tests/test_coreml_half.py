@@ -46,8 +46,25 @@ class BigNorm(nn.Module):
         return {"logits": self.out(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))}
 
 
-def kept(model, tmp_path, **options):
-    batches = [texts(2, 9, seed=1), texts(3, 5, seed=2)]
+class Exponential(nn.Module):
+    """log(1 + exp(x)) with x up to about 20: exp overflows fp16 from 11.1 on, the result does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(50, 16), nn.Linear(16, 4)
+        self.table.weight.data = 12 + 8 * torch.sin(self.table.weight.data)
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.out(torch.log(1 + torch.exp(self.table(input_ids))))}
+
+
+class Softplus(Exponential):
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.out(nn.functional.softplus(self.table(input_ids)))}
+
+
+def kept(model, tmp_path, batches=None, **options):
+    batches = batches or [texts(2, 9, seed=1), texts(3, 5, seed=2)]
     return export_coreml(
         model.eval(), texts(2, 9), tmp_path / "out", precision="fp16", shapes=RANGED, calibration=batches, **options
     )
@@ -74,6 +91,35 @@ def test_squares_that_overflow_without_a_nan_are_found(tmp_path):
     done = kept(BigNorm(), tmp_path)
     assert done.half["all_half"]["finite"] and done.half["all_half"]["cosine"] < 0.9
     assert done.half["kept_fp32"] and done.half["executed"]["cosine"] > 0.9999
+
+
+def test_an_exponential_that_overflows_is_found(tmp_path):
+    torch.manual_seed(0)
+    done = kept(Exponential(), tmp_path)
+    assert not done.half["all_half"]["finite"]
+    assert 1 <= len(done.half["kept_fp32"]) <= 3 and done.half["executed"]["cosine"] > 0.9999
+
+
+def test_softplus_of_large_values_is_right_in_half(tmp_path):
+    torch.manual_seed(0)
+    done = kept(Softplus(), tmp_path)
+    assert done.half["executed"]["finite"] and done.half["executed"]["cosine"] > 0.9999
+
+
+def test_a_left_padded_eager_llama_is_right_in_half(tmp_path):
+    """Rows of padding see nothing but the mask: with finfo.min that is NaN in fp16; the export makes masks finite."""
+    batches = [texts(3, length, seed=length) for length in (9, 6)]
+    for batch in batches:
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+    model = small("llama", "eager")
+    done = kept(model, tmp_path, batches)
+    found = Interpreter(done.package)(batches[0])["logits"]
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+    real = batches[0]["attention_mask"].bool()
+    cosine = torch.nn.functional.cosine_similarity(torch.as_tensor(found).float()[real], expected[real]).min()
+    assert cosine > 0.9999 and done.half["executed"]["finite"]
+    assert done.half["float_casts"] <= 6
 
 
 def test_a_harmless_model_stays_in_half(tmp_path):
