@@ -1,10 +1,11 @@
 """mptrain's multiple-choice scores against lm-eval's, on the same task files, models and rows.
 
     pip install --target DIR lm-eval evaluate …     # in a scratch folder; nothing of mptrain needs it
-    PYTHONPATH=DIR HF_HUB_OFFLINE=1 python benchmarks/multiple_choice.py
+    PYTHONPATH=DIR HF_HUB_OFFLINE=1 python benchmarks/multiple_choice.py [--model FOLDER --text FILE]
 
 Two random models (an OPT whose tokenizer puts a bos token in front, a Llama whose does not), nine task files that use
-what a file can say, 150 questions each. A row of results/multiple_choice.md:
+what a file can say, 150 questions each; with --model a trained one too, asked which of four passages goes on after 40
+words of running text, 200 times. A row of results/multiple_choice.md:
 
     context        all prompts are the same text
     |ll - ll|      largest difference of a choice's log-likelihood, in nats; mean |ll| beside it
@@ -14,6 +15,7 @@ what a file can say, 150 questions each. A row of results/multiple_choice.md:
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import tempfile
@@ -85,6 +87,30 @@ def write(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**common, "task": f"mp_{name}", **keys}, sort_keys=False))
 
 
+def write_continuations(folder: Path, text: Path) -> None:
+    """The task file `continuation`: 40 words of a paragraph, then its own 5 to 10 next words or another's."""
+    draw = random.Random(0)
+    paragraphs = [line.split() for line in text.read_text().splitlines() if len(line.split()) > 60]
+    draw.shuffle(paragraphs)
+    with (folder / "continuation.jsonl").open("w") as file:
+        for words in paragraphs[:200]:
+            ends = [" ".join(w[40 : 40 + draw.randint(5, 10)]) for w in (words, *draw.sample(paragraphs, 3))]
+            gold = draw.randrange(4)
+            ends[0], ends[gold] = ends[gold], ends[0]
+            file.write(json.dumps({"start": " ".join(words[:40]), "ends": ends, "gold": gold}) + "\n")
+    keys = {
+        "task": "mp_continuation",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "continuation.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "start",
+        "doc_to_choice": "ends",
+        "doc_to_target": "gold",
+    }
+    (folder / "continuation.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+
+
 def tokenizer(bos: bool) -> t.PreTrainedTokenizerFast:
     draw = random.Random(1)
     inner = Tokenizer(models.BPE())
@@ -133,11 +159,17 @@ def compare(file: Path, name: str, model: Any, words: Any, harness: HFLM, tasks:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a trained causal LM")
+    parser.add_argument("--text", type=Path, help="running text that it has not seen")
+    options = parser.parse_args()
     torch.manual_seed(0)
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder)
+        if options.model:
+            write_continuations(folder, options.text)
         tasks = TaskManager(include_path=temporary)
         for family, (make, bos) in {"opt": (opt, True), "llama": (llama, False)}.items():
             words = tokenizer(bos)
@@ -146,13 +178,19 @@ def main() -> None:
             harness = HFLM(pretrained=model, tokenizer=words, batch_size=16, device="cpu")
             for name in TASKS:
                 rows[f"{family}/{name}"] = compare(folder / f"{name}.yaml", name, model, words, harness, tasks)
+        if options.model:
+            words = t.AutoTokenizer.from_pretrained(options.model)
+            model = t.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+            harness = HFLM(pretrained=model, tokenizer=words, batch_size=16, device="cpu")
+            name, file = f"{options.model.name}/continuation", folder / "continuation.yaml"
+            rows[name] = compare(file, "continuation", model, words, harness, tasks)
     versions = {name: metadata.version(name) for name in ("lm_eval", "mptrain", "torch", "transformers", "datasets")}
     text = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
     (RESULTS / "multiple_choice.json").write_text(text)
     lines = [
         f"# Multiple choice, against lm-eval {versions['lm_eval']}",
         "",
-        "Made by `benchmarks/multiple_choice.py`; random models, so the accuracies are those of guessing.",
+        "Made by `benchmarks/multiple_choice.py`; opt and llama are random, so they only guess.",
         "ll: log-likelihood of a choice, in nats; cut: choices whose prompt is longer than the model reads.",
         "",
         "| model/task | rows | same prompts | largest ll difference | mean ll | acc, both | acc_norm, both | cut |",
