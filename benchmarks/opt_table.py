@@ -245,7 +245,7 @@ def bars(done: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     if rtn is not None and best32:
         text = f"best int4 block 32: {min(best32):+.3f}, at most half of rtn's {rtn:+.3f}"
         verdicts.append((text, min(best32) <= rtn / 2))
-    for config in dict.fromkeys(r["config"] for r in done if r["method"] == "skm_ft"):
+    for config in dict.fromkeys(r["config"] for r in done if r["method"] == "skm_ft" and r["config"][0] in "32"):
         ours, theirs_ = increase(config, "skm_ft"), increase(config, "skm_ft", "ppl_coremltools")
         if ours is not None and theirs_ is not None:
             text = f"{config} skm_ft: {ours:+.3f}, at most half of coremltools SKM's {theirs_:+.3f}"
