@@ -79,7 +79,7 @@ class MultipleChoice:
         rows = read_rows(task, wanted)
         self.questions = _questions(task, rows)
         requests = [[self._request(q.context, choice) for choice in q.choices] for q in self.questions]
-        self._cut = sum(len(r.inputs) > max_length for rs in requests for r in rs)
+        cut = sum(len(r.inputs) > max_length for rs in requests for r in rs)
         for place, each in enumerate(requests, 1):
             if max(len(r.targets) for r in each) > max_length:
                 raise DataError(f"{file}: a choice of row {place} is longer than the {max_length} tokens of the model.")
@@ -93,12 +93,10 @@ class MultipleChoice:
             "questions": len(self.questions),
             "num_fewshot": task.num_fewshot,
             "guessing": float(np.mean([len(set(q.gold)) / len(q.choices) for q in self.questions])),
-            "truncated": self._cut,
+            "truncated": cut,
         }
-        if self._cut:
-            log.warning(
-                "%s: %d choices with their context exceed %d tokens; the front is cut", file, self._cut, max_length
-            )
+        if cut:
+            log.warning("%s: %d choices with their context exceed %d tokens; the front is cut", file, cut, max_length)
 
     @property
     def longest(self) -> int:
