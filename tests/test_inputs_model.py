@@ -159,6 +159,11 @@ def test_saving_keeps_plain_weight_names(copy, tmp_path):
 # -- folders that mptrain.save wrote
 
 
+def same(found, expected):
+    """But for the last bits: some CPUs' matrix products depend on where in memory the weights lie, and in which row."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.fixture(scope="module")
 def pruned(bert, tmp_path_factory):
     model = BertForSequenceClassification.from_pretrained(bert).eval()
@@ -173,8 +178,11 @@ def test_a_pruned_model_keeps_its_structure(pruned):
     folder, expected = pruned
     model = load_model(spec(folder), LABELS, seed=0)
     assert model.bert.encoder.layer[0].intermediate.dense.out_features == 8
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(load_model(spec(folder, dropout=0.0), LABELS, seed=0, new_head=False)), expected)
+    for loaded in (model, load_model(spec(folder, dropout=0.0), LABELS, seed=0, new_head=False)):
+        (file,) = folder.glob("*.safetensors")
+        stored = load_file(file)
+        assert stored and all(torch.equal(loaded.state_dict()[name], value) for name, value in stored.items())
+        same(logits(loaded), expected)
     eager = load_model(spec(folder, attn="eager"), LABELS, seed=0)
     assert eager.config._attn_implementation == "eager"
     torch.testing.assert_close(logits(eager), expected)
@@ -192,7 +200,7 @@ def test_a_pruned_model_is_bound_to_its_classes_and_dropout(pruned):
 def test_a_dense_model_that_was_saved_is_a_plain_folder(bert, tmp_path):
     artifact.save(BertForSequenceClassification.from_pretrained(bert), tmp_path / "dense", tokenizer())
     model = load_model(spec(tmp_path / "dense", dropout=0.0), ["rotten", "fresh"], seed=0)
-    assert torch.equal(logits(model), logits(load_model(spec(bert), LABELS, seed=0))[:, [1, 0]])
+    same(logits(model), logits(load_model(spec(bert), LABELS, seed=0))[:, [1, 0]])
 
 
 # -- heads
@@ -200,7 +208,8 @@ def test_a_dense_model_that_was_saved_is_a_plain_folder(bert, tmp_path):
 
 def test_classes_in_another_order_are_put_in_the_order_of_the_data(bert):
     straight, turned = (load_model(spec(bert), labels, seed=0) for labels in (LABELS, ["Rotten", "Fresh"]))
-    assert torch.equal(logits(turned), logits(straight)[:, [1, 0]])
+    assert torch.equal(turned.classifier.weight, straight.classifier.weight[[1, 0]])
+    same(logits(turned), logits(straight)[:, [1, 0]])
     assert turned.config.id2label == {0: "Rotten", 1: "Fresh"}
 
 

