@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from mptrain.compress.base import is_quantized
 from mptrain.errors import ExportError, UserError
+from mptrain.export.coreml_cache import index_copy
 from mptrain.export.coreml_compat import compatible, storing, supported
 from mptrain.export.coreml_constants import constants
+from mptrain.export.decoder import CachedDecoder
 from mptrain.export.folder import size, whole
 from mptrain.export.traceable import Positional, traceable_masks, without_cache
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
@@ -92,6 +94,44 @@ def export_coreml(
     return write(converted, folder, config=getattr(model, "config", None), processor=processor)
 
 
+def export_decoder(
+    model: nn.Module,
+    folder: Path,
+    *,
+    max_length: int,
+    tokens: int | None = None,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    target: CoreMlTarget = "iOS18",
+    keep_fp32: Collection[str] = (),
+    scaled_tables: bool = False,
+    processor: Any = None,
+) -> Exported:
+    """A causal LM as `export_coreml` writes it, with its key-value cache as states of the package.
+
+    max_length: tokens that the cache holds. tokens: most tokens of one call, default max_length; 1 fixes the shape.
+    Inputs are `input_ids` int32 [1, 1..tokens] and `position` int32 [1], the place of the first of these tokens; the
+    output is `logits` [1, tokens, vocabulary]. The states key_<layer> and value_<layer>, [1, key-value heads,
+    max_length, head size], are float16, as all states of Core ML are, also in an fp32 package.
+    Raises UserError when model, target or lengths do not fit, ExportError when the conversion fails.
+    """
+    tokens = max_length if tokens is None else tokens
+    if target != "iOS18":
+        raise UserError(f"a key-value cache needs minimum_deployment_target iOS18: {target} has no states")
+    if not 1 <= tokens <= max_length:
+        raise UserError(f"tokens {tokens} of a call must be 1 to max_length, {max_length}")
+    converted = convert(
+        model,
+        {"input_ids": torch.zeros(1, 1, dtype=torch.int32), "position": torch.zeros(1, dtype=torch.int32)},
+        precision=precision,
+        target=target,
+        shapes=CoreMlShapes(kind="ranged", batch=[1], length=[1, tokens] if tokens > 1 else [1]),
+        keep_fp32=keep_fp32,
+        scaled_tables=scaled_tables,
+        cache=max_length,
+    )
+    return write(converted, folder, config=getattr(model, "config", None), processor=processor)
+
+
 def convert(
     model: nn.Module,
     example: Mapping[str, Tensor],
@@ -102,15 +142,16 @@ def convert(
     route: Route = "export",
     keep_fp32: Collection[str] = (),
     scaled_tables: bool = False,
+    cache: int | None = None,
 ) -> Converted:
-    """The package in memory; inputs and outputs have the names of the torch model's."""
+    """The package in memory; inputs and outputs have the names of the torch model's. cache: see `export_decoder`."""
     shapes = shapes or CoreMlShapes()
     _check(model, precision, keep_fp32)
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.dtype != torch.float32:
         model = copy.deepcopy(model).float()
     training = model.training
-    wrapper = Positional(model.eval(), list(example))
+    wrapper = (Positional(model, list(example)) if cache is None else CachedDecoder(model, cache)).eval()
     values = _values(example, shapes)
     try:
         with (
@@ -118,10 +159,10 @@ def convert(
             warnings.catch_warnings(),
             traceable_masks(MASKED),
             without_cache(model),
-            compatible(),
+            compatible(**({} if cache is None else {"index_copy": index_copy})),
         ):
             warnings.simplefilter("ignore")
-            outputs = wrapper.output_names(*values.values())
+            outputs = wrapper.output_names(*values.values()) if isinstance(wrapper, Positional) else ["logits"]
             source = traced(wrapper, values, shapes, route)
             stored, floats = constants(model, source, target, scaled_tables=scaled_tables)
             with storing(stored):
@@ -188,8 +229,9 @@ def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShape
         kinds = Counter(_kinds(graph.graph))
     else:
         dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in _flexible(shapes)}
-        flexible = [{axis: dims[n] for axis, n in _axes(name, value) if n in dims} for name, value in values.items()]
-        graph = torch.export.export(wrapper, arguments, dynamic_shapes=(tuple(flexible),), strict=False)
+        axes = tuple({axis: dims[n] for axis, n in _axes(name, value) if n in dims} for name, value in values.items())
+        flexible = (axes,) if isinstance(wrapper, Positional) else axes  # Positional takes *values: one argument
+        graph = torch.export.export(wrapper, arguments, dynamic_shapes=flexible, strict=False)
         graph = graph.run_decompositions({})
         calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         kinds = Counter(call.name() for call in calls if hasattr(call, "name"))

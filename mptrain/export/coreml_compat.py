@@ -31,18 +31,19 @@ from mptrain.silence import replaced
 
 TESTED = ("9.0",)
 Constant = Callable[[str], Any]
+Translation = Callable[[Any, Any], None]
 
 
 @contextmanager
-def compatible() -> Iterator[None]:
-    """Raises ExportError for a coremltools that these hooks were not made for."""
+def compatible(**more: Translation) -> Iterator[None]:
+    """more: further operations and their translations. Raises ExportError for a coremltools the hooks do not fit."""
     if ct.__version__ not in TESTED:
         raise ExportError(
             f"the Core ML export is made for coremltools {' or '.join(TESTED)}, {ct.__version__} is installed:"
             f" pip install 'coremltools=={TESTED[-1]}'"
         )
     known = _TORCH_OPS_REGISTRY.name_to_func_mapping
-    added = {name: function for name, function in _missing().items() if name not in known}
+    added = {name: function for name, function in (_missing() | more).items() if name not in known}
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -80,7 +81,7 @@ def supported(kind: str) -> bool:
     return _TORCH_OPS_REGISTRY.get_func(sanitize_op_kind(kind)) is not None
 
 
-def _missing() -> dict[str, Callable[[Any, Any], None]]:
+def _missing() -> dict[str, Translation]:
     names = {
         _new_ones: ("new_ones",),
         _alias: ("alias",),
