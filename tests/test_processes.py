@@ -78,6 +78,31 @@ def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
                 assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
+def test_tables_trained_by_two_processes_match_those_of_one_with_accumulation(tmp_path):
+    described = tiny.jpqd(tmp_path)
+    described["model"]["dropout"] = 0.0
+    dense, jpqd = described["stages"]
+    tables = {"method": "skm", "bits": 3, "group_size": 8, "finetune": {"refresh": 5}}
+    tuned = {"id": "tuned", "teacher": dense["id"], "distill": {"weight": 0.9}, "palettize": tables}
+    described["stages"] = [dense, tuned | {"train": dict(jpqd["train"])}]
+    described["export"] = [{"id": "ov", "format": "openvino", "of": ["dense", "tuned"], "precision": ["fp32"]}]
+    described["gates"] = {"fused_attention": None}
+    for name, config, accumulation in (("one", "1cpu", 2), ("two", "gloo-2cpu", 1)):
+        for stage in described["stages"]:
+            stage["train"] |= {"epochs": 2, "log_steps": 1, "batch_size": 4, "accumulation": accumulation}
+        path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")
+        done = launch("-m", "mptrain", "recipe", path, config=config)
+        assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two")]
+    losses = [[r["loss"] for r in report["history"] if r["stage"] == "tuned" and "loss" in r] for report in reports]
+    assert len(losses[0]) > 20 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, two = (records.of(artifact.load(tmp_path / n / phase_model(tmp_path / n, "tuned"))) for n in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 10
+    for name, record in one.items():
+        torch.testing.assert_close(two[name].lut, record.lut, rtol=1e-3, atol=1e-4)
+        assert float((two[name].indices == record.indices).float().mean()) > 0.99
+
+
 def phase_model(run, stage):
     return json.loads((run / "report.json").read_text())["checkpoints"][stage]
 
