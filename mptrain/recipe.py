@@ -120,7 +120,11 @@ class Keep(Strict):
 
     encoder_params: Fraction | None = Field(None, description="of the parameters of all attention and FFN layers")
     macs: Fraction | None = Field(None, description="of the multiply-adds of one forward pass at `data.max_length`")
-    latency: Fraction | None = Field(None, description="of the layers' latency, measured on this host")
+    latency: Fraction | None = Field(
+        None,
+        description="of the layers' latency, measured on this host at batch 1, `data.max_length` and the first of"
+        " `evaluate.latency.threads`",
+    )
     heads: Fraction | None = None
     ffn: Fraction | None = None
 

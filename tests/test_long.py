@@ -27,7 +27,7 @@ METHODS = {
     "fisher": {"method": "fisher", "keep": {"encoder_params": 0.5}, "schedule": {"end": 1}},
     "fisher at once": {"method": "fisher", "keep": {"encoder_params": 0.5}},
     "fisher rescaled": {"method": "fisher", "keep": {"macs": 0.5}, "schedule": {"end": 1}, "rescale": True},
-    "fisher latency": {"method": "fisher", "keep": {"latency": 0.6}, "schedule": {"end": 1}},
+    "fisher latency": {"method": "fisher", "keep": {"latency": 0.8}, "schedule": {"end": 1}},
     "magnitude": {"method": "magnitude", "keep": {"heads": 0.5, "ffn": 0.5}, "schedule": {"end": 1}},
     "movement blocks": {
         "method": "movement", "keep": {"encoder_params": 0.5}, "attention_block": [8, 8], "schedule": {"end": 1},
@@ -48,10 +48,15 @@ QUANTIZE = [{"start": "joint"}, {"start": "joint", "carry": "recalibrate"}, {"st
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_in_every_order(tmp_path, method, attention):
     """Each finishes, exports models that agree with torch, and is smaller."""
+    if method == "fisher latency":  # a layer of the small one takes as long with few channels as with all
+        tiny.save_bert(tmp_path / "bert", ffn=2048)
+        tiny.save_reviews(tmp_path / "reviews.csv")
     for options in QUANTIZE:
         described = tiny.jpqd(tmp_path)
         described["model"]["attn"] = attention
         described["output"]["dir"] = str(tmp_path / "-".join(options.values()))
+        if method == "fisher latency":
+            described["stages"][0]["train"]["lr"] = described["stages"][1]["train"]["lr"] = 1e-3
         described["stages"][1] |= {"prune": METHODS[method], "quantize": {"mode": "qat", **options}}
         if attention == "eager":
             described["stages"][1]["distill"] = {"weight": 0.5, "hidden": 0.1, "attention": 0.1}

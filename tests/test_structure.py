@@ -5,7 +5,7 @@ from tiny_models import FAMILIES, inputs, tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mptrain.compress.costs import Extent, describe, layer_costs, measure_extents, measure_latency
+from mptrain.compress.costs import Extent, describe, layer_costs, measure_extents
 from mptrain.compress.structure import Kept, check_not_shared, counts, find_structure, kept_from_counts
 from mptrain.errors import ModelError, UserError
 
@@ -215,14 +215,3 @@ def test_describe_lists_query_heads():
     # a unit: 2 query, 1 key, 1 value and 2 output heads of 8 × 32; a channel: gate, up, down
     assert first["params_total"] - first["params"] == 8 * 32 * 6
     assert second["params_total"] - second["params"] == 45 * 3 * 32
-
-
-def test_latency_table_covers_every_block():
-    structure = find_structure(tiny("llama"))
-    before = torch.get_rng_state()
-    table = measure_latency(structure, 8, rounds=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert set(table) == {"attention/32/8/2", "ffn/32/2"}
-    assert list(table["attention/32/8/2"]) == ["1", "2"]
-    assert {"1", "48"} <= set(table["ffn/32/2"])
-    assert all(seconds > 0 for points in table.values() for seconds in points.values())

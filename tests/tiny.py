@@ -37,7 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_bert(folder: Path, layers: int = 2, **config: Any) -> Path:
+def save_bert(folder: Path, layers: int = 2, ffn: int = 64, **config: Any) -> Path:
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(
@@ -45,7 +45,7 @@ def save_bert(folder: Path, layers: int = 2, **config: Any) -> Path:
             hidden_size=32,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            intermediate_size=64,
+            intermediate_size=ffn,
             max_position_embeddings=64,
             **config,
         )

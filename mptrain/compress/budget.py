@@ -63,7 +63,7 @@ class Budget:
     """The budget of a recipe on a structure.
 
     length: sequence length or extents, for MACs. latency: the table of
-    `costs.measure_latency`, needed for keep.latency. Raises UserError when not even the
+    `latency.measure_latency`, needed for keep.latency. Raises UserError when not even the
     floors fit the budget.
     """
 

@@ -4,22 +4,19 @@ With u units of d columns each, T tokens and K keys that a token looks at:
 
     parameters   fixed (output bias) + u · (rows and biases of q, k, v or fc_in, columns of o or fc_out)
     MACs         T · u · (weights of a unit), plus for attention 2 · T · K · (query heads · d)
-    latency      a small table measured on this host, between its points linear
+    latency      a small table measured on this host (latency.py), between its points linear
 
 MACs leave out biases, norms, softmax and activations, as is usual.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptrain.compress.structure import Attention, Block, Kept, Structure
@@ -83,7 +80,7 @@ def macs(block: Block, units: int, length: Length) -> int:
 
 def latency(block: Block, units: int, table: LatencyTable) -> float:
     """Seconds, interpolated; never less for more units, however the clock jittered."""
-    points = sorted((int(n), seconds) for n, seconds in table[_kind(block)].items())
+    points = sorted((int(n), seconds) for n, seconds in table[kind(block)].items())
     seconds = np.maximum.accumulate([s for _, s in points])
     return float(np.interp(units, [n for n, _ in points], seconds))
 
@@ -128,64 +125,8 @@ def describe(structure: Structure, kept: Kept) -> dict[str, Any]:
     return {"family": structure.family, "layers": layers}
 
 
-@torch.no_grad()
-def measure_latency(structure: Structure, length: Length, *, batch: int = 1, rounds: int = 9) -> LatencyTable:
-    """Time synthetic attention and FFN blocks of the model's sizes on this host, with torch's current threads.
-
-    Rounds alternate over the points, the median of a point counts. Measure on one process
-    and hand the same table to all: a structure must not differ between ranks.
-    """
-    runs: dict[tuple[str, int], Any] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for _, block in structure.blocks():
-            for units in _points(block.units):
-                if (_kind(block), units) not in runs:
-                    runs[_kind(block), units] = _synthetic(block, units, extent(length, block), batch)
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for attempt in range(rounds + 1):
-        for key, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            if attempt:  # the first round warms up
-                times[key].append(time.perf_counter() - begun)
-    table: LatencyTable = {}
-    for (kind, units), seconds in times.items():
-        table.setdefault(kind, {})[str(units)] = statistics.median(seconds)
-    return table
-
-
-def _kind(block: Block) -> str:
+def kind(block: Block) -> str:
+    """Blocks of one kind take the same time for the same units."""
     if isinstance(block, Attention):
         return f"attention/{block.hidden}/{block.head_dim}/{block.group}"
     return f"ffn/{block.hidden}/{len(block.fc_in)}"
-
-
-def _points(units: int, most: int = 9) -> list[int]:
-    return sorted({max(1, round(x)) for x in np.linspace(1, units, most)})
-
-
-def _synthetic(block: Block, units: int, e: Extent, batch: int) -> Any:
-    """A callable that does the arithmetic of a block with `units` units."""
-    x = torch.randn(batch * e.tokens // e.keys, e.keys, block.hidden)
-    if not isinstance(block, Attention):
-        up = [torch.randn(units, block.hidden) for _ in block.fc_in]
-        down = torch.randn(block.hidden, units)
-
-        def ffn() -> Tensor:
-            y = F.gelu(F.linear(x, up[0]))
-            for weight in up[1:]:
-                y = y * F.linear(x, weight)
-            return F.linear(y, down)
-
-        return ffn
-    d, heads = block.head_dim, units * block.group
-    q, k, v = (torch.randn(n * d, block.hidden) for n in (heads, units, units))
-    o = torch.randn(block.hidden, heads * d)
-
-    def attention() -> Tensor:
-        query, key, value = (F.linear(x, w).unflatten(-1, (-1, d)).transpose(1, 2) for w in (q, k, v))
-        y = F.scaled_dot_product_attention(query, key, value, enable_gqa=block.group > 1)
-        return F.linear(y.transpose(1, 2).flatten(2), o)
-
-    return attention

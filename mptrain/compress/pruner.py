@@ -75,7 +75,7 @@ class Pruner:
     structure: of the model that `prepare` gets. phase_steps: optimizer steps of the phase;
     the warm-up ends with it at the latest. steps_per_epoch: optimizer steps. lr: the
     stage's. length: tokens or `costs.Extent`s for keep.macs. latency: table of
-    `costs.measure_latency` for keep.latency.
+    `latency.measure_latency` for keep.latency.
     """
 
     name: ClassVar[str]

@@ -192,7 +192,12 @@ def _latency_table(context: Context, phase: Phase, structure: Structure, extents
     """Measured once by one process and kept: a resumed run and every rank must see the same numbers."""
     path = context.folder / phase.folder / "latency.json"
     if context.peers.is_main_process and not path.is_file():
-        write_json(path, costs.measure_latency(structure, extents))
+        from mptrain.compress.latency import measure_latency
+        from mptrain.report.measure import usable_cpus
+
+        threads = context.recipe.evaluate.latency.threads[0]
+        count = usable_cpus() if threads == "all" else threads
+        write_json(path, measure_latency(structure, extents, threads=count))
     context.peers.wait_for_everyone()
     return read_json(path)
 
