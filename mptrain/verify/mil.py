@@ -42,6 +42,7 @@ LIMITS = (
 )
 TINY = 2.0**-24  # the smallest float16 above zero
 NORMAL = 2.0**-14  # the smallest with all its digits
+ROUNDS = 100_000  # of a loop; one that needs more is taken for endless, as rounding can make it
 
 
 @dataclass
@@ -145,19 +146,19 @@ class Interpreter:
     def _fold(self) -> tuple[dict[str, Value], tuple[Operation, ...]]:
         """Decompress the constants once; what is left depends on inputs."""
         constants: dict[str, Value] = dict(self.program.constants)
-        body = []
-        for operation in self.program.main.operations:
+        for operation in self.program.operations():
             if operation.type not in CONSTANTS:
-                body.append(operation)
                 continue
             arguments = {name: self._argument(values, constants) for name, values in operation.inputs.items()}
             results = CONSTANTS[operation.type](**arguments)
             for result, value in zip(operation.results, results if isinstance(results, tuple) else (results,)):
                 constants[result.name] = _half(value) if result.dtype == "FLOAT16" else value
-        return constants, tuple(body)
+        return constants, tuple(op for op in self.program.main.operations if op.type not in CONSTANTS)
 
     def _run(self, operations: tuple[Operation, ...], values: dict[str, Value], last: dict[int, list[str]]) -> None:
         for index, operation in enumerate(operations):
+            if operation.type in CONSTANTS:  # in a block: decompressed already
+                continue
             results = self._results(operation, values)
             for result, value in zip(operation.results, results):
                 rounded = self._rounded(value, operation.name, result.dtype)
@@ -204,12 +205,17 @@ class Interpreter:
         found = operation.inputs["loop_vars"]
         carried = [self._look_up(value, values) for value in found]
         condition, body = operation.blocks
-        while bool(self._block(condition, carried, values)[0]):
+        for _ in range(ROUNDS):
+            if not bool(self._block(condition, carried, values)[0]):
+                return carried
             carried = self._block(body, carried, values)
-        return carried
+        raise ExportError(
+            f"{self.package}: the loop {operation.name!r} still runs after {ROUNDS} rounds with {self.rounding}"
+            " rounding; a counter in float16 stops at 2048: count in integers, or export the model as fp32."
+        )
 
     def _block(self, block: Block, arguments: list[Value], values: dict[str, Value]) -> list[Value]:
-        inner = values | dict(zip(block.inputs, arguments))
+        inner = values | dict(zip((given.name for given in block.inputs), arguments))
         self._run(block.operations, inner, {})
         return [self._look_up(Name(name), inner) for name in block.outputs]
 

@@ -27,7 +27,7 @@ def facts(program: Program) -> dict[str, Any]:
         if count >= _SMALL and kind not in _INDICES:
             sizes[kind.lower()] += -(-count * bits_of(kind) // 8)
     operations = [op for op in program.operations() if op.type not in CONSTANTS]
-    dtypes = {result.name: result.dtype for op in program.operations() for result in op.results}
+    dtypes = {name: value.dtype for name, value in program.values().items()}
     dtypes |= {feature.name: feature.dtype for feature in program.inputs}
     casts = [op for op in operations if op.type == "cast"]
     between = [op for op in casts if is_float(op.results[0].dtype) and is_float(_source(op, dtypes))]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mptrain.verify.mil import Interpreter
-from mptrain.verify.mil_program import Name, Operation, is_float
+from mptrain.verify.mil_program import Name, Operation, Value, is_float
 from mptrain.verify.overflow import Op, Watch
 
 VIEWS = frozenset(
@@ -33,21 +33,45 @@ class MilOps:
         self._batches = batches
         self._source: dict[str, frozenset[str]] = {}  # by value: the ops whose float results it is or shows
         self._views: dict[str, frozenset[str]] = {}
-        self._ops: list[Op] = []
-        for operation in self._interpreter.program.main.operations:
-            self._add(operation)
+        program = self._interpreter.program
+        before = None
+        while before != self._source:  # what a loop carries comes from its end too
+            before = dict(self._source)
+            for operation in program.operations():
+                self._follow(operation)
+        self._ops = [
+            Op(op.name, op.type, "", tuple(sorted(self._read(op) - {op.name})))
+            for op in program.operations()
+            if _computes(op) and op.name not in self._views
+        ]
 
-    def _add(self, operation: Operation) -> None:
-        if not any(is_float(result.dtype) for result in operation.results):
-            return
-        read = [value.name for values in operation.inputs.values() for value in values if isinstance(value, Name)]
-        sources = frozenset().union(*(self._source.get(name, frozenset()) for name in read))
-        if operation.type in VIEWS or operation.type.startswith("constexpr_"):
-            self._views[operation.name] = made = sources
-        else:
-            self._ops.append(Op(operation.name, operation.type, "", tuple(sorted(sources))))
-            made = frozenset([operation.name])
-        self._source |= {result.name: made for result in operation.results}
+    def _follow(self, operation: Operation) -> None:
+        if operation.blocks:
+            self._enter(operation)
+        elif _computes(operation):
+            view = operation.type in VIEWS or operation.type.startswith("constexpr_")
+            made = self._read(operation) if view else frozenset([operation.name])
+            if view:
+                self._views[operation.name] = made
+            self._source |= {result.name: made for result in operation.results}
+
+    def _enter(self, operation: Operation) -> None:
+        """Core ML leaves the results of loops and branches as they are: they move what is made inside."""
+        given = [self._of(value) for value in operation.inputs.get("loop_vars", [])]
+        ends = [[self._of(Name(name)) for name in block.outputs] for block in operation.blocks]
+        if operation.type == "while_loop":  # its first block is the condition
+            ends = [given, ends[1]]
+        made = [frozenset().union(*end) for end in zip(*ends)]
+        for block in operation.blocks:
+            self._source |= {value.name: sources for value, sources in zip(block.inputs, made)}
+        self._source |= {result.name: sources for result, sources in zip(operation.results, made)}
+        self._views[operation.name] = frozenset().union(*made)
+
+    def _read(self, operation: Operation) -> frozenset[str]:
+        return frozenset().union(*(self._of(value) for values in operation.inputs.values() for value in values))
+
+    def _of(self, value: Value) -> frozenset[str]:
+        return self._source.get(value.name, frozenset()) if isinstance(value, Name) else frozenset()
 
     @property
     def ops(self) -> Sequence[Op]:
@@ -73,6 +97,10 @@ class MilOps:
         return wanted | {name for name, made in self._views.items() if made and made <= wanted}
 
 
+def _computes(operation: Operation) -> bool:
+    return any(is_float(result.dtype) for result in operation.results)
+
+
 def counted(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Without the positions that the mask leaves out."""
     mask = batch.get("attention_mask")
@@ -82,6 +110,7 @@ def counted(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def spellings(name: str) -> set[str]:
-    """How a value of a package may be called while it is converted: a file has no names like "348" or "a.b"."""
+    """How a value of a package may be called while it is converted: a file has no names like "348" or "x.1"."""
     plain = re.sub(r"[^a-zA-Z0-9_]", "_", name)
-    return {name, plain, f"op_{plain}", f"var_{plain}"}
+    unnamed = re.sub(r"^(?:op|var)_(?=\d+$)", "", name)  # what a trace has no name for is a number
+    return {name, plain, f"op_{plain}", f"var_{plain}", unnamed, re.sub(r"_(?=\d+$)", ".", name)}

@@ -64,7 +64,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Block:
-    inputs: tuple[str, ...]
+    """inputs: of the blocks of a while_loop, what the loop carries."""
+
+    inputs: tuple[Result, ...]
     operations: tuple[Operation, ...]
     outputs: tuple[str, ...]
 
@@ -110,11 +112,16 @@ class Program:
         while todo:
             operation = todo.pop()
             yield operation
-            todo.extend(inner for block in operation.blocks for inner in reversed(block.operations))
+            todo.extend(inner for block in reversed(operation.blocks) for inner in reversed(block.operations))
+
+    def values(self) -> dict[str, Result]:
+        """By name: what operations make, and what their blocks are given."""
+        found = {result.name: result for op in self.operations() for result in op.results}
+        return found | {r.name: r for op in self.operations() for block in op.blocks for r in block.inputs}
 
     @property
     def outputs(self) -> tuple[Result, ...]:
-        by_name = {result.name: result for op in self.operations() for result in op.results}
+        by_name = self.values()
         return tuple(by_name[name] for name in self.main.outputs)
 
 
@@ -153,7 +160,7 @@ class _Reader:
     def block(self, spec: Any) -> Block:
         operations = [self.operation(op) for op in spec.operations]
         kept = tuple(operation for operation in operations if operation is not None)
-        return Block(tuple(value.name for value in spec.inputs), kept, tuple(spec.outputs))
+        return Block(tuple(_result(value.name, value.type) for value in spec.inputs), kept, tuple(spec.outputs))
 
     def operation(self, spec: Any) -> Operation | None:
         results = tuple(_result(output.name, output.type) for output in spec.outputs)
