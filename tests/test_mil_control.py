@@ -12,9 +12,11 @@ import pytest
 import torch
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
+from test_export_coreml import RANGED, texts
 from test_verify_mil import program, save
 
 from mptrain.errors import ExportError
+from mptrain.export.coreml import export_coreml
 from mptrain.verify import mil, overflow
 from mptrain.verify.mil import OPERATIONS, Interpreter
 from mptrain.verify.mil_facts import facts
@@ -275,3 +277,40 @@ def test_casts_of_what_a_loop_carries_are_counted(tmp_path):
     assert [[r.dtype for r in block.inputs] for block in loop.blocks] == [["INT32", "FLOAT32"]] * 2
     casts = [op for op in found.operations() if op.type == "cast"]
     assert facts(found)["float_casts"] == len(casts)
+
+
+@torch.jit.script
+def normed(x, count: int):
+    for _ in range(count):
+        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True)) * 700.0
+    return x
+
+
+class Looped(torch.nn.Module):
+    """As many rounds as there are tokens, with squares that overflow."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 4)
+        self.table.weight.data *= 700
+
+    def forward(self, input_ids):
+        x = self.table(input_ids)
+        return {"logits": self.out(normed(x, x.shape[1]))}
+
+
+def test_a_scripted_loop_is_exported_in_half_with_its_squares_in_float32(tmp_path):
+    torch.manual_seed(0)
+    model, batch = Looped().eval(), texts(2, 9, mask=False)
+    calibration = [texts(2, 9, mask=False, seed=1)]
+    done = export_coreml(
+        model, batch, tmp_path / "out", precision="fp16", shapes=RANGED, route="trace", calibration=calibration
+    )
+    runner = Interpreter(done.package)
+    assert any(op.type == "while_loop" for op in runner.program.main.operations)
+    kinds = {op.name: op.type for op in runner.program.operations()}
+    assert sorted(kinds[name] for name in done.half["kept_fp32"]) == ["mul", "reduce_mean", "rsqrt"]
+    other = texts(3, 5, mask=False, seed=7)
+    with torch.no_grad():
+        expected = model(**other)
+    assert overflow.compare(expected, {"logits": torch.as_tensor(runner(other)["logits"]).float()}).right()
