@@ -155,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="openvino", help="openvino, coreml or coreai (default openvino)")
     export.add_argument("--precision", default="fp32", help="as in a recipe's export of that format (default fp32)")
     export.add_argument("--target", metavar="iOS18", help="coreml: minimum_deployment_target")
+    export.add_argument(
+        "--cache",
+        type=int,
+        metavar="N",
+        help="coreml and coreai, causal LM: generate with a key-value cache of N tokens, kept as states",
+    )
     _add_model_options(export)
     export.set_defaults(call=_export)
 
@@ -330,12 +336,13 @@ def _export(options: argparse.Namespace) -> int:
     from mptrain.errors import GateFailed
     from mptrain.export.single import export_model
 
+    chosen = {"minimum_deployment_target": options.target, "cache": options.cache}
     facts = export_model(
         options.model,
         Path(options.to),
         format=options.format,
         precision=options.precision,
-        options={"minimum_deployment_target": options.target} if options.target else None,
+        options={k: v for k, v in chosen.items() if v is not None},
         task=options.task,
         attn=options.attn,
         data=options.data,
@@ -360,7 +367,7 @@ def _export(options: argparse.Namespace) -> int:
     if not facts["passed"]:
         raise GateFailed(
             f"the exported model differs from the torch model by more than {facts['limit']:g}; it was kept."
-            if facts["precision"] == "fp32"
+            if facts["judged_by"] == "parity"
             else f"the exported model decides as the torch model in less than {100 * facts['limit']:.0f}%; it was kept."
         )
     return 0

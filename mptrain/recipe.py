@@ -485,6 +485,22 @@ class CoreMl(Strict):
     scaled_tables: bool = Field(
         False, description="write tables with a scale to each row, which crash on some GPUs (coremltools issue 2688)"
     )
+    cache: Annotated[int, Field(gt=0)] | None = Field(
+        None,
+        description="causal-lm: generate with a key-value cache of so many tokens, kept in (float16) states; batch 1",
+    )
+
+    @model_validator(mode="after")
+    def _cached(self):
+        if self.cache is None:
+            return self
+        if self.minimum_deployment_target != "iOS18":
+            raise ValueError(
+                f"cache: {self.minimum_deployment_target} has no states; give minimum_deployment_target: iOS18"
+            )
+        if self.shapes != CoreMlShapes() or self.route != "export":
+            raise ValueError("cache: sets its own shapes (batch 1) and the route export; drop shapes and route")
+        return self
 
 
 class CoreAi(Strict):
@@ -497,6 +513,15 @@ class CoreAi(Strict):
         ["fp32", "fp16"], description="of the arithmetic; weights are stored as they were compressed"
     )
     shapes: Literal["dynamic"] = "dynamic"
+    cache: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="causal-lm: generate with a key-value cache of so many tokens, one token to a call; fp32"
+    )
+
+    @model_validator(mode="after")
+    def _cached(self):
+        if self.cache is not None and self.precision != ["fp32"]:
+            raise ValueError(f"cache: Core AI holds it in fp32 here; give precision: [fp32], got {self.precision}")
+        return self
 
 
 Export = Annotated[OpenVino | CoreMl | CoreAi, Field(discriminator="format")]
@@ -603,7 +628,18 @@ class Recipe(Strict):
             for stage_id in export.of:
                 if stage_id not in seen:
                     raise ValueError(f"export.{export.id}.of: {stage_id!r} is not a stage; stages are {seen}")
+            if not isinstance(export, OpenVino) and export.cache is not None:
+                self._check_cache(f"export.{export.id}.cache", export.cache)
         return self
+
+    def _check_cache(self, where: str, tokens: int) -> None:
+        if self.model.task != "causal-lm":
+            raise ValueError(f"{where}: is for task causal-lm, not for {self.model.task}; drop it")
+        if tokens < self.data.max_length:
+            raise ValueError(
+                f"{where}: {tokens} tokens are fewer than data.max_length, {self.data.max_length}, by which the"
+                " export is scored: raise it"
+            )
 
     def stage(self, stage_id: str) -> Stage:
         return next(s for s in self.stages if s.id == stage_id)

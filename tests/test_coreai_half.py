@@ -6,6 +6,7 @@ import torch
 
 from mptrain.export.coreai import Runner, export_coreai
 from mptrain.export.formats import CoreAiFormat, Source
+from mptrain.recipe import CoreAi
 from mptrain.verify import coreai, coreai_half
 from mptrain.verify.coreai_half import EmulatedAsset
 
@@ -36,10 +37,11 @@ def test_a_host_without_fp16_arithmetic_scores_by_emulation(exported, monkeypatc
     model, batch, done = exported
     monkeypatch.setattr(coreai_half, "computes_half", lambda: native)
     source = Source(lambda: model, batch, "fp16", {"half": done.half})
-    runner = CoreAiFormat().runner(done.asset, source)
+    format_ = CoreAiFormat(CoreAi(id="coreai", format="coreai", of=["model"]))
+    runner = format_.runner(done.asset, source)
     assert isinstance(runner, Runner if native else EmulatedAsset)
     assert coreai.facts(runner)["execution"] == type(runner).execution
-    exact = CoreAiFormat().runner(done.asset, Source(lambda: model, batch, "fp32", {}))
+    exact = format_.runner(done.asset, Source(lambda: model, batch, "fp32", {}))
     assert isinstance(exact, Runner)
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from mptrain.compress import records
 from mptrain.compress.records import BlockQuantized, Palettized
 from mptrain.errors import UserError
-from mptrain.export.coreml import export_decoder
+from mptrain.export.coreml_decoder import export_decoder
 from mptrain.verify.mil import Interpreter, weights
 
 PLACES = 12

@@ -94,44 +94,6 @@ def export_coreml(
     return write(converted, folder, config=getattr(model, "config", None), processor=processor)
 
 
-def export_decoder(
-    model: nn.Module,
-    folder: Path,
-    *,
-    max_length: int,
-    tokens: int | None = None,
-    precision: Literal["fp32", "fp16"] = "fp32",
-    target: CoreMlTarget = "iOS18",
-    keep_fp32: Collection[str] = (),
-    scaled_tables: bool = False,
-    processor: Any = None,
-) -> Exported:
-    """A causal LM as `export_coreml` writes it, with its key-value cache as states of the package.
-
-    max_length: tokens that the cache holds. tokens: most tokens of one call, default max_length; 1 fixes the shape.
-    Inputs are `input_ids` int32 [1, 1..tokens] and `position` int32 [1], the place of the first of these tokens; the
-    output is `logits` [1, tokens, vocabulary]. The states key_<layer> and value_<layer>, [1, key-value heads,
-    max_length, head size], are float16, as all states of Core ML are, also in an fp32 package.
-    Raises UserError when model, target or lengths do not fit, ExportError when the conversion fails.
-    """
-    tokens = max_length if tokens is None else tokens
-    if target != "iOS18":
-        raise UserError(f"a key-value cache needs minimum_deployment_target iOS18: {target} has no states")
-    if not 1 <= tokens <= max_length:
-        raise UserError(f"tokens {tokens} of a call must be 1 to max_length, {max_length}")
-    converted = convert(
-        model,
-        {"input_ids": torch.zeros(1, 1, dtype=torch.int32), "position": torch.zeros(1, dtype=torch.int32)},
-        precision=precision,
-        target=target,
-        shapes=CoreMlShapes(kind="ranged", batch=[1], length=[1, tokens] if tokens > 1 else [1]),
-        keep_fp32=keep_fp32,
-        scaled_tables=scaled_tables,
-        cache=max_length,
-    )
-    return write(converted, folder, config=getattr(model, "config", None), processor=processor)
-
-
 def convert(
     model: nn.Module,
     example: Mapping[str, Tensor],
@@ -144,7 +106,8 @@ def convert(
     scaled_tables: bool = False,
     cache: int | None = None,
 ) -> Converted:
-    """The package in memory; inputs and outputs have the names of the torch model's. cache: see `export_decoder`."""
+    """The package in memory; inputs and outputs have the names of the torch model's. cache: tokens of a
+    causal LM's key-value cache (coreml_decoder.py)."""
     shapes = shapes or CoreMlShapes()
     _check(model, precision, keep_fp32)
     parameter = next(model.parameters(), None)

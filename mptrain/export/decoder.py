@@ -10,11 +10,12 @@ Places that nothing has been written to are masked, so a new text needs no more 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from mptrain.errors import UserError
 
@@ -39,10 +40,9 @@ class CachedDecoder(nn.Module):
             raise UserError(f"an export with a cache: max_length {max_length} must be 1 to {limit}, the model's limit")
         self.model = model
         config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cache = StaticCache(config=config, max_cache_len=max_length)
-        self.cache.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
+        for layer, (keys, values) in zip(self.cache.layers, _first(model), strict=True):
+            layer.lazy_initialization(keys, values)
         self.register_buffer("seen", torch.ones(1, max_length, dtype=torch.long))  # the causal mask does the rest
         self.states: list[str] = []
         self.layers: list[Any] = list(self.cache.layers)
@@ -64,3 +64,21 @@ class CachedDecoder(nn.Module):
             use_cache=True,
         )
         return (outputs.logits,)
+
+
+@torch.no_grad()
+def _first(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of one token, of every layer: pruned layers differ in their heads."""
+    held = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=held, use_cache=True)
+    found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in held.layers]
+    if not found or any(keys is None or values is None for keys, values in found):
+        raise UserError(f"an export with a cache: {type(model).__name__} keeps other things than keys and values")
+    return found  # type: ignore[return-value]
+
+
+def texts(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tokens [1, n] of each row that the attention mask does not leave out."""
+    ids = torch.as_tensor(batch["input_ids"])
+    mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
+    return [row[kept][None] for row, kept in zip(ids, mask)]

@@ -83,7 +83,7 @@ class Format(Protocol):
 def format_of(spec: Export) -> Format:
     if isinstance(spec, OpenVino):
         return OpenVinoFormat()
-    return CoreAiFormat() if isinstance(spec, CoreAi) else CoreMlFormat(spec)
+    return CoreAiFormat(spec) if isinstance(spec, CoreAi) else CoreMlFormat(spec)
 
 
 def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
@@ -168,19 +168,22 @@ class CoreMlFormat:
     ) -> Written:
         from mptrain.export.coreml import export_coreml
 
-        done = export_coreml(
-            model,
-            example,
-            folder,
-            precision=precision,
-            target=self.spec.minimum_deployment_target,
-            shapes=self.spec.shapes,
-            route=self.spec.route,
-            scaled_tables=self.spec.scaled_tables,
-            calibration=calibration() if precision == "fp16" else (),
-            processor=processor,
-        )
-        found: dict[str, Any] = {"stored_as_floats": done.floats}
+        how: dict[str, Any] = {
+            "precision": precision,
+            "target": self.spec.minimum_deployment_target,
+            "scaled_tables": self.spec.scaled_tables,
+            "calibration": calibration() if precision == "fp16" else (),
+            "processor": processor,
+        }
+        found: dict[str, Any] = {}
+        if self.spec.cache is None:
+            done = export_coreml(model, example, folder, shapes=self.spec.shapes, route=self.spec.route, **how)
+        else:
+            from mptrain.export.coreml_decoder import export_decoder
+
+            done = export_decoder(model, folder, max_length=self.spec.cache, **how)
+            found = {"cache": self.spec.cache, "cache_precision": "fp16"}
+        found["stored_as_floats"] = done.floats
         if stage.quantize is not None:
             found["dropped"] = ACTIVATIONS
         return Written(done.package, done.size_bytes, found if done.half is None else found | {"half": done.half})
@@ -189,12 +192,17 @@ class CoreMlFormat:
         from mptrain.verify.mil import Interpreter
         from mptrain.verify.mil_runner import Padded
 
+        if self.spec.cache is not None:
+            from mptrain.verify.texts import Texts
+
+            return Texts(Interpreter(path), tokens=self.spec.cache, max_length=self.spec.cache)
         return Padded(Interpreter(path))
 
     def facts(self, runner: Any) -> dict[str, Any]:
         from mptrain.verify.mil_facts import facts
 
-        return facts(runner.interpreter.program)
+        interpreter = runner.interpreter if self.spec.cache is None else runner.runner
+        return facts(interpreter.program)
 
 
 class CoreAiFormat:
@@ -205,6 +213,9 @@ class CoreAiFormat:
 
     timed = False
     package = "coreai"
+
+    def __init__(self, spec: CoreAi):
+        self.spec = spec
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         return stored_weights(model, stage)
@@ -223,6 +234,11 @@ class CoreAiFormat:
         from mptrain.export.coreai import export_coreai
         from mptrain.verify.coreai_half import computes_half
 
+        if self.spec.cache is not None:
+            from mptrain.export.coreai_cache import export_decoder
+
+            done = export_decoder(model, folder, max_length=self.spec.cache, processor=processor)
+            return Written(done.asset, done.size_bytes, {"cache": self.spec.cache, "cache_precision": "fp32"})
         batches, few = (calibration(), not computes_half()) if precision == "fp16" else ((), False)
         if few:
             log.info("this CPU computes fp16 in software: the asset is executed on 2 examples and scored by emulation")
@@ -235,6 +251,10 @@ class CoreAiFormat:
         from mptrain.export.coreai import Runner
         from mptrain.verify.coreai_half import EmulatedAsset, computes_half
 
+        if self.spec.cache is not None:
+            from mptrain.verify.texts import Texts
+
+            return Texts(Runner(path), tokens=1, max_length=self.spec.cache)
         if source.precision == "fp16" and not computes_half():
             return EmulatedAsset(path, source.model(), source.example, source.facts["half"]["kept_fp32"])
         return Runner(path)
@@ -242,4 +262,4 @@ class CoreAiFormat:
     def facts(self, runner: Any) -> dict[str, Any]:
         from mptrain.verify.coreai import facts
 
-        return facts(runner)
+        return facts(runner if self.spec.cache is None else runner.runner)

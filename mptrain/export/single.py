@@ -37,7 +37,8 @@ def export_model(
     path: a model folder (also a pruned or quantized one), packaged:NAME or a hub name. options: further fields of a
     recipe's `export` entry of that format. data: as for `mptrain inspect`; the inputs that the exported model
     is compared on. Returns {"schema", "model", "task", "format", "precision", "path", "size_bytes", "inputs",
-    "parity", "runtime", "passed", "seconds"}; passed: parity within the default gates. Raises UserError, ExportError.
+    "parity", "judged_by", "limit", "runtime", "passed", "seconds"}; passed: judged_by ("parity" or "agreement", which
+    counts where numbers are rounded) is within the default gate. Raises UserError, ExportError.
     """
     begun = time.monotonic()
     if to.exists():
@@ -67,7 +68,7 @@ def export_model(
     runner = kind.runner(written.path, Source(lambda: model, example, precision, written.facts))
     compared = parity.compare(model, runner, batches)
     gates = Gates()
-    exact = precision == "fp32"
+    exact = precision == "fp32" and written.facts.get("cache_precision") != "fp16"
     limit = gates.parity if exact else gates.agreement
     assert limit is not None
     return {
@@ -80,6 +81,7 @@ def export_model(
         "size_bytes": written.size_bytes,
         "inputs": found.samples.source,
         "parity": compared,
+        "judged_by": "parity" if exact else "agreement",
         "runtime": kind.facts(runner) | written.facts,
         "passed": compared["max_abs_diff"] <= limit if exact else compared["argmax_agreement"] >= limit,
         "limit": limit,

@@ -20,6 +20,11 @@ def within(comparison: Row, max_drop: float | None) -> bool:
     return drop is not None and (max_drop is None or drop <= max_drop)
 
 
+def exact(variant: Row) -> bool:
+    """Whether it should compute what the torch model does, to the last digits: fp32, also in its key-value cache."""
+    return variant["precision"] == "fp32" and variant["runtime"].get("cache_precision") != "fp16"
+
+
 def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], layers: int | None) -> list[Row]:
     """Rows {name, value, limit, passed, variant} in the order of the recipe's fields.
 
@@ -37,12 +42,12 @@ def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], lay
     for setting, limit in gates.min_speedup.items():
         speeds = ((c["speedup"].get(setting), c["id"]) for c in counting)
         rows.append(_largest(f"min_speedup.{setting}", limit, speeds))
-    exact = [v for v in variants if v["precision"] == "fp32"]
-    if gates.parity is not None and exact:
-        rows.append(_parity(gates.parity, exact))
-    quantized = [v for v in variants if v["precision"] != "fp32"]
-    if gates.agreement is not None and quantized:
-        rows.append(_agreement(gates.agreement, quantized))
+    whole = [v for v in variants if exact(v)]
+    if gates.parity is not None and whole:
+        rows.append(_parity(gates.parity, whole))
+    rounded = [v for v in variants if not exact(v)]
+    if gates.agreement is not None and rounded:
+        rows.append(_agreement(gates.agreement, rounded))
     compiled = [v for v in variants if v["format"] == "openvino"]
     if gates.fused_attention is not None and compiled:
         rows.append(_fused(gates.fused_attention, compiled, layers))

@@ -226,6 +226,10 @@ def runtime(report: Row) -> Table | None:
     for execution in dict.fromkeys(v["runtime"]["execution"] for v in known if "execution" in v["runtime"]):
         ids = ", ".join(v["id"] for v in known if v["runtime"].get("execution") == execution)
         note += f" {ids}: scored by {execution}, and not timed."
+    for v in known:
+        if cache := v["runtime"].get("cache"):
+            kept = v["runtime"]["cache_precision"]
+            note += f" {v['id']}: keeps a key-value cache of {cache:,} tokens in {kept}; texts went in piece by piece."
     return Table("Runtime", columns, rows, note, text_columns=2)
 
 
