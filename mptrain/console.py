@@ -20,7 +20,8 @@ def quiet_libraries() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
     logger.propagate = False
-    for name in ("nncf", "optimum", "accelerate", "torch.distributed", "openvino", "torchao", "torch.utils._pytree"):
+    talkative = ("nncf", "optimum", "accelerate", "torch.distributed", "openvino", "torchao", "torch.utils._pytree")
+    for name in (*talkative, "coremltools"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
