@@ -364,6 +364,9 @@ def _export(options: argparse.Namespace) -> int:
         from mptrain.report.words import kept_in_fp32
 
         print(f"fp16: {kept_in_fp32(half)}.")
+    if cache := facts["runtime"].get("cache"):
+        kept = facts["runtime"]["cache_precision"]
+        print(f"A key-value cache of {cache:,} tokens in {kept}; judged by {facts['judged_by']}.")
     if not facts["passed"]:
         raise GateFailed(
             f"the exported model differs from the torch model by more than {facts['limit']:g}; it was kept."

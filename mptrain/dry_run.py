@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from mptrain.compress import costs, palettize
 from mptrain.compress.structure import Structure, find_structure
 from mptrain.errors import MptrainError
+from mptrain.export.decoder import check_exports
 from mptrain.inputs import packaged
 from mptrain.inputs.data import load_data
 from mptrain.inputs.model import HEADS, load_processor
 from mptrain.plan import phases, variants
-from mptrain.recipe import OpenVino, Recipe, Stage, WeightOnly
+from mptrain.recipe import CoreMl, OpenVino, Recipe, Stage, WeightOnly
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
 EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
@@ -48,6 +49,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
     rows, rows_from = _rows(recipe, allow_code)
     model, model_from = _model(recipe)
+    check_exports(recipe, model.config)
     structure = find_structure(model)
     length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
     outlook = _outlook(model, structure, length)
@@ -59,6 +61,8 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     console.print(f"output: {recipe.output.dir}\n")
     console.print(_stages(recipe, rows, outlook, speed))
     console.print(_variants(recipe, outlook))
+    for line in _caches(recipe, structure):
+        console.print(line)
     if any(stage.palettize for stage in recipe.stages):
         console.print(_tables(recipe, model))
     console.print("Predicted from sizes and a short measurement here; times within about a factor of two.")
@@ -116,6 +120,20 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
             f"{dense / size:.2f}×",
         )  # fmt: skip
     return table
+
+
+def _caches(recipe: Recipe, structure: Structure) -> list[str]:
+    lines = []
+    for export in recipe.export:
+        if isinstance(export, OpenVino) or export.cache is None:
+            continue
+        kind, size = ("float16", 2) if isinstance(export, CoreMl) else ("float32", 4)
+        values = sum(2 * block.kv_heads * block.head_dim for block in structure.attention)
+        lines.append(
+            f"{export.id}: keeps a key-value cache of {export.cache:,} tokens, {kind} states of"
+            f" {values * export.cache * size / 1e6:.3g} MB before any pruning"
+        )
+    return lines
 
 
 def _tables(recipe: Recipe, model: torch.nn.Module) -> Table:
@@ -190,7 +208,7 @@ def _outlook(model: torch.nn.Module, structure: Structure, length: int) -> Outlo
     return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
 
 
-def _model(recipe: Recipe) -> tuple[torch.nn.Module, str]:
+def _model(recipe: Recipe) -> tuple[PreTrainedModel, str]:
     spec = recipe.model
     path = packaged.cached(spec.path) if spec.path.startswith(packaged.PREFIX) else Path(spec.path).expanduser()
     if path is not None and (path / "config.json").is_file():

@@ -499,7 +499,8 @@ class CoreMl(Strict):
                 f"cache: {self.minimum_deployment_target} has no states; give minimum_deployment_target: iOS18"
             )
         if self.shapes != CoreMlShapes() or self.route != "export":
-            raise ValueError("cache: sets its own shapes (batch 1) and the route export; drop shapes and route")
+            given = f"shapes: {self.shapes.model_dump()}" if self.shapes != CoreMlShapes() else f"route: {self.route}"
+            raise ValueError(f"cache: sets its own shapes (batch 1) and the route export; drop {given}")
         return self
 
 
@@ -549,10 +550,11 @@ class Gates(Strict):
     min_size_ratio: Annotated[float, Field(gt=0)] | None = None
     min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
     parity: Annotated[float, Field(gt=0)] | None = Field(
-        1e-4, description="|fp32 IR - torch|, largest logit difference"
+        1e-4, description="|fp32 export - torch|, largest logit difference; not of those with a float16 cache"
     )
     agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        0.9, description="share of decisions (argmax) that a quantized export has in common with its torch model"
+        0.9,
+        description="share of decisions (argmax) that every other export has in common with its torch model",
     )
     fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = "all"
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.errors import DataError, GateFailed
+from mptrain.export.decoder import check_exports
 from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
 from mptrain.inputs.data import TaskData, load_data
 from mptrain.inputs.model import load_processor, read_config
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
 from mptrain.plan import phases
-from mptrain.recipe import CoreMl, Recipe
+from mptrain.recipe import CoreMl, Export, OpenVino, Recipe
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, locked, read_json, write_json
@@ -74,6 +75,7 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path]) -> dict[str, Any]:
     for export in recipe.export:
         import_module(format_of(export).package)  # an extra that is missing is an error now, not after training
+    check_exports(recipe, read_config(recipe.model, allow_code))
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:
@@ -124,14 +126,23 @@ def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[Mul
     length = context_length(read_config(recipe.model, allow_code), tokenizer)
     tasks = read_tasks(recipe.evaluate.multiple_choice, tokenizer, length)
     for export in recipe.export:
-        most = max(export.shapes.length) if isinstance(export, CoreMl) else length
+        field, most = _longest(export) or ("", length)
         for task in tasks:
             if task.longest > most:
                 raise DataError(
-                    f"export.{export.id}.shapes.length: {most} is less than the {task.longest} tokens of the longest"
+                    f"export.{export.id}.{field}: {most} is less than the {task.longest} tokens of the longest"
                     f" question of {task.facts['file']}; raise it, or drop the task from evaluate.multiple_choice."
                 )
     return tasks
+
+
+def _longest(export: Export) -> tuple[str, int] | None:
+    """The field that bounds the texts which an export reads, and how many tokens it allows."""
+    if isinstance(export, OpenVino):
+        return None
+    if export.cache is not None:
+        return "cache", export.cache
+    return ("shapes.length", max(export.shapes.length)) if isinstance(export, CoreMl) else None
 
 
 def identity(

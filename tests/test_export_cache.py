@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_tasks
 import torch
+import transformers
 from tiny_models import tiny
 
 import mptrain
@@ -14,12 +18,14 @@ from mptrain import recipe_file
 from mptrain.cli import main
 from mptrain.compress.shrink import shrink
 from mptrain.compress.structure import Kept, find_structure
-from mptrain.errors import ExportError, RecipeError, UserError
+from mptrain.errors import DataError, ExportError, RecipeError, UserError
 from mptrain.export.coreai import Runner
 from mptrain.export.coreai_cache import export_decoder as to_coreai
 from mptrain.export.coreml_decoder import export_decoder as to_coreml
-from mptrain.export.decoder import texts
-from mptrain.run import run
+from mptrain.export.decoder import CachedDecoder, padded_right, texts
+from mptrain.inputs.model import load_model, load_processor
+from mptrain.inputs.multiple_choice import MultipleChoice
+from mptrain.run import read_questions, run
 from mptrain.verify import parity
 from mptrain.verify.mil import Interpreter
 from mptrain.verify.texts import Texts
@@ -28,6 +34,28 @@ IDS = torch.randint(4, 50, (3, 20), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(3, 20, dtype=torch.long)
 MASK[0, :6] = 0  # padded on the left
 MASK[1, 17:] = 0  # and on the right
+
+
+class TorchRunner:
+    def __init__(self, step):
+        self.step = step
+
+    def reset(self):
+        """Position 0 is enough."""
+
+    @torch.no_grad()
+    def __call__(self, batch):
+        return {"logits": self.step(batch["input_ids"], batch["position"])[0].numpy()}
+
+
+def windowed(config, **options):
+    """Weights large enough that attention matters."""
+    size = {"vocab_size": 50, "hidden_size": 32, "max_position_embeddings": 40, "initializer_range": 0.3}
+    heads = {"num_heads": 4, "num_layers": 2} if config is transformers.GPTNeoConfig else {}
+    heads = heads or {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    made = config(**size, **heads, intermediate_size=48, pad_token_id=0, **options)
+    return transformers.AutoModelForCausalLM.from_config(made).eval()
 
 
 def recipe(folder, exports, **model):
@@ -65,19 +93,27 @@ def test_a_recipe_scores_the_cached_exports_as_the_whole_texts(tmp_path):
     assert half["runtime"]["half"]["executed"]["finite"] and half["runtime"]["half"]["said"].startswith("0 ops in FP32")
     judged = {gate["name"]: gate for gate in report["gates"]}
     assert judged["parity"]["variant"] != exact["id"] and judged["parity"]["passed"] and judged["agreement"]["passed"]
-    words = (tmp_path / "run/report.html").read_text()
-    assert f"keeps a key-value cache of {tokens + 8} tokens in fp32; texts went in piece by piece" in words
+    pages = [(tmp_path / "run" / name).read_text() for name in ("report.html", "report.md")]
+    for kept in (
+        f"{tokens + 8} tokens in fp32; texts went in piece by piece.",
+        "piece by piece, and agreement judges it",
+    ):
+        assert all(kept in page for page in pages)
 
 
-@pytest.mark.parametrize("format_", ["coreml", "coreai"])
-def test_the_command_writes_runs_and_compares(format_, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("format_", "family", "precision"),
+    [("coreml", "llama", "fp32"), ("coreml", "opt", "fp16"), ("coreai", "opt", "fp32")],
+)
+def test_the_command_writes_runs_and_compares(format_, family, precision, tmp_path, capsys):
     folder, facts = tmp_path / "model", tmp_path / "facts.json"
-    mptrain.save(tiny("llama"), folder)
-    words = ["export", folder, "--to", tmp_path / "out", "--format", format_, "--cache", 40, "--max-length", 30]
+    mptrain.save(tiny(family), folder)
+    words = ["export", folder, "--to", tmp_path / "out", "--format", format_, "--precision", precision, "--cache", 40]
     status = main([*map(str, words), "--samples", "4", "--json", str(facts)])
     shown = capsys.readouterr()
     assert status == 0, shown.err
     found = json.loads(facts.read_text())
+    assert "A key-value cache of 40 tokens in fp" in shown.out and f"judged by {found['judged_by']}" in shown.out
     assert found["runtime"]["cache"] == 40 and found["passed"]
     assert found["judged_by"] == ("agreement" if format_ == "coreml" else "parity")
     if format_ == "coreml":
@@ -86,6 +122,9 @@ def test_the_command_writes_runs_and_compares(format_, tmp_path, capsys):
             capsys.readouterr().err
         )
         checked = json.loads(facts.read_text())
+        assert [run["shapes"]["input_ids"] for run in checked["runs"]] == [[1, 16], [1, 16], [1, 8]], (
+            "the cache is read"
+        )
         assert set(checked["states"]) == {"key_0", "value_0", "key_1", "value_1"}
         assert 0 < checked["parity"]["max_abs_diff"] < 1e-2
 
@@ -115,6 +154,17 @@ def test_texts_are_what_the_mask_leaves():
     assert torch.equal(found[0][0], IDS[0, 6:]) and torch.equal(found[1][0], IDS[1, :17])
 
 
+def test_a_row_without_a_token_gives_zeros():
+    model = tiny("llama")
+    runner = TorchRunner(CachedDecoder(model, 20).eval())
+    mask = MASK.clone()
+    mask[1] = 0
+    found = Texts(runner, tokens=20, max_length=20)({"input_ids": IDS, "attention_mask": mask})["logits"]
+    assert found.shape == (3, 20, 50) and not found[1].any() and found[2].any(-1).all()
+    with pytest.raises(UserError, match="without a token"):
+        Texts(runner, tokens=20, max_length=20)({"input_ids": IDS, "attention_mask": 0 * MASK})
+
+
 def test_what_does_not_fit_in_the_cache_is_an_error():
     with pytest.raises(UserError, match="a text of 20 tokens does not fit the export's cache of 16: raise `cache`"):
         Texts(None, tokens=1, max_length=16)({"input_ids": IDS})
@@ -135,8 +185,9 @@ CORE_AI = {"id": "ai", "format": "coreai", "of": ["dense"], "cache": 64, "precis
         (
             CORE_ML | {"route": "trace"},
             {},
-            r"sets its own shapes \(batch 1\) and the route export; drop shapes and route",
+            r"sets its own shapes \(batch 1\) and the route export; drop route: trace",
         ),
+        (CORE_ML | {"shapes": {"length": [1, 64]}}, {}, r"drop shapes: .*'length': \[1, 64\]"),
         (CORE_ML | {"cache": 4}, {}, "4 tokens are fewer than data.max_length, .* raise it"),
         (CORE_ML | {"cache": 0}, {}, "greater than 0"),
         (CORE_AI | {"precision": ["fp16"]}, {}, r"give precision: \[fp32\], got \['fp16'\]"),
@@ -148,15 +199,126 @@ def test_what_does_not_fit_is_said_before_anything_runs(export, model, message, 
         recipe_file.read(recipe(tmp_path, [export], **model))
 
 
-def test_the_command_refuses_a_model_without_a_cache(tmp_path, capsys):
-    mptrain.save(tiny("bert"), tmp_path / "bert")
-    words = ["export", tmp_path / "bert", "--to", tmp_path / "out", "--format", "coreml", "--cache", 16]
+def test_a_cache_beyond_the_model_is_said_by_the_dry_run_and_before_training(tmp_path, capsys):
+    path = recipe(tmp_path, [CORE_ML | {"cache": 65}])
+    message = "export.ml.cache: 65 must be 1 to 64, the model's limit; lower it"
+    assert main(["recipe", str(path), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=message):
+        run(recipe_file.read(path).recipe)
+    assert not list((tmp_path / "run").glob("stages/*"))
+
+
+def test_the_dry_run_shows_the_cache_and_its_size(tmp_path, capsys):
+    assert main(["recipe", str(recipe(tmp_path, [CORE_ML, CORE_AI])), "--dry-run"]) == 0
+    shown, config = capsys.readouterr().out, transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    values = 2 * 64 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    for name, kind, size in (("ml", "float16", 2), ("ai", "float32", 4)):
+        expected = f"{name}: keeps a key-value cache of 64 tokens, {kind} states of {values * size / 1e6:.3g} MB"
+        assert expected in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("bert", ["--format", "coreml", "--cache", 16], "--cache 16: is for task causal-lm, not for text-classific"),
+        ("llama", ["--cache", 16], "--cache 16: OpenVINO IR is written without a cache; drop it, or choose --format"),
+        ("llama", ["--format", "coreml", "--cache", 41], "--cache 41 must be 1 to 40, the model's limit; lower it"),
+        ("llama", ["--format", "coreml", "--cache", 0], "cache: Input should be greater than 0"),
+        ("llama", ["--format", "coreml", "--cache", 9, "--target", "iOS17"], "coreml fp32: cache: iOS17 has no states"),
+        ("llama", ["--format", "coreai", "--cache", 9, "--precision", "fp16"], "give precision: [fp32], got ['fp16']"),
+    ],
+)
+def test_the_command_refuses_before_it_writes(family, options, message, tmp_path, capsys):
+    mptrain.save(tiny(family), tmp_path / "model")
+    words = ["export", tmp_path / "model", "--to", tmp_path / "out", *options]
     assert main([*map(str, words), "--samples", "2"]) == 2
-    assert "needs a plain float32 causal LM, got BertForSequenceClassification" in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
-    words[words.index("coreml")] = "openvino"
+
+
+def test_texts_of_a_recipe_that_are_too_long_are_refused(tmp_path, capsys):
+    path = recipe(tmp_path, [CORE_AI])
+    words = ["export", tmp_path / "model", "--to", tmp_path / "out", "--format", "coreai", "--cache", 9, "--data", path]
     assert main(list(map(str, words))) == 2
-    assert "cache" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--cache 9: the data of" in said and "has texts of 24 tokens; raise it, or give shorter texts" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_counts_positions_from_the_padding_is_compared_on_its_texts(tmp_path, capsys):
+    """GPT-2 gives a text padded on the left other logits than the text, which is what an app feeds."""
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=40)
+    config.initializer_range = 0.3
+    torch.manual_seed(0)
+    mptrain.save(transformers.GPT2LMHeadModel(config), tmp_path / "model")
+    words = ["export", tmp_path / "model", "--to", tmp_path / "out", "--format", "coreai", "--cache", 20]
+    status = main([*map(str, words), "--samples", "4", "--json", str(tmp_path / "facts.json")])
+    assert status == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "facts.json").read_text())["parity"]["max_abs_diff"] < 1e-5
+    moved = padded_right({"input_ids": IDS, "attention_mask": MASK})
+    assert (
+        torch.equal(moved["input_ids"][0, :14], IDS[0, 6:])
+        and moved["attention_mask"][0].tolist() == [1] * 14 + [0] * 6
+    )
+    assert torch.equal(moved["input_ids"][1:], IDS[1:])
+
+
+@pytest.mark.parametrize("format_", ["coreml", "coreai"])
+def test_layers_that_attend_to_a_window_keep_the_whole_text(format_, tmp_path):
+    model = windowed(transformers.MistralConfig, sliding_window=6)
+    everything = copy.deepcopy(model)
+    everything.config.sliding_window = None
+    with torch.no_grad():
+        assert (model(input_ids=IDS).logits - everything(input_ids=IDS).logits).abs().max() > 0.1, "the window counts"
+    if format_ == "coreml":
+        runner = Interpreter(to_coreml(model, tmp_path / "out", max_length=20).package, "fp32")
+    else:
+        runner = Runner(to_coreai(model, tmp_path / "out", max_length=20).asset)
+    texts_of = Texts(runner, tokens=1 if format_ == "coreai" else 20, max_length=20)
+    found = parity.compare(model, texts_of, [{"input_ids": IDS, "attention_mask": MASK}])
+    assert found["max_abs_diff"] < 1e-4 and found["argmax_agreement"] == 1.0
+
+
+def test_a_model_that_is_wrong_with_such_a_cache_is_refused(tmp_path):
+    """GPT-Neo takes its masks from the number of keys, which here is that of all places."""
+    model = windowed(transformers.GPTNeoConfig, attention_types=[[["global", "local"], 1]], window_size=8)
+    for to in (to_coreml, to_coreai):
+        with pytest.raises(UserError, match="GPTNeoForCausalLM gives other logits with a cache of a fixed length"):
+            to(model, tmp_path / "out", max_length=20)
+
+
+def rewritten(path, made):
+    path.write_text(json.dumps(made))
+    return path
+
+
+def test_questions_longer_than_the_cache_are_said_before_training(tmp_path):
+    shutil.copytree(Path(__file__).parent / "lm_eval", tmp_path / "lm_eval")
+    path = recipe(tmp_path, [CORE_ML | {"cache": 24}, CORE_AI])
+    made = json.loads(path.read_text())
+    made["evaluate"]["multiple_choice"] = [str(tmp_path / "lm_eval" / "moods.yaml")]
+    read = recipe_file.read(rewritten(path, made)).recipe
+    tokenizer = load_processor(read.model)
+    (task,) = read_questions(read, tokenizer, False)
+    made["data"]["max_length"], made["data"]["stride"] = task.longest - 1, None
+    made["export"][0]["cache"] = task.longest - 1
+    read = recipe_file.read(rewritten(path, made)).recipe
+    with pytest.raises(
+        DataError, match=rf"export\.ml\.cache: {task.longest - 1} is less than the {task.longest} tokens"
+    ):
+        read_questions(read, tokenizer, False)
+
+
+def test_multiple_choice_reads_a_cached_package_as_the_model(tmp_path):
+    shutil.copytree(Path(__file__).parent / "lm_eval", tmp_path / "lm_eval")
+    read = recipe_file.read(recipe(tmp_path, [CORE_ML])).recipe
+    model = load_model(read.model, None, seed=0).eval()
+    task = MultipleChoice(str(tmp_path / "lm_eval" / "moods.yaml"), load_processor(read.model), 64)
+    runner = Interpreter(to_coreml(model, tmp_path / "out", max_length=task.longest).package, "fp32")
+    found = task.log_likelihoods(Texts(runner, tokens=task.longest, max_length=task.longest))
+    expected = task.log_likelihoods(lambda batch: model(**batch))
+    assert max(abs(a - b).max() for a, b in zip(found, expected)) < 1e-4
 
 
 def test_the_search_keeps_a_cached_package_right_in_fp16(tmp_path):

@@ -5,7 +5,8 @@
            places position … position + n - 1 and attends to all up to each token's own
     gives  logits [1, n, vocabulary]
 
-Places that nothing has been written to are masked, so a new text needs no more than position 0.
+Places that nothing has been written to are masked, so a new text needs no more than position 0. All layers keep all
+places, also those that attend to a window: their mask leaves the others out.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from mptrain.errors import UserError
+from mptrain.export.traceable import without_cache
+from mptrain.recipe import OpenVino, Recipe
+
+CHECKED = 8  # tokens on which a cached model is compared with the model itself
 
 
 class CachedDecoder(nn.Module):
     """model: a causal LM, float32. max_length: tokens that the cache holds.
 
-    The buffers named in `states` are what a call changes. Raises UserError when the model does not fit.
+    The buffers named in `states` are what a call changes. Raises UserError when the model does not fit, also when it
+    gives other logits with such a cache than without one.
     """
 
     seen: Tensor
@@ -35,13 +42,12 @@ class CachedDecoder(nn.Module):
             raise UserError(
                 f"an export with a cache needs a plain float32 causal LM, got {type(model).__name__} of {dtype}"
             )
-        limit = getattr(model.config, "max_position_embeddings", max_length)
-        if not 1 <= max_length <= limit:
-            raise UserError(f"an export with a cache: max_length {max_length} must be 1 to {limit}, the model's limit")
+        check_length("an export with a cache: max_length", max_length, model.config)
         self.model = model
-        config = model.config.get_text_config()
-        self.cache = StaticCache(config=config, max_cache_len=max_length)
-        for layer, (keys, values) in zip(self.cache.layers, _first(model), strict=True):
+        held = _first(model)
+        self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=max_length)
+        self.cache.layers = [StaticLayer(max_cache_len=max_length) for _ in held]
+        for layer, (keys, values) in zip(self.cache.layers, held):
             layer.lazy_initialization(keys, values)
         self.register_buffer("seen", torch.ones(1, max_length, dtype=torch.long))  # the causal mask does the rest
         self.states: list[str] = []
@@ -50,6 +56,7 @@ class CachedDecoder(nn.Module):
             for kind, value in (("key", layer.keys), ("value", layer.values)):
                 self.register_buffer(f"{kind}_{index}", value)
                 self.states.append(f"{kind}_{index}")
+        self._check(min(max_length, CHECKED))
 
     def forward(self, input_ids: Tensor, position: Tensor) -> tuple[Tensor]:
         for index, layer in enumerate(self.layers):
@@ -65,6 +72,24 @@ class CachedDecoder(nn.Module):
         )
         return (outputs.logits,)
 
+    @torch.no_grad()
+    def _check(self, length: int) -> None:
+        training = self.model.training
+        self.model.eval()
+        ids = torch.arange(length)[None] % self.model.config.get_text_config().vocab_size
+        with without_cache(self.model):
+            expected = self.model(input_ids=ids).logits
+        pieces = [(place, ids[:, place : place + 3]) for place in range(0, length, 3)]
+        found = torch.cat([self(piece, torch.tensor([place]))[0] for place, piece in pieces], 1)
+        for name in self.states:
+            getattr(self, name).zero_()
+        self.model.train(training)
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise UserError(
+                f"an export with a cache: {type(self.model).__name__} gives other logits with a cache of a fixed"
+                f" length than without, by up to {(found - expected).abs().max():.2g}; export it without"
+            )
+
 
 @torch.no_grad()
 def _first(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
@@ -77,8 +102,31 @@ def _first(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     return found  # type: ignore[return-value]
 
 
+def check_length(field: str, tokens: int, config: PreTrainedConfig) -> None:
+    """Raises UserError when models of this config cannot have a cache of so many tokens."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
+    if not 1 <= tokens <= limit:
+        raise UserError(f"{field} {tokens} must be 1 to {limit}, the model's limit; lower it")
+
+
+def check_exports(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Raises UserError for a `cache` that the recipe's model is too short for, before anything is trained."""
+    for export in recipe.export:
+        if not isinstance(export, OpenVino) and export.cache is not None:
+            check_length(f"export.{export.id}.cache:", export.cache, config)
+
+
 def texts(batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The tokens [1, n] of each row that the attention mask does not leave out."""
     ids = torch.as_tensor(batch["input_ids"])
     mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
     return [row[kept][None] for row, kept in zip(ids, mask)]
+
+
+def padded_right(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with each row's padding moved behind its text. A cached model counts positions from the text's first
+    token; without one, some models (GPT-2) count them from the row's."""
+    if "attention_mask" not in batch:
+        return dict(batch)
+    order = batch["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    return {name: value.gather(1, order) for name, value in batch.items()}

@@ -10,9 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from mptrain.compress.base import is_quantized
 from mptrain.errors import UserError
+from mptrain.export.decoder import check_length, padded_right
 from mptrain.export.formats import Source, format_of
-from mptrain.inputs.samples import load_with_inputs
-from mptrain.recipe import Export, Gates, Ptq, Stage, Task
+from mptrain.inputs.samples import Loaded, load_with_inputs
+from mptrain.inputs.task import Batch
+from mptrain.recipe import Export, Gates, OpenVino, Ptq, Stage, Task
+from mptrain.report import gates
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.export/v1"
@@ -41,20 +44,27 @@ def export_model(
     counts where numbers are rounded) is within the default gate. Raises UserError, ExportError.
     """
     begun = time.monotonic()
+    options = options or {}
+    if format == "openvino" and "cache" in options:
+        raise UserError(
+            f"--cache {options['cache']}: OpenVINO IR is written without a cache; drop it, or choose --format coreml or"
+            " coreai"
+        )
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
-    entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **(options or {})}
+    entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **options}
     try:
         spec = TypeAdapter(Export).validate_python(entry)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'format'}: {e['msg']}" for e in error.errors())
+        said = "; ".join(_said(e["loc"], e["msg"]) for e in error.errors())
         raise UserError(f"export {format} {precision}: {said}") from None
-    found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
+    cache = None if isinstance(spec, OpenVino) else spec.cache
+    found = load_with_inputs(path, task, attn, data, samples, min(length, cache or length), allow_code)
     kind = format_of(spec)
     quantize = Ptq(mode="ptq") if is_quantized(found.model) else None
     stage = Stage.model_construct(id="model", quantize=quantize)  # a finished model: nothing to train
     model = kind.model(found.model, precision, stage).eval()
-    batches = found.samples.batches
+    batches = found.samples.batches if cache is None else _for_cache(cache, found)
     example = next((b for b in batches if len(next(iter(b.values()))) > 1), batches[0])
     written = kind.write(
         model,
@@ -67,9 +77,8 @@ def export_model(
     )
     runner = kind.runner(written.path, Source(lambda: model, example, precision, written.facts))
     compared = parity.compare(model, runner, batches)
-    gates = Gates()
-    exact = precision == "fp32" and written.facts.get("cache_precision") != "fp16"
-    limit = gates.parity if exact else gates.agreement
+    exact = gates.exact({"precision": precision, "runtime": written.facts})
+    limit = Gates().parity if exact else Gates().agreement
     assert limit is not None
     return {
         "schema": SCHEMA,
@@ -87,3 +96,22 @@ def export_model(
         "limit": limit,
         "seconds": round(time.monotonic() - begun, 1),
     }
+
+
+def _said(where: tuple[int | str, ...], message: str) -> str:
+    """where: of a pydantic error in an export entry: its format, and the field when it is of one."""
+    field = "format" if not where else ".".join(map(str, where[1:]))
+    return ": ".join(filter(None, [field, message.removeprefix("Value error, ")]))
+
+
+def _for_cache(cache: int, found: Loaded) -> list[Batch]:
+    """The inputs that a cached export is compared on. Raises UserError when it cannot be."""
+    if found.task != "causal-lm":
+        raise UserError(f"--cache {cache}: is for task causal-lm, not for {found.task}; drop it")
+    check_length("--cache", cache, found.model.config)
+    longest = max(int(batch["attention_mask"].sum(1).max()) for batch in found.samples.batches)
+    if longest > cache:
+        raise UserError(
+            f"--cache {cache}: {found.samples.source} has texts of {longest} tokens; raise it, or give shorter texts"
+        )
+    return [padded_right(batch) for batch in found.samples.batches]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mptrain.report import claims, words
+from mptrain.report.gates import exact
 
 Row = dict[str, Any]
 
@@ -229,7 +230,8 @@ def runtime(report: Row) -> Table | None:
     for v in known:
         if cache := v["runtime"].get("cache"):
             kept = v["runtime"]["cache_precision"]
-            note += f" {v['id']}: keeps a key-value cache of {cache:,} tokens in {kept}; texts went in piece by piece."
+            note += f" {v['id']}: keeps a key-value cache of {cache:,} tokens in {kept}; texts went in piece by piece"
+            note += ", and agreement judges it." if v["precision"] == "fp32" and not exact(v) else "."
     return Table("Runtime", columns, rows, note, text_columns=2)
 
 

@@ -1,13 +1,14 @@
 """`mptrain verify`: run a saved Core ML package in the reference interpreter and say what it does.
 
 Inputs are made up from the package's own shapes: several batches and lengths inside its
-ranges, padding where there is a mask. With the source model the outputs are compared.
+ranges, padding where there is a mask. A package with a key-value cache reads one text, piece by piece.
+With the source model the outputs are compared.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -26,12 +27,13 @@ from mptrain.verify.mil import LIMITS, Interpreter, Record, Rounding
 from mptrain.verify.mil_facts import facts
 from mptrain.verify.mil_half import counted
 from mptrain.verify.mil_program import Feature, Name, Program, is_float
+from mptrain.verify.texts import Texts
 
 SCHEMA = "mptrain.verify/v1"
 LONGEST = 128  # tokens of a made-up text, where the package takes more
 EXACT = 1e-4  # relative error of an output row in float32
-POSITION = "position"  # of the first token in a text, where the package keeps a key-value cache
 Batch = dict[str, Tensor]
+Forward = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
 
 def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | None = None) -> dict[str, Any]:
@@ -42,13 +44,17 @@ def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | 
     """
     interpreter = Interpreter(package, precision)
     program = interpreter.program
-    batches = made_up(program, _vocabulary(package, program, model))
+    vocabulary = _vocabulary(package, program, model)
+    texts = _cached(interpreter)
+    batches = made_up(program, vocabulary) if texts is None else [_text(texts.max_length, vocabulary)]
+    forward: Forward = interpreter if texts is None else texts
     rows: list[Record] = []
     runs = []
     for batch in batches:
         interpreter.reset()
-        rows += interpreter.records([batch])
-        runs.append({"shapes": {name: list(value.shape) for name, value in batch.items()}})
+        calls = [batch] if texts is None else list(texts.calls(batch["input_ids"][0]))
+        rows += interpreter.records(calls)
+        runs += [{"shapes": {name: list(value.shape) for name, value in call.items()}} for call in calls]
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "package": str(package),
@@ -64,7 +70,10 @@ def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | 
     }
     broken = [row for row in found["operations_run"] if row["nan"] or row["infinite"]]
     found["not_finite"] = [row["name"] for row in broken]
-    outputs = [interpreter_outputs(interpreter, batch) for batch in batches]
+    outputs = []
+    for batch in batches:
+        interpreter.reset()
+        outputs.append({name: torch.as_tensor(value).float() for name, value in forward(batch).items()})
     finite = all(bool(value.isfinite().all()) for output in outputs for value in output.values())
     found["outputs_finite"] = finite
     found["parity"] = None
@@ -93,9 +102,18 @@ def load_source(path: str, task: str | None = None, allow_code: bool = False) ->
     return model.float().eval()
 
 
-def interpreter_outputs(interpreter: Interpreter, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    interpreter.reset()
-    return {name: torch.as_tensor(value).float() for name, value in interpreter(batch).items()}
+def _cached(interpreter: Interpreter) -> Texts | None:
+    """How a package that keeps a key-value cache reads texts; None for others."""
+    inputs = {feature.name: feature for feature in interpreter.program.inputs}
+    places = [result.shape[2] or 1 for name, result in interpreter.program.states.items() if name.startswith("key_")]
+    if set(inputs) != {"input_ids", "position"} or not places:
+        return None
+    return Texts(interpreter, tokens=inputs["input_ids"].bounds[1][1], max_length=places[0])
+
+
+def _text(places: int, vocabulary: int) -> Batch:
+    length = min(LONGEST, places)
+    return {"input_ids": torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))}
 
 
 def made_up(program: Program, vocabulary: int) -> list[Batch]:
@@ -137,7 +155,7 @@ def _value(feature: Feature, shape: tuple[int, ...], vocabulary: int, draw: torc
         if len(shape) == 2 and shape[1] > 2:
             mask[0, -(shape[1] // 3) :] = 0
         return mask
-    if "type" in feature.name or feature.name == POSITION:
+    if "type" in feature.name:
         return torch.zeros(shape, dtype=torch.long)
     return torch.randint(vocabulary, shape, generator=draw)
 
@@ -177,7 +195,6 @@ def _merged(rows: list[Record]) -> list[Record]:
 def _compared(model: nn.Module, batches: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, Any]:
     differences = []
     for batch, found in zip(batches, outputs):
-        batch = {name: value for name, value in batch.items() if name != POSITION}
         wrapper = Positional(model.eval(), list(batch))
         with without_cache(model):
             expected = dict(zip(wrapper.output_names(*batch.values()), wrapper(*batch.values())))

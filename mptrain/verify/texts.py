@@ -6,7 +6,7 @@ decides all logits after the first piece.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,16 +45,21 @@ class Texts:
                 f"a text of {longest} tokens does not fit the export's cache of {self.max_length}: raise `cache`, or"
                 " make the texts shorter"
             )
-        rows = [self._row(row[kept]) for row, kept in zip(ids, mask)]
-        found = np.zeros((*ids.shape, rows[0].shape[-1]), rows[0].dtype)
+        if not longest:
+            raise UserError("a batch of texts without a token: attention_mask leaves all out; drop the batch")
+        rows = [self._row(row[kept]) if kept.any() else None for row, kept in zip(ids, mask)]
+        first = next(logits for logits in rows if logits is not None)
+        found = np.zeros((*ids.shape, first.shape[-1]), first.dtype)
         for row, kept, logits in zip(found, mask.numpy(), rows):
-            row[kept] = logits
+            if logits is not None:
+                row[kept] = logits
         return {"logits": found}
+
+    def calls(self, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+        """The inputs of each call for the text ids [n]."""
+        for start in range(0, len(ids), self.piece):
+            yield {"input_ids": ids[None, start : start + self.piece], "position": torch.tensor([start])}
 
     def _row(self, ids: Tensor) -> np.ndarray:
         self.runner.reset()
-        parts = []
-        for start in range(0, len(ids), self.piece):
-            call = {"input_ids": ids[None, start : start + self.piece], "position": torch.tensor([start])}
-            parts.append(self.runner(call)["logits"][0])
-        return np.concatenate(parts)
+        return np.concatenate([self.runner(call)["logits"][0] for call in self.calls(ids)])
