@@ -23,10 +23,12 @@ from mptrain.compress.structure import find_structure
 from mptrain.export.formats import Format, Source, format_of
 from mptrain.inputs.metrics import Score
 from mptrain.inputs.multiple_choice import MultipleChoice
+from mptrain.inputs.task import Batch
 from mptrain.plan import Planned, variants
 from mptrain.report import floor, measure
 from mptrain.report.build import Variant
 from mptrain.run_folder import read_json, write_json
+from mptrain.train import peaks
 from mptrain.train.stage import Context
 from mptrain.verify import parity
 
@@ -63,7 +65,7 @@ class Variants:
             self.folder / variant,
             precision=planned.precision,
             stage=self.recipe.stage(stage),
-            calibration=lambda: self.data.calibration(PARITY_EXAMPLES, 16),
+            calibration=lambda: self._calibration(stage),
             processor=self.context.processor,
         )
         facts = {
@@ -143,6 +145,10 @@ class Variants:
         facts.setdefault("wall_s", {})[step] = time.monotonic() - begun
         write_json(self._facts_file(facts["id"]), facts)
         return facts["id"]
+
+    def _calibration(self, stage: str) -> list[Batch]:
+        """Training examples: some drawn, and those with the largest activations that training saw."""
+        return self.data.calibration(PARITY_EXAMPLES, 16) + peaks.batches(self.context.phase_folders(stage))
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"

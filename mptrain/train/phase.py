@@ -30,6 +30,7 @@ from mptrain.recipe import MixedPrecision, Train
 from mptrain.train import checkpoint
 from mptrain.train.arguments import TrainingArguments
 from mptrain.train.distill import Distiller
+from mptrain.train.peaks import Peaks
 from mptrain.train.progress import Progress
 from mptrain.train.sampler import LengthGroupedSampler
 from mptrain.train.trainer import Trainer
@@ -75,7 +76,9 @@ class PhaseTrainer(Trainer):
         precision: MixedPrecision,
         compressors: Sequence[Compressor] = (),
         distiller: Distiller | None = None,
+        peaks: Peaks | None = None,
     ) -> None:
+        self.peaks = peaks
         self.phase, self.settings, self.task_data, self.folder = phase, train, data, folder
         self.best: dict[str, Any] | None = None
         self._bad_epochs = 0
@@ -158,8 +161,10 @@ class PhaseTrainer(Trainer):
 
     # -- checks and validation
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.peaks is not None:
+            self.peaks.step(inputs)
         # with masters such a step is skipped, and repeated ones end with the diagnosis of MasterWeights
         if self.master_weights is None and not torch.isfinite(loss):
             raise TrainingError(self._diagnosis(float(loss)))
@@ -263,6 +268,8 @@ class _Checkpoints(TrainerCallback):
         self.stopped = self.stop()
         if self.stopped or state.global_step % self.every == 0:
             control.should_save = True
+            if self.trainer.peaks is not None:
+                self.trainer.peaks.save()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:
@@ -292,15 +299,18 @@ def train_phase(
     precision: MixedPrecision,
     compressors: Sequence[Compressor] = (),
     distiller: Distiller | None = None,
+    watch: bool = False,
 ) -> tuple[list[dict[str, Any]], float]:
     """Train in place, from the newest whole checkpoint if there is one.
 
+    watch: keep the examples with the largest activations, see peaks.py.
     Returns the training log as rows for the report, and the seconds of training over all
     attempts. Raises Stopped after a checkpoint when `stop()` turns true, TrainingError on
     a loss that is not finite.
     """
     seed = phase_seed(seed, phase)
     set_seed(seed)
+    peaks = Peaks(model, folder / f"peaks-{PartialState().process_index}.safetensors") if watch else None
     trainer = PhaseTrainer(
         model,
         phase=phase,
@@ -312,17 +322,23 @@ def train_phase(
         precision=precision,
         compressors=compressors,
         distiller=distiller,
+        peaks=peaks,
     )
     found = checkpoint.latest(folder)
     if found is not None:
         log.info("resuming %s/%s from %s", phase.stage, phase.name, found.name)
         trainer.resume_facts(found)
+        if peaks is not None:
+            peaks.load()
     try:
         trainer.train(resume_from_checkpoint=str(found) if found else None)
     except TrainingError as error:
         if trainer.master_weights is None:
             raise
         raise TrainingError(f"In {trainer.where()}: {error}") from None
+    if peaks is not None:
+        peaks.remove()
+        peaks.save()
     trainer.load_best()
     trainer.release()
     trainer.accelerator.wait_for_everyone()

@@ -66,6 +66,14 @@ class Context:
         """Where the model at the end of a stage is."""
         return self.folder / self.plan[stage_id][-1].folder / MODEL
 
+    def phase_folders(self, stage_id: str) -> list[Path]:
+        """Of the stage and of those it starts from."""
+        found: list[Path] = []
+        while stage_id in self.plan:
+            found += [self.folder / phase.folder for phase in reversed(self.plan[stage_id])]
+            stage_id = self.recipe.start_of(self.recipe.stage(stage_id))
+        return found
+
 
 def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     """Run a phase unless it is done.
@@ -110,6 +118,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
                 precision=context.recipe.precision,
                 compressors=[c for c in (pruner, tables) if c is not None],
                 distiller=_distiller(context, stage),
+                watch=any("fp16" in export.precision for export in context.recipe.export),
             )
         # what an earlier, killed attempt trained; the rest is in begun
         trained_s -= time.monotonic() - begun_training
