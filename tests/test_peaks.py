@@ -18,6 +18,7 @@ from mptrain import artifact
 from mptrain.export.coreml import export_coreml
 from mptrain.recipe import CoreMlShapes
 from mptrain.train import peaks
+from mptrain.train import stage as stages
 from mptrain.train.peaks import Peaks
 from mptrain.verify.mil import Interpreter
 from mptrain.verify.overflow import compare
@@ -132,10 +133,11 @@ def trained(tmp_path_factory):
     recipe["export"] = [{"id": "phone", "format": "coreml", "of": ["dense"], "precision": ["fp16"], "shapes": shapes}]
     recipe["seed"] = SEED
     run(tiny.write(recipe, folder / "tiny.yaml"))
-    return folder / "run"
+    return folder / "run", recipe
 
 
 def test_an_export_is_right_on_what_only_training_has_seen(trained, tmp_path):
+    trained, _ = trained
     assert RARE_ROW not in random.Random(SEED).sample(range(ROWS), 64), "no calibration text has the word"
     variant = json.loads((trained / "report.json").read_text())["variants"][0]
     half = variant["runtime"]["half"]
@@ -160,3 +162,23 @@ def test_an_export_is_right_on_what_only_training_has_seen(trained, tmp_path):
     blind = export_coreml(model, text, tmp_path / "out", precision="fp16", shapes=shapes, calibration=others)
     assert blind.half["kept_fp32"] == {} and not right(blind.package), "what a calibration without it gives"
     assert right(trained / variant["path"])
+
+
+def test_a_stopped_training_continues_to_the_same_examples(trained, tmp_path, monkeypatch):
+    whole, recipe = trained
+    recipe = json.loads(json.dumps(recipe))
+    recipe["output"]["dir"] = str(tmp_path / "run")
+    recipe["export"] = [{"id": "ov", "format": "openvino", "of": ["dense"], "precision": ["fp16"]}]
+    path = tiny.write(recipe, tmp_path / "recipe.yaml")
+    train_phase, steps = stages.training.train_phase, []
+
+    def stopping(*args, stop, **kwargs):
+        return train_phase(*args, stop=lambda: bool(steps.append(1)) or len(steps) == 4, **kwargs)
+
+    monkeypatch.setattr(stages.training, "train_phase", stopping)
+    run(path, check=130)
+    (stage,) = (tmp_path / "run" / "stages" / "dense").iterdir()
+    assert list(stage.glob("checkpoint-4")) and list(stage.glob("peaks-0.safetensors"))
+    run(path)
+    name = f"stages/dense/{stage.name}/peaks-0.safetensors"
+    assert len(steps) > 4 and (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
