@@ -264,7 +264,8 @@ def half(report: Row) -> Table | None:
     note = (
         "The smallest set that a search on calibration inputs found (for what this run trained, among them the training"
         " examples that reached the largest activations): operations that overflow or underflow fp16 and change the"
-        " outputs. Cosine: outputs against fp32, every other operation rounded to fp16. Executed: in fp16 on this host, where it can."
+        " outputs. Cosine: outputs against fp32, every other operation rounded to fp16. Executed: in fp16 on this host,"
+        " where it can."
     )
     return Table("Kept in fp32", columns, rows, note, text_columns=2)
 
