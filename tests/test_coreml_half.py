@@ -206,6 +206,37 @@ def test_a_left_padded_eager_llama_is_right_in_half(tmp_path, monkeypatch):
         assert not compare(reference, program.run(0, names - {name})).right(), f"no set without {name} is right"
 
 
+class OwnMask(nn.Module):
+    """A mask as transformers wrote it for years: finfo.min + finfo.min is -inf, in fp32 too."""
+
+    def __init__(self):
+        super().__init__()
+        self.llama = tiny("llama", "eager", use_cache=False)
+
+    def forward(self, input_ids, attention_mask):
+        least, places = torch.finfo(torch.float32).min, torch.arange(input_ids.shape[1])
+        future = (places[None, :] > places[:, None]).float() * least
+        padding = (1.0 - attention_mask[:, None, None, :].float()) * least
+        return {"logits": self.llama(input_ids=input_ids, attention_mask=future[None, None] + padding).logits}
+
+
+def test_a_left_padded_llama_with_a_mask_of_its_own_is_mended(tmp_path):
+    """The export cannot make this mask finite: it is made in the model, from two products and their sum."""
+    batches, model = left_padded(), OwnMask()
+    assert not difference(model, plain(model, tmp_path / "plain"), batches[0]).finite, "NaN where tokens count"
+    done = kept(model, tmp_path, batches)
+    assert types_of(done) == ["add", "add", "mul", "mul", "softmax"], "the mask, one layer's scores, their softmax"
+    assert casts_in(done.package) == done.half["float_casts"] == 4
+    assert kept_in_fp32(done.half).endswith("; 4 float↔half casts")
+    for batch in batches:
+        assert difference(model, done.package, batch).cosine > 0.9999
+    program = MilOps(export_coreml(model, texts(2, 9), tmp_path / "fp32", shapes=RANGED).package, batches[:1])
+    names = {op.name for op in program.ops}
+    reference = program.run(0, names)
+    for name in done.half["kept_fp32"]:
+        assert not compare(reference, program.run(0, names - {name})).right(), f"no set without {name} is right"
+
+
 def test_a_harmless_model_stays_in_half(tmp_path):
     done = kept(small("bert"), tmp_path)
     assert done.half["kept_fp32"] == {} and done.half["said"] == "0 ops in FP32; 0 float↔half casts"

@@ -78,8 +78,8 @@ def test_fp16_with_a_module_in_fp32(tmp_path):
     assert one(batch)["logits"].dtype == np.float16
     first, second = verify.facts(one), verify.facts(other_)
     assert first["inference_precision"] == second["inference_precision"] == "f16"
-    assert (first["casts"], plain.half) == (0, {"kept_fp32": {}})
-    assert second["casts"] == 2 and set(kept.half["kept_fp32"].values()) == {"asked for"}
+    assert (first["casts"], plain.half) == (0, {"kept_fp32": {}, "float_casts": 0})
+    assert second["casts"] == 2 == kept.half["float_casts"] and set(kept.half["kept_fp32"].values()) == {"asked for"}
     assert first["weight_types"]["Float16"] >= 2 * model.num_parameters()
     assert first["weight_types"].get("Float32", 0) < 100
     with pytest.raises(UserError, match="no operation and no module"):

@@ -59,8 +59,8 @@ Batches = Sequence[Mapping[str, Tensor]]
 class Exported:
     """size_bytes: all files of the asset.
 
-    half: of an fp16 asset, JSON facts: `kept_fp32` (operation: reason), and with calibration batches what
-    overflow.described says, and `executed`: the asset itself, run, against the fp32 model.
+    half: of an fp16 asset, JSON facts: `kept_fp32` (operation: reason), `float_casts` in the file, and with
+    calibration batches what overflow.described says, and `executed`: the asset itself, run, against the fp32 model.
     """
 
     folder: Path
@@ -109,6 +109,8 @@ def export_coreai(
     program = converted(graph, model, list(example), outputs)
 
     def verify(asset: Path) -> None:
+        if half is not None:
+            half["float_casts"] = float_casts(AIModelAsset.load(asset).program)
         if half is not None and calibration:
             batches = [_smallest(calibration)] if few else calibration
             executed = _executed(model, asset, batches)
@@ -196,7 +198,16 @@ def _to_half(
         from coreai_opt.casting import cast_fp32_to_fp16  # here, for it imports torchao, which takes seconds
 
         cast_fp32_to_fp16(graph, ignored_ops=lambda node: node.name in stays)
-    return facts | {"kept_fp32": kept}
+    more = graph_ops.in_fp32(graph.graph.nodes) - kept.keys()  # coreai-opt's own choice
+    return facts | {"kept_fp32": kept | dict.fromkeys(sorted(more), "reads a number that fp16 does not hold")}
+
+
+def float_casts(program: AIProgram) -> int:
+    """Conversions between float and half. Composite operations such as layer_norm have more inside: not counted."""
+    graph: Any = program._get_graph(FUNCTION)
+    casts = (op for op in graph.bodyRegion.blocks[0].operations if op.name == "coreai.cast")
+    ends = ({str(value.type.element_type) for value in (op.operands[0], op.results[0])} for op in casts)
+    return sum(pair == {"f16", "f32"} for pair in ends)
 
 
 def _inside(node: fx.Node, name: str) -> bool:

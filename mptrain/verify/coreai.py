@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mptrain.export.coreai import FUNCTION, AIModelAsset, Runner
+from mptrain.export.coreai import FUNCTION, AIModelAsset, Runner, float_casts
 from mptrain.verify.coreai_half import EmulatedAsset
 
 _INDICES = {"Int16", "Int32", "Int64", "UInt16", "UInt32", "UInt64", "Bool"}  # shapes, axes and positions
@@ -29,23 +29,20 @@ def facts(runner: Runner | EmulatedAsset) -> dict[str, Any]:
         for graph in program._module._mlir_module.body.operations
         if "composite_decl" in graph.attributes and _ATTENTION in str(graph.attributes["composite_decl"])
     }
-    fused = unfused = casts = 0
+    fused = unfused = 0
     for operation in program._get_graph(FUNCTION).bodyRegion.blocks[0].operations:
         if operation.name == "coreai.invoke":
             callee = re.search(r"@([\w.$-]+)", str(operation.attributes["callee"]))
             fused += callee is not None and callee[1] in attention
         elif operation.name == "coreai.softmax":
             unfused += 1
-        elif operation.name == "coreai.cast":
-            ends = (operation.operands[0], operation.results[0])
-            casts += {str(value.type.element_type) for value in ends} == {"f16", "f32"}
     types = stored_types(runner.asset)
     return {
         "fused_attention": fused,
         "attention_layers": fused + unfused,
         "weight_types": types,
         "inference_precision": "f16" if types.get("Float16", 0) > types.get("Float32", 0) else "f32",
-        "casts": casts,
+        "casts": float_casts(program),
         "execution": runner.execution,
         "minimum_os": asset.summary(include_statistics=False)._compatibility_version,
     }

@@ -3,12 +3,13 @@
 The nodes of the graph are the ops, under their names, so that what a search keeps in fp32 is what the
 export keeps. Views and copies keep the precision of what they show; what depends on weights alone
 (decompressed tables) is computed once. Numbers in an operation become fp16 as coreai-opt's cast makes them:
-from 1e38 on they mean infinity and become 65504; an op with one between 65504 and that stays in fp32.
+from 1e38 on they mean infinity and become 65504; an op with one between 65504 and that stays in fp32. It leaves
+integers to the converter, which makes inf of those above 65504.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class GraphOps:
                 self._rounded[name] = _half(value)
             return self._rounded[name]
 
-        return node.target(*tree_map(operand, node.args), **tree_map(operand, node.kwargs))  # type: ignore[operator]
+        arguments = [_half_integer(node, place, value) for place, value in enumerate(tree_map(operand, node.args))]
+        return node.target(*arguments, **tree_map(operand, node.kwargs))  # type: ignore[operator]
 
     def _named(self) -> Iterator[Op]:
         makers: dict[str, tuple[str, ...]] = {}  # node -> ops whose values it holds
@@ -134,6 +136,12 @@ def with_copies(program: ExportedProgram, keep: Collection[str]) -> set[str]:
         if node.op == "call_function" and _is_copy(node) and node.all_input_nodes[:1]:
             found |= {node.name} if node.all_input_nodes[0].name in found else set()
     return found
+
+
+def in_fp32(nodes: Iterable[fx.Node]) -> set[str]:
+    """Names of the operations whose results a cast graph has in fp32; a constant is none."""
+    made = (node for node in nodes if node.op == "call_function" and node.all_input_nodes and _is_op(node))
+    return {node.name for node in made if any(t.dtype == torch.float32 for t in _floats(node.meta["val"]))}
 
 
 def _weights(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
@@ -178,3 +186,11 @@ def _half_number(value: float) -> float:
     if 0 < abs(value) < HALF_LEAST:
         return HALF_LEAST if value > 0 else -HALF_LEAST
     return torch.tensor(value).half().item()
+
+
+def _half_integer(node: fx.Node, place: int, value: Any) -> Any:
+    """An integer that is an operand, not an axis or a size."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or type(value) is not int or str(schema.arguments[place].type) not in ("number", "Tensor"):
+        return value
+    return torch.tensor(float(value)).half().item()
