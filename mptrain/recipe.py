@@ -278,7 +278,8 @@ class TableTraining(Strict):
 
     refresh: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="optimizer steps between new assignments of weights to entries; 0: the assignments stay; 1 kept most of an OPT at 2 and 3 bits",
+        description="optimizer steps between new assignments of weights to entries; 0: the assignments stay;"
+        " 1 kept most of an OPT at 2 and 3 bits",
     )
     lr: Annotated[float, Field(gt=0)] | None = Field(None, description="of the table entries; default: the stage's lr")
 
