@@ -29,7 +29,7 @@ from mptrain.inputs import packaged
 from mptrain.inputs.data import load_data
 from mptrain.inputs.model import HEADS, load_processor
 from mptrain.plan import phases, variants
-from mptrain.recipe import CoreMl, OpenVino, Recipe, Stage, WeightOnly
+from mptrain.recipe import CoreMl, OpenVino, Recipe, Stage, WeightOnly, cache_of
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
 EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
@@ -125,13 +125,13 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
 def _caches(recipe: Recipe, structure: Structure) -> list[str]:
     lines = []
     for export in recipe.export:
-        if isinstance(export, OpenVino) or export.cache is None:
+        if (tokens := cache_of(export)) is None:
             continue
         kind, size = ("float16", 2) if isinstance(export, CoreMl) else ("float32", 4)
         values = sum(2 * block.kv_heads * block.head_dim for block in structure.attention)
         lines.append(
-            f"{export.id}: keeps a key-value cache of {export.cache:,} tokens, {kind} states of"
-            f" {values * export.cache * size / 1e6:.3g} MB before any pruning"
+            f"{export.id}: keeps a key-value cache of {tokens:,} tokens, {kind} states of"
+            f" {values * tokens * size / 1e6:.3g} MB before any pruning"
         )
     return lines
 

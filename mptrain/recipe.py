@@ -530,6 +530,11 @@ class CoreAi(Strict):
 Export = Annotated[OpenVino | CoreMl | CoreAi, Field(discriminator="format")]
 
 
+def cache_of(export: Export) -> int | None:
+    """Tokens of the key-value cache that an export keeps; None without one."""
+    return None if isinstance(export, OpenVino) else export.cache
+
+
 class Latency(Strict):
     batch: list[Annotated[int, Field(gt=0)]] = [1, 8]
     length: list[Annotated[int, Field(gt=0)]] = Field([32, 128], description="tokens; ignored for images")
@@ -632,8 +637,8 @@ class Recipe(Strict):
             for stage_id in export.of:
                 if stage_id not in seen:
                     raise ValueError(f"export.{export.id}.of: {stage_id!r} is not a stage; stages are {seen}")
-            if not isinstance(export, OpenVino) and export.cache is not None:
-                self._check_cache(f"export.{export.id}.cache", export.cache)
+            if (tokens := cache_of(export)) is not None:
+                self._check_cache(f"export.{export.id}.cache", tokens)
         return self
 
     def _check_cache(self, where: str, tokens: int) -> None:

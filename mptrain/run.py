@@ -21,7 +21,7 @@ from mptrain.inputs.data import TaskData, load_data
 from mptrain.inputs.model import load_processor, read_config
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
 from mptrain.plan import phases
-from mptrain.recipe import CoreMl, Export, OpenVino, Recipe
+from mptrain.recipe import CoreMl, Export, Recipe, cache_of
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, locked, read_json, write_json
@@ -75,7 +75,8 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path]) -> dict[str, Any]:
     for export in recipe.export:
         import_module(format_of(export).package)  # an extra that is missing is an error now, not after training
-    check_exports(recipe, read_config(recipe.model, allow_code))
+    if any(map(cache_of, recipe.export)):
+        check_exports(recipe, read_config(recipe.model, allow_code))
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:
@@ -138,10 +139,8 @@ def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[Mul
 
 def _longest(export: Export) -> tuple[str, int] | None:
     """The field that bounds the texts which an export reads, and how many tokens it allows."""
-    if isinstance(export, OpenVino):
-        return None
-    if export.cache is not None:
-        return "cache", export.cache
+    if (tokens := cache_of(export)) is not None:
+        return "cache", tokens
     return ("shapes.length", max(export.shapes.length)) if isinstance(export, CoreMl) else None
 
 

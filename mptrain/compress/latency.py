@@ -15,6 +15,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,15 @@ def measure_latency(
     structure must not differ between ranks.
     """
     threads = threads or torch.get_num_threads()
+    compiled = find_spec("openvino") is not None
+    if not compiled:
+        log.warning("prune.keep.latency: without OpenVINO blocks are timed in torch; pip install 'mptrain[openvino]'")
     wanted = {(kind(b), n): (b, n) for _, b in structure.blocks() for n in _points(b.units)}
     runs: dict[tuple[str, int], Callable[[], Any]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for key, (block, units) in tqdm(wanted.items(), "compiling blocks to time", disable=None, leave=False):
-            runs[key] = _runner(block, units, extent(length, block), batch, threads)
+            runs[key] = _runner(block, units, extent(length, block), batch, threads if compiled else None)
     times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
     for attempt in tqdm(range(rounds + 1), "timing blocks", disable=None, leave=False):
         for key, run in runs.items():
@@ -64,14 +68,14 @@ def _points(units: int, most: int = 9) -> list[int]:
     return sorted({max(1, round(x)) for x in np.linspace(1, units, most)})
 
 
-def _runner(block: Block, units: int, e: Extent, batch: int, threads: int) -> Callable[[], Any]:
+def _runner(block: Block, units: int, e: Extent, batch: int, threads: int | None) -> Callable[[], Any]:
+    """threads: of OpenVINO; None runs the blocks in torch."""
     stack = nn.Sequential(*(_Residual(block, units) for _ in range(STACK))).eval()
     x = torch.randn(batch * e.tokens // e.keys, e.keys, block.hidden)
-    try:
-        import openvino as ov
-    except ModuleNotFoundError:
-        log.warning("prune.keep.latency: without OpenVINO blocks are timed in torch; pip install 'mptrain[openvino]'")
+    if threads is None:
         return lambda: stack(x)
+    import openvino as ov
+
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     compiled = ov.Core().compile_model(ov.convert_model(stack, example_input=x), "CPU", options)
     request, array = compiled.create_infer_request(), x.numpy()

@@ -21,7 +21,8 @@ from transformers.cache_utils import StaticLayer
 
 from mptrain.errors import UserError
 from mptrain.export.traceable import without_cache
-from mptrain.recipe import OpenVino, Recipe
+from mptrain.recipe import Recipe, cache_of
+from mptrain.verify.texts import unmasked
 
 CHECKED = 8  # tokens on which a cached model is compared with the model itself
 
@@ -112,15 +113,13 @@ def check_length(field: str, tokens: int, config: PreTrainedConfig) -> None:
 def check_exports(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Raises UserError for a `cache` that the recipe's model is too short for, before anything is trained."""
     for export in recipe.export:
-        if not isinstance(export, OpenVino) and export.cache is not None:
-            check_length(f"export.{export.id}.cache:", export.cache, config)
+        if (tokens := cache_of(export)) is not None:
+            check_length(f"export.{export.id}.cache:", tokens, config)
 
 
 def texts(batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The tokens [1, n] of each row that the attention mask does not leave out."""
-    ids = torch.as_tensor(batch["input_ids"])
-    mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
-    return [row[kept][None] for row, kept in zip(ids, mask)]
+    return [row[kept][None] for row, kept in zip(*unmasked(batch))]
 
 
 def padded_right(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from mptrain.export.decoder import check_length, padded_right
 from mptrain.export.formats import Source, format_of
 from mptrain.inputs.samples import Loaded, load_with_inputs
 from mptrain.inputs.task import Batch
-from mptrain.recipe import Export, Gates, OpenVino, Ptq, Stage, Task
+from mptrain.recipe import Export, Gates, Ptq, Stage, Task, cache_of
 from mptrain.report import gates
 from mptrain.verify import parity
 
@@ -58,7 +58,7 @@ def export_model(
     except ValidationError as error:
         said = "; ".join(_said(e["loc"], e["msg"]) for e in error.errors())
         raise UserError(f"export {format} {precision}: {said}") from None
-    cache = None if isinstance(spec, OpenVino) else spec.cache
+    cache = cache_of(spec)
     found = load_with_inputs(path, task, attn, data, samples, min(length, cache or length), allow_code)
     kind = format_of(spec)
     quantize = Ptq(mode="ptq") if is_quantized(found.model) else None

@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -80,7 +80,7 @@ def latency(
     deadline = time.monotonic() + budget_s
     with tqdm(total=left * cfg.runs, desc="latency", unit="round", disable=not progress, leave=False) as bar:
         for threads in cfg.threads:
-            count = usable_cpus() if threads == "all" else threads
+            count = thread_count(threads)
             forwards = {variant: runner(variant, count) for variant in ids}
             for batch, length in shapes:
                 inputs = {name: np.asarray(value) for name, value in example(batch, length).items()}
@@ -128,6 +128,11 @@ def _timed(forward: Forward, inputs: dict[str, np.ndarray]) -> float:
     start = time.perf_counter()
     forward(inputs)
     return time.perf_counter() - start
+
+
+def thread_count(threads: int | Literal["all"]) -> int:
+    """Of an entry of evaluate.latency.threads."""
+    return usable_cpus() if threads == "all" else threads
 
 
 def usable_cpus() -> int:

@@ -202,11 +202,10 @@ def _latency_table(context: Context, phase: Phase, structure: Structure, extents
     path = context.folder / phase.folder / "latency.json"
     if context.peers.is_main_process and not path.is_file():
         from mptrain.compress.latency import measure_latency
-        from mptrain.report.measure import usable_cpus
+        from mptrain.report.measure import thread_count
 
-        threads = context.recipe.evaluate.latency.threads[0]
-        count = usable_cpus() if threads == "all" else threads
-        write_json(path, measure_latency(structure, extents, threads=count))
+        threads = thread_count(context.recipe.evaluate.latency.threads[0])
+        write_json(path, measure_latency(structure, extents, threads=threads))
     context.peers.wait_for_everyone()
     return read_json(path)
 

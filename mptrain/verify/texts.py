@@ -24,6 +24,12 @@ class Stateful(Protocol):
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]: ...
 
 
+def unmasked(batch: Mapping[str, Tensor | np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(input_ids, where they count), both [batch, length]; all of them without an attention_mask."""
+    ids = torch.as_tensor(batch["input_ids"])
+    return ids, torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
+
+
 class Texts:
     """runner: takes input_ids [1, 1..tokens] and position [1], gives logits [1, n, vocabulary], holds the cache.
 
@@ -37,8 +43,7 @@ class Texts:
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """input_ids [batch, length], attention_mask to {"logits"}, zero where the mask leaves a token out."""
-        ids = torch.as_tensor(batch["input_ids"])
-        mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
+        ids, mask = unmasked(batch)
         longest = int(mask.sum(1).max())
         if longest > self.max_length:
             raise UserError(
