@@ -147,6 +147,11 @@ def test_slow_variants_leave_the_baseline_recommended():
     assert advice["id"] == "baseline_fp32" and advice["reason"].startswith("No compressed variant")
 
 
+def test_where_only_the_baseline_was_timed_nothing_is_recommended():
+    variants = [v if i == 0 else replace(v, latency_ms={}) for i, v in enumerate(sample.variants())]
+    assert sample.report(variants=variants)["recommendation"] is None
+
+
 def test_main_setting():
     assert main_setting(["b8_s128_t1", "b1_s32_t1", "b1_s128_tall", "b1_s128_t1"]) == "b1_s128_t1"
     assert main_setting(["b2_t4", "b1_tall", "b1_t2"]) == "b1_t2"

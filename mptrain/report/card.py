@@ -79,7 +79,7 @@ def _summary(report: Row) -> str:
     did = "; ".join(
         f"stage {stage['id']}: {', '.join(tables.methods(stage)) or 'fine-tuning'}" for stage in recipe["stages"]
     )
-    text = f"{recipe['description']} " if recipe["description"] else ""
+    text = f"{recipe['description'].rstrip('. ')}. " if recipe["description"] else ""
     text += f"Made from {_short(recipe['model']['path'])} for {report['task'].replace('-', ' ')} ({did})."
     return escape(text)
 

@@ -29,7 +29,7 @@ def page(report: Row) -> str:
     recipe = report["recipe"]
     return template.render(
         report=report,
-        description=recipe["description"],
+        description=recipe["description"].rstrip(". "),
         task=report["task"].replace("-", " ").capitalize(),
         model=recipe["model"]["path"],
         created=report["created"][:10],

@@ -28,7 +28,7 @@ def recommend(
     max_drop: float | None,
     setting: str | None,
 ) -> Row | None:
-    """{id, setting, by_setting, smallest, reason, warnings}, or None when nothing was timed.
+    """{id, setting, by_setting, smallest, reason, warnings}, or None when nothing was timed besides the baseline.
 
     Args:
         max_drop: the accuracy limit; without one, a variant counts unless it is worse than the
@@ -36,7 +36,7 @@ def recommend(
         setting: the one that decides `id`; default: the smallest batch, longest input and
             fewest threads measured.
     """
-    if not baseline["latency_ms"]:
+    if not baseline["latency_ms"] or not any(v["latency_ms"] for v in variants if v["id"] != baseline["id"]):
         return None
     inside = {c["id"] for c in comparisons if within(c, max_drop) and (max_drop is not None or c["verdict"] != "worse")}
     candidates = [v for v in variants if v["id"] == baseline["id"] or v["id"] in inside]

@@ -213,8 +213,7 @@ def runtime(report: Row) -> Table | None:
                 Cell(stored or words.NONE),
                 Cell(str(facts.get("inference_precision", words.NONE))),
                 Cell(words.NONE if fused is None else f"{fused} of {layers}" if layers else f"{fused}"),
-                Cell(f"{len(facts.get('int8_layers', []))}"),
-                Cell(f"{len(facts.get('fp32_layers', []))}"),
+                *(Cell(f"{len(facts[key])}" if key in facts else words.NONE) for key in ("int8_layers", "fp32_layers")),
                 Cell(words.small(parity.get("max_abs_diff"))),
                 Cell(words.NONE if agreement is None else f"{100 * agreement:.1f}%"),
             ]

@@ -59,6 +59,8 @@ def megabytes(size: float | None) -> str:
     """Decimal megabytes, as file managers and download pages count."""
     if size is None:
         return NONE
+    if size < 1e3:
+        return f"{size:.0f} bytes"
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
