@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import report_sample as sample
 
-from mptrain.report import claims, tables, words
+from mptrain.report import claims, model_tables, words
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def test_slower_is_not_called_faster():
 
 def test_layer_names_are_folded():
     names = [*sample.linears(3), "bert.pooler.dense", "classifier"]
-    assert tables.fold(names)[0] == "bert.encoder.layer.{0-2}.attention.self.query"
-    assert tables.fold(["a.0.b", "a.2.b", "a.3.b", "a.7.c"]) == ["a.{0,2-3}.b", "a.7.c"]
-    assert tables.fold(names)[-2:] == ["bert.pooler.dense", "classifier"]
+    assert model_tables.fold(names)[0] == "bert.encoder.layer.{0-2}.attention.self.query"
+    assert model_tables.fold(["a.0.b", "a.2.b", "a.3.b", "a.7.c"]) == ["a.{0,2-3}.b", "a.7.c"]
+    assert model_tables.fold(names)[-2:] == ["bert.pooler.dense", "classifier"]
 
 
 @pytest.mark.parametrize(

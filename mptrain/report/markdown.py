@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mptrain.report import choices, claims, tables
+from mptrain.report import choices, claims, model_tables, tables
 from mptrain.report.tables import Cell, Table
 
 Row = dict[str, Any]
@@ -51,14 +51,14 @@ def markdown(report: Row) -> str:
         choices.table(report),
         tables.latency(report),
         tables.gates(report),
-        tables.structure(report),
-        tables.compressed(report),
+        model_tables.structure(report),
+        model_tables.compressed(report),
         tables.training(report),
-        tables.runtime(report),
-        tables.half(report),
+        model_tables.runtime(report),
+        model_tables.half(report),
     )
     parts += [section(table) for table in every if table]
-    lists = tables.layer_lists(report)
+    lists = model_tables.layer_lists(report)
     if lists:
         lines = [f"- {escape(title)}: {escape(', '.join(names))}" for title, names in lists]
         parts.append("### Layers by precision\n\n" + "\n".join(lines))

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from mptrain.report import choices, claims, tables
+from mptrain.report import choices, claims, model_tables, tables
 
 Row = dict[str, Any]
 
@@ -43,16 +43,16 @@ def page(report: Row) -> str:
             "choices": choices.table(report),
             "latency": tables.latency(report),
             "gates": tables.gates(report),
-            "structure": tables.structure(report),
-            "compressed": tables.compressed(report),
+            "structure": model_tables.structure(report),
+            "compressed": model_tables.compressed(report),
             "training": tables.training(report),
-            "runtime": tables.runtime(report),
-            "half": tables.half(report),
+            "runtime": model_tables.runtime(report),
+            "half": model_tables.half(report),
             "data": tables.data(report),
             "time": tables.time(report),
             "environment": tables.environment(report),
         },
-        layer_lists=tables.layer_lists(report),
+        layer_lists=model_tables.layer_lists(report),
         plots=_plots(report),
         no_plots=NO_PLOTS,
         recipe=yaml.safe_dump(_given(recipe), sort_keys=False, allow_unicode=True, width=100),

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mptrain.report import claims, words
-from mptrain.report.tables import count
+from mptrain.report.model_tables import count
 
 Row = dict[str, Any]
 POINTS = 300  # of a line; longer histories are thinned

@@ -1,0 +1,183 @@
+"""The recipe: one strict YAML file that describes a whole run.
+
+The schema below is the documentation of the format; `mptrain schema` prints it as JSON
+schema. Parsing the file (line numbers, duplicate keys, `--set`) is in `recipe_file.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.exports import CoreAi, CoreMl, CoreMlShapes, CoreMlTarget, Export, OpenVino, Precision, cache_of
+from mptrain.recipe.inputs import Calibration, Data, Model, Split, Task, Train
+from mptrain.recipe.precision import LossScaling, MixedPrecision, ShortPrecision
+from mptrain.recipe.pruning import Fisher, Keep, Magnitude, Movement, Schedule
+from mptrain.recipe.stage import Distill, Stage
+from mptrain.recipe.weights import Palettize, Ptq, Qat, TableTraining, WeightOnly
+
+__all__ = [
+    "Calibration",
+    "CoreAi",
+    "CoreMl",
+    "CoreMlShapes",
+    "CoreMlTarget",
+    "Data",
+    "Distill",
+    "Evaluate",
+    "Export",
+    "Fisher",
+    "Gates",
+    "Keep",
+    "Latency",
+    "LossScaling",
+    "Magnitude",
+    "MixedPrecision",
+    "Model",
+    "Movement",
+    "OpenVino",
+    "Output",
+    "Palettize",
+    "Planning",
+    "Precision",
+    "Ptq",
+    "Qat",
+    "Recipe",
+    "Schedule",
+    "ShortPrecision",
+    "Split",
+    "Stage",
+    "TableTraining",
+    "Task",
+    "Train",
+    "WeightOnly",
+    "cache_of",
+]
+
+
+class Latency(Strict):
+    batch: list[Annotated[int, Field(gt=0)]] = [1, 8]
+    length: list[Annotated[int, Field(gt=0)]] = Field([32, 128], description="tokens; ignored for images")
+    threads: list[Annotated[int, Field(gt=0)] | Literal["all"]] = [1, "all"]
+    runs: Annotated[int, Field(gt=0)] = Field(15, description="alternating rounds over the variants")
+
+
+class Evaluate(Strict):
+    latency: Latency = Latency()
+    floor: bool = Field(True, description="text classification: also score TF-IDF + logistic regression")
+    multiple_choice: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="causal LM: paths of multiple_choice task files of lm-eval, scored on every exported variant"
+    )
+
+
+class Gates(Strict):
+    """Checked at the end; a missed gate is exit status 3. Fractions, not percent."""
+
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+    min_size_ratio: Annotated[float, Field(gt=0)] | None = None
+    min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
+    parity: Annotated[float, Field(gt=0)] | None = Field(
+        1e-4, description="|fp32 export - torch|, largest logit difference; not of those with a float16 cache"
+    )
+    agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9,
+        description="share of decisions (argmax) that every other export has in common with its torch model",
+    )
+    fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = "all"
+
+
+class Planning(Strict):
+    """What `--dry-run` assumes while the model or the data is not on this machine."""
+
+    model_type: str = Field("bert", description="the default configuration of this transformers model type")
+    config: dict[str, int] = Field({}, description="what differs from that default, e.g. {hidden_size: 384}")
+    train_rows: Annotated[int, Field(gt=0)] = 10_000
+
+
+class Output(Strict):
+    dir: str
+    resume: Literal["auto", "never"] = "auto"
+
+
+class Recipe(Strict):
+    version: Literal["mptrain/v1"] = Field(alias="schema")
+    name: Name
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    model: Model
+    data: Data
+    precision: Annotated[
+        MixedPrecision, BeforeValidator(lambda v: v, json_schema_input_type=ShortPrecision | MixedPrecision)
+    ] = Field(MixedPrecision(compute="fp32"), description="default: plain fp32 training")
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    export: Annotated[list[Export], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    gates: Gates = Gates()
+    planning: Planning = Planning()
+    output: Output
+
+    @model_validator(mode="after")
+    def _references(self):
+        if self.evaluate.multiple_choice and self.model.task != "causal-lm":
+            raise ValueError(f"evaluate.multiple_choice: is for task causal-lm, not for {self.model.task}; drop it")
+        seen: list[str] = []
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{stage.id}"
+            if stage.id in seen:
+                raise ValueError(f"{where}: the id {stage.id!r} is used twice")
+            if stage.id in ("model", "self", "baseline", "pruned"):
+                raise ValueError(f"{where}: the id {stage.id!r} is reserved; choose another")
+            if stage.start is not None and stage.start not in ["model", *seen]:
+                raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
+            start = self.start_of(stage)
+            before = self.stage(start) if start != "model" else stage
+            palettized = before is not stage and before.palettize and not stage.palettize
+            if palettized or (before is not stage and isinstance(before.quantize, WeightOnly)):
+                raise ValueError(
+                    f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
+                    " start from the stage before it"
+                )
+            if stage.teacher == "self" and index == 0 and stage.start is None:
+                raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
+            if self.precision.master == "split" and stage.prune and stage.prune.schedule.end > 0:
+                raise ValueError(
+                    f"{where}.prune.schedule: masks act on the compute weights, and with precision.master split those"
+                    " are half of the master: use precision.master fp32, or prune at once (end: 0)"
+                )
+            if self.precision.master == "split" and stage.palettize and stage.palettize.finetune:
+                raise ValueError(
+                    f"{where}.palettize.finetune: table entries stand in the compute weights, and with precision.master"
+                    " split those are half of the master: use precision.master fp32"
+                )
+            seen.append(stage.id)
+        ids = [e.id for e in self.export]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"export: ids must differ, got {ids}")
+        for export in self.export:
+            for stage_id in export.of:
+                if stage_id not in seen:
+                    raise ValueError(f"export.{export.id}.of: {stage_id!r} is not a stage; stages are {seen}")
+            if (tokens := cache_of(export)) is not None:
+                self._check_cache(f"export.{export.id}.cache", tokens)
+        return self
+
+    def _check_cache(self, where: str, tokens: int) -> None:
+        if self.model.task != "causal-lm":
+            raise ValueError(f"{where}: is for task causal-lm, not for {self.model.task}; drop it")
+        if tokens < self.data.max_length:
+            raise ValueError(
+                f"{where}: {tokens} tokens are fewer than data.max_length, {self.data.max_length}, by which the"
+                " export is scored: raise it"
+            )
+
+    def stage(self, stage_id: str) -> Stage:
+        return next(s for s in self.stages if s.id == stage_id)
+
+    def start_of(self, stage: Stage) -> str:
+        """The id of the stage that `stage` starts from, or "model"."""
+        if stage.start is not None:
+            return stage.start
+        index = self.stages.index(stage)
+        return self.stages[index - 1].id if index else "model"

@@ -1,0 +1,83 @@
+"""Mixed precision of every stage that trains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+
+from mptrain.recipe.base import Strict
+
+
+class LossScaling(Strict):
+    """`dynamic`, a number (a static scale), or these fields.
+
+    Times `growth` after `interval` good steps in a row, times `backoff` at an overflow; the step is skipped.
+    """
+
+    init: Annotated[float, Field(gt=0)] = 65536.0
+    growth: Annotated[float, Field(gt=1)] = 2.0
+    backoff: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    interval: Annotated[int, Field(gt=0)] | None = Field(2000, description="null: static")
+    floor: Annotated[float, Field(gt=0)] = 1.0
+    ceiling: Annotated[float, Field(gt=0)] = 16777216.0
+    hysteresis: Annotated[int, Field(gt=0)] = Field(1, description="overflows before it backs off")
+    patience: Annotated[int, Field(gt=0)] = Field(
+        10, description="overflows in a row at the floor that end the run, with a diagnosis"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if not self.floor <= self.init <= self.ceiling:
+            raise ValueError(f"init ({self.init:g}) must be from floor ({self.floor:g}) to ceiling ({self.ceiling:g})")
+        return self
+
+
+def _loss_scale(value: Any) -> Any:
+    if value == "dynamic":
+        return {}
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+        return {"init": value, "floor": value, "ceiling": value, "interval": None}
+    if isinstance(value, (dict, LossScaling)):
+        return value
+    raise ValueError(f"must be 'dynamic', a positive number or a mapping, got {value!r}")
+
+
+ShortPrecision = Literal["fp32", "bf16-master", "fp16-master", "bf16-split"]
+
+
+class MixedPrecision(Strict):
+    """A short name (fp32, bf16-master, fp16-master, bf16-split), or these fields; for every stage that trains."""
+
+    compute: Literal["fp32", "bf16", "fp16"] = Field(description="dtype of forward, backward and the weights they see")
+    master: Literal["fp32", "split"] = Field(
+        "fp32", description="split: the bf16 weight is the high half of its master, 2 bytes a parameter less"
+    )
+    keep_fp32: list[str] = Field(
+        [], description="parameters whose modules compute in fp32: substrings, 're:REGEX', or 'norms'"
+    )
+    loss_scale: (
+        Annotated[
+            LossScaling,
+            BeforeValidator(_loss_scale, json_schema_input_type=Literal["dynamic"] | PositiveFloat | LossScaling),
+        ]
+        | None
+    ) = Field(None, description="default: dynamic for fp16, 1 for bf16")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in get_args(ShortPrecision):
+            raise ValueError(f"must be a mapping or one of {', '.join(get_args(ShortPrecision))}, got {value!r}")
+        compute, _, kind = value.partition("-")
+        return {"compute": compute, "master": "split" if kind == "split" else "fp32"}
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.master == "split" and self.compute != "bf16":
+            raise ValueError(f"master split needs compute bf16, got {self.compute}")
+        if self.compute == "fp32" and (self.keep_fp32 or self.loss_scale is not None):
+            raise ValueError("keep_fp32 and loss_scale need compute bf16 or fp16; with fp32 drop them")
+        return self

@@ -1,0 +1,95 @@
+"""Structured pruning: `prune` of a stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mptrain.recipe.base import Fraction, Strict
+
+
+class Schedule(Strict):
+    """When masks begin and when they are final. end 0 means: prune at once, before training."""
+
+    start: Annotated[float, Field(ge=0)] = 0
+    end: Annotated[float, Field(ge=0)]
+    unit: Literal["epoch", "step"] = "epoch"
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.start > self.end:
+            raise ValueError(f"start ({self.start:g}) must not be after end ({self.end:g})")
+        return self
+
+
+class Keep(Strict):
+    """Fraction kept. Give exactly one budget, or `heads` and `ffn` together."""
+
+    encoder_params: Fraction | None = Field(None, description="of the parameters of all attention and FFN layers")
+    macs: Fraction | None = Field(None, description="of the multiply-adds of one forward pass at `data.max_length`")
+    latency: Fraction | None = Field(
+        None,
+        description="of the layers' latency, measured on this host at batch 1, `data.max_length` and the first of"
+        " `evaluate.latency.threads`",
+    )
+    heads: Fraction | None = None
+    ffn: Fraction | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        budgets = [n for n in ("encoder_params", "macs", "latency") if getattr(self, n) is not None]
+        pair = self.heads is not None or self.ffn is not None
+        if len(budgets) + pair != 1 or (pair and (self.heads is None or self.ffn is None)):
+            raise ValueError("give exactly one of encoder_params, macs, latency, or heads and ffn together")
+        return self
+
+
+class _Prune(Strict):
+    schedule: Schedule = Schedule(end=0)
+    min_heads: Annotated[int, Field(ge=1)] = Field(1, description="kept in every layer")
+    min_ffn: Annotated[int, Field(ge=1)] = Field(8, description="channels kept in every layer")
+    round_ffn: Annotated[int, Field(ge=1)] = Field(8, description="FFN widths are multiples of this")
+    ignore: list[str] = Field(
+        [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
+    )
+
+
+class Movement(_Prune):
+    """Movement sparsity (Sanh et al. 2020) as NNCF 2.x defined it, or driven by a target."""
+
+    method: Literal["movement"]
+    keep: Keep | None = Field(None, description="target; a cubic top-k schedule reaches it")
+    regularization: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the NNCF 2.x way: importance regularization factor; the sparsity follows from it"
+    )
+    score: Literal["block", "shared"] = Field("block", description="shared: one score per head and per FFN channel")
+    attention_block: tuple[int, int] = (32, 32)
+    score_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="default: the stage's lr")
+    threshold: float | None = Field(None, description="tau_0; default: automatic from the scores at warm-up start")
+
+    @model_validator(mode="after")
+    def _target(self):
+        if (self.keep is None) == (self.regularization is None):
+            raise ValueError("give exactly one of keep (a target) and regularization (the NNCF 2.x way)")
+        if self.schedule.end == 0:
+            raise ValueError("movement needs a warm-up: give schedule.end")
+        return self
+
+
+class Fisher(_Prune):
+    """Fisher mask search (Kwon et al. 2022), at once or gradually during the warm-up."""
+
+    method: Literal["fisher"]
+    keep: Keep
+    rescale: bool = Field(False, description="least-squares refit of the kept columns at the boundary")
+
+
+class Magnitude(_Prune):
+    """Baseline: L2 norm of the weights of a head or channel."""
+
+    method: Literal["magnitude"]
+    keep: Keep
+
+
+Prune = Annotated[Movement | Fisher | Magnitude, Field(discriminator="method")]

@@ -1,0 +1,137 @@
+"""Fewer bits to a weight: `quantize` and `palettize` of a stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mptrain.recipe.base import Strict
+
+
+class Qat(Strict):
+    """Quantization-aware training through nncf.quantize on the torch model."""
+
+    mode: Literal["qat"]
+    weights: Literal["symmetric", "asymmetric"] = "symmetric"
+    activations: Literal["symmetric", "asymmetric"] = "symmetric"
+    embeddings: Literal["fp32", "int8"] = Field("int8", description="int4 embeddings: export precision int8_emb4")
+    ignore: list[str] = Field(
+        [], description="modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
+    )
+    bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
+    smooth_quant: bool = False
+    start: Literal["joint", "after_prune"] = Field(
+        "joint", description="joint: fake quantizers act during the pruning warm-up; after_prune: from the boundary on"
+    )
+    carry: Literal["slice", "recalibrate"] = Field(
+        "slice", description="at the boundary, slice the learned ranges per channel or calibrate anew"
+    )
+
+
+class Ptq(Strict):
+    """Post-training quantization through nncf.quantize, with calibration data."""
+
+    mode: Literal["ptq"]
+    preset: Literal["performance", "mixed"] = Field(
+        "mixed", description="performance: symmetric; mixed: symmetric weights, asymmetric activations"
+    )
+    embeddings: Literal["fp32", "int8"] = "int8"
+    ignore: list[str] = []
+    bits: dict[str, Literal[4, 8]] = {}
+    smooth_quant: bool = True
+    fast_bias_correction: bool = True
+
+
+Method = Literal["rtn", "scale", "gptq"]
+Granularity = Literal["tensor", "channel", "block"]
+
+
+class WeightOverride(Strict):
+    """What is different for the modules that a pattern matches."""
+
+    method: Method | None = None
+    bits: Literal[4, 8] | None = None
+    granularity: Granularity | None = None
+    block_size: Annotated[int, Field(gt=0)] | None = None
+    symmetric: bool | None = None
+
+
+class WeightOnly(Strict):
+    """int4 or int8 weights, float activations; no training. Exports store these very integers."""
+
+    mode: Literal["weight_only"]
+    method: Method = Field(
+        "gptq",
+        description="rtn: round to nearest; scale: search of the scales, weighted by calibration inputs;"
+        " gptq: error-compensated rounding with calibration data",
+    )
+    bits: Literal[4, 8] = 4
+    size_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="stored bits per compressed weight, scales included: 4 or 8 bits to each by its sensitivity"
+    )
+    granularity: Granularity = Field("block", description="what shares a scale: a weight, a row, a block of a row")
+    block_size: Annotated[int, Field(gt=0)] = Field(32, description="columns to a block; must divide every weight")
+    symmetric: bool = True
+    embeddings: Literal["fp32", "int8", "same"] = Field("int8", description="int8: a scale per row; same: as the rest")
+    lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
+    overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
+    ignore: list[str] = Field([], description="modules kept in fp32: substrings, or regular expressions after 're:'")
+
+
+Quantize = Annotated[Qat | Ptq | WeightOnly, Field(discriminator="mode")]
+
+
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+class TableOverride(Strict):
+    """What differs for the modules of a pattern."""
+
+    bits: Bits | None = None
+    granularity: Literal["tensor", "channel_group"] | None = None
+    group_size: Annotated[int, Field(gt=0)] | None = None
+    cluster_dim: Annotated[int, Field(gt=0)] | None = None
+    per_channel_scale: bool | None = None
+
+
+class TableTraining(Strict):
+    """The table entries train with the stage (and all that is not palettized); the last step is kept."""
+
+    refresh: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="optimizer steps between new assignments of weights to entries; 0: the assignments stay;"
+        " 1 kept most of an OPT at 2 and 3 bits",
+    )
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="of the table entries; default: the stage's lr")
+
+
+class Palettize(Strict):
+    """Weights as indices into tables of 2^bits entries (k-means)."""
+
+    method: Literal["kmeans", "skm"] = Field(
+        description="kmeans: needs no data; skm: weights count by their squared gradients on calibration data"
+    )
+    bits: Bits = 4
+    size_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="stored bits per palettized weight, tables and scales included: 1, 2, 3, 4, 6 or 8 bits to each by"
+        " its sensitivity on calibration data, except where overrides, embeddings or lm_head give a number",
+    )
+    granularity: Literal["tensor", "channel_group"] = Field(
+        "channel_group", description="one table for a weight, or one for every group of output channels"
+    )
+    group_size: Annotated[int, Field(gt=0)] = Field(
+        16, description="channels of a group; where it does not divide the channels, the next smaller that does"
+    )
+    cluster_dim: Annotated[int, Field(gt=0)] = Field(
+        1, description="neighbouring weights that share an index; a weight takes bits / cluster_dim bits"
+    )
+    per_channel_scale: bool = Field(False, description="a scale for every output channel, besides the tables")
+    embeddings: bool | Bits = Field(True, description="also embeddings; a number gives their bits")
+    lm_head: bool | Bits = Field(True, description="also the output layer of a language model, unless tied")
+    ignore: list[str] = Field(
+        [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
+    )
+    overrides: dict[str, TableOverride] = Field({}, description="by module pattern; a later one wins")
+    finetune: TableTraining | None = Field(None, description="train the tables; needs `train`")
