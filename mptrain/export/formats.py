@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 from mptrain.compress import quantizers
 from mptrain.recipe import CoreAi, CoreMl, Export, OpenVino, Stage
+
+if TYPE_CHECKING:
+    from mptrain.export.coreml import Exported
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +86,9 @@ class Format(Protocol):
 def format_of(spec: Export) -> Format:
     if isinstance(spec, OpenVino):
         return OpenVinoFormat()
-    return CoreAiFormat(spec) if isinstance(spec, CoreAi) else CoreMlFormat(spec)
+    if isinstance(spec, CoreAi):
+        return CoreAiFormat(spec) if spec.cache is None else CachedCoreAiFormat(spec, spec.cache)
+    return CoreMlFormat(spec) if spec.cache is None else CachedCoreMlFormat(spec, spec.cache)
 
 
 def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
@@ -166,8 +171,6 @@ class CoreMlFormat:
         calibration: Callable[[], list[dict[str, Tensor]]],
         processor: Any,
     ) -> Written:
-        from mptrain.export.coreml import export_coreml
-
         how: dict[str, Any] = {
             "precision": precision,
             "target": self.spec.minimum_deployment_target,
@@ -175,34 +178,55 @@ class CoreMlFormat:
             "calibration": calibration() if precision == "fp16" else (),
             "processor": processor,
         }
-        found: dict[str, Any] = {}
-        if self.spec.cache is None:
-            done = export_coreml(model, example, folder, shapes=self.spec.shapes, route=self.spec.route, **how)
-        else:
-            from mptrain.export.coreml_decoder import export_decoder
-
-            done = export_decoder(model, folder, max_length=self.spec.cache, **how)
-            found = {"cache": self.spec.cache, "cache_precision": "fp16"}
-        found["stored_as_floats"] = done.floats
+        done = self._export(model, example, folder, **how)
+        found: dict[str, Any] = {"stored_as_floats": done.floats}
         if stage.quantize is not None:
             found["dropped"] = ACTIVATIONS
         return Written(done.package, done.size_bytes, found if done.half is None else found | {"half": done.half})
+
+    def _export(self, model: PreTrainedModel, example: Mapping[str, Tensor], folder: Path, **how: Any) -> Exported:
+        from mptrain.export.coreml import export_coreml
+
+        return export_coreml(model, example, folder, shapes=self.spec.shapes, route=self.spec.route, **how)
 
     def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
         from mptrain.verify.mil import Interpreter
         from mptrain.verify.mil_runner import Padded
 
-        if self.spec.cache is not None:
-            from mptrain.verify.texts import Texts
-
-            return Texts(Interpreter(path), tokens=self.spec.cache, max_length=self.spec.cache)
         return Padded(Interpreter(path))
 
     def facts(self, runner: Any) -> dict[str, Any]:
         from mptrain.verify.mil_facts import facts
 
-        interpreter = runner.interpreter if self.spec.cache is None else runner.runner
-        return facts(interpreter.program)
+        return facts(runner.interpreter.program)
+
+
+class CachedCoreMlFormat(CoreMlFormat):
+    """With a key-value cache of `cache` tokens; texts go in piece by piece."""
+
+    def __init__(self, spec: CoreMl, cache: int):
+        super().__init__(spec)
+        self.cache = cache
+
+    def write(self, *args: Any, **kwargs: Any) -> Written:
+        written = super().write(*args, **kwargs)
+        return replace(written, facts={"cache": self.cache, "cache_precision": "fp16"} | written.facts)
+
+    def _export(self, model: PreTrainedModel, example: Mapping[str, Tensor], folder: Path, **how: Any) -> Exported:
+        from mptrain.export.coreml_decoder import export_decoder
+
+        return export_decoder(model, folder, max_length=self.cache, **how)
+
+    def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
+        from mptrain.verify.mil import Interpreter
+        from mptrain.verify.texts import Texts
+
+        return Texts(Interpreter(path), tokens=self.cache, max_length=self.cache)
+
+    def facts(self, runner: Any) -> dict[str, Any]:
+        from mptrain.verify.mil_facts import facts
+
+        return facts(runner.runner.program)
 
 
 class CoreAiFormat:
@@ -234,11 +258,6 @@ class CoreAiFormat:
         from mptrain.export.coreai import export_coreai
         from mptrain.verify.coreai_half import computes_half
 
-        if self.spec.cache is not None:
-            from mptrain.export.coreai_cache import export_decoder
-
-            done = export_decoder(model, folder, max_length=self.spec.cache, processor=processor)
-            return Written(done.asset, done.size_bytes, {"cache": self.spec.cache, "cache_precision": "fp32"})
         batches, few = (calibration(), not computes_half()) if precision == "fp16" else ((), False)
         if few:
             log.info("this CPU computes fp16 in software: the asset is executed on 2 examples and scored by emulation")
@@ -251,10 +270,6 @@ class CoreAiFormat:
         from mptrain.export.coreai import Runner
         from mptrain.verify.coreai_half import EmulatedAsset, computes_half
 
-        if self.spec.cache is not None:
-            from mptrain.verify.texts import Texts
-
-            return Texts(Runner(path), tokens=1, max_length=self.spec.cache)
         if source.precision == "fp16" and not computes_half():
             return EmulatedAsset(path, source.model(), source.example, source.facts["half"]["kept_fp32"])
         return Runner(path)
@@ -262,4 +277,29 @@ class CoreAiFormat:
     def facts(self, runner: Any) -> dict[str, Any]:
         from mptrain.verify.coreai import facts
 
-        return facts(runner if self.spec.cache is None else runner.runner)
+        return facts(runner)
+
+
+class CachedCoreAiFormat(CoreAiFormat):
+    """With a key-value cache of `cache` tokens, in fp32; texts go in token by token."""
+
+    def __init__(self, spec: CoreAi, cache: int):
+        super().__init__(spec)
+        self.cache = cache
+
+    def write(
+        self, model: PreTrainedModel, example: Mapping[str, Tensor], folder: Path, *, processor: Any, **_: Any
+    ) -> Written:
+        from mptrain.export.coreai_cache import export_decoder
+
+        done = export_decoder(model, folder, max_length=self.cache, processor=processor)
+        return Written(done.asset, done.size_bytes, {"cache": self.cache, "cache_precision": "fp32"})
+
+    def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
+        from mptrain.export.coreai import Runner
+        from mptrain.verify.texts import Texts
+
+        return Texts(Runner(path), tokens=1, max_length=self.cache)
+
+    def facts(self, runner: Any) -> dict[str, Any]:
+        return super().facts(runner.runner)
