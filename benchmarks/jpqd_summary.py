@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,16 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
         cells += [points(100 * r[k]) if r[k] is not None else "" for k in ("delta_fp32", "delta_emb4")]
         cells += [f"{r[k]:.2f}×" if r[k] else "" for k in ("size", "size_emb4", "speed_fp32", "speed_int8")]
         text.append("| " + " | ".join(cells) + " |")
-    text += ["", *_means(rows), "", *_against(lines, ["magnitude"]), "", *_against(lines, list(PEERS))]
+    text += [
+        "",
+        *_means(lines),
+        "",
+        *_orders(lines),
+        "",
+        *_against(lines, ["magnitude"]),
+        "",
+        *_against(lines, list(PEERS)),
+    ]
     hosts = {line["host"]["cpu"] for line in lines}
     text += ["", f"Points were measured on: {', '.join(sorted(hosts))}. Ratios are within a point, so within a host."]
     table = "\n".join(text) + "\n"
@@ -83,16 +91,57 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
     return table
 
 
-def _means(rows: list[dict[str, Any]]) -> list[str]:
-    text = ["Means over seeds, joint order:", "", "| method | kept | seeds | mean difference | each |"]
-    text.append("|---|--:|--:|--:|---|")
-    keys = sorted({(r["method"], r["kept"]) for r in rows if r["order"] == "joint"}, key=lambda k: (-k[1], k[0]))
-    for method, kept in keys:
-        found = [100 * r["delta"] for r in rows if (r["method"], r["kept"], r["order"]) == (method, kept, "joint")]
-        if len(found) > 1:
-            each = ", ".join(f"{d:+.1f}" for d in found)
-            text.append(f"| {method} | {kept}% | {len(found)} | {statistics.mean(found):+.2f} | {each} |")
-    return text if len(text) > 4 else []
+def _means(lines: list[dict[str, Any]]) -> list[str]:
+    """Joint order: means over seeds, and over all points below 50%, against dense and against magnitude.
+
+    An example counts with its mean over the points, so the intervals are over test examples for these seeds.
+    """
+    right = {tuple(line["point"].split("/")): _right(line) for line in lines}
+    dense = {line["point"].split("/")[-1]: _right(line, "baseline_fp32") for line in lines}
+    joint = {(m, int(kept), seed): r for (m, order, kept, seed), r in right.items() if order == "joint" and r}
+    text = ["| method | kept | points | against dense | against magnitude | verdict |", "|---|--:|--:|---|---|---|"]
+    sizes = {str(kept): [kept] for kept in sorted({kept for _, kept, _ in joint}, reverse=True)}
+    sizes["below 50"] = [kept for _, kept, _ in joint if kept < 50]
+    for name, kepts in sizes.items():
+        for method in ("fisher", "magnitude", "movement"):
+            ours = {k: r for k, r in joint.items() if k[0] == method and k[1] in kepts}
+            pairs = [(r, joint[other]) for k, r in ours.items() if (other := ("magnitude", *k[1:])) in joint]
+            if len(ours) < 2 or (method != "magnitude" and len(pairs) < 2):
+                continue
+            cells = [
+                method,
+                f"{name}%",
+                str(len(ours)),
+                _mean_difference([(r, dense[k[2]]) for k, r in ours.items()])[0],
+            ]
+            cells += ["", ""] if method == "magnitude" else _mean_difference(pairs)
+            text.append("| " + " | ".join(cells) + " |")
+    head = "Means over seeds (`below 50%`: over all sizes and seeds that both have), joint order, int8, points:"
+    return [head, "", *text] if len(text) > 2 else []
+
+
+def _mean_difference(pairs: Sequence[tuple[list[int] | None, list[int] | None]]) -> list[str]:
+    """["difference (interval)", verdict] of the means over pairs of (ours, theirs)."""
+    ours, theirs = np.mean([[a, b] for a, b in pairs if a and b], axis=0)
+    found = paired_difference(_score(ours), _score(theirs))
+    interval = f"{100 * found.low:+.1f} … {100 * found.high:+.1f}"
+    return [f"{100 * found.value:+.2f} ({interval})", verdict((found.low, found.high))]
+
+
+def _orders(lines: list[dict[str, Any]]) -> list[str]:
+    """Sequential against joint, and all such pairs together."""
+    right = {line["point"]: _right(line) for line in lines}
+    text = ["| method | kept | seed | difference (95% interval) | verdict |", "|---|--:|--:|---|---|"]
+    every = []
+    for point, ours in right.items():
+        method, order, kept, seed = point.split("/")
+        theirs = right.get(f"{method}/joint/{kept}/{seed}")
+        if order == "sequential" and ours and theirs:
+            every.append((ours, theirs))
+            text.append(f"| {method} | {kept}% | {seed} | {' | '.join(_mean_difference(every[-1:]))} |")
+    if len(every) > 1:
+        text.append(f"| all | | | {' | '.join(_mean_difference(every))} |")
+    return ["Sequential (quantizers from the boundary on) against joint, int8, points:", "", *text] if every else []
 
 
 def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
@@ -118,16 +167,16 @@ def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
     return text if len(text) > 4 else []
 
 
-def _right(line: dict[str, Any]) -> list[int] | None:
-    """The int8 variant's right and wrong answers, in data-set order."""
-    variant = next((v for v in line["variants"] if v["id"].endswith("_int8")), None)
+def _right(line: dict[str, Any], ending: str = "_int8") -> list[int] | None:
+    """The right and wrong answers of the first variant whose id ends so, in data-set order."""
+    variant = next((v for v in line["variants"] if v["id"].endswith(ending)), None)
     if variant is None:
         return None
     n = variant["metrics"]["accuracy"]["n"]
     return [int(bit) for bit in f"{int(variant['correct'], 16):0{n}b}"]
 
 
-def _score(right: list[int]) -> Score:
+def _score(right: Sequence[float]) -> Score:
     return Score("accuracy", np.array(right, dtype=float)[:, None], "mean", True)
 
 
