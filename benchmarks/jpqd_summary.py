@@ -73,16 +73,8 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
         cells += [points(100 * r[k]) if r[k] is not None else "" for k in ("delta_fp32", "delta_emb4")]
         cells += [f"{r[k]:.2f}×" if r[k] else "" for k in ("size", "size_emb4", "speed_fp32", "speed_int8")]
         text.append("| " + " | ".join(cells) + " |")
-    text += [
-        "",
-        *_means(lines),
-        "",
-        *_orders(lines),
-        "",
-        *_against(lines, ["magnitude"]),
-        "",
-        *_against(lines, list(PEERS)),
-    ]
+    for part in (_means(lines), _orders(lines), _against(lines, ["magnitude"]), _against(lines, list(PEERS))):
+        text += ["", *part] if part else []
     hosts = {line["host"]["cpu"] for line in lines}
     text += ["", f"Points were measured on: {', '.join(sorted(hosts))}. Ratios are within a point, so within a host."]
     table = "\n".join(text) + "\n"
@@ -108,15 +100,13 @@ def _means(lines: list[dict[str, Any]]) -> list[str]:
             pairs = [(r, joint[other]) for k, r in ours.items() if (other := ("magnitude", *k[1:])) in joint]
             if len(ours) < 2 or (method != "magnitude" and len(pairs) < 2):
                 continue
-            cells = [
-                method,
-                f"{name}%",
-                str(len(ours)),
-                _mean_difference([(r, dense[k[2]]) for k, r in ours.items()])[0],
-            ]
+            drop = _mean_difference([(r, dense[k[2]]) for k, r in ours.items()])[0]
+            cells = [method, f"{name}%", str(len(ours)), drop]
             cells += ["", ""] if method == "magnitude" else _mean_difference(pairs)
             text.append("| " + " | ".join(cells) + " |")
-    head = "Means over seeds (`below 50%`: over all sizes and seeds that both have), joint order, int8, points:"
+    head = (
+        "Means over seeds (below 50%: over sizes too; against magnitude: where both have a point), joint, int8, points:"
+    )
     return [head, "", *text] if len(text) > 2 else []
 
 
@@ -150,7 +140,7 @@ def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
     text = [f"Against {' and '.join(others)} at the same order, size and seed (int8, paired 95% interval, points):", ""]
     text += ["| method | against | order | kept | seed | difference | 95% interval | verdict |"]
     text += ["|---|---|---|--:|--:|--:|---|---|"]
-    for point, ours in right.items():
+    for point, ours in sorted(right.items()):
         method, rest = point.split("/", 1)
         if method in others or method not in COLOURS or ours is None:
             continue
