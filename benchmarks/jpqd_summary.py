@@ -105,7 +105,7 @@ def _means(lines: list[dict[str, Any]]) -> list[str]:
             cells += ["", ""] if method == "magnitude" else _mean_difference(pairs)
             text.append("| " + " | ".join(cells) + " |")
     head = (
-        "Means over seeds (below 50%: over sizes too; against magnitude: where both have a point), joint, int8, points:"
+        "Means over seeds (below 50%: over sizes too; against magnitude: where both have points), joint, int8, points:"
     )
     return [head, "", *text] if len(text) > 2 else []
 
