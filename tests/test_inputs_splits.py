@@ -104,6 +104,7 @@ def test_film_reviews_lose_plots_repeats_and_contradictions(reviews):
     assert len(table) == len(set(table["text"])) == 301
     assert "both" not in table["text"]
     assert table["text"][-1] == "Spaces inside"
+    assert (table.rows[0], table.rows[-1]) == (1, 306), "numbered as in the file"
     assert set(table["label"]) == {"fresh", "rotten"}
 
 

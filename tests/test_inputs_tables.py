@@ -211,6 +211,34 @@ def test_a_label_that_cannot_be_used_names_row_and_value(tmp_path, label, said):
     assert "t.jsonl" in str(caught.value)
 
 
+@pytest.mark.parametrize("row", [1, 37, 111, 200])
+@pytest.mark.parametrize(("cell", "said"), [((None, "pos"), "data.text"), (("new", None), "data.label")])
+def test_the_row_named_is_that_of_the_file_when_splits_are_cut(tmp_path, row, cell, said):
+    rows = reviews(200)
+    rows[row - 1] = cell
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"{said}.*\brow {row} .*None"):
+        load(tmp_path, train=str(file))
+
+
+def test_the_row_of_a_label_that_training_lacks_is_that_of_the_file(tmp_path):
+    whole = load(tmp_path, train=str(write_csv(tmp_path / "a.csv", reviews(200))))
+    number = 1 + [text for text, _ in reviews(200)].index(whole.texts["test"][0][-1])
+    rows = reviews(200)
+    rows[number - 1] = (rows[number - 1][0], "maybe")
+    with pytest.raises(DataError, match=rf"row {number} has the label 'maybe'"):
+        load(tmp_path, train=str(write_csv(tmp_path / "a.csv", rows)))
+
+
+def test_a_sample_of_a_sample_keeps_the_numbers_of_its_rows(tmp_path):
+    table = read_table(str(write_csv(tmp_path / "a.csv", reviews(20))), "data.train")
+    assert list(table.rows) == list(range(1, 21))
+    part = table.take([3, 7, 19]).choose({"text": "text"}).take([2, 0])
+    assert part.rows == [20, 4]
+    assert part.place("text", 0) == f"data.text: row 20 of data.train ({tmp_path / 'a.csv'})"
+    assert len(table.take([]).rows) == 0
+
+
 def test_a_label_column_with_one_value_or_all_different_is_the_wrong_one(tmp_path):
     file = write_csv(tmp_path / "a.csv", [(*row, i, "x") for i, row in enumerate(reviews(50))], "text,label,id,const")
     with pytest.raises(DataError, match=r"data.label .*not a column of class labels"):

@@ -25,6 +25,7 @@ from mptrain.errors import DataError, MptrainError
 from mptrain.inputs import media
 from mptrain.inputs.data import load_data
 from mptrain.inputs.question_answering import LONGEST_ANSWER, _best_span
+from mptrain.inputs.splits import cut
 from mptrain.inputs.task import IGNORED
 from mptrain.recipe import Calibration, Data
 
@@ -256,6 +257,21 @@ def test_tags_that_do_not_fit_are_errors(tmp_path):
         tagged(tmp_path, rows=[{"tokens": 5, "tags": ["O"]}])
 
 
+def test_a_tag_that_training_lacks_names_the_row_of_its_sentence(tmp_path):
+    rows = [{"tokens": ["the", f"w{i}"], "tags": ["O", "B-X"]} for i in range(60)]
+    spec = Data(train=jsonl(tmp_path / "a.jsonl", rows), max_length=16)
+    parts = cut([json.dumps([row["tokens"]]) for row in rows], {"validation": 0.1, "test": 0.2})
+    last = parts["test"][-1]
+    rows[last]["tags"] = ["O", "B-Y"]
+    jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"row {last + 1} has the label 'B-Y'"):
+        load_data(spec, "token-classification", piece_tokenizer(), seed=0)
+    rows[last]["tags"] = ["O"]
+    jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"data.tags: row {last + 1} of .* has 2 words but 1 tags"):
+        load_data(spec, "token-classification", piece_tokenizer(), seed=0)
+
+
 # -- question answering
 
 
@@ -403,6 +419,20 @@ def test_answers_that_cannot_be_are_errors(tmp_path):
         asked(tmp_path, rows)
     with pytest.raises(DataError, match=r"data.max_length: 24 leaves 8 tokens .* overlap by 16"):
         asked(tmp_path, questions(3), max_length=24)
+
+
+@pytest.mark.parametrize("row", [1, 17, 40])
+def test_answers_and_questions_are_named_by_the_row_of_the_file(tmp_path, row):
+    rows = questions(40)
+    good = rows[row - 1]
+    rows[row - 1] = good | {"answers": "city 1"}
+    spec = Data(train=jsonl(tmp_path / "a.jsonl", rows), max_length=32, stride=4)
+    with pytest.raises(DataError, match=rf"data.answers: row {row} of .*answers look like"):
+        load_data(spec, "question-answering", piece_tokenizer(), seed=0)
+    rows[row - 1] = good | {"question": "where is " * 20}
+    jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"data.max_length: 32 leaves 0 tokens .* row {row} of "):
+        load_data(spec, "question-answering", piece_tokenizer(), seed=0)
 
 
 # -- causal language modelling
@@ -576,7 +606,7 @@ def test_a_picture_that_is_not_there_or_broken(tmp_path):
     processor = ViTImageProcessorPil(size={"height": 6, "width": 6})
     data = load_data(Data(train=str(tmp_path / "list.csv")), "image-classification", processor, seed=0)
     whole = torch.utils.data.ConcatDataset([data.train, data.validation, data.test])
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match=r"data.image: row 4 of .* is not a picture"):
         list(whole)
 
 
@@ -683,7 +713,7 @@ def test_sounds_that_do_not_fit_are_errors(tmp_path):
         tones(tmp_path, max_length=128)
     spec = Data(train=str(tmp_path / "a.jsonl"), max_length=800)
     (tmp_path / "7.wav").write_bytes(b"RIFF nothing")
-    with pytest.raises(DataError, match=r"row \d+ of .* is not a sound that can be read"):
+    with pytest.raises(DataError, match=r"row 8 of .* is not a sound that can be read"):
         load_data(spec, "audio-classification", Extractor(sampling_rate=8000), seed=0)
     bad = jsonl(tmp_path / "b.jsonl", [{"audio": ["x", "y"], "label": 0}])
     with pytest.raises(DataError, match="not one of numbers"):

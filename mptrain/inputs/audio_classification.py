@@ -53,7 +53,7 @@ class AudioClassificationData(ClassificationData):
             common = math.gcd(wanted, int(rate))
             samples = resample_poly(samples, wanted // common, int(rate) // common).astype(np.float32)
         if not len(samples):
-            raise DataError(f"data.audio: row {row + 1} of {table.where} is a sound without samples; drop it.")
+            raise DataError(f"{table.place('audio', row)} is a sound without samples; drop it.")
         return samples
 
     def collate(self, examples: list[Example]) -> Batch:

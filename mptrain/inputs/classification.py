@@ -20,11 +20,11 @@ class ClassificationData(TaskData):
 
     def index_labels(self, tables: Mapping[str, Table]) -> list[str]:
         train = tables["train"]
-        names = label_names(train["label"], train.classes.get("label"), f"data.label ({train.where})")
+        names = label_names(train["label"], train.rows, train.classes.get("label"), f"data.label ({train.where})")
         counts = {}
         for split, table in tables.items():
             where = f"data.label ({table.where})"
-            indices = label_indices(table["label"], names, table.classes.get("label"), where)
+            indices = label_indices(table["label"], table.rows, names, table.classes.get("label"), where)
             table.columns["label"] = indices
             counts[split] = {names[i]: n for i, n in sorted(Counter(indices).items())}
         self.facts["labels"] = counts

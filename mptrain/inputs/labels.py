@@ -12,34 +12,38 @@ from typing import Any
 from mptrain.errors import DataError
 
 
-def label_names(values: Sequence[Any], declared: Sequence[str] | None, where: str) -> list[str]:
-    """The class names in index order. Raises DataError for missing, fractional or fewer than two labels."""
+def label_names(values: Sequence[Any], rows: Sequence[int], declared: Sequence[str] | None, where: str) -> list[str]:
+    """The class names in index order; `rows` are the numbers of the values' rows in the source.
+
+    Raises DataError for missing, fractional or fewer than two labels.
+    """
     if declared is not None:
         names = list(declared)
     else:
-        rows = len(values)
-        distinct = {_name(value, where, row) for row, value in enumerate(values)}
+        distinct = {_name(value, where, row) for value, row in zip(values, rows, strict=True)}
         whole = all(name.removeprefix("-").isdecimal() for name in distinct)
         names = sorted(distinct, key=int) if whole else sorted(distinct)
-        if rows >= 20 and len(names) > rows / 2:
+        if len(values) >= 20 and len(names) > len(values) / 2:
             raise DataError(
-                f"{where}: {len(names)} different labels in {rows} rows ({_shown(names, 3)}): this is not a column of"
-                " class labels. Set the option to the right column."
+                f"{where}: {len(names)} different labels in {len(values)} rows ({_shown(names, 3)}): this is not a"
+                " column of class labels. Set the option to the right column."
             )
     if len(names) < 2:
         raise DataError(f"{where}: a classifier needs at least two labels, the training split has {names}.")
     return names
 
 
-def label_indices(values: Sequence[Any], names: Sequence[str], declared: Sequence[str] | None, where: str) -> list[int]:
+def label_indices(
+    values: Sequence[Any], rows: Sequence[int], names: Sequence[str], declared: Sequence[str] | None, where: str
+) -> list[int]:
     """The index in `names` of every label. Raises DataError naming a label that is not among them and its row."""
     index = {name: i for i, name in enumerate(names)}
     indices = []
-    for row, value in enumerate(values):
+    for value, row in zip(values, rows, strict=True):
         name = _declared_name(value, declared) if declared is not None else _name(value, where, row)
         if name not in index:
             raise DataError(
-                f"{where}: row {row + 1} has the label {value!r}, which the training split does not have; its labels"
+                f"{where}: row {row} has the label {value!r}, which the training split does not have; its labels"
                 f" are {_shown(names)}. Correct or drop such rows; a split whose labels are hidden (-1)"
                 " cannot be scored, so use another."
             )
@@ -59,7 +63,7 @@ def _name(value: Any, where: str, row: int) -> str:
     if isinstance(value, str | int) and value != "":
         return str(value)
     raise DataError(
-        f"{where}: row {row + 1} has {value!r} where a class label (text or a whole number) is needed. Correct the row,"
+        f"{where}: row {row} has {value!r} where a class label (text or a whole number) is needed. Correct the row,"
         " or set the column with the labels."
     )
 

@@ -25,8 +25,8 @@ def read_bytes(table: Table, field: str, row: int) -> bytes:
         return value
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"data.{field}: row {row + 1} of {table.where} holds {_short(cell)} where the path of a file is needed;"
-            f" correct the row or set data.{field}."
+            f"{table.place(field, row)} holds {_short(cell)} where the path of a file is needed; correct the row or"
+            f" set data.{field}."
         )
     path = Path(value).expanduser()
     if not path.is_absolute():
@@ -35,8 +35,8 @@ def read_bytes(table: Table, field: str, row: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"data.{field}: row {row + 1} of {table.where} names {value!r}, but {path} could not be read"
-            f" ({error.strerror}). Paths are relative to the folder of the data file."
+            f"{table.place(field, row)} names {value!r}, but {path} could not be read ({error.strerror}). Paths are"
+            " relative to the folder of the data file."
         ) from error
 
 
@@ -56,8 +56,7 @@ def read_image(table: Table, field: str, row: int) -> Image.Image:
         return Image.open(io.BytesIO(read_bytes(table, field, row))).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(
-            f"data.{field}: row {row + 1} of {table.where} is not a picture that can be read ({error}). Repair or drop"
-            " it."
+            f"{table.place(field, row)} is not a picture that can be read ({error}). Repair or drop it."
         ) from error
 
 
@@ -71,7 +70,7 @@ def read_sound(table: Table, field: str, row: int) -> tuple[np.ndarray, int | No
         samples, rate = _decode(content)
     except (ValueError, RuntimeError, EOFError) as error:
         raise DataError(
-            f"data.{field}: row {row + 1} of {table.where} is not a sound that can be read ({error}). Without the"
+            f"{table.place(field, row)} is not a sound that can be read ({error}). Without the"
             " package soundfile only wav files are read: `pip install soundfile`, or convert it."
         ) from error
     if samples.ndim == 2:
@@ -90,8 +89,7 @@ def _samples(table: Table, field: str, row: int) -> tuple[np.ndarray, int | None
         return np.asarray(cell, dtype=np.float32).reshape(-1), rate
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"data.{field}: row {row + 1} of {table.where} holds a list that is not one of numbers ({error});"
-            " correct the row."
+            f"{table.place(field, row)} holds a list that is not one of numbers ({error}); correct the row."
         ) from error
 
 

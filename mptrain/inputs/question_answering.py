@@ -85,7 +85,7 @@ class QuestionAnsweringData(TaskData):
             row = lengths.index(max(lengths))
             raise DataError(
                 f"data.max_length: {limit} leaves {max(room, 0)} tokens for the context beside the question of row"
-                f" {row + 1} of {table.where} ({lengths[row]} tokens), and windows overlap by {overlap}. Raise"
+                f" {table.rows[row]} of {table.where} ({lengths[row]} tokens), and windows overlap by {overlap}. Raise"
                 " data.max_length or lower data.stride."
             )
 
@@ -155,14 +155,14 @@ def _answers(cell: Any, context: Any, row: int, table: Table) -> list[dict[str, 
         ]
     except (TypeError, ValueError, KeyError):
         raise DataError(
-            f"data.answers: row {row + 1} of {table.where} holds {cell!r}; answers look like"
+            f"{table.place('answers', row)} holds {cell!r}; answers look like"
             ' {"text": ["Paris"], "answer_start": [17]}. Correct the row or set data.answers.'
         ) from None
     for answer in answers:
         begin = answer["answer_start"]
         if not answer["text"] or str(context)[begin : begin + len(answer["text"])] != answer["text"]:
             raise DataError(
-                f"data.answers: row {row + 1} of {table.where}: the context does not hold {answer['text']!r} at"
+                f"{table.place('answers', row)}: the context does not hold {answer['text']!r} at"
                 f" character {begin} (it has {str(context)[max(0, begin) :][:40]!r} there). Correct answer_start."
             )
     return answers

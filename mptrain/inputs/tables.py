@@ -38,6 +38,11 @@ class Table:
     """what relative paths in cells start from"""
     separator: str = "\n\n"
     """what joins the rows to a running text"""
+    rows: Sequence[int] = ()
+    """the number of each row in the source, from 1 on; by default they are all there, in order"""
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or range(1, len(self) + 1)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -47,7 +52,11 @@ class Table:
 
     def take(self, rows: Sequence[int]) -> Table:
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        return replace(self, columns=columns)
+        return replace(self, columns=columns, rows=[self.rows[i] for i in rows])
+
+    def place(self, field: str, row: int) -> str:
+        """The cell as messages name it: by its row in the source, where a user can correct it."""
+        return f"data.{field}: row {self.rows[row]} of {self.where}"
 
     def choose(self, wanted: Mapping[str, str]) -> Table:
         """The columns named by `wanted` {field of `data:` -> column}, renamed to the fields. Raises DataError."""

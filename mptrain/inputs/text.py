@@ -23,7 +23,7 @@ def texts_of(table: Table, field: str) -> list[str]:
     for row, value in enumerate(table[field]):
         if not isinstance(value, str):
             raise DataError(
-                f"data.{field}: row {row + 1} of {table.where} holds {value!r} where text is needed. Correct the row,"
+                f"{table.place(field, row)} holds {value!r} where text is needed. Correct the row,"
                 f" or set data.{field} to the column with the text."
             )
     return table[field]

@@ -41,22 +41,22 @@ class TokenClassificationData(TaskData):
             for row, (words, tags) in enumerate(zip(table["tokens"], table["tags"])):
                 if len(words) != len(tags):
                     raise DataError(
-                        f"data.tags: row {row + 1} of {table.where} has {len(words)} words but {len(tags)} tags;"
+                        f"{table.place('tags', row)} has {len(words)} words but {len(tags)} tags;"
                         " there must be one tag for each word."
                     )
         train = tables["train"]
         declared = train.classes.get("tags")
-        every = list(chain.from_iterable(train["tags"]))
+        every, rows = _flat(train)
         if declared is None and not all(isinstance(tag, str) for tag in every):
             raise DataError(
                 f"data.tags: {train.where} has numbers for tags and does not say what they stand for. Give tags as"
                 " text (B-PER, I-PER, O), or a `datasets` folder whose column has class names."
             )
-        names = label_names(every, declared, f"data.tags ({train.where})")
+        names = label_names(every, rows, declared, f"data.tags ({train.where})")
         counts = {}
         for split, table in tables.items():
             where = f"data.tags ({table.where})"
-            flat = iter(label_indices(list(chain(*table["tags"])), names, table.classes.get("tags"), where))
+            flat = iter(label_indices(*_flat(table), names, table.classes.get("tags"), where))
             table.columns["tags"] = [[next(flat) for _ in tags] for tags in table["tags"]]
             counts[split] = {names[i]: n for i, n in sorted(Counter(chain(*table["tags"])).items())}
         self.facts["labels"] = counts
@@ -112,12 +112,18 @@ class TokenClassificationData(TaskData):
         ]
 
 
+def _flat(table: Table) -> tuple[list, list[int]]:
+    """All tags of a table, and the number of each one's row in the source."""
+    rows = [number for number, tags in zip(table.rows, table["tags"]) for _ in tags]
+    return list(chain.from_iterable(table["tags"])), rows
+
+
 def _items(cell: Any, field: str, row: int, table: Table) -> list:
     """A list cell, or a text cell split at spaces (a csv holds no lists)."""
     items = cell.split() if isinstance(cell, str) else cell
     if not isinstance(items, list) or not items or (field == "tokens" and not all(isinstance(i, str) for i in items)):
         raise DataError(
-            f"data.{field}: row {row + 1} of {table.where} holds {cell!r} where a list of {field} is needed"
+            f"{table.place(field, row)} holds {cell!r} where a list of {field} is needed"
             " (or one text with spaces between them). Correct the row or set the column."
         )
     return items
