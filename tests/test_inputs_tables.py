@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import logging
 
@@ -13,6 +14,7 @@ from tiny import tokenizer
 
 from mptrain.errors import DataError
 from mptrain.inputs.data import load_data
+from mptrain.inputs.labels import label_names
 from mptrain.inputs.tables import read_table
 from mptrain.recipe import Data, Split
 
@@ -237,6 +239,11 @@ def test_a_sample_of_a_sample_keeps_the_numbers_of_its_rows(tmp_path):
     assert part.rows == [20, 4]
     assert part.place("text", 0) == f"data.text: row 20 of data.train ({tmp_path / 'a.csv'})"
     assert len(table.take([]).rows) == 0
+
+
+def test_numbers_of_one_value_have_one_order():
+    for labels in itertools.permutations(["1", "01", "2", "02", "-0", "0"]):
+        assert label_names(labels, range(1, 7), None, "data.label") == ["-0", "0", "01", "1", "02", "2"]
 
 
 def test_a_label_column_with_one_value_or_all_different_is_the_wrong_one(tmp_path):

@@ -1,7 +1,7 @@
 """Class labels as names and indices.
 
 Names come from the training split: the declared names of a `datasets` ClassLabel in their order, else
-the distinct labels, whole numbers by value and everything else alphabetically.
+the distinct labels, whole numbers by value (then as written) and everything else alphabetically.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def label_names(values: Sequence[Any], rows: Sequence[int], declared: Sequence[s
     else:
         distinct = {_name(value, where, row) for value, row in zip(values, rows, strict=True)}
         whole = all(name.removeprefix("-").isdecimal() for name in distinct)
-        names = sorted(distinct, key=int) if whole else sorted(distinct)
+        # 1 and 01 are two labels of one value: their order must not be that of a set.
+        names = sorted(distinct, key=lambda name: (int(name), name)) if whole else sorted(distinct)
         if len(values) >= 20 and len(names) > len(values) / 2:
             raise DataError(
                 f"{where}: {len(names)} different labels in {len(values)} rows ({_shown(names, 3)}): this is not a"
