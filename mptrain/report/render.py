@@ -17,12 +17,18 @@ FILE = "report.json"
 
 
 def render(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the three files into `folder`; none is touched unless all could be rendered."""
+    """Write the three files into `folder`; none is touched unless all could be rendered. Raises UserError."""
     texts = {"report.md": markdown(report), "report.html": page(report), "README.md": card(report)}
-    for name, text in texts.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    try:
+        for name, text in texts.items():
+            temporary = folder / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, folder / name)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}). Give it room and the right to write, then run the command"
+            f" again; or, of a finished run, copy {FILE} to another folder and run `mptrain report` on that."
+        ) from error
     return [folder / name for name in texts]
 
 
