@@ -1,0 +1,44 @@
+"""A run that is stopped at the end of an epoch, where the checkpoint and the evaluation meet."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import tiny
+from test_run import differences, kill_at, metrics, run
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """(function that writes the recipe of some epochs, the metrics of an uninterrupted run of three)."""
+    folder = tmp_path_factory.mktemp("dense")
+
+    def recipe(output, epochs):
+        described = tiny.jpqd(folder)
+        described["stages"] = described["stages"][:1]
+        # 18 steps to an epoch, and a learning rate at which the last epoch is not the best
+        described["stages"][0]["train"] |= {"epochs": epochs, "lr": 1e-2, "checkpoint_steps": 18}
+        described["export"][0] |= {"of": ["dense"], "precision": ["fp32"]}
+        described["output"]["dir"] = str(output)
+        return tiny.write(described, output.with_suffix(".yaml"))
+
+    run(recipe(folder / "run", 3))
+    return recipe, metrics(folder / "run")
+
+
+def test_a_run_killed_at_the_end_of_an_epoch_continues_to_the_same_numbers(dense, tmp_path):
+    recipe, expected = dense
+    path = recipe(tmp_path / "run", 3)
+    assert kill_at(path, tmp_path / "run", "stages/dense/0-train/checkpoint-36/manifest.json") == -signal.SIGKILL
+    run(path)
+    assert not differences(metrics(tmp_path / "run"), expected)
+
+
+def test_ctrl_c_in_the_last_evaluation_stops_before_the_export(dense, tmp_path):
+    recipe, _ = dense
+    path = recipe(tmp_path / "run", 1)
+    assert kill_at(path, tmp_path / "run", "stages/dense/0-train/best.safetensors", signal.SIGINT) == 130
+    assert not list((tmp_path / "run").glob("export/*"))
+    run(path)
+    assert (tmp_path / "run" / "report.json").exists()
