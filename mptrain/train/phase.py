@@ -179,7 +179,7 @@ class PhaseTrainer(Trainer):
         return (
             f"The loss became {loss} in {self.where()}; {cause}. Lower stages.{self.phase.stage}.train.lr"
             f" (now {self.settings.lr:g}), keep max_grad_norm at 1 (now {self.settings.max_grad_norm:g}), and check"
-            " the data for empty or extreme rows. The last checkpoint is kept: the same command resumes from it."
+            " the data for empty or extreme rows. Then run with --fresh, or with another output.dir."
         )
 
     def where(self) -> str:
@@ -211,6 +211,7 @@ class PhaseTrainer(Trainer):
                 (self.folder / f".{BEST}").replace(self.folder / BEST)
         if self.settings.patience and self._bad_epochs >= self.settings.patience:
             self.control.should_training_stop = True
+            self.control.should_save = False  # a run that continues from here would train on
 
     def load_best(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -253,11 +254,14 @@ class PhaseTrainer(Trainer):
 
 
 class _Checkpoints(TrainerCallback):
-    """A checkpoint every so many steps and when the user stops; none at the end, which saves the model itself."""
+    """A checkpoint every so many steps and when the user stops; none at the end, which saves the model itself.
+
+    At the last step of an epoch it waits for the evaluation: a run that continues begins the next epoch.
+    """
 
     def __init__(self, trainer: PhaseTrainer, every: int, stop: Callable[[], bool]) -> None:
         self.trainer, self.every, self.stop = trainer, every, stop
-        self.stopped = False
+        self.stopped = self.due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.restore_unlogged()
@@ -266,8 +270,16 @@ class _Checkpoints(TrainerCallback):
         if state.global_step >= state.max_steps:
             return
         self.stopped = self.stop()
-        if self.stopped or state.global_step % self.every == 0:
-            control.should_save = True
+        self.due = self.stopped or state.global_step % self.every == 0
+        if state.epoch != int(state.epoch):
+            self._save(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(control)
+
+    def _save(self, control: Any) -> None:
+        if self.due:
+            self.due, control.should_save = False, True
             if self.trainer.peaks is not None:
                 self.trainer.peaks.save()
 

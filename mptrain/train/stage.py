@@ -104,7 +104,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
         pruner.prepare(model)
         if phase.steps == 0:
             pruner.collect(model, context.data.labelled(context.recipe.data.calibration))
-    begun_training = time.monotonic()
+    begun_training, asked_to_stop = time.monotonic(), False
     if phase.steps and stage.train is not None:
         with _graceful_stop(context.peers) as stop:
             history, trained_s = training.train_phase(
@@ -120,6 +120,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
                 distiller=_distiller(context, stage),
                 watch=any("fp16" in export.precision for export in context.recipe.export),
             )
+            asked_to_stop = stop()  # in the last step or evaluation, after which no checkpoint stops the training
         # what an earlier, killed attempt trained; the rest is in begun
         trained_s -= time.monotonic() - begun_training
     model.to("cpu")
@@ -142,6 +143,8 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
             shutil.rmtree(path)
         (folder / "best.safetensors").unlink(missing_ok=True)
     context.peers.wait_for_everyone()
+    if asked_to_stop:
+        raise KeyboardInterrupt
     return read_json(folder / DONE)
 
 
