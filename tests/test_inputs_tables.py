@@ -15,6 +15,7 @@ from tiny import tokenizer
 from mptrain.errors import DataError
 from mptrain.inputs.data import load_data
 from mptrain.inputs.labels import label_names
+from mptrain.inputs.samples import texts_for
 from mptrain.inputs.tables import read_table
 from mptrain.recipe import Data, Split
 
@@ -280,6 +281,33 @@ def test_a_text_cell_that_is_no_text_names_its_row(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [*reviews(30), (7, "pos")])
     with pytest.raises(DataError, match=r"data.text: row \d+ of .* holds 7 where text is needed"):
         load(tmp_path, train=str(file))
+
+
+HALF = "good \ud83d film"
+
+
+@pytest.mark.parametrize("row", [1, 12, 31])
+def test_half_a_character_names_its_column_and_row(tmp_path, row):
+    rows = reviews(31)
+    rows[row - 1] = (HALF, "pos")
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    said = rf"data.text: row {row} of .*a.jsonl\) holds '\\ud83d', half of a character .*after 'good '\). Remove"
+    with pytest.raises(DataError, match=said):
+        load(tmp_path, train=str(file))
+    with pytest.raises(DataError, match=said):
+        load(tmp_path, "causal-lm", train=str(file))
+    rows[row - 1] = ("good \U0001f600 film", "pos")
+    load(tmp_path, train=str(write_jsonl(tmp_path / "a.jsonl", rows)))
+
+
+def test_half_a_character_in_a_label_a_path_or_a_file_of_samples(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [*reviews(30), ("new", HALF)])
+    with pytest.raises(DataError, match=r"data.label .*a.jsonl\)\): row 31 holds '\\ud83d'"):
+        load(tmp_path, train=str(file))
+    with pytest.raises(DataError, match=r"data.image: row 1 of .* holds '\\ud83d'"):
+        load(tmp_path, "image-classification", train=str(write_jsonl(file, [(HALF, "pos")])), image="text")
+    with pytest.raises(DataError, match=r"--data .*: row 2, column 'text' holds '\\ud83d'"):
+        texts_for(str(write_jsonl(file, [("good", "pos"), (HALF, "pos")])))
 
 
 def test_more_tokens_than_the_model_reads_is_an_error(tmp_path):

@@ -255,6 +255,8 @@ def test_tags_that_do_not_fit_are_errors(tmp_path):
         tagged(tmp_path, rows=[{"tokens": ["a", "b"], "tags": [0, 1]}])
     with pytest.raises(DataError, match=r"data.tokens: row 1 of .* holds 5"):
         tagged(tmp_path, rows=[{"tokens": 5, "tags": ["O"]}])
+    with pytest.raises(DataError, match=r"data.tokens: row 2 of .* holds '\\ud83d', half of a character"):
+        tagged(tmp_path, rows=[TAGGED[0], {"tokens": ["a", "\ud83d"], "tags": ["O", "O"]}])
 
 
 def test_a_tag_that_training_lacks_names_the_row_of_its_sentence(tmp_path):
@@ -433,6 +435,11 @@ def test_answers_and_questions_are_named_by_the_row_of_the_file(tmp_path, row):
     jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=rf"data.max_length: 32 leaves 0 tokens .* row {row} of "):
         load_data(spec, "question-answering", piece_tokenizer(), seed=0)
+    for field in ("question", "context"):
+        rows[row - 1] = good | {field: good[field] + "\ud83d"}
+        jsonl(tmp_path / "a.jsonl", rows)
+        with pytest.raises(DataError, match=rf"data.{field}: row {row} of .* holds '\\ud83d'"):
+            load_data(spec, "question-answering", piece_tokenizer(), seed=0)
 
 
 # -- causal language modelling

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mptrain.errors import DataError
+from mptrain.inputs.tables import check_unicode
 
 
 def label_names(values: Sequence[Any], rows: Sequence[int], declared: Sequence[str] | None, where: str) -> list[str]:
@@ -62,6 +63,7 @@ def _name(value: Any, where: str, row: int) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # parquet and pandas make floats of whole numbers beside a missing one
     if isinstance(value, str | int) and value != "":
+        check_unicode(str(value), f"{where}: row {row}")
         return str(value)
     raise DataError(
         f"{where}: row {row} has {value!r} where a class label (text or a whole number) is needed. Correct the row,"

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mptrain.errors import DataError
 from mptrain.inputs.sources import Stored
-from mptrain.inputs.tables import Table
+from mptrain.inputs.tables import Table, check_unicode
 
 
 def read_bytes(table: Table, field: str, row: int) -> bytes:
@@ -28,6 +28,7 @@ def read_bytes(table: Table, field: str, row: int) -> bytes:
             f"{table.place(field, row)} holds {_short(cell)} where the path of a file is needed; correct the row or"
             f" set data.{field}."
         )
+    check_unicode(value, table.place(field, row))
     path = Path(value).expanduser()
     if not path.is_absolute():
         path = (table.folder or Path()).absolute() / path

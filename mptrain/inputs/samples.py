@@ -17,7 +17,7 @@ from mptrain.inputs import packaged
 from mptrain.inputs.data import load_data
 from mptrain.inputs.film_reviews import read_film_reviews
 from mptrain.inputs.model import HEADS, load_model, load_processor, read_config
-from mptrain.inputs.tables import read_table
+from mptrain.inputs.tables import check_unicode, read_table
 from mptrain.inputs.task import Batch
 from mptrain.inputs.text import examples_of, pad, tokenize
 from mptrain.recipe import Model, Task
@@ -156,7 +156,12 @@ def texts_for(data: str | None) -> tuple[list[str], str] | None:
     else:
         table = read_table(data, "--data")
         column = "text" if "text" in table.columns else next(iter(table.columns))
-        texts = [value for value in table[column] if isinstance(value, str) and value.strip()]
+        kept = [
+            (row, value) for row, value in zip(table.rows, table[column]) if isinstance(value, str) and value.strip()
+        ]
+        for row, value in kept:
+            check_unicode(value, f"{table.where}: row {row}, column {column!r}")
+        texts = [value for _, value in kept]
     if not texts:
         raise UserError(f"--data: {data} holds no text; give a file with a column `text`, or one text to a line.")
     return texts, path.name

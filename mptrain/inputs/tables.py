@@ -178,6 +178,18 @@ def _read_parquet(path: Path, where: str) -> Table:
     return Table(where, table.to_pydict(), classes)
 
 
+def check_unicode(text: str, place: str) -> None:
+    """Raise DataError for half of a surrogate pair: JSON can spell it, but neither tokenizers nor files take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds {text[error.start]!r}, half of a character that was cut in two (after"
+            f" {text[max(0, error.start - 20) : error.start]!r}). Remove the half from the row, or write the row anew"
+            " from a source that has the whole character."
+        ) from None
+
+
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """Class names by column of a `datasets` schema, also of columns that hold lists of labels."""
     found = {}

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from mptrain.errors import DataError
-from mptrain.inputs.tables import Table
+from mptrain.inputs.tables import Table, check_unicode
 from mptrain.inputs.task import IGNORED, Batch, Example, stack
 
 _PADDING = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
 
 
 def texts_of(table: Table, field: str) -> list[str]:
-    """A text column. Raises DataError naming the first row that is not text."""
+    """A text column. Raises DataError naming the first row that is not text, or not Unicode."""
     for row, value in enumerate(table[field]):
         if not isinstance(value, str):
             raise DataError(
                 f"{table.place(field, row)} holds {value!r} where text is needed. Correct the row,"
                 f" or set data.{field} to the column with the text."
             )
+        check_unicode(value, table.place(field, row))
     return table[field]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from mptrain.errors import DataError
 from mptrain.inputs.labels import label_indices, label_names
 from mptrain.inputs.metrics import Score, span_counts
-from mptrain.inputs.tables import Table
+from mptrain.inputs.tables import Table, check_unicode
 from mptrain.inputs.task import IGNORED, Batch, Example, Examples, Outputs, TaskData, finite, without_targets
 from mptrain.inputs.text import check_length, examples_of, pad, tokenize
 
@@ -126,4 +126,6 @@ def _items(cell: Any, field: str, row: int, table: Table) -> list:
             f"{table.place(field, row)} holds {cell!r} where a list of {field} is needed"
             " (or one text with spaces between them). Correct the row or set the column."
         )
+    if field == "tokens":
+        check_unicode(" ".join(items), table.place(field, row))
     return items
