@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mptrain.compress import costs, palettize
 from mptrain.compress.structure import Structure, find_structure
-from mptrain.errors import MptrainError
+from mptrain.errors import ModelError, MptrainError, UserError
 from mptrain.export.decoder import check_exports
 from mptrain.inputs import packaged
 from mptrain.inputs.data import load_data
-from mptrain.inputs.model import HEADS, load_processor
+from mptrain.inputs.model import load_processor, read_config, skeleton
 from mptrain.plan import phases, variants
-from mptrain.recipe import CoreMl, OpenVino, Recipe, Stage, WeightOnly, cache_of
+from mptrain.recipe import CoreMl, OpenVino, Planning, Recipe, Stage, WeightOnly, cache_of
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
 EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
@@ -48,9 +48,9 @@ class Outlook:
 def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
     rows, rows_from = _rows(recipe, allow_code)
-    model, model_from = _model(recipe)
+    model, model_from = _model(recipe, allow_code)
     check_exports(recipe, model.config)
-    structure = find_structure(model)
+    structure = _structure(recipe, model)
     length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
     outlook = _outlook(model, structure, length)
     speed = _macs_per_second()
@@ -122,10 +122,20 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
     return table
 
 
-def _caches(recipe: Recipe, structure: Structure) -> list[str]:
+def _structure(recipe: Recipe, model: PreTrainedModel) -> Structure | None:
+    """None for a model of no known family, which only pruning needs."""
+    try:
+        return find_structure(model)
+    except ModelError:
+        if any(stage.prune for stage in recipe.stages):
+            raise
+        return None
+
+
+def _caches(recipe: Recipe, structure: Structure | None) -> list[str]:
     lines = []
     for export in recipe.export:
-        if (tokens := cache_of(export)) is None:
+        if structure is None or (tokens := cache_of(export)) is None:
             continue
         kind, size = ("float16", 2) if isinstance(export, CoreMl) else ("float32", 4)
         values = sum(2 * block.kv_heads * block.head_dim for block in structure.attention)
@@ -200,27 +210,37 @@ def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: fl
     return steps * rows * outlook.macs * passes * padding / speed
 
 
-def _outlook(model: torch.nn.Module, structure: Structure, length: int) -> Outlook:
-    rows = costs.layer_costs(structure, length)
-    encoder = sum(r["params"] for r in rows)
+def _outlook(model: torch.nn.Module, structure: Structure | None, length: int) -> Outlook:
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     total = sum(p.numel() for p in model.parameters())
+    if structure is None:  # a multiply-add to a weight and token
+        return Outlook(0, embeddings, total - embeddings, (total - embeddings) * length)
+    rows = costs.layer_costs(structure, length)
+    encoder = sum(r["params"] for r in rows)
     return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
 
 
-def _model(recipe: Recipe) -> tuple[PreTrainedModel, str]:
+def _model(recipe: Recipe, allow_code: bool) -> tuple[PreTrainedModel, str]:
     spec = recipe.model
     path = packaged.cached(spec.path) if spec.path.startswith(packaged.PREFIX) else Path(spec.path).expanduser()
     if path is not None and (path / "config.json").is_file():
-        config, found = AutoConfig.from_pretrained(path, local_files_only=True), "its config is here"
-    else:
-        try:
-            config, found = AutoConfig.from_pretrained(spec.path, local_files_only=True), "cached by the hub client"
-        except (OSError, ValueError):
-            config = AutoConfig.for_model(recipe.planning.model_type, **recipe.planning.config)
-            found = "not on this machine; sizes from planning"
-    with torch.device("meta"):
-        return HEADS[spec.task].from_config(config), found
+        return skeleton(spec, read_config(spec, allow_code), allow_code), "its config is here"
+    try:
+        config, found = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False), True
+    except (OSError, ValueError):
+        config, found = _assumed(recipe.planning), False
+    model = skeleton(spec, config)
+    return model, "cached by the hub client" if found else "not on this machine; sizes from planning"
+
+
+def _assumed(planning: Planning) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(planning.model_type, **planning.config)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"planning.model_type: transformers makes no config of {planning.model_type!r} with {planning.config}"
+            f" ({str(error).splitlines()[0]}); give the model_type of a transformers config, e.g. bert."
+        ) from None
 
 
 def _rows(recipe: Recipe, allow_code: bool) -> tuple[int, str]:

@@ -13,18 +13,19 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from mptrain.compress.structure import find_structure
 from mptrain.errors import DataError, GateFailed
 from mptrain.export.decoder import check_exports
 from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
 from mptrain.inputs.data import TaskData, load_data
-from mptrain.inputs.model import load_processor, read_config
+from mptrain.inputs.model import load_processor, read_config, skeleton
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
 from mptrain.plan import phases
 from mptrain.recipe import CoreMl, Export, Recipe, cache_of
 from mptrain.report import build, render
 from mptrain.report.measure import host
-from mptrain.run_folder import check_identity, locked, read_json, write_json
+from mptrain.run_folder import check_identity, clear, locked, read_json, write_json
 from mptrain.sweep import take_stages
 from mptrain.train.launch import state
 from mptrain.train.stage import Context, compressed_facts, run_phase, structure_facts
@@ -62,9 +63,9 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
         _steps(recipe, peers, folder, allow_code, reuse)
         peers.wait_for_everyone()
         return {}
-    with locked(folder, fresh=fresh or recipe.output.resume == "never"):
+    with locked(folder):
         peers.wait_for_everyone()
-        report = _steps(recipe, peers, folder, allow_code, reuse)
+        report = _steps(recipe, peers, folder, allow_code, reuse, fresh or recipe.output.resume == "never")
         peers.wait_for_everyone()
     failed = [g for g in report["gates"] if not g["passed"]]
     if failed:
@@ -72,11 +73,15 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
     return report
 
 
-def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path]) -> dict[str, Any]:
+def _steps(
+    recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path], fresh: bool = False
+) -> dict[str, Any]:
     for export in recipe.export:
         import_module(format_of(export).package)  # an extra that is missing is an error now, not after training
     if any(map(cache_of, recipe.export)):
         check_exports(recipe, read_config(recipe.model, allow_code))
+    if any(stage.prune for stage in recipe.stages) and recipe.model.modeling is None:
+        find_structure(skeleton(recipe.model, read_config(recipe.model, allow_code), allow_code))
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     for length in recipe.evaluate.latency.length:
@@ -84,6 +89,8 @@ def _steps(recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Se
     questions = read_questions(recipe, processor, allow_code)
     if peers.is_main_process:
         described = identity(recipe, data, peers.num_processes, questions)
+        if fresh:
+            clear(folder)  # now that all inputs are good
         check_identity(folder, described)
         take_stages(folder, described, reuse)
     peers.wait_for_everyone()

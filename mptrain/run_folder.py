@@ -41,7 +41,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
+def locked(folder: Path) -> Iterator[Path]:
     """Make the folder if needed and hold its lock. Raises UserError when it is in use or not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,6 @@ def locked(folder: Path, *, fresh: bool = False) -> Iterator[Path]:
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        if fresh:
-            _clear(folder)
         yield folder
     finally:
         os.close(handle)
@@ -74,8 +72,8 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _clear(folder: Path) -> None:
-    """Delete an earlier run, and nothing that is not one."""
+def clear(folder: Path) -> None:
+    """Delete an earlier run, and nothing that is not one. Needs the lock. Raises UserError."""
     entries = [p for p in folder.iterdir() if p.name != LOCK]
     if entries and not (folder / IDENTITY).is_file():
         raise UserError(

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mptrain.errors import ResumeError, UserError
-from mptrain.run_folder import check_identity, locked, write_json
+from mptrain.run_folder import check_identity, clear, locked, write_json
 
 IDENTITY = {
     "recipe": {"seed": 1, "stages": [{"id": "dense", "train": {"lr": 0.1}}]},
@@ -57,15 +57,16 @@ def test_a_folder_of_somebody_else_is_neither_used_nor_deleted(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds no run of mptrain"):
         check_identity(tmp_path, IDENTITY)
-    with pytest.raises(UserError, match="nothing was deleted"), locked(tmp_path, fresh=True):
-        pass
+    with pytest.raises(UserError, match="nothing was deleted"):
+        clear(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_fresh_deletes_an_earlier_run(tmp_path):
     check_identity(tmp_path, IDENTITY)
     write_json(tmp_path / "stages" / "dense" / "done.json", {})
-    with locked(tmp_path, fresh=True):
+    with locked(tmp_path):
+        clear(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["lock"]
 
 

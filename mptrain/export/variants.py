@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from mptrain import artifact
 from mptrain.compress import costs, quantizers
 from mptrain.compress.structure import find_structure
+from mptrain.errors import ModelError
 from mptrain.export.formats import Format, Source, format_of
 from mptrain.inputs.metrics import Score
 from mptrain.inputs.multiple_choice import MultipleChoice
@@ -171,12 +172,16 @@ class Variants:
         return self._format(variant).runner(self.context.folder / facts["path"], source, threads)
 
 
-def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int]:
-    """Parameters of the whole model, MACs of its attention and FFN blocks for one example."""
+def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
+    """Parameters of all, MACs of the attention and FFN blocks for one example; None for a model of no known family."""
     plain = quantizers.detach(model)[0] if quantizers.is_quantized(model) else model
-    structure = find_structure(plain)
+    params = sum(p.numel() for p in plain.parameters())
+    try:
+        structure = find_structure(plain)
+    except ModelError:
+        return {"params": params, "macs": None}
     rows = costs.layer_costs(structure, costs.measure_extents(plain, structure, example))
-    return {"params": sum(p.numel() for p in plain.parameters()), "macs": sum(row["macs"] for row in rows)}
+    return {"params": params, "macs": sum(row["macs"] for row in rows)}
 
 
 def _kept(scores: list[Score]) -> list[dict[str, Any]]:

@@ -154,6 +154,15 @@ def read_config(spec: Model, allow_code: bool = False) -> PreTrainedConfig:
         raise _unloadable(spec, "config", error) from error
 
 
+def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> PreTrainedModel:
+    """The model without weights, on torch's meta device. Raises ModelError where the task has no such model."""
+    try:
+        with torch.device("meta"):
+            return HEADS[spec.task].from_config(config, trust_remote_code=spec.trust_remote_code and allow_code)
+    except _LOADING as error:
+        raise _unloadable(spec, "model", error) from error
+
+
 def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
     """A folder or hub name, and the options that every from_pretrained gets."""
     for option, value in (("trust_remote_code", spec.trust_remote_code), ("modeling", spec.modeling)):
