@@ -7,11 +7,13 @@ again.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +49,11 @@ def points(name: str, overrides: Sequence[str], axes: Sequence[str]) -> list[Poi
     grid = list(itertools.product(*values))
     if len(grid) > MAX_POINTS:
         raise RecipeError(f"--sweep: {len(grid)} points are more than {MAX_POINTS}; give fewer values.")
+    wanted = [dict(zip(keys, chosen)) for chosen in grid]
     found = []
-    for chosen in grid:
-        given = dict(zip(keys, chosen))
+    for given, folder_name in zip(wanted, _folder_names(wanted)):
         recipe = recipe_file.read(name, [*overrides, *(f"{k}={v}" for k, v in given.items())]).recipe
-        folder = Path(f"{recipe.output.dir}-sweep") / _slug(given)
+        folder = Path(f"{recipe.output.dir}-sweep") / folder_name
         output = recipe.output.model_copy(update={"dir": str(folder)})
         found.append(Point(given, recipe.model_copy(update={"output": output})))
     return found
@@ -68,6 +70,17 @@ def _values(axis: str) -> list[str]:
     if len(set(found)) != len(found):
         raise RecipeError(f"--sweep {axis!r}: {max(found, key=found.count)} is given twice.")
     return found
+
+
+def _folder_names(grid: list[dict[str, str]]) -> list[str]:
+    """A folder for each point; a hash of the values tells apart those that have one slug, such as a/b and a-b."""
+    slugs = [_slug(given) for given in grid]
+    count = Counter(slugs)
+    return [slug if count[slug] == 1 else f"{slug}-{_hash(given)}" for given, slug in zip(grid, slugs)]
+
+
+def _hash(values: dict[str, str]) -> str:
+    return hashlib.sha256("\0".join(values.values()).encode()).hexdigest()[:8]
 
 
 def _slug(values: dict[str, str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -35,6 +37,16 @@ def test_a_grid_is_every_combination(recipe, tmp_path):
 def test_keys_that_end_alike_are_told_apart(recipe):
     (point,) = points(str(recipe), [], ["stages.dense.train.lr=1e-3", "stages.jpqd.train.lr=1e-4"])
     assert point.recipe.output.dir.endswith("stages.dense.train.lr-1e-3_stages.jpqd.train.lr-1e-4")
+
+
+def test_values_with_one_slug_get_folders_of_their_own(recipe):
+    def names(axis):
+        return {p.values["model.path"]: Path(p.recipe.output.dir).name for p in points(str(recipe), [], [axis])}
+
+    found = names("model.path=./A,./a,other")
+    assert len(set(found.values())) == 3 and found["other"] == "path-other"
+    assert re.fullmatch(r"path-\.-a-[0-9a-f]{8}", found["./a"])
+    assert names("model.path=./a,./A") == {key: found[key] for key in ("./a", "./A")}
 
 
 @pytest.mark.parametrize(
