@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_POINTS = 200
 _AFTER_TRAINING = ("schema", "name", "description", "stages", "export", "evaluate", "gates", "planning", "output")
-"""fields of a recipe that a stage's result does not depend on; of `stages` it does on those up to it"""
+"""fields that a stage's result does not depend on but for `_read_by_stage`; of `stages` it does on those up to it"""
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,24 @@ def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in _AFTER_TRAINING}
 
 
+def _read_by_stage(recipe: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    """What train/stage.py reads of `evaluate` and `export` for a stage; of a stage that does not read it nothing."""
+    found: dict[str, Any] = {}
+    if ((stage.get("prune") or {}).get("keep") or {}).get("latency"):
+        found["threads"] = recipe["evaluate"]["latency"]["threads"][:1]  # with which the budget is measured
+    if stage.get("train"):
+        found["peaks"] = any("fp16" in export["precision"] for export in recipe["export"])
+    if (stage.get("palettize") or {}).get("size_budget"):
+        packages = [e for e in recipe["export"] if e["format"] == "coreml" and stage["id"] in e["of"]]
+        found["3 bits"] = all(e["minimum_deployment_target"] == "iOS18" for e in packages)  # among those to choose from
+    return found
+
+
 def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) -> None:
     """Copy into the run in `folder` the finished stages that a run in `others` has in common with it.
 
     identity: of the run in `folder`, as in its run.json. A stage is the same when all stages up to it, model,
-    data and their content, seed, versions and number of processes are.
+    data and their content, seed, versions and number of processes are, and what it reads of evaluate and export is.
     """
     for other in others:
         theirs = read_json(other / "run.json")
@@ -151,7 +164,8 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
         same = all(theirs[key] == identity[key] for key in ("data_hash", "versions", "processes"))
         same = same and _settings(theirs["recipe"]) == _settings(ours)
         for stage, their_stage in zip(ours["stages"], theirs["recipe"]["stages"]):
-            if not same or stage != their_stage:
+            same = same and stage == their_stage
+            if not same or _read_by_stage(ours, stage) != _read_by_stage(theirs["recipe"], stage):
                 break
             source, target = other / "stages" / stage["id"], folder / "stages" / stage["id"]
             if target.exists() or not source.is_dir():
