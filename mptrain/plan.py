@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mptrain.errors import RecipeError
 from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Stage, Train, WeightOnly
 
 
@@ -85,25 +86,47 @@ def variants(recipe: Recipe) -> list[Planned]:
     pruned structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed`
     alone when its weights are. Variants of other formats carry the id of their export,
     `jpqd_coreml_fp16`; there the precision is that of the arithmetic, and weights are stored as
-    they were learned.
+    they were learned. Raises RecipeError for an export of no stage or of a stage that has none of
+    its precisions, and for two variants with one id.
     """
     found: dict[str, Planned] = {}
     for export in recipe.export:
+        if not export.of:
+            stages = [s.id for s in recipe.stages]
+            raise RecipeError(
+                f"export.{export.id}.of: names no stage, got []; give some of {stages}, or drop the export."
+            )
         for stage_id in export.of:
             stage = recipe.stage(stage_id)
             quantized = isinstance(stage.quantize, Qat | Ptq)
-            for precision in export.precision:
+            for precision in _fitting(export, stage):
                 name = "baseline" if stage_id == recipe.stages[0].id else stage_id
                 if isinstance(export, OpenVino):
-                    if precision not in _sensible(stage):
-                        continue
                     if precision in ("fp32", "fp16") and stage.prune and quantized and name != "baseline":
                         name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
                     variant = f"{name}_{precision}"
                 else:
                     variant = f"{name}_{export.id}_{precision}"
-                found.setdefault(variant, Planned(variant, stage_id, precision, export))
+                twin = found.setdefault(variant, Planned(variant, stage_id, precision, export))
+                # what two OpenVINO exports both ask for is one model: they have no settings that could differ
+                if (twin.stage, twin.precision, twin.export.format) != (stage_id, precision, export.format):
+                    raise RecipeError(
+                        f"export.{export.id}: stage {stage_id} in {precision} would be the variant {variant!r}, which"
+                        f" stage {twin.stage} of export.{twin.export.id} is; give a stage or an export another id."
+                    )
     return list(found.values())
+
+
+def _fitting(export: Export, stage: Stage) -> list[str]:
+    """The precisions of an export that a stage can have."""
+    possible = _sensible(stage) if isinstance(export, OpenVino) else ("fp32", "fp16")
+    found: list[str] = [precision for precision in export.precision if precision in possible]
+    if not found:
+        raise RecipeError(
+            f"export.{export.id}.precision: stage {stage.id} has none of [{', '.join(export.precision)}]; it can be"
+            f" {' or '.join(possible)}: add one, or take {stage.id} out of export.{export.id}.of."
+        )
+    return found
 
 
 def _sensible(stage: Stage) -> tuple[str, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mptrain import recipe_file
+from mptrain.errors import RecipeError
 from mptrain.plan import phases, steps_per_epoch, variants
 from mptrain.recipe import Train
 
@@ -65,3 +68,71 @@ def test_variants_are_named_after_what_they_are():
         ("jpqd_int8", "jpqd", "int8"),
         ("jpqd_int8_emb4", "jpqd", "int8_emb4"),
     ]
+
+
+def changed(*stages, of=("dense", "jpqd"), precision=("fp32", "int8"), more=()):
+    """jpqd-bert with more stages, another OpenVINO export, and more exports."""
+    data, _ = recipe_file.parse(recipe_file.find("jpqd-bert").read_text(), "jpqd-bert")
+    data["stages"] += stages
+    data["export"] = [{"id": "ov", "format": "openvino", "of": list(of), "precision": list(precision)}, *more]
+    return recipe_file.validate(data, "jpqd-bert")
+
+
+TUNED = {"id": "jpqd_pruned", "from": "dense", "train": {"epochs": 1, "lr": 1e-4}}
+AGAIN = {"id": "again", "train": {"epochs": 2, "lr": 1e-4}, "prune": {"method": "fisher", "keep": {"macs": 0.5}}}
+INT4 = {"id": "int4", "from": "dense", "quantize": {"mode": "weight_only"}}
+NO_STAGE = {"id": "ml", "format": "coreml", "of": []}
+NO_PRECISION = {"id": "ml", "format": "coreml", "of": ["dense"], "precision": []}
+
+
+@pytest.mark.parametrize("bundled", [path.stem for path in recipe_file.bundled()])
+def test_bundled_recipes_export_every_stage_that_they_name(bundled):
+    recipe = recipe_file.read(bundled).recipe
+    assert {(v.export.id, v.stage) for v in variants(recipe)} == {(e.id, s) for e in recipe.export for s in e.of}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            changed(precision=["int8"]),
+            "export.ov.precision: stage dense has none of [int8]; it can be fp32 or fp16: add",
+        ),
+        (changed(precision=["compressed"]), "stage dense has none of [compressed]"),
+        (changed(INT4, of=["dense", "int4"]), "stage int4 has none of [fp32, int8]; it can be compressed: add"),
+        (changed(precision=[]), "stage dense has none of []"),
+        (changed(more=[NO_PRECISION]), "export.ml.precision: stage dense has none of []; it can be fp32 or fp16"),
+        (changed(of=[]), "export.ov.of: names no stage, got []; give some of ['dense', 'jpqd']"),
+        (changed(more=[NO_STAGE]), "export.ml.of: names no stage"),
+    ],
+)
+def test_a_stage_of_an_export_without_a_model_is_an_error(recipe, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        variants(recipe)
+
+
+def test_precisions_that_fit_another_stage_are_left_out():
+    every = ["fp32", "int8", "compressed"]
+    assert [v.id for v in variants(changed(INT4, of=["dense", "jpqd", "int4"], precision=every))] == [
+        "baseline_fp32", "pruned_fp32", "jpqd_int8", "int4_compressed",
+    ]  # fmt: skip
+
+
+def test_two_variants_with_one_id_are_an_error():
+    twins = changed(TUNED, AGAIN | {"quantize": {"mode": "qat"}}, of=["jpqd", "jpqd_pruned"], precision=["fp32"])
+    expected = (
+        "export.ov: stage jpqd_pruned in fp32 would be the variant 'jpqd_pruned_fp32', which stage jpqd of export.ov"
+    )
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        variants(twins)
+    other_format = {"id": "x", "format": "coreml", "of": ["dense"], "precision": ["fp32"]}
+    named = changed(TUNED | {"id": "baseline_x"}, of=["baseline_x"], precision=["fp32"], more=[other_format])
+    with pytest.raises(RecipeError, match="'baseline_x_fp32', which stage baseline_x of"):
+        variants(named)
+
+
+def test_a_model_asked_for_twice_is_exported_once():
+    twice = {"id": "more", "format": "openvino", "of": ["dense", "dense"], "precision": ["fp32", "fp16"]}
+    assert [v.id for v in variants(changed(of=["dense"], precision=["fp32"], more=[twice]))] == [
+        "baseline_fp32", "baseline_fp16",
+    ]  # fmt: skip

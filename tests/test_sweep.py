@@ -59,6 +59,7 @@ def test_values_with_one_slug_get_folders_of_their_own(recipe):
         ([f"seed={','.join(map(str, range(201)))}"], "201 points"),
         ([f"{KEEP}=0.5,2"], "encoder_params"),
         (["stages.jpdq.train.lr=1,2"], "Did you mean 'jpqd'"),
+        (["export.ov.precision.0=fp16,int8"], "stage dense has none of"),
     ],
 )
 def test_a_wrong_grid_is_an_error_before_any_run(recipe, tmp_path, axes, expected):
