@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from mptrain.errors import RecipeError
-from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Stage, Train, WeightOnly
+from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Schedule, Stage, Train, WeightOnly
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def steps_per_epoch(rows: int, train: Train, world_size: int = 1) -> int:
 
 
 def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
-    """The phases of a stage for a training split of `rows` examples."""
+    """The phases of a stage for a training split of `rows` examples. Raises RecipeError for a longer warm-up."""
     per_epoch = steps_per_epoch(rows, stage.train, world_size) if stage.train else 1
     total = max(1, round(stage.train.epochs * per_epoch)) if stage.train else 0
     qat = stage.quantize if isinstance(stage.quantize, Qat) else None
@@ -58,14 +58,27 @@ def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
         name = "train" if stage.train else "quantize" if quantize else "palettize"
         return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False, palettize=palettize)]
     joint = qat is not None and qat.start == "joint"
-    unit = per_epoch if stage.prune.schedule.unit == "epoch" else 1
-    end = min(round(stage.prune.schedule.end * unit), max(total - 1, 0))
+    end = _end_of_warmup(stage.id, stage.prune.schedule, total, per_epoch)
     name, last = "warmup" if end else "prune", not stage.train
     first = phase(0, name, 0, end, quantize_at_start=joint, prune=True, palettize=palettize and last)
     if last:
         return [first]
     late = qat is not None and not joint
     return [first, phase(1, "finetune", end, total, quantize_at_start=late, prune=False, palettize=palettize)]
+
+
+def _end_of_warmup(stage_id: str, schedule: Schedule, total: int, per_epoch: int) -> int:
+    """In steps; epochs, which end before the training does, may round to all its steps."""
+    if schedule.unit == "epoch":
+        return min(round(schedule.end * per_epoch), max(total - 1, 0))
+    end = round(schedule.end)
+    if 0 < total <= end:
+        raise RecipeError(
+            f"stages.{stage_id}.prune.schedule.end ({end} steps) must be less than the {total} steps of the stage"
+            f" ({per_epoch} to an epoch): the shrunk model needs fine-tuning. Lower it, or raise"
+            f" stages.{stage_id}.train.epochs."
+        )
+    return end
 
 
 @dataclass(frozen=True)

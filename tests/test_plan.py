@@ -54,11 +54,24 @@ def test_one_shot_pruning_has_a_phase_without_steps():
     assert second.steps == second.total
 
 
+def jpqd_phases(rows, *schedule):
+    stage = recipe_file.read("jpqd-bert", [f"stages.jpqd.prune.schedule.{s}" for s in schedule]).recipe.stage("jpqd")
+    return phases(stage, rows)
+
+
 def test_a_warmup_never_ends_exactly_at_the_end_of_training():
-    late = ["stages.jpqd.prune.schedule.end=999", "stages.jpqd.prune.schedule.unit=step"]
-    recipe = recipe_file.read("jpqd-bert", late)
-    first, second = phases(recipe.recipe.stage("jpqd"), rows=320)
+    first, second = jpqd_phases(320, "end=1.99")
     assert second.steps == 1 and first.end == first.total - 1
+    first, second = jpqd_phases(320, "end=19", "unit=step")
+    assert second.steps == 1 and first.end == first.total - 1 == 19
+    assert [p.steps for p in jpqd_phases(8, "end=0.75")] == [1, 1], "one step to an epoch"
+
+
+@pytest.mark.parametrize("end", [20, 1000000])
+def test_a_warmup_of_more_steps_than_the_stage_has_is_an_error(end):
+    expected = rf"stages.jpqd.prune.schedule.end \({end} steps\) must be less than the 20 steps of the stage \(10 to"
+    with pytest.raises(RecipeError, match=expected):
+        jpqd_phases(320, f"end={end}", "unit=step")
 
 
 def test_variants_are_named_after_what_they_are():
