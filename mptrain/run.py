@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mptrain.recipe import CoreMl, Export, Recipe, cache_of
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, clear, locked, read_json, write_json
+from mptrain.silence import import_unreported
 from mptrain.sweep import take_stages
 from mptrain.train.launch import state
 from mptrain.train.stage import Context, compressed_facts, run_phase, structure_facts
@@ -77,7 +78,7 @@ def _steps(
     recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path], fresh: bool = False
 ) -> dict[str, Any]:
     for export in recipe.export:
-        import_module(format_of(export).package)  # an extra that is missing is an error now, not after training
+        import_unreported(format_of(export).package)  # an extra that is missing is an error now, not after training
     if any(map(cache_of, recipe.export)):
         check_exports(recipe, read_config(recipe.model, allow_code))
     if any(stage.prune for stage in recipe.stages) and recipe.model.modeling is None:

@@ -16,6 +16,7 @@ from mptrain.inputs.samples import Loaded, load_with_inputs
 from mptrain.inputs.task import Batch
 from mptrain.recipe import Export, Gates, Ptq, Stage, Task, cache_of
 from mptrain.report import gates
+from mptrain.silence import import_unreported
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.export/v1"
@@ -61,6 +62,7 @@ def export_model(
     cache = cache_of(spec)
     found = load_with_inputs(path, task, attn, data, samples, min(length, cache or length), allow_code)
     kind = format_of(spec)
+    import_unreported(kind.package)
     quantize = Ptq(mode="ptq") if is_quantized(found.model) else None
     stage = Stage.model_construct(id="model", quantize=quantize)  # a finished model: nothing to train
     model = kind.model(found.model, precision, stage).eval()

@@ -155,7 +155,7 @@ class Variants:
         return self.folder / f"{variant}.json"
 
     def _torch_model(self, planned: Planned) -> PreTrainedModel:
-        model = artifact.load(self.context.model_folder(planned.stage))
+        model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
         return self._format(planned.id).model(model, planned.precision, self.recipe.stage(planned.stage)).eval()
 
     def _format(self, variant: str) -> Format:

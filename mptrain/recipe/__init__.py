@@ -6,6 +6,8 @@ schema. Parsing the file (line numbers, duplicate keys, `--set`) is in `recipe_f
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -139,6 +141,7 @@ class Recipe(Strict):
                     f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
                     " start from the stage before it"
                 )
+            self._check_teacher(f"{where}.teacher", stage, seen)
             if stage.teacher == "self" and index == 0 and stage.start is None:
                 raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
             if self.precision.master == "split" and stage.prune and stage.prune.schedule.end > 0:
@@ -152,6 +155,7 @@ class Recipe(Strict):
                     " split those are half of the master: use precision.master fp32"
                 )
             seen.append(stage.id)
+        self._check_speedups()
         ids = [e.id for e in self.export]
         if len(set(ids)) != len(ids):
             raise ValueError(f"export: ids must differ, got {ids}")
@@ -162,6 +166,31 @@ class Recipe(Strict):
             if (tokens := cache_of(export)) is not None:
                 self._check_cache(f"export.{export.id}.cache", tokens)
         return self
+
+    def _check_teacher(self, where: str, stage: Stage, earlier: list[str]) -> None:
+        """A model of the hub may have any name, but not that of a stage, nor nearly."""
+        teacher = stage.teacher
+        if teacher is None or teacher in ("self", "model", *earlier) or Path(teacher).expanduser().exists():
+            return
+        if teacher in (s.id for s in self.stages):
+            raise ValueError(f"{where}: {teacher!r} is no earlier stage; earlier ones are {earlier}")
+        if near := difflib.get_close_matches(teacher, [*earlier, "self", "model"], 1):
+            raise ValueError(f"{where}: {teacher!r} is neither a stage nor a folder. Did you mean {near[0]!r}?")
+        if teacher.startswith((".", "/", "~")):
+            raise ValueError(f"{where}: there is no folder {teacher}")
+
+    def _check_speedups(self) -> None:
+        latency = self.evaluate.latency
+        lengths = [""] if self.model.task == "image-classification" else [f"_s{n}" for n in latency.length]
+        settings = [f"b{b}{s}_t{t}" for b in latency.batch for s in lengths for t in latency.threads]
+        for setting in self.gates.min_speedup:
+            if setting not in settings:
+                near = difflib.get_close_matches(setting, settings, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"gates.min_speedup: {setting!r} is not measured by evaluate.latency, which has"
+                    f" {', '.join(settings[:8])}{' …' if len(settings) > 8 else ''}.{hint}"
+                )
 
     def _check_cache(self, where: str, tokens: int) -> None:
         if self.model.task != "causal-lm":

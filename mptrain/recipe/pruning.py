@@ -64,7 +64,7 @@ class Movement(_Prune):
         None, description="the NNCF 2.x way: importance regularization factor; the sparsity follows from it"
     )
     score: Literal["block", "shared"] = Field("block", description="shared: one score per head and per FFN channel")
-    attention_block: tuple[int, int] = (32, 32)
+    attention_block: Annotated[tuple[int, int], Field(strict=False)] = (32, 32)  # YAML has lists, no tuples
     score_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="default: the stage's lr")
     threshold: float | None = Field(None, description="tau_0; default: automatic from the scores at warm-up start")
 

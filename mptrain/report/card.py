@@ -84,6 +84,14 @@ def _summary(report: Row) -> str:
     return escape(text)
 
 
+def _cut(report: Row) -> list[str]:
+    """How a pipeline reads longer texts as they were scored."""
+    length = report["recipe"]["data"]["max_length"]
+    if report["task"] != "text-classification":
+        return []
+    return [f'run("…", truncation=True, max_length={length})  # longer texts are cut, as they were when it was scored']
+
+
 def _use(report: Row) -> list[str]:
     """How to load what the run made: the exported models, and the torch models."""
     parts = []
@@ -102,6 +110,7 @@ def _use(report: Row) -> list[str]:
             f'model = {model}.from_pretrained(folder, ov_config={{"INFERENCE_PRECISION_HINT": "f32"}})',
             f"processor = {processor}.from_pretrained(folder)",
             f"run = pipeline({pipeline!r}, model=model, {_PROCESSORS.get(processor, 'tokenizer')}=processor)",
+            *_cut(report),
         ]
         folders = "\n".join(f"- {escape(v['id'])}: {escape(_folder(v))}" for v in exported)
         parts.append(f"## Use\n\n{_fence(code)}\n\nThe exported models:\n\n{folders}")

@@ -151,10 +151,11 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
 def _starting_model(context: Context, stage: Stage, phase: Phase) -> nn.Module:
     recipe = context.recipe
     if phase.index:
-        return artifact.load(context.folder / context.plan[stage.id][phase.index - 1].folder / MODEL)
+        folder = context.folder / context.plan[stage.id][phase.index - 1].folder / MODEL
+        return artifact.load(folder, allow_code=context.allow_code)
     start = recipe.start_of(stage)
     if start != "model":
-        return artifact.load(context.model_folder(start))
+        return artifact.load(context.model_folder(start), allow_code=context.allow_code)
     return load_model(recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
 
 
@@ -170,7 +171,7 @@ def _distiller(context: Context, stage: Stage) -> Distiller | None:
     if teacher == "self":
         teacher = recipe.start_of(stage)
     if teacher in context.plan:
-        model = artifact.load(context.model_folder(teacher))
+        model = artifact.load(context.model_folder(teacher), allow_code=context.allow_code)
     else:
         spec = recipe.model
         if teacher != "model":

@@ -228,7 +228,8 @@ class Trainer(transformers.Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _compressed(self) -> bool:
-        return is_quantized(self.model) or getattr(self.model.config, "mptrain_structure", None) is not None
+        config = getattr(self.model, "config", None)
+        return is_quantized(self.model) or getattr(config, "mptrain_structure", None) is not None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
