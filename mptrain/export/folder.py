@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -16,10 +17,14 @@ from typing import Any
 def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[Path]:
     """Yields an empty folder for the model's files; when the block ends well it takes the place of `folder`.
 
+    What an export that was killed left of its temporary folder is deleted.
     config: of the model, written as config.json without what an exported model has no use for. processor: saved too.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    prefix = f".{folder.name}.mptrain-"  # no name that a user's own folder beside it may have
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
         yield scratch
         if config is not None:
