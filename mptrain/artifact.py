@@ -13,6 +13,7 @@ it. Nothing is unpickled, and no code of a folder runs unless the caller allows 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -187,7 +188,7 @@ def _save_code(model: PreTrainedModel, folder: Path) -> str:
             f"the class {cls.__name__} is defined in {cls.__module__}, whose code cannot be saved with the model:"
             " move it to a .py file of its own"
         )
-    return f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
+    return f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}"  # the copy has the name of the file, not of the module
 
 
 def _auto_classes(model: PreTrainedModel) -> list[str]:

@@ -82,3 +82,16 @@ def test_a_dry_run_names_a_planning_type_that_is_none(tmp_path, capsys):
     described["planning"] = {"model_type": "nonsense"}
     assert main(["recipe", str(tiny.write(described, tmp_path / "recipe.yaml")), "--dry-run"]) == 2
     assert "planning.model_type" in capsys.readouterr().err
+
+
+def test_allowed_code_reaches_every_stage_and_export(tmp_path):
+    described = dense(tmp_path)
+    file = tmp_path / "modeling_own.py"
+    file.write_text(
+        "from transformers import BertForSequenceClassification\nclass Own(BertForSequenceClassification):\n    pass\n"
+    )
+    described["model"]["modeling"] = str(file)
+    described["stages"].append({"id": "q", "quantize": {"mode": "weight_only", "method": "rtn", "block_size": 16}})
+    described["export"][0] |= {"of": ["dense", "q"], "precision": ["fp32", "compressed"]}
+    run(tiny.write(described, tmp_path / "recipe.yaml"), "--allow-code")
+    assert len(json.loads((tmp_path / "run" / "report.json").read_text())["variants"]) == 2
