@@ -21,7 +21,7 @@ from mptrain.export.variants import Variants
 from mptrain.inputs.data import TaskData, load_data
 from mptrain.inputs.model import load_processor, read_config, skeleton
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
-from mptrain.plan import phases
+from mptrain.plan import phases, variants
 from mptrain.recipe import CoreMl, Export, Recipe, cache_of
 from mptrain.report import build, render
 from mptrain.report.measure import host
@@ -77,6 +77,7 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 def _steps(
     recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path], fresh: bool = False
 ) -> dict[str, Any]:
+    variants(recipe)  # an export without a model is an error now, not after training
     for export in recipe.export:
         import_unreported(format_of(export).package)  # an extra that is missing is an error now, not after training
     if any(map(cache_of, recipe.export)):
@@ -105,17 +106,17 @@ def _steps(
     if not peers.is_main_process:
         return {}
 
-    variants = Variants(context, questions)
-    exported = [variants.export(v) for v in variants.wanted()]
-    verified = [variants.verify(v) for v in exported]
-    measured = variants.measure([variants.evaluate(v) for v in verified])
+    made = Variants(context, questions)
+    exported = [made.export(v) for v in made.wanted()]
+    verified = [made.verify(v) for v in exported]
+    measured = made.measure([made.evaluate(v) for v in verified])
     report = build.build(
         recipe,
         versions=versions(),
         host=host(),
-        wall_s=seconds({f"{p.stage}/{p.name}": facts["wall_s"] for p, facts in trained} | variants.wall_s()),
+        wall_s=seconds({f"{p.stage}/{p.name}": facts["wall_s"] for p, facts in trained} | made.wall_s()),
         variants=measured,
-        floor=variants.floor(),
+        floor=made.floor(),
         history=[row for _, facts in trained for row in facts["history"]],
         structure=structure_facts(context),
         compressed=compressed_facts(context),

@@ -63,7 +63,9 @@ def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
         {"id": "int4", "from": "model", "quantize": block},
         {"id": "skm", "from": "model", "palettize": {"method": "skm", "bits": 3, "group_size": 8}},
     ]
-    described["export"] = [{"id": "ov", "format": "openvino", "of": ["int4", "skm"], "precision": ["fp32"]}]
+    described["export"] = [
+        {"id": "ov", "format": "openvino", "of": ["int4", "skm"], "precision": ["fp32", "compressed"]}
+    ]
     described["gates"] = {"fused_attention": None}
     for name, config in (("one", "1cpu"), ("two", "gloo-2cpu")):
         path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")

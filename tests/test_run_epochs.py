@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 
 import pytest
 import tiny
 from test_run import differences, kill_at, metrics, run
+
+INTERRUPTED = """
+import os, signal, sys
+from mptrain.cli import main
+from mptrain.train.phase import PhaseTrainer
+
+def load_best(self, after=PhaseTrainer.load_best):
+    os.kill(os.getpid(), signal.SIGINT)
+    after(self)
+
+PhaseTrainer.load_best = load_best
+sys.exit(main(["recipe", sys.argv[1]]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +53,7 @@ def test_a_run_killed_at_the_end_of_an_epoch_continues_to_the_same_numbers(dense
 def test_ctrl_c_in_the_last_evaluation_stops_before_the_export(dense, tmp_path):
     recipe, _ = dense
     path = recipe(tmp_path / "run", 1)
-    assert kill_at(path, tmp_path / "run", "stages/dense/0-train/best.safetensors", signal.SIGINT) == 130
+    assert subprocess.run([sys.executable, "-c", INTERRUPTED, str(path)]).returncode == 130
     assert not list((tmp_path / "run").glob("export/*"))
     run(path)
     assert (tmp_path / "run" / "report.json").exists()
