@@ -32,7 +32,9 @@ def main() -> int:
     store.parent.mkdir(exist_ok=True)
     results = json.loads(store.read_text()) if store.is_file() else {}
     pytest = [sys.executable, "-m", "pytest"]
-    listed = subprocess.run([*pytest, "--collect-only", "-q", "-m", "long"], cwd=ROOT, capture_output=True, text=True)
+    # one -q, whatever pyproject adds: with two, pytest prints counts instead of names
+    collect = [*pytest, "-o", "addopts=-q", "--collect-only", "-m", "long"]
+    listed = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
     tests = [line for line in listed.stdout.splitlines() if "::" in line]
     if not tests:
         print(listed.stdout + listed.stderr, file=sys.stderr)
