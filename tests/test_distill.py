@@ -39,7 +39,7 @@ class Fixed(nn.Module):
 def test_loss_is_mixed_by_weight():
     logits = torch.randn(4, 3)
     terms = Distiller(Fixed(logits=torch.randn(4, 3)), Distill(weight=0.75))(
-        {"labels": torch.zeros(4)}, {"loss": torch.tensor(2.0), "logits": logits}
+        {"labels": torch.zeros(4)}, {"logits": logits}, torch.tensor(2.0)
     )
     assert float(terms.total) == pytest.approx(0.25 * 2.0 + 0.75 * float(terms.distill))
     assert float(terms.task) == 2.0
@@ -49,7 +49,7 @@ def test_only_labelled_positions_count():
     student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     labels = torch.tensor([[1, -100, 2, -100, -100], [-100, 0, -100, -100, -100]])
     terms = Distiller(Fixed(logits=teacher), Distill(weight=1, temperature=1))(
-        {"labels": labels}, {"loss": torch.tensor(0.0), "logits": student}
+        {"labels": labels}, {"logits": student}, torch.tensor(0.0)
     )
     keep = labels != -100
     assert float(terms.total) == pytest.approx(float(kl_divergence(student[keep], teacher[keep], 1.0)))
@@ -59,7 +59,7 @@ def test_causal_models_compare_the_logits_that_predict_the_next_label():
     student, teacher = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
     labels = torch.tensor([[-100, -100, 3, 4]])
     terms = Distiller(Fixed(logits=teacher), Distill(weight=1, temperature=1), causal=True)(
-        {"labels": labels}, {"loss": torch.tensor(0.0), "logits": student}
+        {"labels": labels}, {"logits": student}, torch.tensor(0.0)
     )
     assert float(terms.total) == pytest.approx(float(kl_divergence(student[:, 1:3], teacher[:, 1:3], 1.0)))
 
@@ -83,8 +83,8 @@ def test_hidden_and_attention_terms_vanish_only_for_equal_models():
         settings = Distill(weight=0, hidden=hidden, attention=attention)
         same, differs = Distiller(model, settings), Distiller(other, settings)
         outputs = model(**batch, **same.extra_outputs())
-        assert float(same(batch, outputs).total) == pytest.approx(float(outputs["loss"]))
-        assert float(differs(batch, outputs).total) > float(outputs["loss"]) + 1e-4
+        assert float(same(batch, outputs, outputs["loss"]).total) == pytest.approx(float(outputs["loss"]))
+        assert float(differs(batch, outputs, outputs["loss"]).total) > float(outputs["loss"]) + 1e-4
 
 
 def test_a_teacher_with_other_labels_is_refused():
@@ -92,4 +92,4 @@ def test_a_teacher_with_other_labels_is_refused():
     student = BertForTokenClassification(config(num_labels=4))
     batch = {"input_ids": torch.randint(0, 50, (2, 6)), "labels": torch.zeros(2, 6, dtype=torch.long)}
     with pytest.raises(ModelError, match="same labels"):
-        Distiller(teacher, Distill())(batch, student(**batch))
+        Distiller(teacher, Distill())(batch, student(**batch), torch.tensor(0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import shutil
 from collections import Counter
 
 import pytest
@@ -12,7 +13,9 @@ import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from mptrain.recipe import Distill
+from mptrain.errors import UserError
+from mptrain.recipe import Distill, Magnitude
+from mptrain.train import checkpoint
 from mptrain.train.distill import Distiller
 from mptrain.train.trainer import Trainer
 
@@ -101,10 +104,15 @@ def test_a_checkpoint_holds_no_pickle_and_a_planted_one_does_not_run(tmp_path):
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         path.write_bytes(planted)
-        with contextlib.suppress(Exception):
+        with pytest.raises(UserError, match="not a whole checkpoint"):
             train(Trainer, tmp_path / "run", resume=str(folder))
+        if path.name != checkpoint.MANIFEST:
+            checkpoint.seal(folder)  # whoever can plant a file can write its hash, too
+            with contextlib.suppress(Exception):
+                train(Trainer, tmp_path / "run", resume=str(folder))
         assert not (tmp_path / "ran").exists()
         path.write_bytes(whole)
+        checkpoint.seal(folder)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin"):
         (folder / name).write_bytes(planted)
     train(Trainer, tmp_path / "run", resume=str(folder))
@@ -181,6 +189,60 @@ def test_distillation_terms_are_logged_as_means_since_the_last_log(tmp_path):
     assert len(rows) == 3
     for row in rows:
         assert row["loss"] == pytest.approx(0.5 * row["task_loss"] + 0.5 * row["distill_loss"], abs=2e-4)
+
+
+def test_label_smoothing_acts_under_a_distiller(tmp_path):
+    kept = {"distiller": Distiller(model(), Distill(weight=0.0))}
+    smooth = train(Trainer, tmp_path / "a", trainer_kwargs=kept, label_smoothing_factor=0.2)
+    theirs = train(transformers.Trainer, tmp_path / "b", label_smoothing_factor=0.2)
+    assert equal(weights(smooth), weights(theirs))
+    assert not equal(weights(smooth), weights(train(transformers.Trainer, tmp_path / "c")))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (
+            {"compressors": [Magnitude(method="magnitude", keep={"macs": 0.5})]},
+            TypeError,
+            "already prepared on it; got",
+        ),
+        ({"distiller": Distill()}, TypeError, r"Distiller\(teacher, settings\); got Distill"),
+        (
+            {"distiller": Distiller(model(), Distill()), "compute_loss_func": lambda *a, **k: None},
+            UserError,
+            "not both",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(tmp_path, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        Trainer(model(), arguments(tmp_path), train_dataset=Rows(), **kwargs)
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(tmp_path, caplog):
+    first = train(Trainer, tmp_path / "run", save_strategy="steps", save_steps=4)
+    newest = tmp_path / "run" / "checkpoint-12"
+    damaged = newest / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    resumed = train(Trainer, tmp_path / "run", resume=True)
+    assert "checkpoint-12 is not usable: optimizer.safetensors has" in caplog.text
+    assert resumed.state.global_step == 12
+    assert equal(weights(resumed), weights(first))
+    with pytest.raises(UserError, match=r"checkpoint-12 is not a whole checkpoint: optimizer\.safetensors has"):
+        train(Trainer, tmp_path / "run", resume=str(newest))
+    with pytest.raises(UserError, match="there is no such folder"):
+        train(Trainer, tmp_path / "run", resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no whole checkpoint in"):
+        train(Trainer, tmp_path / "empty", resume=True)
+
+
+def test_checkpoints_of_transformers_own_trainer_are_taken_up(tmp_path):
+    first = train(transformers.Trainer, tmp_path / "run", save_strategy="steps", save_steps=8)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    resumed = train(Trainer, tmp_path / "run", resume=True)
+    assert resumed.state.global_step == 12
+    assert equal(weights(resumed), weights(first))
 
 
 def test_weight_decay_leaves_quantizers_alone(tmp_path):

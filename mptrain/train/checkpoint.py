@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mptrain.artifact import unique_tensors
-from mptrain.errors import TrainingError
+from mptrain.errors import TrainingError, UserError
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -143,25 +143,51 @@ def fault(folder: Path) -> str | None:
             if _sha256(path) != expected["sha256"]:
                 return f"{name} is damaged (its SHA-256 differs)"
     except FileNotFoundError:
-        return "it was not finished"
+        return "it was not finished" if folder.is_dir() else "there is no such folder"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"its manifest cannot be read ({error})"
     return None
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint-N below folder; says so when a newer one is not whole."""
+def latest(folder: Path, *, foreign: bool = False) -> Path | None:
+    """The newest whole checkpoint-N below folder; says so when a newer one is not whole.
+
+    foreign: those of transformers' own Trainer count, too; they have no manifest, and nothing is known of them.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         if path.is_dir() and number.isdigit():
             found.append((int(number), path))
     for _, path in sorted(found, reverse=True):
-        why = fault(path)
+        why = None if foreign and _is_foreign(path) else fault(path)
         if why is None:
             return path
         log.warning("%s is not usable: %s; falling back to the checkpoint before it.", path, why)
     return None
+
+
+def usable(asked: str | Path | bool, folder: Path) -> Path:
+    """The checkpoint to resume from. asked: True for the newest whole one below folder, or one. Raises UserError."""
+    if asked is True:
+        found = latest(folder, foreign=True)
+        if found is None:
+            raise UserError(
+                f"resume_from_checkpoint=True: no whole checkpoint in {folder}. Leave it out to train from the start."
+            )
+        return found
+    path = Path(str(asked))
+    why = None if _is_foreign(path) else fault(path)
+    if why is not None:
+        raise UserError(
+            f"resume_from_checkpoint: {path} is not a whole checkpoint: {why}."
+            " Give an older one, or True for the newest whole one."
+        )
+    return path
+
+
+def _is_foreign(folder: Path) -> bool:
+    return (folder / "training_args.bin").is_file() and not (folder / MANIFEST).is_file()
 
 
 def facts(folder: Path) -> dict[str, Any]:

@@ -56,9 +56,8 @@ class Distiller:
             wanted["output_attentions"] = True
         return wanted
 
-    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Any]) -> Terms:
-        """inputs: the batch with labels; outputs: the student's, with "loss" and logits [batch, (length,) classes]."""
-        task = outputs["loss"]
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Any], task: Tensor) -> Terms:
+        """inputs: the batch with labels; outputs: the student's logits [batch, (length,) classes]; task: its loss."""
         with torch.no_grad():
             plain = {k: v for k, v in inputs.items() if k not in LABELS}
             expected = self.teacher(**plain, **self.extra_outputs())

@@ -42,7 +42,7 @@ class Trainer(transformers.Trainer):
     """`transformers.Trainer` plus `compressors` (already prepared on the model) and a `distiller`.
 
     With a distiller the loss is averaged per micro-batch, not per token over the whole
-    accumulation.
+    accumulation, so a `compute_loss_func` cannot be given with it. Raises UserError and TypeError.
     """
 
     # transformers calls these optional; while training they are there
@@ -54,6 +54,9 @@ class Trainer(transformers.Trainer):
         self, *args: Any, compressors: Sequence[Compressor] = (), distiller: Distiller | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        _check_kinds(compressors, distiller)
+        if distiller is not None and self.compute_loss_func is not None:
+            raise UserError("give a distiller or a compute_loss_func, not both: a distiller mixes the model's own loss")
         self.precision: MixedPrecision = parse(getattr(self.args, "precision", None) or "fp32")
         if self.precision.compute != "fp32":
             half.check(self.accelerator)
@@ -141,8 +144,9 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         if self.distiller is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, **self.distiller.extra_outputs())
-        terms = self.distiller(inputs, outputs)
+        # in a copy: with label smoothing transformers takes the labels out
+        task, outputs = super().compute_loss(model, {**inputs, **self.distiller.extra_outputs()}, return_outputs=True)
+        terms = self.distiller(inputs, outputs, task)
         self._note("task_loss", terms.task)
         self._note("distill_loss", terms.distill)
         self._term_count += 1
@@ -222,6 +226,16 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
     # -- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; a checkpoint that is not whole is never resumed from.
+
+        resume_from_checkpoint: True for the newest whole checkpoint in `args.output_dir`, or a folder. Raises
+        UserError when there is none, or when the folder given is not whole.
+        """
+        if resume_from_checkpoint and not self._sharded:
+            resume_from_checkpoint = str(checkpoint.usable(resume_from_checkpoint, Path(str(self.args.output_dir))))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def _sharded(self) -> bool:
@@ -324,6 +338,19 @@ class Trainer(transformers.Trainer):
             checkpoint.set_rng_state(checkpoint.load_state(path))
         else:
             super()._load_rng_state(checkpoint_folder)
+
+
+def _check_kinds(compressors: Sequence[Any], distiller: Any) -> None:
+    for compressor in compressors:
+        if not hasattr(compressor, "gradients_ready"):
+            raise TypeError(
+                f"compressors takes objects that act on the model, such as mptrain.compress.fisher.FisherPruner,"
+                f" already prepared on it; got {type(compressor).__name__}"
+            )
+    if distiller is not None and not isinstance(distiller, Distiller):
+        raise TypeError(
+            f"distiller takes a mptrain.train.distill.Distiller(teacher, settings); got {type(distiller).__name__}"
+        )
 
 
 class _AfterStep(TrainerCallback):
