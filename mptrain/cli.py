@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
     recipe.add_argument("--resume", action="store_true", help="continue the run in output.dir; it must exist")
     recipe.add_argument(
+        "--reuse",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="take over the stages that the run in this folder has in common with this one (may be repeated)",
+    )
+    recipe.add_argument(
         "--allow-code", action="store_true", help="let the recipe run code: trust_remote_code and modeling files"
     )
     recipe.set_defaults(call=_recipe)
@@ -211,8 +218,9 @@ def _recipe(options: argparse.Namespace) -> int:
     from mptrain.run import run
 
     folder = Path(found.recipe.output.dir)
+    reuse = [Path(run) for run in options.reuse]
     try:
-        report = run(found.recipe, fresh=options.fresh, allow_code=options.allow_code)
+        report = run(found.recipe, fresh=options.fresh, allow_code=options.allow_code, reuse=reuse)
     except GateFailed:
         _print_report(read(folder), folder)
         raise
@@ -226,6 +234,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
     if options.resume:
         raise UserError("--resume: a sweep continues by itself; leave --resume out.")
+    if options.reuse:
+        raise UserError("--reuse: a sweep takes over the stages that its points share by itself; leave --reuse out.")
     grid = points(options.recipe, options.set, options.sweep)
     if options.dry_run:
         from mptrain.dry_run import dry_run

@@ -7,9 +7,7 @@ was killed anywhere, and prints the report of a finished one.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from mptrain.errors import DataError, GateFailed
 from mptrain.export.decoder import check_exports
 from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
-from mptrain.inputs.data import TaskData, load_data
+from mptrain.identity import identity, versions
+from mptrain.inputs.data import load_data
 from mptrain.inputs.model import load_processor, read_config, skeleton
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
 from mptrain.plan import phases, variants
@@ -27,33 +26,19 @@ from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, clear, locked, read_json, write_json
 from mptrain.silence import import_unreported
-from mptrain.sweep import take_stages
+from mptrain.sweep import check_reuse, take_stages
 from mptrain.train.launch import state
 from mptrain.train.stage import Context, compressed_facts, run_phase, structure_facts
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
-VERSIONS = (
-    "mptrain",
-    "torch",
-    "transformers",
-    "accelerate",
-    "nncf",
-    "openvino",
-    "optimum-intel",
-    "coremltools",
-    "coreai-core",
-    "coreai-torch",
-    "coreai-opt",
-    "numpy",
-)
 
 
 def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse: Sequence[Path] = ()) -> dict[str, Any]:
     """Run a recipe, or what is left of it, in recipe.output.dir.
 
-    reuse: folders of finished runs; stages that they have in common with this one are taken over.
+    reuse: folders of other runs; stages that they have in common with this one are taken over.
     Returns the report. Raises MptrainError and its kinds; a missed gate is GateFailed after the
     report was written.
     """
@@ -64,6 +49,7 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
         _steps(recipe, peers, folder, allow_code, reuse)
         peers.wait_for_everyone()
         return {}
+    check_reuse(reuse)
     with locked(folder):
         peers.wait_for_everyone()
         report = _steps(recipe, peers, folder, allow_code, reuse, fresh or recipe.output.resume == "never")
@@ -90,7 +76,7 @@ def _steps(
         data.example(1, length)  # a length that the task cannot have is an error now, not after training
     questions = read_questions(recipe, processor, allow_code)
     if peers.is_main_process:
-        described = identity(recipe, data, peers.num_processes, questions)
+        described = identity(recipe, data, peers.num_processes, questions, allow_code=allow_code)
         if fresh:
             clear(folder)  # now that all inputs are good
         check_identity(folder, described)
@@ -153,27 +139,8 @@ def _longest(export: Export) -> tuple[str, int] | None:
     return ("shapes.length", max(export.shapes.length)) if isinstance(export, CoreMl) else None
 
 
-def identity(
-    recipe: Recipe, data: TaskData, processes: int, questions: Sequence[MultipleChoice] = ()
-) -> dict[str, Any]:
-    """What must be the same for a resume to give the result of an uninterrupted run."""
-    described = recipe.model_dump(mode="json", by_alias=True, exclude={"output": True, "description": True})
-    found = {"recipe": described, "data_hash": data.hash, "versions": versions(), "processes": processes}
-    return found | ({"multiple_choice": {task.name: task.hash for task in questions}} if questions else {})
-
-
 def seconds(phases: dict[str, float]) -> dict[str, float]:
     return phases | {"total": round(sum(phases.values()), 3)}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in VERSIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _missed(gate: dict[str, Any]) -> str:

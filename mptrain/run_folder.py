@@ -1,6 +1,6 @@
 """The folder of a run: one live run at a time, and proof that a resume continues the same run.
 
-run.json      what the run is: recipe, data hash, versions, number of processes
+run.json      what the run is (identity.py)
 lock          held with flock while a run is alive; the kernel frees it on any death
 stages/…      one folder per phase: checkpoints, log, and when done the model
 export/…      one folder per variant
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.errors import MptrainError, ResumeError, UserError
+
+log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"
 LOCK = "lock"
@@ -66,6 +69,21 @@ def locked(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def is_live(folder: Path) -> bool:
+    """Whether a process holds the lock of the run in folder."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
 def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"output.dir {folder}: cannot be written ({error.strerror}). Choose another folder with --set output.dir=DIR."
@@ -97,13 +115,16 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
             )
         write_json(path, identity)
         return
-    before = read_json(path)
-    changes = list(_differences(before, json.loads(json.dumps(identity)), ""))
+    before, now = read_json(path), json.loads(json.dumps(identity))
+    machine = list(_differences(before.pop("machine", None), now.pop("machine", None), "machine"))
+    if machine:
+        log.warning("%s; the last bits of the result may depend on it.", "; ".join(machine))
+    changes = list(_differences(before, now, ""))
     if changes:
         raise ResumeError(
             f"{folder} holds a run that differs: {'; '.join(changes[:5])}{' …' if len(changes) > 5 else ''}."
-            " Undo the change to resume, delete that run and start again with --fresh,"
-            " or keep both with --set output.dir=DIR."
+            " Undo the change to resume, delete that run and start again with --fresh, or keep both with"
+            f" --set output.dir=DIR; --reuse {folder} then takes over the stages that both have in common."
         )
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mptrain import recipe_file
-from mptrain.errors import GateFailed, RecipeError
+from mptrain.errors import GateFailed, RecipeError, UserError
 from mptrain.plan import variants
 from mptrain.recipe import Recipe
-from mptrain.run_folder import read_json, write_json
+from mptrain.run_folder import IDENTITY, is_live, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,15 @@ def _read_by_stage(recipe: dict[str, Any], stage: dict[str, Any]) -> dict[str, A
     return found
 
 
+def check_reuse(folders: Sequence[Path]) -> None:
+    """Raises UserError for what is no run, or a live one."""
+    for folder in folders:
+        if not (folder / IDENTITY).is_file():
+            raise UserError(f"--reuse: {folder} holds no run of mptrain; give the folder of one.")
+        if is_live(folder):
+            raise UserError(f"--reuse: the run in {folder} is still going on; wait for it, or stop it.")
+
+
 def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) -> None:
     """Copy into the run in `folder` the finished stages that a run in `others` has in common with it.
 
@@ -161,9 +170,9 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
     data and their content, seed, versions and number of processes are, and what it reads of evaluate and export is.
     """
     for other in others:
-        theirs = read_json(other / "run.json")
+        theirs = read_json(other / IDENTITY)
         ours = identity["recipe"]
-        same = all(theirs[key] == identity[key] for key in ("data_hash", "versions", "processes"))
+        same = all(theirs.get(key) == identity.get(key) for key in ("data_hash", "models", "versions", "processes"))
         same = same and _settings(theirs["recipe"]) == _settings(ours)
         for stage, their_stage in zip(ours["stages"], theirs["recipe"]["stages"]):
             same = same and stage == their_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,7 +11,10 @@ import torch
 from test_run import run
 from transformers import ElectraConfig, ElectraForSequenceClassification
 
+from mptrain import recipe_file
 from mptrain.cli import main
+from mptrain.identity import models
+from mptrain.run_folder import check_identity, locked
 
 
 def dense(folder, **train):
@@ -95,3 +99,55 @@ def test_allowed_code_reaches_every_stage_and_export(tmp_path):
     described["export"][0] |= {"of": ["dense", "q"], "precision": ["fp32", "compressed"]}
     run(tiny.write(described, tmp_path / "recipe.yaml"), "--allow-code")
     assert len(json.loads((tmp_path / "run" / "report.json").read_text())["variants"]) == 2
+
+
+def test_other_weights_in_the_same_folder_are_another_run(tmp_path):
+    recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
+    run(recipe)
+    weights = tmp_path / "bert" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "models.model.path was" in run(recipe, check=2).stderr
+
+
+def test_teachers_and_modeling_files_are_known_by_their_content(tmp_path):
+    described = dense(tmp_path)
+    code = tmp_path / "modeling.py"
+    code.write_text("one")
+    teacher = described["model"]["path"]
+    described["stages"][0] |= {"teacher": teacher, "distill": {"weight": 0.5}}
+    described["model"] |= {"path": "packaged:minilm-l6", "modeling": str(code)}
+    recipe = recipe_file.validate(described, "test")
+    before = models(recipe)
+    assert sorted(before) == ["model.modeling", "stages.dense.teacher"]
+    code.write_text("two")
+    (Path(teacher) / "notes.md").write_text("nothing that is read")
+    after = models(recipe)
+    assert before["stages.dense.teacher"] == after["stages.dense.teacher"]
+    assert before["model.modeling"] != after["model.modeling"]
+
+
+def test_other_threads_are_said_and_do_not_stop_a_resume(tmp_path, caplog):
+    found = {"recipe": {}, "machine": {"threads": 2, "gpu": False}}
+    check_identity(tmp_path, found)
+    check_identity(tmp_path, {"recipe": {}, "machine": {"threads": 1, "gpu": False}})
+    assert "machine.threads was 2 and is 1; the last bits" in caplog.text
+
+
+def test_stages_of_another_run_are_taken_over_on_request(tmp_path):
+    recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
+    run(recipe)
+    changed = ["--set", "gates.parity=0.5", "--set", "evaluate.floor=false"]
+    refused = run(recipe, *changed, check=2).stderr
+    assert "recipe.gates.parity was" in refused and f"--reuse {tmp_path / 'run'}" in refused
+    changed += ["--set", f"output.dir={tmp_path / 'other'}", "--reuse"]
+    assert "holds no run" in run(recipe, *changed, str(tmp_path / "nowhere"), check=2).stderr
+    assert not (tmp_path / "other").exists()
+    with locked(tmp_path / "run"):
+        assert "still going on" in run(recipe, *changed, str(tmp_path / "run"), check=2).stderr
+    run(recipe, *changed, str(tmp_path / "run"))
+    ours, theirs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("other", "run"))
+    assert ours["wall_s"]["dense/train"] == theirs["wall_s"]["dense/train"]
+    assert ours["variants"][0]["metrics"] == theirs["variants"][0]["metrics"]
+    assert {g["name"]: g["limit"] for g in ours["gates"]}["parity"] == 0.5
