@@ -202,6 +202,9 @@ def _recipe(options: argparse.Namespace) -> int:
         return _sweep(options)
     found = recipe_file.read(options.recipe, options.set)
     if options.dry_run:
+        from mptrain.console import quiet_libraries
+
+        quiet_libraries()
         from mptrain.dry_run import dry_run
 
         print(dry_run(found.recipe, allow_code=options.allow_code))
@@ -237,6 +240,9 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.reuse:
         raise UserError("--reuse: a sweep takes over the stages that its points share by itself; leave --reuse out.")
     grid = points(options.recipe, options.set, options.sweep)
+    from mptrain.console import quiet_libraries
+
+    quiet_libraries()
     if options.dry_run:
         from mptrain.dry_run import dry_run
 
@@ -244,9 +250,6 @@ def _sweep(options: argparse.Namespace) -> int:
             print(f"== {', '.join(f'{k}={v}' for k, v in point.values.items())} -> {point.recipe.output.dir}")
             print(dry_run(point.recipe, allow_code=options.allow_code))
         return 0
-    from mptrain.console import quiet_libraries
-
-    quiet_libraries()
     found = sweep(grid, fresh=options.fresh, allow_code=options.allow_code)
     if found["points"]:
         from rich.console import Console

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,22 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from mptrain import preflight
 from mptrain.compress import costs, palettize
 from mptrain.compress.structure import Structure, find_structure
-from mptrain.errors import ModelError, MptrainError, UserError
-from mptrain.export.decoder import check_exports
+from mptrain.errors import ModelError, UserError
 from mptrain.inputs import packaged
-from mptrain.inputs.data import load_data
-from mptrain.inputs.model import load_processor, read_config, skeleton
+from mptrain.inputs.data import TaskData, load_data
+from mptrain.inputs.model import HUB_NAME, load_processor, read_config, skeleton
+from mptrain.inputs.splits import SPLITS
+from mptrain.inputs.tables import read_table
 from mptrain.plan import phases, variants
 from mptrain.recipe import CoreMl, OpenVino, Planning, Recipe, Stage, WeightOnly, cache_of
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
 EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
+
+Tables = Mapping[str, palettize.Table]
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,13 @@ class Outlook:
 
 def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
-    rows, rows_from = _rows(recipe, allow_code)
-    model, model_from = _model(recipe, allow_code)
-    check_exports(recipe, model.config)
+    data = _data(recipe, allow_code)
+    model, model_from, known = _model(recipe, allow_code)
+    if known:
+        preflight.check_model(recipe, model)
+    if data is not None:
+        preflight.check_data(recipe, data)
+    rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
     structure = _structure(recipe, model)
     length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
     outlook = _outlook(model, structure, length)
@@ -60,11 +69,12 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     console.print(f"model: {recipe.model.path} ({model_from}); data: {rows:,} training rows ({rows_from})")
     console.print(f"output: {recipe.output.dir}\n")
     console.print(_stages(recipe, rows, outlook, speed))
-    console.print(_variants(recipe, outlook))
+    tables = {stage.id: palettize.tables(model, stage.palettize) for stage in recipe.stages if stage.palettize}
+    console.print(_variants(recipe, tables, outlook))
     for line in _caches(recipe, structure):
         console.print(line)
-    if any(stage.palettize for stage in recipe.stages):
-        console.print(_tables(recipe, model))
+    if tables:
+        console.print(_tables(recipe, tables))
     console.print("Predicted from sizes and a short measurement here; times within about a factor of two.")
     return text.getvalue()
 
@@ -100,7 +110,7 @@ def _does(compute: str, stage: Stage, phase: Any) -> str:
     return " + ".join(parts)
 
 
-def _variants(recipe: Recipe, outlook: Outlook) -> Table:
+def _variants(recipe: Recipe, tables: Mapping[str, Tables], outlook: Outlook) -> Table:
     table = Table(title="\nVariants", title_justify="left", box=None, pad_edge=False)
     for name in ("variant", "parameters", "MACs", "size", "against fp32"):
         table.add_column(name, justify="left" if name == "variant" else "right")
@@ -113,7 +123,10 @@ def _variants(recipe: Recipe, outlook: Outlook) -> Table:
         if kept is None:
             table.add_row(planned.id, "by regularization", "", "", "")
             continue
-        size = _bytes(outlook, kept, *_stored(stage, stored))
+        if stage.palettize and not isinstance(planned.export, OpenVino):
+            size = _palettized_bytes(tables[stage.id], stage, outlook, kept, planned.precision)
+        else:
+            size = _bytes(outlook, kept, *_stored(stage, stored))
         params = outlook.encoder * kept + outlook.embeddings + outlook.other
         table.add_row(
             planned.id, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
@@ -146,7 +159,7 @@ def _caches(recipe: Recipe, structure: Structure | None) -> list[str]:
     return lines
 
 
-def _tables(recipe: Recipe, model: torch.nn.Module) -> Table:
+def _tables(recipe: Recipe, tables: Mapping[str, Tables]) -> Table:
     """What palettized weights take where a target stores tables, before any pruning."""
     table = Table(title="\nPalettized weights", title_justify="left", box=None, pad_edge=False)
     for name in ("stage", "bits", "layers", "weights", "size", "against fp16"):
@@ -156,7 +169,7 @@ def _tables(recipe: Recipe, model: torch.nn.Module) -> Table:
             continue
         budget = stage.palettize.size_budget
         alike: dict[str, list[palettize.Table]] = {}
-        for found in palettize.tables(model, stage.palettize).values():
+        for found in tables[stage.id].values():
             bits = f"{found.bits / found.cluster_dim:g}" if budget is None else "by sensitivity"
             alike.setdefault(bits, []).append(found)
         for bits, group in sorted(alike.items()):
@@ -184,6 +197,16 @@ def _kept(recipe: Recipe, stage: Stage) -> float | None:
 
 def _bytes(outlook: Outlook, kept: float, weight: float, embedding: float) -> float:
     return (outlook.encoder * kept + outlook.other) * weight + outlook.embeddings * embedding
+
+
+def _palettized_bytes(tables: Tables, stage: Stage, outlook: Outlook, kept: float, precision: str) -> float:
+    """Where a target stores tables; pruning is taken to shrink all blocks alike."""
+    assert stage.palettize is not None
+    budget = stage.palettize.size_budget
+    count = sum(t.rows * t.columns for t in tables.values())
+    size = sum(t.stored_bytes for t in tables.values()) if budget is None else budget * count / 8
+    dense = outlook.encoder + outlook.embeddings + outlook.other
+    return (size + (dense - count) * BYTES[precision]) * (outlook.encoder * kept + dense - outlook.encoder) / dense
 
 
 def _stored(stage: Stage, precision: str) -> tuple[float, float]:
@@ -220,17 +243,17 @@ def _outlook(model: torch.nn.Module, structure: Structure | None, length: int) -
     return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
 
 
-def _model(recipe: Recipe, allow_code: bool) -> tuple[PreTrainedModel, str]:
+def _model(recipe: Recipe, allow_code: bool) -> tuple[PreTrainedModel, str, bool]:
+    """The model without weights, where its sizes are from, and whether they are the model's own."""
     spec = recipe.model
     path = packaged.cached(spec.path) if spec.path.startswith(packaged.PREFIX) else Path(spec.path).expanduser()
-    if path is not None and (path / "config.json").is_file():
-        return skeleton(spec, read_config(spec, allow_code), allow_code), "its config is here"
+    if path is not None and (path.exists() or not HUB_NAME.fullmatch(spec.path)):
+        return skeleton(spec, read_config(spec, allow_code), allow_code), "its config is here", True
     try:
-        config, found = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False), True
+        config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
-        config, found = _assumed(recipe.planning), False
-    model = skeleton(spec, config)
-    return model, "cached by the hub client" if found else "not on this machine; sizes from planning"
+        return skeleton(spec, _assumed(recipe.planning)), "not on this machine; sizes from planning", False
+    return skeleton(spec, config), "cached by the hub client", True
 
 
 def _assumed(planning: Planning) -> PreTrainedConfig:
@@ -243,23 +266,26 @@ def _assumed(planning: Planning) -> PreTrainedConfig:
         ) from None
 
 
-def _rows(recipe: Recipe, allow_code: bool) -> tuple[int, str]:
-    """Rows of the training split; only data that is on this machine is read."""
-    source = recipe.data.source or recipe.data.train
-    here = source is not None and Path(source).expanduser().exists()
-    if source is not None and source.startswith(packaged.PREFIX):
-        here = packaged.cached(source) is not None and (
-            not recipe.model.path.startswith(packaged.PREFIX) or packaged.cached(recipe.model.path) is not None
-        )
-    if here:
-        try:
-            processor = load_processor(recipe.model, allow_code)
-        except MptrainError:
-            processor = None
-        if processor is not None:
-            data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
-            return len(data.train), "counted"
-    return min(recipe.planning.train_rows, recipe.data.max_samples or recipe.planning.train_rows), "assumed"
+def _data(recipe: Recipe, allow_code: bool) -> TaskData | None:
+    """Only data that is on this machine is read; None without it, or without the model's processor."""
+    source, model = recipe.data.source, recipe.model.path
+    if source is None:
+        for name in SPLITS:
+            file = getattr(recipe.data, name)
+            if file is not None and not Path(file).expanduser().is_file():
+                read_table(file, f"data.{name}")  # raises
+    elif source.startswith(packaged.PREFIX):
+        if packaged.cached(source) is None:
+            return None
+    elif not Path(source).expanduser().exists():
+        return None
+    if packaged.cached(model) is None if model.startswith(packaged.PREFIX) else not Path(model).expanduser().is_dir():
+        return None
+    return load_data(recipe.data, recipe.model.task, load_processor(recipe.model, allow_code), seed=recipe.seed)
+
+
+def _assumed_rows(recipe: Recipe) -> int:
+    return min(recipe.planning.train_rows, recipe.data.max_samples or recipe.planning.train_rows)
 
 
 def _macs_per_second() -> float:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mptrain.errors import RecipeError
+from mptrain.plan import variants
 from mptrain.recipe import Recipe
 
 _LISTS_BY_ID = ("stages", "export")
@@ -81,10 +82,16 @@ def read(name: str, overrides: list[str] | None = None) -> RecipeFile:
 
 
 def validate(data: dict[str, Any], source: str, lines: dict[Path_, int] | None = None) -> Recipe:
+    """The recipe in plain data. lines: of its keys in the file. Raises RecipeError, also for an export of nothing."""
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(item, data, source, lines or {}) for item in error.errors())) from None
+    try:
+        variants(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    return recipe
 
 
 def dump(recipe: Recipe) -> str:

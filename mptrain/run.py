@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mptrain.compress.structure import find_structure
+from mptrain import preflight
 from mptrain.errors import DataError, GateFailed
-from mptrain.export.decoder import check_exports
 from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
 from mptrain.identity import identity, versions
 from mptrain.inputs.data import load_data
-from mptrain.inputs.model import load_processor, read_config, skeleton
+from mptrain.inputs.model import load_processor, read_config
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
-from mptrain.plan import phases, variants
-from mptrain.recipe import CoreMl, Export, Recipe, cache_of
+from mptrain.plan import phases
+from mptrain.recipe import Recipe
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, clear, locked, read_json, write_json
@@ -63,17 +62,14 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 def _steps(
     recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path], fresh: bool = False
 ) -> dict[str, Any]:
-    variants(recipe)  # an export without a model is an error now, not after training
     for export in recipe.export:
         import_unreported(format_of(export).package)  # an extra that is missing is an error now, not after training
-    if any(map(cache_of, recipe.export)):
-        check_exports(recipe, read_config(recipe.model, allow_code))
-    if any(stage.prune for stage in recipe.stages) and recipe.model.modeling is None:
-        find_structure(skeleton(recipe.model, read_config(recipe.model, allow_code), allow_code))
+    model = preflight.model_of(recipe, allow_code)
+    if model is not None:
+        preflight.check_model(recipe, model)
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
-    for length in recipe.evaluate.latency.length:
-        data.example(1, length)  # a length that the task cannot have is an error now, not after training
+    preflight.check_data(recipe, data, peers.num_processes)
     questions = read_questions(recipe, processor, allow_code)
     if peers.is_main_process:
         described = identity(recipe, data, peers.num_processes, questions, allow_code=allow_code)
@@ -122,7 +118,7 @@ def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[Mul
     length = context_length(read_config(recipe.model, allow_code), tokenizer)
     tasks = read_tasks(recipe.evaluate.multiple_choice, tokenizer, length)
     for export in recipe.export:
-        field, most = _longest(export) or ("", length)
+        field, most = preflight.longest_input(export) or ("", length)
         for task in tasks:
             if task.longest > most:
                 raise DataError(
@@ -130,13 +126,6 @@ def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[Mul
                     f" question of {task.facts['file']}; raise it, or drop the task from evaluate.multiple_choice."
                 )
     return tasks
-
-
-def _longest(export: Export) -> tuple[str, int] | None:
-    """The field that bounds the texts which an export reads, and how many tokens it allows."""
-    if (tokens := cache_of(export)) is not None:
-        return "cache", tokens
-    return ("shapes.length", max(export.shapes.length)) if isinstance(export, CoreMl) else None
 
 
 def seconds(phases: dict[str, float]) -> dict[str, float]:

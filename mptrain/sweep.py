@@ -21,7 +21,6 @@ from typing import Any
 
 from mptrain import recipe_file
 from mptrain.errors import GateFailed, RecipeError, UserError
-from mptrain.plan import variants
 from mptrain.recipe import Recipe
 from mptrain.run_folder import IDENTITY, is_live, read_json, write_json
 
@@ -55,7 +54,6 @@ def points(name: str, overrides: Sequence[str], axes: Sequence[str]) -> list[Poi
     for given, folder_name in zip(wanted, _folder_names(wanted)):
         recipe = recipe_file.read(name, [*overrides, *(f"{k}={v}" for k, v in given.items())]).recipe
         folder = Path(f"{recipe.output.dir}-sweep") / folder_name
-        variants(recipe)  # an export without models is an error now
         output = recipe.output.model_copy(update={"dir": str(folder)})
         found.append(Point(given, recipe.model_copy(update={"output": output})))
     return found

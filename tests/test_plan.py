@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 
@@ -108,20 +109,26 @@ def test_bundled_recipes_export_every_stage_that_they_name(bundled):
     ("recipe", "message"),
     [
         (
-            changed(precision=["int8"]),
+            partial(changed, precision=["int8"]),
             "export.ov.precision: stage dense has none of [int8]; it can be fp32 or fp16: add",
         ),
-        (changed(precision=["compressed"]), "stage dense has none of [compressed]"),
-        (changed(INT4, of=["dense", "int4"]), "stage int4 has none of [fp32, int8]; it can be compressed: add"),
-        (changed(precision=[]), "stage dense has none of []"),
-        (changed(more=[NO_PRECISION]), "export.ml.precision: stage dense has none of []; it can be fp32 or fp16"),
-        (changed(of=[]), "export.ov.of: names no stage, got []; give some of ['dense', 'jpqd']"),
-        (changed(more=[NO_STAGE]), "export.ml.of: names no stage"),
+        (partial(changed, precision=["compressed"]), "stage dense has none of [compressed]"),
+        (
+            partial(changed, INT4, of=["dense", "int4"]),
+            "stage int4 has none of [fp32, int8]; it can be compressed",
+        ),
+        (partial(changed, precision=[]), "stage dense has none of []"),
+        (
+            partial(changed, more=[NO_PRECISION]),
+            "export.ml.precision: stage dense has none of []",
+        ),
+        (partial(changed, of=[]), "export.ov.of: names no stage, got []; give some of ['dense', 'jpqd']"),
+        (partial(changed, more=[NO_STAGE]), "export.ml.of: names no stage"),
     ],
 )
 def test_a_stage_of_an_export_without_a_model_is_an_error(recipe, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        variants(recipe)
+        recipe()
 
 
 def test_precisions_that_fit_another_stage_are_left_out():
@@ -132,16 +139,15 @@ def test_precisions_that_fit_another_stage_are_left_out():
 
 
 def test_two_variants_with_one_id_are_an_error():
-    twins = changed(TUNED, AGAIN | {"quantize": {"mode": "qat"}}, of=["jpqd", "jpqd_pruned"], precision=["fp32"])
+    again = AGAIN | {"quantize": {"mode": "qat"}}
     expected = (
         "export.ov: stage jpqd_pruned in fp32 would be the variant 'jpqd_pruned_fp32', which stage jpqd of export.ov"
     )
     with pytest.raises(RecipeError, match=re.escape(expected)):
-        variants(twins)
+        changed(TUNED, again, of=["jpqd", "jpqd_pruned"], precision=["fp32"])
     other_format = {"id": "x", "format": "coreml", "of": ["dense"], "precision": ["fp32"]}
-    named = changed(TUNED | {"id": "baseline_x"}, of=["baseline_x"], precision=["fp32"], more=[other_format])
     with pytest.raises(RecipeError, match="'baseline_x_fp32', which stage baseline_x of"):
-        variants(named)
+        changed(TUNED | {"id": "baseline_x"}, of=["baseline_x"], precision=["fp32"], more=[other_format])
 
 
 def test_a_model_asked_for_twice_is_exported_once():

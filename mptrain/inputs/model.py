@@ -50,7 +50,7 @@ HEADS: dict[str, Any] = {
     "audio-classification": AutoModelForAudioClassification,
     "causal-lm": AutoModelForCausalLM,
 }
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, SafetensorError)
 """what transformers and huggingface_hub raise for a model that cannot be loaded"""
@@ -182,7 +182,7 @@ def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
                 " folder that save_pretrained wrote."
             )
         return str(path.absolute()), {"local_files_only": True, "trust_remote_code": spec.trust_remote_code}
-    if path.exists() or not _HUB_NAME.fullmatch(spec.path):
+    if path.exists() or not HUB_NAME.fullmatch(spec.path):
         raise ModelError(
             f"model.path: {path.absolute()} is not a folder, and {spec.path!r} is neither a hub name (owner/name) nor"
             f" packaged ({', '.join(packaged.PREFIX + name for name in packaged.names())})."

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from mptrain.recipe.base import Strict
 
+KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
+
 
 class Qat(Strict):
     """Quantization-aware training through nncf.quantize on the torch model."""
@@ -16,9 +18,7 @@ class Qat(Strict):
     weights: Literal["symmetric", "asymmetric"] = "symmetric"
     activations: Literal["symmetric", "asymmetric"] = "symmetric"
     embeddings: Literal["fp32", "int8"] = Field("int8", description="int4 embeddings: export precision int8_emb4")
-    ignore: list[str] = Field(
-        [], description="modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
-    )
+    ignore: list[str] = Field([], description=KEPT)
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
     smooth_quant: bool = False
     start: Literal["joint", "after_prune"] = Field(
@@ -37,8 +37,8 @@ class Ptq(Strict):
         "mixed", description="performance: symmetric; mixed: symmetric weights, asymmetric activations"
     )
     embeddings: Literal["fp32", "int8"] = "int8"
-    ignore: list[str] = []
-    bits: dict[str, Literal[4, 8]] = {}
+    ignore: list[str] = Field([], description=KEPT)
+    bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
     smooth_quant: bool = True
     fast_bias_correction: bool = True
 
@@ -76,7 +76,7 @@ class WeightOnly(Strict):
     embeddings: Literal["fp32", "int8", "same"] = Field("int8", description="int8: a scale per row; same: as the rest")
     lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
     overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
-    ignore: list[str] = Field([], description="modules kept in fp32: substrings, or regular expressions after 're:'")
+    ignore: list[str] = Field([], description=KEPT)
 
 
 Quantize = Annotated[Qat | Ptq | WeightOnly, Field(discriminator="mode")]
