@@ -94,7 +94,7 @@ class Planned:
 def variants(recipe: Recipe) -> list[Planned]:
     """Everything that is exported, in order.
 
-    The first stage is the `baseline`. An OpenVINO stage has the precisions that make sense for
+    `recipe.baseline` is called so. An OpenVINO stage has the precisions that make sense for
     it: fp32 and fp16 when it is not quantized or when it is pruned (`pruned_fp32` is then the
     pruned structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed`
     alone when its weights are. Variants of other formats carry the id of their export,
@@ -113,7 +113,7 @@ def variants(recipe: Recipe) -> list[Planned]:
             stage = recipe.stage(stage_id)
             quantized = isinstance(stage.quantize, Qat | Ptq)
             for precision in _fitting(export, stage):
-                name = "baseline" if stage_id == recipe.stages[0].id else stage_id
+                name = "baseline" if stage_id == recipe.baseline else stage_id
                 if isinstance(export, OpenVino):
                     if precision in ("fp32", "fp16") and stage.prune and quantized and name != "baseline":
                         name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"

@@ -27,7 +27,7 @@ from mptrain.run_folder import check_identity, clear, locked, read_json, write_j
 from mptrain.silence import import_unreported
 from mptrain.sweep import check_reuse, take_stages
 from mptrain.train.launch import state
-from mptrain.train.stage import Context, compressed_facts, run_phase, structure_facts
+from mptrain.train.stage import Context, compressed_facts, keep_start, run_phase, structure_facts
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def _steps(
 
     plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
     context = Context(recipe, data, processor, folder, plan, peers, allow_code)
+    keep_start(context)
     trained = [(phase, run_phase(context, phase)) for stage in recipe.stages for phase in plan[stage.id]]
     if not peers.is_main_process:
         return {}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from test_run import run
-from transformers import ElectraConfig, ElectraForSequenceClassification
+from transformers import BertModel, ElectraConfig, ElectraForSequenceClassification
 
 from mptrain import recipe_file
 from mptrain.cli import main
@@ -190,3 +190,32 @@ def test_validate_knows_exports_that_make_nothing(tmp_path, capsys):
     recipe = tiny.write(tiny.jpqd(tmp_path), tmp_path / "recipe.yaml")
     assert main(["validate", str(recipe), "--set", "export.ov.of=[]"]) == 2
     assert f"{recipe}: export.ov.of: names no stage" in capsys.readouterr().err
+
+
+def ptq_of(folder, model):
+    described = dense(folder)
+    described["model"]["path"] = str(model)
+    described["stages"] = [{"id": "ptq", "quantize": {"mode": "ptq"}}]
+    described["export"][0] |= {"of": ["model", "ptq"], "precision": ["fp32", "int8"]}
+    described["output"]["dir"] = str(folder / "ptq")
+    return tiny.write(described, folder / "ptq.yaml")
+
+
+def test_a_model_that_is_trained_already_is_the_baseline_of_its_quantization(tmp_path):
+    run(tiny.write(dense(tmp_path, epochs=3), tmp_path / "recipe.yaml"))
+    recipe = ptq_of(tmp_path, tmp_path / "run" / "stages" / "dense" / "0-train" / "model")
+    run(recipe)
+    before, after = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "ptq"))
+    assert [v["id"] for v in after["variants"]] == ["baseline_fp32", "ptq_int8"]
+    assert after["variants"][0]["metrics"] == before["variants"][0]["metrics"]
+    assert [c["vs"] for c in after["comparisons"]] == ["baseline_fp32"]
+    assert "finished" in run(recipe).stderr
+
+
+def test_a_model_without_a_trained_head_is_not_quantized_as_it_is(tmp_path):
+    folder = tmp_path / "bert"
+    recipe = ptq_of(tmp_path, folder)
+    base = BertModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    base.save_pretrained(folder)
+    assert "they would be random" in run(recipe, check=2).stderr

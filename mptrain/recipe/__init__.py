@@ -161,8 +161,10 @@ class Recipe(Strict):
             raise ValueError(f"export: ids must differ, got {ids}")
         for export in self.export:
             for stage_id in export.of:
-                if stage_id not in seen:
-                    raise ValueError(f"export.{export.id}.of: {stage_id!r} is not a stage; stages are {seen}")
+                if stage_id not in ("model", *seen):
+                    raise ValueError(
+                        f"export.{export.id}.of: {stage_id!r} is not a stage, nor 'model'; stages are {seen}"
+                    )
             if (tokens := cache_of(export)) is not None:
                 self._check_cache(f"export.{export.id}.cache", tokens)
         return self
@@ -202,11 +204,19 @@ class Recipe(Strict):
             )
 
     def stage(self, stage_id: str) -> Stage:
+        """The stage of that id; "model" is one that does nothing."""
+        if stage_id == "model":
+            return Stage.model_construct(id="model")
         return next(s for s in self.stages if s.id == stage_id)
+
+    @property
+    def baseline(self) -> str:
+        """What everything is compared with: the model itself where it is exported, else the first stage."""
+        return "model" if any("model" in export.of for export in self.export) else self.stages[0].id
 
     def start_of(self, stage: Stage) -> str:
         """The id of the stage that `stage` starts from, or "model"."""
-        if stage.start is not None:
-            return stage.start
+        if stage.start is not None or stage.id == "model":
+            return stage.start or "model"
         index = self.stages.index(stage)
         return self.stages[index - 1].id if index else "model"

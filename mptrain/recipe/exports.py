@@ -11,12 +11,13 @@ from mptrain.recipe.base import Name, Strict
 Precision = Literal["fp32", "fp16", "int8", "int8_emb4", "compressed"]
 CoreMlPrecision = Literal["fp32", "fp16"]
 CoreMlTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]
+OF = "stage ids; 'model': the model as it was given, which is then the baseline (else the first stage is)"
 
 
 class OpenVino(Strict):
     id: Name
     format: Literal["openvino"]
-    of: list[str] = Field(description="stage ids")
+    of: list[str] = Field(description=OF)
     precision: list[Precision] = Field(
         ["fp32", "int8", "compressed"],
         description="each stage has those that fit it; compressed: the integers of a weight-only stage; fp16: weights"
@@ -50,7 +51,7 @@ class CoreMl(Strict):
 
     id: Name
     format: Literal["coreml"]
-    of: list[str] = Field(description="stage ids")
+    of: list[str] = Field(description=OF)
     precision: list[CoreMlPrecision] = ["fp32", "fp16"]
     minimum_deployment_target: CoreMlTarget = "iOS18"
     shapes: CoreMlShapes = CoreMlShapes()
@@ -82,7 +83,7 @@ class CoreAi(Strict):
 
     id: Name
     format: Literal["coreai"]
-    of: list[str] = Field(description="stage ids")
+    of: list[str] = Field(description=OF)
     precision: list[Literal["fp32", "fp16"]] = Field(
         ["fp32", "fp16"], description="of the arithmetic; weights are stored as they were compressed"
     )

@@ -63,7 +63,9 @@ class Context:
         return Ranks(self.peers.process_index, self.peers.num_processes)
 
     def model_folder(self, stage_id: str) -> Path:
-        """Where the model at the end of a stage is."""
+        """Where the model at the end of a stage is; "model" is the one that the recipe starts from."""
+        if stage_id == "model":
+            return self.folder / "stages" / "model" / MODEL
         return self.folder / self.plan[stage_id][-1].folder / MODEL
 
     def phase_folders(self, stage_id: str) -> list[Path]:
@@ -73,6 +75,17 @@ class Context:
             found += [self.folder / phase.folder for phase in reversed(self.plan[stage_id])]
             stage_id = self.recipe.start_of(self.recipe.stage(stage_id))
         return found
+
+
+def keep_start(context: Context) -> None:
+    """Save the model that the recipe starts from, where it is exported. Raises ModelError for an untrained head."""
+    recipe = context.recipe
+    folder = context.model_folder("model")
+    if context.peers.is_main_process and recipe.baseline == "model" and not folder.is_dir():
+        model = load_model(
+            recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False
+        )
+        artifact.save(model.eval(), folder, context.processor)
 
 
 def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
@@ -156,7 +169,11 @@ def _starting_model(context: Context, stage: Stage, phase: Phase) -> nn.Module:
     start = recipe.start_of(stage)
     if start != "model":
         return artifact.load(context.model_folder(start), allow_code=context.allow_code)
-    return load_model(recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
+    # a head that nothing trains would stay random
+    new_head = stage.train is not None
+    return load_model(
+        recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=new_head
+    )
 
 
 def _calibration(context: Context) -> list[dict[str, Any]]:
