@@ -17,6 +17,8 @@ EXIT = (
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = "out of memory. Lower train.batch_size (and raise accumulation) or data.max_length."
 EXTRAS = {
     "nncf": "openvino",
     "openvino": "openvino",
@@ -48,10 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(f"{error.name} is not installed. Install it with: pip install 'mptrain[{extra}]'", 1)
     except MemoryError:
-        return _fail("out of memory. Lower train.batch_size (and raise accumulation) or data.max_length.", 1)
+        return _fail(OUT_OF_MEMORY, 1)
     except Exception as error:
         if any(reason in str(error) for reason in NO_SPACE):
             return _fail(f"the disk is full ({error}). Free some space; the same command continues the run.", 1)
+        if any(reason in str(error) for reason in NO_MEMORY):
+            return _fail(OUT_OF_MEMORY, 1)
         raise
 
 
@@ -98,14 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe.set_defaults(call=_recipe)
 
-    listing = commands.add_parser("list", help="list the bundled recipes")
+    listing = commands.add_parser("list", help="list the bundled recipes and launcher configurations")
     listing.set_defaults(call=_list)
 
     show = commands.add_parser("show", help="print a recipe file unchanged")
     show.add_argument("recipe", metavar="FILE|NAME")
     show.set_defaults(call=_show)
 
-    copy = commands.add_parser("copy", help="copy a bundled recipe to edit it")
+    copy = commands.add_parser("copy", help="copy a bundled recipe or launcher configuration, to edit or use it")
     copy.add_argument("recipe", metavar="NAME")
     copy.add_argument("to", nargs="?", default=".", metavar="FILE|FOLDER", help="default: this folder")
     copy.set_defaults(call=_copy)
@@ -276,20 +280,29 @@ def _list(options: argparse.Namespace) -> int:
     for path in recipe_file.bundled():
         data, _ = recipe_file.parse(path.read_text(encoding="utf-8"), str(path))
         print(f"{path.stem:<26} {data.get('description', '')}")
+    print("\nFor accelerate launch --config_file, after mptrain copy NAME:")
+    for path in recipe_file.configs():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{path.stem:<26} {first.removeprefix('# ')}")
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
     from mptrain import recipe_file
 
-    sys.stdout.write(recipe_file.find(options.recipe).read_bytes().decode("utf-8"))
+    path = recipe_file.find(options.recipe)
+    try:
+        sys.stdout.write(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from None
     return 0
 
 
 def _copy(options: argparse.Namespace) -> int:
     from mptrain import recipe_file
 
-    source = recipe_file.find(options.recipe)
+    config = {path.stem: path for path in recipe_file.configs()}.get(options.recipe.removesuffix(".yaml"))
+    source = config or recipe_file.find(options.recipe)
     target = Path(options.to)
     if target.is_dir():
         target = target / source.name
@@ -299,7 +312,8 @@ def _copy(options: argparse.Namespace) -> int:
         target.write_bytes(source.read_bytes())
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}). Choose another folder.") from None
-    print(f"{target} written. Edit it, then: mptrain recipe {target}")
+    use = f"accelerate launch --config_file {target} -m mptrain recipe NAME" if config else f"mptrain recipe {target}"
+    print(f"{target} written. Edit it, then: {use}")
     return 0
 
 
@@ -452,6 +466,7 @@ def _report(options: argparse.Namespace) -> int:
     if (folder / "run.json").is_file() and not (folder / "report.json").is_file():
         raise UserError(f"{folder}: this run is not finished; run its recipe again to continue it.")
     report = read(folder)
+    folder = folder if folder.is_dir() else folder.parent
     render(report, folder)
     _print_report(report, folder)
     return 0

@@ -48,6 +48,11 @@ def bundled() -> list[Path]:
     return sorted(folder("recipes").glob("*.yaml"))
 
 
+def configs() -> list[Path]:
+    """The bundled files for `accelerate launch --config_file`."""
+    return sorted(folder("configs").glob("*.yaml"))
+
+
 def find(name: str) -> Path:
     """A local file first, then a bundled recipe; the ending .yaml may be left out."""
     local = [Path(name), Path(f"{name}.yaml")]
@@ -102,13 +107,15 @@ def parse(text: str, source: str) -> tuple[Any, dict[Path_, int]]:
     """Parse YAML to plain data and the line of every key path. Raises RecipeError."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[Path_, int] = {}
+        return (None if node is None else _value(node, (), lines, source, set())), lines
+    except RecursionError:
+        raise RecipeError(f"{source}: is nested too deeply for a recipe.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{where}: not valid YAML: {problem}. Check indentation, colons and quotes there.") from None
-    lines: dict[Path_, int] = {}
-    return (None if node is None else _value(node, (), lines, source, set())), lines
 
 
 def _value(node: yaml.Node, path: Path_, lines: dict[Path_, int], source: str, parents: set[int]) -> Any:
@@ -154,7 +161,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     if not equals or not path.strip():
         raise RecipeError(f"--set {text!r}: write KEY=VALUE, e.g. --set stages.jpqd.train.lr=1e-5.")
     value, _ = parse(raw, f"--set {path}")
-    keys = path.strip().split(".")
+    keys = _keys(path.strip().split("."), data)
     if keys[0] in Recipe.model_fields or any(f.alias == keys[0] for f in Recipe.model_fields.values()):
         pass
     else:
@@ -175,6 +182,21 @@ def _override(data: dict[str, Any], text: str) -> None:
         here[index] = value
     else:
         here[last] = value
+
+
+def _keys(words: list[str], data: Any) -> list[str]:
+    """The keys of a dotted path: an id may hold dots itself, and the longest that there is counts."""
+    keys, here = [], data
+    while words:
+        known = [i.get("id") for i in here if isinstance(i, dict)] if isinstance(here, list) else []
+        count = next((n for n in range(len(words), 0, -1) if ".".join(words[:n]) in known), 1)
+        keys.append(".".join(words[:count]))
+        words = words[count:]
+        if isinstance(here, list):
+            here = here[known.index(keys[-1])] if keys[-1] in known else None
+        else:
+            here = here.get(keys[-1]) if isinstance(here, dict) else None
+    return keys
 
 
 def _item(items: list[Any], key: str, path: str) -> Any:

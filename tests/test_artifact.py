@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, inputs, logits, tiny
+from tiny_models import FAMILIES, RELATIVES, inputs, logits, tiny
 
 import mptrain
 from mptrain import artifact
@@ -27,6 +27,7 @@ AUTO = {
 
 
 def auto(family):
+    family = {"deit": "vit", "hubert": "wav2vec2"}.get(family, family)
     return AUTO.get(family, t.AutoModelForSequenceClassification)
 
 
@@ -67,7 +68,7 @@ def test_a_plain_model_is_an_ordinary_folder(family, tmp_path):
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RELATIVES])
 def test_a_pruned_model(family, attn, tmp_path):
     model = pruned(family, attn=attn)
     expected = logits(model, inputs(family))

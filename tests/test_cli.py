@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
+import report_sample
+import torch
 
 from mptrain import recipe_file
 from mptrain.cli import main
@@ -60,3 +63,36 @@ def test_every_bundled_recipe_has_a_dry_run_without_a_network(path, tmp_path, mo
     shown = capsys.readouterr().out
     assert "Phases" in shown and "Variants" in shown and "baseline_fp32" in shown
     assert not list(tmp_path.iterdir()), "a dry run downloads nothing"
+
+
+def test_launcher_configurations_are_listed_and_copied(tmp_path, capsys):
+    assert main(["list"]) == 0
+    assert "accelerate-gloo-2cpu       Two processes on the CPUs" in capsys.readouterr().out
+    assert main(["copy", "accelerate-gloo-2cpu", str(tmp_path)]) == 0
+    copied = tmp_path / "accelerate-gloo-2cpu.yaml"
+    assert copied.read_bytes() == (recipe_file.folder("configs") / copied.name).read_bytes()
+    assert f"accelerate launch --config_file {copied} -m mptrain recipe" in capsys.readouterr().out
+
+
+def test_a_recipe_that_is_not_utf8_is_said(tmp_path, capsys):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("description: café\n".encode("latin-1"))
+    assert main(["show", str(path)]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_report_is_also_found_by_its_file(tmp_path, capsys):
+    (tmp_path / "report.json").write_text(json.dumps(report_sample.report()))
+    assert main(["report", str(tmp_path / "report.json")]) == 0
+    assert f"Report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_too_little_memory_is_said_with_the_fix(monkeypatch, capsys, error):
+    def refuse(options):
+        raise error
+
+    monkeypatch.setattr("mptrain.cli._validate", refuse)
+    assert main(["validate", "quickstart"]) == 1
+    assert "Lower train.batch_size" in capsys.readouterr().err

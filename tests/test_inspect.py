@@ -232,11 +232,13 @@ def test_a_pruned_and_quantized_model_of_a_run(tmp_path):
 
 def test_wrong_input_is_exit_2(overflowing, tmp_path, capsys):
     folder, _ = overflowing
+    (tmp_path / "ids.csv").write_text("id\n1\n")
     cases = {
         "--precision must be one of": [folder, "--precision", "fp8"],
         "--task must be one of": [folder, "--task", "translation"],
         "is not a folder": [tmp_path / "nothing"],
         "there is no file": [folder, "--data", tmp_path / "none.csv"],
+        "has no column `text`, its columns are 'id'": [folder, "--data", tmp_path / "ids.csv"],
         "--samples must be at least 1": [folder, "--samples", 0],
         "--json: there is no folder": [folder, "--json", tmp_path / "no" / "facts.json"],
     }

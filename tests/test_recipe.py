@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mptrain import recipe_file
 from mptrain.errors import RecipeError
-from mptrain.recipe import Recipe
+from mptrain.recipe import Gates, Output, Recipe
 
 TEXT = (recipe_file.folder("recipes") / "jpqd-bert.yaml").read_text()
 
@@ -149,3 +149,32 @@ def test_any_text_is_a_recipe_error_or_nothing_worse(text):
             recipe_file.validate(data, "r.yaml", lines)
     except RecipeError:
         pass
+
+
+def test_ids_with_dots_are_reached_by_overrides(tmp_path):
+    text = TEXT.replace("id: jpqd", "id: jpqd.v1.2").replace("of: [dense, jpqd]", "of: [dense, jpqd.v1.2]")
+    recipe = read(tmp_path, text, ["stages.jpqd.v1.2.train.lr=0.5", "stages.dense.train.lr=0.25"])
+    assert (recipe.stage("jpqd.v1.2").train.lr, recipe.stage("dense").train.lr) == (0.5, 0.25)
+    with pytest.raises(RecipeError, match=r"stages\.jpqd\.v9"):
+        read(tmp_path, text, ["stages.jpqd.v9.train.lr=0.5"])
+
+
+def test_names_that_are_folders_already_are_refused(tmp_path):
+    for name in (".", ".."):
+        with pytest.raises(RecipeError, match="is no name, for folders are called after it"):
+            read(tmp_path, TEXT.replace("id: dense", f"id: '{name}'"))
+
+
+def test_deep_nesting_is_an_error_of_the_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        read(tmp_path, "[" * 5000 + "]" * 5000)
+
+
+def test_the_output_folder_may_be_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(tmp_path, TEXT, ["output.dir=~/runs/x"]).output.dir == str(tmp_path / "runs" / "x")
+
+
+def test_every_field_of_gates_and_output_is_described():
+    for model in (Gates, Output):
+        assert all(field.description for field in model.model_fields.values())

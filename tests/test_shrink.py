@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import FAMILIES, inputs, logits, tiny
+from tiny_models import FAMILIES, RELATIVES, inputs, logits, tiny
 
 from mptrain.compress.masked import MaskedWeights
 from mptrain.compress.shrink import linear_slices, shrink
@@ -28,7 +28,7 @@ def mask(model, structure, kept):
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RELATIVES])
 def test_shrunk_is_masked(family, attn):
     model = tiny(family, attn)
     structure = find_structure(model)

@@ -9,6 +9,8 @@ import transformers as t
 from torch import Tensor, nn
 
 FAMILIES = ("bert", "roberta", "distilbert", "vit", "wav2vec2", "swin", "opt", "llama")
+RELATIVES = ("xlm-roberta", "camembert", "deit", "hubert")
+"""built like one of the families"""
 
 _TEXT = {"vocab_size": 50, "max_position_embeddings": 40}
 _BERT_LIKE = {
@@ -25,13 +27,19 @@ def _config(family: str) -> tuple[Any, type]:
         return t.BertConfig(**_BERT_LIKE, **_TEXT), t.BertForSequenceClassification
     if family == "roberta":
         return t.RobertaConfig(**_BERT_LIKE, **_TEXT), t.RobertaForSequenceClassification
+    if family == "xlm-roberta":
+        return t.XLMRobertaConfig(**_BERT_LIKE, **_TEXT), t.XLMRobertaForSequenceClassification
+    if family == "camembert":
+        return t.CamembertConfig(**_BERT_LIKE, **_TEXT), t.CamembertForSequenceClassification
     if family == "distilbert":
         config = t.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, num_labels=3, **_TEXT)
         return config, t.DistilBertForSequenceClassification
     if family == "vit":
         return t.ViTConfig(**_BERT_LIKE, image_size=16, patch_size=4), t.ViTForImageClassification
-    if family == "wav2vec2":
-        config = t.Wav2Vec2Config(
+    if family == "deit":
+        return t.DeiTConfig(**_BERT_LIKE, image_size=16, patch_size=4), t.DeiTForImageClassification
+    if family in ("wav2vec2", "hubert"):
+        config = (t.Wav2Vec2Config if family == "wav2vec2" else t.HubertConfig)(
             **_BERT_LIKE,
             vocab_size=20,
             conv_dim=(8, 8),
@@ -44,7 +52,10 @@ def _config(family: str) -> tuple[Any, type]:
             layerdrop=0.0,
             apply_spec_augment=False,
         )
-        return config, t.Wav2Vec2ForSequenceClassification
+        return (
+            config,
+            t.Wav2Vec2ForSequenceClassification if family == "wav2vec2" else t.HubertForSequenceClassification,
+        )
     if family == "swin":
         config = t.SwinConfig(
             image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=3
@@ -83,9 +94,9 @@ def tiny(family: str, attn: str = "sdpa", cls: type | None = None, seed: int = 0
 
 def inputs(family: str, batch: int = 3, labels: bool = False, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    if family in ("vit", "swin"):
+    if family in ("vit", "deit", "swin"):
         found = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
-    elif family == "wav2vec2":
+    elif family in ("wav2vec2", "hubert"):
         found = {"input_values": torch.randn(batch, 400, generator=generator)}
     else:
         ids = torch.randint(4, 50, (batch, 9), generator=generator)

@@ -46,12 +46,12 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         _BERT,
-        replace(_BERT, name="roberta", layers=("RobertaLayer",)),
+        replace(_BERT, name="roberta", layers=("RobertaLayer", "XLMRobertaLayer", "CamembertLayer")),
         replace(_BERT, name="swin", layers=("SwinLayer",), bias_table="relative_position_bias_table"),
         replace(
             _BERT,
             name="vit",
-            layers=("ViTLayer",),
+            layers=("ViTLayer", "DeiTLayer"),
             attention="attention.attention",
             q="attention.attention.query",
             k="attention.attention.key",
@@ -73,7 +73,12 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="wav2vec2",
-            layers=("Wav2Vec2EncoderLayer", "Wav2Vec2EncoderLayerStableLayerNorm"),
+            layers=(
+                "Wav2Vec2EncoderLayer",
+                "Wav2Vec2EncoderLayerStableLayerNorm",
+                "HubertEncoderLayer",
+                "HubertEncoderLayerStableLayerNorm",
+            ),
             attention="attention",
             head_dim="head_dim",
             q="attention.q_proj",

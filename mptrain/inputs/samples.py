@@ -155,7 +155,12 @@ def texts_for(data: str | None) -> tuple[list[str], str] | None:
         texts = [line for line in lines if line.strip()]
     else:
         table = read_table(data, "--data")
-        column = "text" if "text" in table.columns else next(iter(table.columns))
+        if "text" not in table.columns:
+            raise UserError(
+                f"--data: {data} has no column `text`, its columns are {', '.join(map(repr, table.columns))}; rename"
+                " one, or give a recipe, whose `data:` says which."
+            )
+        column = "text"
         kept = [
             (row, value) for row, value in zip(table.rows, table[column]) if isinstance(value, str) and value.strip()
         ]

@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mptrain.recipe.base import Name, Strict
 from mptrain.recipe.exports import CoreAi, CoreMl, CoreMlShapes, CoreMlTarget, Export, OpenVino, Precision, cache_of
@@ -77,8 +77,14 @@ class Evaluate(Strict):
 class Gates(Strict):
     """Checked at the end; a missed gate is exit status 3. Fractions, not percent."""
 
-    max_drop: Annotated[float, Field(ge=0)] | None = None
-    min_size_ratio: Annotated[float, Field(gt=0)] | None = None
+    max_drop: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="how far a compressed variant may score below the baseline: 0.01 is a point of accuracy or F1, 1%"
+        " of a loss or perplexity; size and speed count only for variants inside it",
+    )
+    min_size_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="size of the baseline over that of the smallest variant inside max_drop"
+    )
     min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
     parity: Annotated[float, Field(gt=0)] | None = Field(
         1e-4, description="|fp32 export - torch|, largest logit difference; not of those with a float16 cache"
@@ -87,7 +93,9 @@ class Gates(Strict):
         0.9,
         description="share of decisions (argmax) that every other export has in common with its torch model",
     )
-    fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = "all"
+    fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = Field(
+        "all", description="attention layers that every OpenVINO variant must compute in one fused operation"
+    )
 
 
 class Planning(Strict):
@@ -99,8 +107,12 @@ class Planning(Strict):
 
 
 class Output(Strict):
-    dir: str
-    resume: Literal["auto", "never"] = "auto"
+    dir: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
+        description="the folder of the run: checkpoints, exported models, report"
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue the run in `dir`; never: delete it and start again, as --fresh does"
+    )
 
 
 class Recipe(Strict):

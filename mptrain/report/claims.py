@@ -147,7 +147,7 @@ def _compression(report: Row) -> list[Claim]:
         ]
     found = [
         Claim(
-            f"{small['id']} is {words.ratio(small['size_ratio'])} smaller than {small['vs']}"
+            f"{small['id']} is {words.smaller(small['size_ratio'])} than {small['vs']}"
             f" ({_size(report, small['id'])} instead of {_size(report, small['vs'])}),"
             f" with {accuracy_words(report, small)}.",
             _tone(small) if small["size_ratio"] > 1 else "warn",

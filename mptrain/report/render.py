@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,19 @@ from mptrain.report.markdown import markdown
 from mptrain.report.page import page
 
 FILE = "report.json"
+_KEYS: tuple[str, ...] = (
+    "baseline",
+    "comparisons",
+    "data",
+    "gates",
+    "history",
+    "host",
+    "metric",
+    "notes",
+    "recipe",
+    "recommendation",
+)
+_KEYS += ("structure", "task", "training", "variants", "versions", "wall_s")
 
 
 def render(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -25,6 +39,8 @@ def render(report: dict[str, Any], folder: Path) -> list[Path]:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, folder / name)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
+            raise  # a full disk is nobody's wrong input
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}). Give it room and the right to write, then run the command"
             f" again; or, of a finished run, copy {FILE} to another folder and run `mptrain report` on that."
@@ -33,7 +49,7 @@ def render(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The report of a run folder, or of the path of a report.json. Raises UserError."""
+    """The report of a run folder, or of the path of a report.json. Raises UserError, also for one that lacks parts."""
     path = folder / FILE if folder.is_dir() else folder
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -46,4 +62,10 @@ def read(folder: Path) -> dict[str, Any]:
     schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{path}: its schema is {schema!r}, this version reads {SCHEMA!r}. Run the recipe again.")
+    missing = [key for key in _KEYS if key not in report]
+    if missing:
+        raise UserError(
+            f"{path}: it lacks {', '.join(missing)}, for another version of mptrain wrote it. Run the recipe again, or"
+            " print it with the version that its `versions` name."
+        )
     return report

@@ -51,7 +51,7 @@ def results(report: Row) -> Table | None:
         cells.append(
             Cell(
                 words.megabytes(v["size_bytes"]),
-                f"{words.ratio(c['size_ratio'])} smaller" if c else "",
+                words.smaller(c["size_ratio"]) if c else "",
                 bar=v["size_bytes"] / largest,
             )
         )
@@ -100,19 +100,19 @@ def sweep(found: Row) -> Table:
         compared = {c["id"]: c for c in point["comparisons"]}
         for v in point["variants"]:
             c = compared.get(v["id"])
-            if c is None:
-                continue
+            if c is None and compared:
+                continue  # the baseline; without any other variant it is what the point is about
             key = next(iter(v["latency_ms"]), None)
             rows.append(
                 [
                     *(Cell(str(point["values"][k])) for k in keys),
                     Cell(v["id"]),
                     score(v["metric"], v),
-                    _difference(c),
-                    Cell(words.megabytes(v["size_bytes"]), f"{words.ratio(c['size_ratio'])} smaller"),
+                    _difference(c) if c else Cell("baseline", tone="quiet"),
+                    Cell(words.megabytes(v["size_bytes"]), words.smaller(c["size_ratio"]) if c else ""),
                     Cell(
                         f"{words.milliseconds(v['latency_ms'][key]['median'])} ms" if key else words.NONE,
-                        f"{words.ratio(c['speedup'].get(key))} as fast" if key else "",
+                        f"{words.ratio(c['speedup'].get(key))} as fast" if key and c else "",
                     ),
                     Cell("passed", tone="good") if point["gates_passed"] else Cell("missed", tone="bad"),
                 ]

@@ -55,6 +55,13 @@ def drop(name: str, value: float | None) -> str:
     return f"{text} points" if name in _FRACTIONS else f"{text}%"
 
 
+def smaller(size_ratio: float | None) -> str:
+    """ "5.24× smaller", and "1.14× larger" where the ratio is below one."""
+    if size_ratio is None or size_ratio >= 1:
+        return f"{ratio(size_ratio)} smaller"
+    return f"{ratio(1 / size_ratio)} larger"
+
+
 def megabytes(size: float | None) -> str:
     """Decimal megabytes, as file managers and download pages count."""
     if size is None:
