@@ -30,15 +30,15 @@ class Model(Strict):
 
 
 class Calibration(Strict):
-    samples: Annotated[int, Field(gt=0)] = 300
+    samples: Annotated[int, Field(gt=0)] = Field(300, description="training examples, drawn with the recipe's seed")
     batch_size: Annotated[int, Field(gt=0)] = 16
 
 
 class Split(Strict):
     """Makes the splits that the data lacks."""
 
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="fraction of the training rows")
+    test: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="fraction of the training rows")
     group: str | None = Field(None, description="column whose values never cross splits, e.g. the film of a review")
 
 
@@ -47,20 +47,22 @@ class Data(Strict):
         None, description="packaged:NAME, a `datasets` folder or a hub name; then train/validation/test are split names"
     )
     config: str | None = Field(None, description="configuration name of a hub data set")
-    train: str | None = Field(None, description="a csv, tsv, jsonl or parquet file, or a split name of `source`")
-    validation: str | None = None
-    test: str | None = None
+    train: str | None = Field(None, description="a csv, tsv, jsonl, parquet or txt file, or a split name of `source`")
+    validation: str | None = Field(None, description="like train; without it `split` cuts it off")
+    test: str | None = Field(None, description="like train; without it `split` cuts it off")
     split: Split = Split()
-    text: str | None = Field(None, description="column; the default depends on the task")
-    text_pair: str | None = None
-    label: str | None = None
-    tokens: str | None = None
-    tags: str | None = None
-    question: str | None = None
-    context: str | None = None
-    answers: str | None = None
-    image: str | None = None
-    audio: str | None = None
+    text: str | None = Field(None, description="column of the text (text classification, causal LM); default: text")
+    text_pair: str | None = Field(None, description="column of the second text of a pair; default: there is none")
+    label: str | None = Field(None, description="column of the class: a word or number; default: label")
+    tokens: str | None = Field(None, description="column of the words, lists; default: tokens")
+    tags: str | None = Field(None, description="column of their tags, lists (IOB2: B-PER, I-PER, O); default: tags")
+    question: str | None = Field(None, description="column; default: question")
+    context: str | None = Field(None, description="column; default: context")
+    answers: str | None = Field(
+        None, description='column of {"text": [...], "answer_start": [...]}, as in SQuAD; default: answers'
+    )
+    image: str | None = Field(None, description="column of picture files or their bytes; default: image")
+    audio: str | None = Field(None, description="column of sound files, their bytes or samples; default: audio")
     max_length: Annotated[int, Field(gt=0)] = Field(128, description="tokens; audio: samples at the model's rate")
     stride: Annotated[int, Field(gt=0)] | None = Field(
         None,
