@@ -57,3 +57,25 @@ def test_ctrl_c_in_the_last_evaluation_stops_before_the_export(dense, tmp_path):
     assert not list((tmp_path / "run").glob("export/*"))
     run(path)
     assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_run_that_stops_early_is_resumed_to_the_same_end(tmp_path):
+    def recipe(output):
+        described = tiny.jpqd(tmp_path)
+        described["stages"] = described["stages"][:1]
+        settings = {"epochs": 12, "lr": 2e-2, "checkpoint_steps": 5, "patience": 2}
+        described["stages"][0]["train"] |= settings
+        described["export"][0] |= {"of": ["dense"], "precision": ["fp32"]}
+        described["output"]["dir"] = str(output)
+        return tiny.write(described, output.with_suffix(".yaml"))
+
+    run(recipe(tmp_path / "whole"))
+    expected = metrics(tmp_path / "whole")
+    last = max(row["step"] for row in expected["history"])
+    assert last < 12 * 18, "it stopped early"
+    newest = (last - 1) // 5 * 5
+    path = recipe(tmp_path / "run")
+    checkpoint = f"stages/dense/0-train/checkpoint-{newest}/manifest.json"
+    assert kill_at(path, tmp_path / "run", checkpoint) == -signal.SIGKILL
+    run(path)
+    assert not differences(metrics(tmp_path / "run"), expected)
