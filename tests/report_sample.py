@@ -166,7 +166,7 @@ def report(**changes: Any) -> dict[str, Any]:
             "rows": {"train": 8926, "validation": 1273, "test": N},
             "duplicates_dropped": 56,
             "grouped_by": "film",
-            "labels": ["rotten", "fresh"],
+            "labels": {"test": {"rotten": N // 2, "fresh": N - N // 2}},
         },
         "checkpoints": {"dense": "stages/dense/model", "jpqd": "stages/jpqd/model"},
         **changes,

@@ -174,3 +174,11 @@ def test_hub_names_are_told_from_folders(tmp_path, monkeypatch):
     (tmp_path / "runs/reviews").mkdir(parents=True)
     assert sample.report(recipe=recipe)["on_hub"] == {"model": True, "data": False}
     assert sample.report()["on_hub"] == {"model": False, "data": False}
+
+
+def test_a_baseline_that_has_learned_nothing_is_said():
+    learned = {"labels": {"test": {"rotten": 1200, "fresh": 1351}}}
+    always = {"labels": {"test": {"rotten": 100, "fresh": 2451}}}
+    assert not any("learned nothing" in note for note in sample.report(data_facts=learned)["notes"])
+    (note,) = [n for n in sample.report(data_facts=always)["notes"] if "learned nothing" in n]
+    assert "always answers 'fresh' on 96.1%" in note

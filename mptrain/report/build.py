@@ -110,7 +110,12 @@ def build(
         "history": history,
         "checkpoints": checkpoints or {},
         "on_hub": {"model": _on_hub(recipe.model.path), "data": _on_hub(recipe.data.source)},
-        "notes": [*notes, *_unchecked(recipe, rows), *_expanded(compressed or {}, rows)],
+        "notes": [
+            *notes,
+            *_unlearned(rows, base.id if base else "", data_facts or {}),
+            *_unchecked(recipe, rows),
+            *_expanded(compressed or {}, rows),
+        ],
     }
     if base:
         report["recommendation"] = recommend.recommend(
@@ -221,6 +226,22 @@ def _floor(floor: Score, baseline: Score | None) -> Row:
             "verdict": lead.verdict(floor.higher_is_better),
         }
     return row
+
+
+def _unlearned(variants: Sequence[Row], baseline: str, data_facts: Mapping[str, Any]) -> list[str]:
+    """A baseline that is no better than its commonest answer: what is near it says nothing."""
+    counts = data_facts.get("labels", {}).get("test", {})
+    accuracy = next((v["metrics"].get("accuracy") for v in variants if v["id"] == baseline), None)
+    if not counts or accuracy is None or accuracy["value"] is None:
+        return []
+    label, count = max(counts.items(), key=lambda item: item[1])
+    share = count / sum(counts.values())
+    if accuracy["value"] > share:
+        return []
+    return [
+        f"{baseline} is right on {100 * accuracy['value']:.1f}% of the test split, and whoever always answers {label!r}"
+        f" on {100 * share:.1f}%: it has learned nothing, so nothing follows from the differences to it."
+    ]
 
 
 def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
