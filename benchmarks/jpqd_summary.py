@@ -135,9 +135,13 @@ def _orders(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
-    """Paired intervals, int8 model against int8 model on the same test examples."""
+    """Paired intervals, int8 model against int8 model on the same test examples.
+
+    A peer has one order, which all of ours are compared with.
+    """
     right = {line["point"]: _right(line) for line in lines}
-    text = [f"Against {' and '.join(others)} at the same order, size and seed (int8, paired 95% interval, points):", ""]
+    at = "the same size and seed; they prune at once" if others == list(PEERS) else "the same order, size and seed"
+    text = [f"Against {' and '.join(others)} at {at} (int8, paired 95% interval, points):", ""]
     text += ["| method | against | order | kept | seed | difference | 95% interval | verdict |"]
     text += ["|---|---|---|--:|--:|--:|---|---|"]
     for point, ours in sorted(right.items()):
@@ -145,11 +149,11 @@ def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
         if method in others or method not in COLOURS or ours is None:
             continue
         for other in others:
-            theirs = right.get(f"{other}/{rest}")
+            order, kept, seed = rest.split("/")
+            theirs = right.get(f"{other}/{'one_shot' if other in PEERS else order}/{kept}/{seed}")
             if theirs is None:
                 continue
             found = paired_difference(_score(ours), _score(theirs))
-            order, kept, seed = rest.split("/")
             text.append(
                 f"| {method} | {other} | {order} | {kept}% | {seed} | {100 * found.value:+.1f}"
                 f" | {100 * found.low:+.1f} … {100 * found.high:+.1f} | {verdict((found.low, found.high))} |"
