@@ -225,7 +225,7 @@ def _recipe(options: argparse.Namespace) -> int:
     from mptrain.run import run
 
     folder = Path(found.recipe.output.dir)
-    reuse = [Path(run) for run in options.reuse]
+    reuse = [Path(run).expanduser() for run in options.reuse]
     try:
         report = run(found.recipe, fresh=options.fresh, allow_code=options.allow_code, reuse=reuse)
     except GateFailed:

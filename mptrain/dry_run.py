@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -26,6 +28,7 @@ from mptrain import preflight
 from mptrain.compress import costs, palettize
 from mptrain.compress.structure import Structure, find_structure
 from mptrain.errors import ModelError, UserError
+from mptrain.export.decoder import check_exports
 from mptrain.inputs import packaged
 from mptrain.inputs.data import TaskData, load_data
 from mptrain.inputs.model import HUB_NAME, load_processor, read_config, skeleton
@@ -54,7 +57,8 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
     data = _data(recipe, allow_code)
     model, model_from, known = _model(recipe, allow_code)
-    if known:
+    check_exports(recipe, model.config)
+    if known and recipe.model.modeling is None:
         preflight.check_model(recipe, model)
     if data is not None:
         preflight.check_data(recipe, data)
@@ -268,7 +272,7 @@ def _assumed(planning: Planning) -> PreTrainedConfig:
 
 def _data(recipe: Recipe, allow_code: bool) -> TaskData | None:
     """Only data that is on this machine is read; None without it, or without the model's processor."""
-    source, model = recipe.data.source, recipe.model.path
+    source, spec = recipe.data.source, recipe.model
     if source is None:
         for name in SPLITS:
             file = getattr(recipe.data, name)
@@ -279,9 +283,15 @@ def _data(recipe: Recipe, allow_code: bool) -> TaskData | None:
             return None
     elif not Path(source).expanduser().exists():
         return None
-    if packaged.cached(model) is None if model.startswith(packaged.PREFIX) else not Path(model).expanduser().is_dir():
-        return None
-    return load_data(recipe.data, recipe.model.task, load_processor(recipe.model, allow_code), seed=recipe.seed)
+    if spec.path.startswith(packaged.PREFIX):
+        if packaged.cached(spec.path) is None:
+            return None
+    elif not Path(spec.path).expanduser().is_dir():
+        try:
+            spec = spec.model_copy(update={"path": snapshot_download(spec.path, local_files_only=True)})
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return load_data(recipe.data, spec.task, load_processor(spec, allow_code), seed=recipe.seed)
 
 
 def _assumed_rows(recipe: Recipe) -> int:

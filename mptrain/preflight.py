@@ -16,17 +16,16 @@ from mptrain.compress.budget import Budget
 from mptrain.compress.pruner import Warmup
 from mptrain.compress.scopes import resolve
 from mptrain.compress.structure import find_structure
-from mptrain.errors import DataError, UserError
-from mptrain.export.decoder import check_exports
+from mptrain.errors import DataError, ModelError, UserError
 from mptrain.inputs.data import TaskData
-from mptrain.inputs.model import read_config, skeleton
+from mptrain.inputs.model import has_trained_head, read_config, skeleton
 from mptrain.plan import phases
 from mptrain.recipe import CoreMl, Export, Keep, Ptq, Qat, Recipe, Stage, cache_of
 
 
 def model_of(recipe: Recipe, allow_code: bool = False) -> PreTrainedModel | None:
     """The recipe's model without weights; None where nothing is to be checked, or its code comes with it."""
-    asked = any(stage.prune for stage in recipe.stages) or any(map(cache_of, recipe.export))
+    asked = any(stage.prune for stage in recipe.stages)
     asked = asked or any(patterns for stage in recipe.stages for _, patterns in _patterns(stage))
     if not asked or recipe.model.modeling is not None:
         return None
@@ -35,7 +34,6 @@ def model_of(recipe: Recipe, allow_code: bool = False) -> PreTrainedModel | None
 
 def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
     """model: as of `model_of`. Raises UserError and its kinds, naming the field."""
-    check_exports(recipe, model.config)
     names = [name for name, _ in model.named_modules()]
     for stage in recipe.stages:
         for field, patterns in _patterns(stage):
@@ -62,6 +60,30 @@ def check_data(recipe: Recipe, data: TaskData, processes: int = 1) -> None:
                 f" {'samples' if recipe.model.task == 'audio-classification' else 'tokens'}; raise it, or lower"
                 f" data.max_length (now {recipe.data.max_length})."
             )
+
+
+def untrained(recipe: Recipe) -> list[str]:
+    """Exported stages whose model no stage has trained: what the recipe starts from must have its head."""
+    found = []
+    for stage_id in dict.fromkeys(stage_id for export in recipe.export for stage_id in export.of):
+        chain = [stage_id]
+        while chain[-1] != "model":
+            chain.append(recipe.start_of(recipe.stage(chain[-1])))
+        if not any(recipe.stage(one).train for one in chain):
+            found.append(stage_id)
+    return found
+
+
+def check_head(recipe: Recipe, data: TaskData, allow_code: bool = False) -> None:
+    """Raises ModelError for a model without a trained head that would be exported as it is, at random."""
+    stages = untrained(recipe)
+    if stages and recipe.model.task != "causal-lm" and not has_trained_head(recipe.model, data.labels, allow_code):
+        raise ModelError(
+            f"model.path: {recipe.model.path} has no head that is trained"
+            f"{f' for the classes {list(data.labels)}' if data.labels else ''}, and nothing trains one for"
+            f" {', '.join(stages)}, which {'is' if len(stages) == 1 else 'are'} exported. Give a fine-tuned model, or a"
+            " stage with train before."
+        )
 
 
 def longest_input(export: Export) -> tuple[str, int] | None:

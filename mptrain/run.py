@@ -13,6 +13,7 @@ from typing import Any
 
 from mptrain import preflight
 from mptrain.errors import DataError, GateFailed
+from mptrain.export.decoder import check_exports
 from mptrain.export.formats import format_of
 from mptrain.export.variants import Variants
 from mptrain.identity import identity, versions
@@ -20,7 +21,7 @@ from mptrain.inputs.data import load_data
 from mptrain.inputs.model import load_processor, read_config
 from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
 from mptrain.plan import phases
-from mptrain.recipe import Recipe
+from mptrain.recipe import Recipe, cache_of
 from mptrain.report import build, render
 from mptrain.report.measure import host
 from mptrain.run_folder import check_identity, clear, locked, read_json, write_json
@@ -48,10 +49,11 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
         _steps(recipe, peers, folder, allow_code, reuse)
         peers.wait_for_everyone()
         return {}
-    check_reuse(reuse)
+    fresh = fresh or recipe.output.resume == "never"
+    check_reuse(reuse, folder if fresh else None)
     with locked(folder):
         peers.wait_for_everyone()
-        report = _steps(recipe, peers, folder, allow_code, reuse, fresh or recipe.output.resume == "never")
+        report = _steps(recipe, peers, folder, allow_code, reuse, fresh)
         peers.wait_for_everyone()
     failed = [g for g in report["gates"] if not g["passed"]]
     if failed:
@@ -64,12 +66,15 @@ def _steps(
 ) -> dict[str, Any]:
     for export in recipe.export:
         import_unreported(format_of(export).package)  # an extra that is missing is an error now, not after training
+    if any(map(cache_of, recipe.export)):
+        check_exports(recipe, read_config(recipe.model, allow_code))
     model = preflight.model_of(recipe, allow_code)
     if model is not None:
         preflight.check_model(recipe, model)
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     preflight.check_data(recipe, data, peers.num_processes)
+    preflight.check_head(recipe, data, allow_code)
     questions = read_questions(recipe, processor, allow_code)
     if peers.is_main_process:
         described = identity(recipe, data, peers.num_processes, questions, allow_code=allow_code)

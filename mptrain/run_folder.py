@@ -78,8 +78,8 @@ def is_live(folder: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
     finally:
         os.close(handle)
 
@@ -116,6 +116,9 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
         return
     before, now = read_json(path), json.loads(json.dumps(identity))
+    for key in ("models", "machine"):  # runs of versions that did not write them
+        if key not in before:
+            now.pop(key, None)
     machine = list(_differences(before.pop("machine", None), now.pop("machine", None), "machine"))
     if machine:
         log.warning("%s; the last bits of the result may depend on it.", "; ".join(machine))

@@ -30,6 +30,9 @@ MAX_POINTS = 200
 _AFTER_TRAINING = ("schema", "name", "description", "stages", "export", "evaluate", "gates", "planning", "output")
 """fields that a stage's result does not depend on but for `_read_by_stage`; of `stages` it does on those up to it"""
 
+_SHARED = ("data_hash", "models", "versions", "processes")
+"""parts of run.json beside the recipe on which every stage depends"""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -152,9 +155,11 @@ def _read_by_stage(recipe: dict[str, Any], stage: dict[str, Any]) -> dict[str, A
     return found
 
 
-def check_reuse(folders: Sequence[Path]) -> None:
-    """Raises UserError for what is no run, or a live one."""
+def check_reuse(folders: Sequence[Path], cleared: Path | None = None) -> None:
+    """Raises UserError for what is no run, a live one, or the one that is about to be `cleared`."""
     for folder in folders:
+        if cleared is not None and folder.resolve() == cleared.resolve():
+            raise UserError(f"--reuse: {folder} is the run that --fresh deletes; give another output.dir.")
         if not (folder / IDENTITY).is_file():
             raise UserError(f"--reuse: {folder} holds no run of mptrain; give the folder of one.")
         if is_live(folder):
@@ -170,8 +175,9 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
     for other in others:
         theirs = read_json(other / IDENTITY)
         ours = identity["recipe"]
-        same = all(theirs.get(key) == identity.get(key) for key in ("data_hash", "models", "versions", "processes"))
+        same = all(theirs.get(key) == identity.get(key) for key in _SHARED)
         same = same and _settings(theirs["recipe"]) == _settings(ours)
+        taken = len(list(folder.glob("stages/*")))
         for stage, their_stage in zip(ours["stages"], theirs["recipe"]["stages"]):
             same = same and stage == their_stage
             if not same or _read_by_stage(ours, stage) != _read_by_stage(theirs["recipe"], stage):
@@ -184,3 +190,14 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
                 shutil.copytree(source, Path(temporary) / "stage")
                 (Path(temporary) / "stage").rename(target)
             log.info("stage %s is the one of %s", stage["id"], other)
+        if taken == len(list(folder.glob("stages/*"))) == 0:
+            log.warning("nothing is taken over from %s: %s", other, _first_difference(theirs, identity))
+
+
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    for key in _SHARED:
+        if theirs.get(key) != ours.get(key):
+            return f"{key} differ"
+    if _settings(theirs["recipe"]) != _settings(ours["recipe"]):
+        return "the recipes differ before their first stage"
+    return "their first stages differ, or what those read of evaluate and export"

@@ -182,3 +182,8 @@ def test_a_baseline_that_has_learned_nothing_is_said():
     assert not any("learned nothing" in note for note in sample.report(data_facts=learned)["notes"])
     (note,) = [n for n in sample.report(data_facts=always)["notes"] if "learned nothing" in n]
     assert "always answers 'fresh' on 96.1%" in note
+
+
+def test_without_a_baseline_in_fp32_it_is_the_first_variant_of_that_stage():
+    found = [replace(v, id=f"{v.id}_x", precision="fp16") for v in sample.variants()]
+    assert sample.report(variants=found[::-1])["baseline"] == "baseline_fp32_x"

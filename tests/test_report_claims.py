@@ -77,3 +77,14 @@ def test_layer_names_are_folded():
 )
 def test_numbers_in_words(text, expected):
     assert text == expected
+
+
+def test_the_training_of_the_baseline_is_that_of_its_own_stage():
+    given = [replace(v, stage="model") if v.stage == "dense" else v for v in sample.variants()]
+    (text,) = [
+        c.text
+        for c in claims.claims(sample.report(variants=given))
+        if "optimizer steps" in c.text or "had more" in c.text
+    ]
+    assert text.startswith("The baseline (the model as it was given) was not trained here; stage")
+    assert text.endswith("the compressed model had more training than the baseline.")

@@ -14,6 +14,7 @@ from transformers import BertModel, ElectraConfig, ElectraForSequenceClassificat
 from mptrain import recipe_file
 from mptrain.cli import main
 from mptrain.identity import models
+from mptrain.preflight import untrained
 from mptrain.run_folder import check_identity, locked
 
 
@@ -143,6 +144,8 @@ def test_stages_of_another_run_are_taken_over_on_request(tmp_path):
     assert "recipe.gates.parity was" in refused and f"--reuse {tmp_path / 'run'}" in refused
     changed += ["--set", f"output.dir={tmp_path / 'other'}", "--reuse"]
     assert "holds no run" in run(recipe, *changed, str(tmp_path / "nowhere"), check=2).stderr
+    itself = run(recipe, "--fresh", "--reuse", str(tmp_path / "run"), check=2).stderr
+    assert "is the run that --fresh deletes" in itself and (tmp_path / "run" / "report.json").exists()
     assert not (tmp_path / "other").exists()
     with locked(tmp_path / "run"):
         assert "still going on" in run(recipe, *changed, str(tmp_path / "run"), check=2).stderr
@@ -218,4 +221,52 @@ def test_a_model_without_a_trained_head_is_not_quantized_as_it_is(tmp_path):
     base = BertModel.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     base.save_pretrained(folder)
-    assert "they would be random" in run(recipe, check=2).stderr
+    before = list((tmp_path / "ptq").glob("*")) if (tmp_path / "ptq").exists() else []
+    message = run(recipe, check=2).stderr
+    assert "has no head that is trained" in message and "model, ptq, which are exported" in message
+    assert [p for p in (tmp_path / "ptq").glob("*") if p.name != "lock"] == before
+
+
+def test_classes_of_other_names_are_taken_by_position_also_where_nothing_trains(tmp_path, caplog):
+    recipe = ptq_of(tmp_path, tmp_path / "bert")
+    config = tmp_path / "bert" / "config.json"
+    names = {"id2label": {"0": "POSITIVE", "1": "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | names))
+    assert "are taken by position" in run(recipe).stderr
+
+
+def stages(*found):
+    described = {"schema": "mptrain/v1", "name": "x", "output": {"dir": "runs/x"}, "data": {"train": "x.csv"}}
+    described["model"] = {"path": "packaged:minilm-l6", "task": "text-classification"}
+    described["stages"] = list(found)
+    described["export"] = [{"id": "ov", "format": "openvino", "of": [s["id"] for s in found], "precision": ["fp32"]}]
+    return described
+
+
+def test_a_head_may_be_trained_by_any_stage_of_the_chain():
+    prune = {"id": "p", "prune": {"method": "magnitude", "keep": {"encoder_params": 0.5}}}
+    train = {"id": "ft", "train": {"epochs": 1, "lr": 1e-4}}
+    described = stages(prune, train)
+    assert untrained(recipe_file.validate(described, "x")) == ["p"]
+    described["export"][0]["of"] = ["ft"]
+    assert untrained(recipe_file.validate(described, "x")) == []
+    described = stages(train, prune | {"from": "model"})
+    described["export"][0]["of"] += ["model"]
+    assert untrained(recipe_file.validate(described, "x")) == ["p", "model"]
+    assert untrained(recipe_file.validate(stages(train, prune), "x")) == []
+
+
+def test_nothing_taken_over_is_said(tmp_path):
+    recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
+    run(recipe)
+    other = ["--set", f"output.dir={tmp_path / 'other'}", "--set", "seed=7", "--reuse", str(tmp_path / "run")]
+    assert "nothing is taken over" in run(recipe, *other).stderr
+
+
+def test_runs_of_versions_that_knew_no_models_are_still_theirs(tmp_path):
+    recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
+    run(recipe)
+    found = json.loads((tmp_path / "run" / "run.json").read_text())
+    del found["models"], found["machine"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(found))
+    assert "is finished" in run(recipe).stderr

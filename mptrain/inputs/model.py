@@ -110,10 +110,22 @@ def load_model(
 
     A folder written by `mptrain.save` keeps its pruned structure and quantizers. Raises ModelError.
     """
+    return _load(spec, labels, seed, allow_code, new_head)[0]
+
+
+def has_trained_head(spec: Model, labels: Sequence[str] | None, allow_code: bool = False) -> bool:
+    """Whether the checkpoint holds a head for as many classes; loads it to see. Raises ModelError."""
+    return _load(spec, labels, 0, allow_code, new_head=True)[1]
+
+
+def _load(
+    spec: Model, labels: Sequence[str] | None, seed: int, allow_code: bool, new_head: bool
+) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether its head was trained."""
     path, options = _locate(spec, allow_code)
     folder = Path(path) if options["local_files_only"] else None
     if folder and _is_artifact(folder):
-        return _load_artifact(spec, folder, labels, allow_code, new_head)
+        return _load_artifact(spec, folder, labels, allow_code, new_head), True
     if folder:
         _check_weights(folder)
     try:
@@ -135,13 +147,15 @@ def load_model(
             model, info = loaded
             missing = set(info["missing_keys"])
             _check_missing(spec, model, missing, new_head)
+            trained = not any(_of_head(name, model) for name in missing)
+            trained = trained and (labels is None or model.config.num_labels == len(labels))
             if labels is not None:
                 fit_head(model, labels, missing, new_head=new_head)
     except _LOADING as error:
         raise _unloadable(spec, "model", error) from error
     # Else save_pretrained renames weights back to what the checkpoint called them (LayerNorm.gamma).
     model._weight_conversions = []
-    return model.eval()
+    return model.eval(), trained
 
 
 def read_config(spec: Model, allow_code: bool = False) -> PreTrainedConfig:
@@ -272,6 +286,11 @@ def _check_missing(spec: Model, model: PreTrainedModel, missing: set[str], new_h
             f"model.path: {spec.path} lacks {len(lost)} of the weights of {type(model).__name__} (first: {lost[0]});"
             f" they would be random. Give a whole checkpoint{'' if new_head else ', trained for its task'}."
         )
+
+
+def _of_head(name: str, model: PreTrainedModel) -> bool:
+    """Whether a parameter is in the head, or in the pooler that feeds it."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def _is_artifact(folder: Path) -> bool:

@@ -99,7 +99,7 @@ class Gates(Strict):
 
 
 class Planning(Strict):
-    """What `--dry-run` assumes while the model or the data is not on this machine."""
+    """What `--dry-run` assumes while the model, or data of a hub or package, is not on this machine."""
 
     model_type: str = Field("bert", description="the default configuration of this transformers model type")
     config: dict[str, int] = Field({}, description="what differs from that default, e.g. {hidden_size: 384}")

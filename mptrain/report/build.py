@@ -67,7 +67,7 @@ def build(
 ) -> Row:
     """The report as JSON data: plain types, no NaN or infinity (they become null).
 
-    The baseline is the fp32 variant of the first stage, `baseline_fp32`, else the first variant.
+    The baseline is `baseline_fp32`, else the first variant of `recipe.baseline`, else the first variant.
     Keys: schema, name, task, metric, created, host, versions, recipe, wall_s, variants, baseline,
     comparisons (one per other variant), floor, structure, compressed, gates, recommendation, data,
     multiple_choice (facts by task; scores and differences are with the variants and comparisons), training
@@ -83,7 +83,8 @@ def build(
         compressed: rows of `records.describe` by stage: the weights that are integers or table entries.
         checkpoints: folders that `mptrain.load` reads, by stage, relative to the run folder.
     """
-    base = next((v for v in variants if v.id == "baseline_fp32"), variants[0] if variants else None)
+    base = next((v for v in variants if v.id == "baseline_fp32"), None)
+    base = base or next((v for v in variants if v.stage == recipe.baseline), variants[0] if variants else None)
     rows = _finite([_variant(v) for v in variants])
     comparisons = _finite([_compare(v, base) for v in variants if base is not None and v is not base])
     report: Row = {

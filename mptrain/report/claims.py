@@ -207,15 +207,21 @@ def _choice(report: Row, task: str, name: str, base: Row) -> Claim:
 
 def _effort(report: Row) -> list[Claim]:
     """A baseline trained for fewer steps than the model compared with it would be no fair one."""
-    first, *later = report["training"] or [None]
-    if not first or not later:
+    stage = next((v["stage"] for v in report["variants"] if v["id"] == report["baseline"]), "model")
+    later = [row for row in report["training"] if row["stage"] != stage]
+    if not later:
         return []
+    steps = next((row["steps"] for row in report["training"] if row["stage"] == stage), 0)
     most = max(later, key=lambda row: row["steps"])
-    fair = first["steps"] >= most["steps"]
+    fair = steps >= most["steps"]
+    baseline = f"stage {stage}"
+    trained = f"trained for {steps:,} optimizer steps"
+    if stage == "model":
+        baseline, trained = "the model as it was given", "not trained here"
     start = "the pretrained model" if most["from"] == "model" else f"stage {most['from']}"
     return [
         Claim(
-            f"The baseline (stage {first['stage']}) was trained for {first['steps']:,} optimizer steps; stage"
+            f"The baseline ({baseline}) was {trained}; stage"
             f" {most['stage']} for {most['steps']:,}, starting from {start} ({most['total_steps']:,} in all)"
             + ("." if fair else ": the compressed model had more training than the baseline."),
             "plain" if fair else "warn",

@@ -78,13 +78,11 @@ class Context:
 
 
 def keep_start(context: Context) -> None:
-    """Save the model that the recipe starts from, where it is exported. Raises ModelError for an untrained head."""
+    """Save the model that the recipe starts from, where it is exported."""
     recipe = context.recipe
     folder = context.model_folder("model")
     if context.peers.is_main_process and recipe.baseline == "model" and not folder.is_dir():
-        model = load_model(
-            recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False
-        )
+        model = load_model(recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
         artifact.save(model.eval(), folder, context.processor)
 
 
@@ -169,11 +167,7 @@ def _starting_model(context: Context, stage: Stage, phase: Phase) -> nn.Module:
     start = recipe.start_of(stage)
     if start != "model":
         return artifact.load(context.model_folder(start), allow_code=context.allow_code)
-    # a head that nothing trains would stay random
-    new_head = stage.train is not None
-    return load_model(
-        recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=new_head
-    )
+    return load_model(recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
 
 
 def _calibration(context: Context) -> list[dict[str, Any]]:
