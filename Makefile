@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from another index
 TORCH_INDEX ?=
+# tests at a time in make test-all
+JOBS ?= 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup demo test test-all lint setup-bench clean
@@ -30,7 +32,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py --jobs $(JOBS)
 
 .venv-bench/.ready: benchmarks/requirements.txt benchmarks/requirements-gradnas.txt pyproject.toml constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

@@ -7,13 +7,16 @@ run, benchmarks/results/test-all-DATE.json names the commit, and is committed.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +27,9 @@ def git(*words: str) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the long tests, resumable, and commit a dated result.")
+    parser.add_argument("--jobs", type=int, default=1, help="tests at a time (default 1)")
+    options = parser.parse_args()
     if git("status", "--porcelain", "--untracked-files=no"):
         print("test-all: commit your changes first; the result names the commit it ran on", file=sys.stderr)
         return 2
@@ -39,19 +45,27 @@ def main() -> int:
     if not tests:
         print(listed.stdout + listed.stderr, file=sys.stderr)
         return 1
-    for number, test in enumerate(tests, 1):
-        if results.get(test, {}).get("outcome") == "passed":
-            continue
-        print(f"[{number}/{len(tests)}] {test}", flush=True)
+    left = [test for test in tests if results.get(test, {}).get("outcome") != "passed"]
+    lock = threading.Lock()
+
+    def run(test: str) -> None:
         begun = time.monotonic()
         done = subprocess.run([*pytest, "-m", "long", "-p", "no:xdist", test], cwd=ROOT, capture_output=True, text=True)
         outcome = "passed" if done.returncode == 0 and " passed" in done.stdout else "failed"
-        results[test] = {"outcome": outcome, "seconds": round(time.monotonic() - begun, 1)}
-        if outcome == "failed":
-            print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
-        temporary = store.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1))
-        os.replace(temporary, store)
+        with lock:
+            results[test] = {"outcome": outcome, "seconds": round(time.monotonic() - begun, 1)}
+            print(f"[{len(results)}/{len(tests)}] {outcome} {test}", flush=True)
+            if outcome == "failed":
+                print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
+            temporary = store.with_suffix(".tmp")
+            temporary.write_text(json.dumps(results, indent=1))
+            os.replace(temporary, store)
+
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        list(pool.map(run, left))
+    finally:  # after Ctrl-C too
+        pool.shutdown(cancel_futures=True)
     failed = [t for t, r in results.items() if r["outcome"] != "passed"]
     today = datetime.date.today().isoformat()
     report = ROOT / "benchmarks" / "results" / f"test-all-{today}.json"
