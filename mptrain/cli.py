@@ -205,10 +205,10 @@ def _recipe(options: argparse.Namespace) -> int:
     if options.sweep:
         return _sweep(options)
     found = recipe_file.read(options.recipe, options.set)
-    if options.dry_run:
-        from mptrain.console import quiet_libraries
+    from mptrain.console import quiet_libraries
 
-        quiet_libraries()
+    quiet_libraries()
+    if options.dry_run:
         from mptrain.dry_run import dry_run
 
         print(dry_run(found.recipe, allow_code=options.allow_code))
@@ -217,10 +217,7 @@ def _recipe(options: argparse.Namespace) -> int:
         raise UserError("--resume and --fresh exclude each other; give one of them.")
     if options.resume and not (Path(found.recipe.output.dir) / "run.json").is_file():
         raise UserError(f"--resume: there is no run in {found.recipe.output.dir}; leave --resume out to start one.")
-    from mptrain.console import quiet_libraries
     from mptrain.errors import GateFailed
-
-    quiet_libraries()
     from mptrain.report.render import read
     from mptrain.run import run
 

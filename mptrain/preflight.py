@@ -64,14 +64,8 @@ def check_data(recipe: Recipe, data: TaskData, processes: int = 1) -> None:
 
 def untrained(recipe: Recipe) -> list[str]:
     """Exported stages whose model no stage has trained: what the recipe starts from must have its head."""
-    found = []
-    for stage_id in dict.fromkeys(stage_id for export in recipe.export for stage_id in export.of):
-        chain = [stage_id]
-        while chain[-1] != "model":
-            chain.append(recipe.start_of(recipe.stage(chain[-1])))
-        if not any(recipe.stage(one).train for one in chain):
-            found.append(stage_id)
-    return found
+    exported = dict.fromkeys(stage_id for export in recipe.export for stage_id in export.of)
+    return [stage_id for stage_id in exported if not any(stage.train for stage in recipe.chain(stage_id))]
 
 
 def check_head(recipe: Recipe, data: TaskData, allow_code: bool = False) -> None:
@@ -111,19 +105,13 @@ def _check_pruning(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> None
     with _named(stage):
         structure = find_structure(model, stage.prune.ignore)
         keep: Keep | None = stage.prune.keep
-        pruned_before = recipe.start_of(stage) != "model" and _prunes(recipe, recipe.stage(recipe.start_of(stage)))
+        pruned_before = any(before.prune for before in recipe.chain(stage.id)[1:])
         text = recipe.model.task not in ("image-classification", "audio-classification")
         # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
         if keep is None or keep.latency is not None or (keep.macs is not None and not text) or pruned_before:
             return
         floors = {name: getattr(stage.prune, name) for name in ("min_heads", "min_ffn", "round_ffn")}
         Budget(structure, keep, length=recipe.data.max_length, **floors)
-
-
-def _prunes(recipe: Recipe, stage: Stage) -> bool:
-    """Whether the stage, or one that it starts from, prunes."""
-    start = recipe.start_of(stage)
-    return stage.prune is not None or (start != "model" and _prunes(recipe, recipe.stage(start)))
 
 
 @contextmanager

@@ -177,7 +177,6 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
         ours = identity["recipe"]
         same = all(theirs.get(key) == identity.get(key) for key in _SHARED)
         same = same and _settings(theirs["recipe"]) == _settings(ours)
-        taken = len(list(folder.glob("stages/*")))
         for stage, their_stage in zip(ours["stages"], theirs["recipe"]["stages"]):
             same = same and stage == their_stage
             if not same or _read_by_stage(ours, stage) != _read_by_stage(theirs["recipe"], stage):
@@ -190,7 +189,7 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
                 shutil.copytree(source, Path(temporary) / "stage")
                 (Path(temporary) / "stage").rename(target)
             log.info("stage %s is the one of %s", stage["id"], other)
-        if taken == len(list(folder.glob("stages/*"))) == 0:
+        if not any(folder.glob("stages/*")):
             log.warning("nothing is taken over from %s: %s", other, _first_difference(theirs, identity))
 
 

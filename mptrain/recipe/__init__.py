@@ -226,6 +226,14 @@ class Recipe(Strict):
         """What everything is compared with: the model itself where it is exported, else the first stage."""
         return "model" if any("model" in export.of for export in self.export) else self.stages[0].id
 
+    def chain(self, stage_id: str) -> list[Stage]:
+        """The stage and those that it starts from, the last first; none for "model"."""
+        found = []
+        while stage_id != "model":
+            found.append(self.stage(stage_id))
+            stage_id = self.start_of(found[-1])
+        return found
+
     def start_of(self, stage: Stage) -> str:
         """The id of the stage that `stage` starts from, or "model"."""
         if stage.start is not None or stage.id == "model":

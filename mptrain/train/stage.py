@@ -70,11 +70,8 @@ class Context:
 
     def phase_folders(self, stage_id: str) -> list[Path]:
         """Of the stage and of those it starts from."""
-        found: list[Path] = []
-        while stage_id in self.plan:
-            found += [self.folder / phase.folder for phase in reversed(self.plan[stage_id])]
-            stage_id = self.recipe.start_of(self.recipe.stage(stage_id))
-        return found
+        chain = self.recipe.chain(stage_id)
+        return [self.folder / phase.folder for stage in chain for phase in reversed(self.plan[stage.id])]
 
 
 def keep_start(context: Context) -> None:
