@@ -29,10 +29,10 @@ import numpy as np
 import torch
 import transformers as t
 
-from mptrain.errors import MptrainError
-from mptrain.export.coreai import Runner, export_coreai
+from mptrain.core.errors import MptrainError
+from mptrain.export.coreai.convert import Runner, export_coreai
 from mptrain.verify import overflow
-from mptrain.verify.torch_ops import counted
+from mptrain.verify.programs.aten import counted
 
 RESULT = Path(__file__).parent / "results" / "coreai_matrix.json"
 BARS = {"parity_fp32": 1e-5, "cosine_fp16": 0.9999}

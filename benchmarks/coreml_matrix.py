@@ -24,10 +24,10 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from mptrain.export.coreml import export_coreml
+from mptrain.export.coreml.convert import export_coreml
+from mptrain.flow.run_folder import write_json
+from mptrain.mil.interpreter import Interpreter
 from mptrain.recipe import CoreMlShapes
-from mptrain.run_folder import write_json
-from mptrain.verify.mil import Interpreter
 
 TEXT = {"vocab_size": 50, "max_position_embeddings": 40}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -93,7 +93,7 @@ def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
 
 def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     """Run a point and return its line. The dense model of the seed is trained once and copied."""
-    from mptrain import recipe_file
+    from mptrain.recipe import file as recipe_file
     from mptrain.run import run
 
     begun = time.monotonic()
@@ -128,7 +128,7 @@ def correct(folder: Path, variant: str) -> dict[str, str]:
 
 def dense_run(seed: str, data: Path | None, work: Path) -> Path:
     """The folder of the seed's dense model, trained if need be; all points of the seed take its stage over."""
-    from mptrain import recipe_file
+    from mptrain.recipe import file as recipe_file
     from mptrain.run import run
 
     folder = work / f"dense-seed{seed}"
@@ -172,7 +172,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from mptrain.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     sys.exit(main())

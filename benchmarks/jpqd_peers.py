@@ -32,13 +32,13 @@ from peer_torch_pruning import prune_with_torch_pruning
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mptrain import artifact
-from mptrain.compress import costs
-from mptrain.compress.shrink import shrink
-from mptrain.compress.structure import Kept, Structure, find_structure
-from mptrain.inputs.data import load_data
-from mptrain.inputs.model import load_processor
-from mptrain.run_folder import write_json
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import Kept, Structure, find_structure
+from mptrain.compress.structure.shrink import shrink
+from mptrain.data.load import load_data
+from mptrain.flow.run_folder import write_json
+from mptrain.models import artifact
+from mptrain.models.load import load_processor
 
 HERE = Path(__file__).resolve().parent
 POINTS = [f"{peer}/one_shot/{kept}/0" for kept in (50, 33) for peer in ("torch_pruning", "modelopt_gradnas")]
@@ -86,10 +86,10 @@ def _rows(dense: Tensor, pruned: Tensor) -> list[int]:
 
 
 def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
-    from mptrain import recipe_file
+    from mptrain.commands.sweep import take_stages
+    from mptrain.flow.run_folder import check_identity
+    from mptrain.recipe import file as recipe_file
     from mptrain.run import identity, run
-    from mptrain.run_folder import check_identity
-    from mptrain.sweep import take_stages
 
     peer, _, kept_percent, seed = point.split("/")
     begun = time.monotonic()
@@ -142,7 +142,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from mptrain.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     sys.exit(main())

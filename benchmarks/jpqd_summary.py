@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mptrain.inputs.metrics import Score
-from mptrain.report.intervals import paired_difference
+from mptrain.data.tasks.metrics import Score
+from mptrain.measure.intervals import paired_difference
 
 SETTING = "b1_s128_t1"
 COLOURS = {"fisher": "#1b6ca8", "magnitude": "#b5541c", "movement": "#3d8b37", "qat_int8": "#666666"}

@@ -26,8 +26,8 @@ import torch
 from paired import markdown, seconds, write
 from torch import Tensor, nn
 
-from mptrain.compress.palettize import palettized, tables
-from mptrain.compress.records import Palettized, attach
+from mptrain.compress.weights.palettize import palettized, tables
+from mptrain.compress.weights.records import Palettized, attach
 from mptrain.recipe import Palettize
 
 logging.disable(logging.WARNING)

@@ -22,12 +22,12 @@ import torch
 from paired import markdown, write
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
-from mptrain.compress.budget import Budget
-from mptrain.compress.latency import measure_latency
-from mptrain.compress.shrink import shrink
-from mptrain.compress.structure import find_structure
-from mptrain.export.openvino import Runner, export_openvino
-from mptrain.inputs import packaged
+from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.latency import measure_latency
+from mptrain.compress.structure.shrink import shrink
+from mptrain.data.sources import packaged
+from mptrain.export.openvino.convert import Runner, export_openvino
 from mptrain.recipe import Keep
 
 FRACTIONS = (0.75, 0.6, 0.5, 0.4, 0.3)

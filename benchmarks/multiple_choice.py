@@ -32,7 +32,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mptrain.inputs.multiple_choice import MultipleChoice, context_length
+from mptrain.data.lm_eval.questions import MultipleChoice, context_length
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = "alpha beta gamma river stone cloud tree house green red runs sleeps quick slow because and the of a in".split()

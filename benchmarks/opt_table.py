@@ -35,10 +35,10 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mptrain.compress import records
-from mptrain.compress.palettize import palettize
-from mptrain.compress.table_training import TableTrainer
-from mptrain.compress.weight_only import compress
+from mptrain.compress.weights import records
+from mptrain.compress.weights.palettize import palettize
+from mptrain.compress.weights.table_training import TableTrainer
+from mptrain.compress.weights.weight_only import compress
 from mptrain.recipe import Palettize, TableTraining, WeightOnly
 
 logging.disable(logging.WARNING)

@@ -19,10 +19,10 @@ from paired import clock, markdown, write
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from mptrain.inputs import packaged
-from mptrain.inputs.samples import texts_for, tokenized
+from mptrain.data.sources import packaged
+from mptrain.models.samples import texts_for, tokenized
 from mptrain.verify.overflow import search
-from mptrain.verify.torch_ops import TorchOps
+from mptrain.verify.programs.aten import TorchOps
 
 LIMIT_S = 10.0
 

@@ -9,7 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from mptrain import artifact
+from mptrain.models import artifact
 
 
 def prune_with_torch_pruning(dense: Path, batches: list[dict[str, Tensor]], params: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mptrain.artifact import load, save
+    from mptrain.models.artifact import load, save
     from mptrain.precision import LossScale, MasterWeights
     from mptrain.train.arguments import TrainingArguments
     from mptrain.train.trainer import Trainer
@@ -26,8 +26,8 @@ _HOMES = {
     "MasterWeights": "mptrain.precision",
     "Trainer": "mptrain.train.trainer",
     "TrainingArguments": "mptrain.train.arguments",
-    "load": "mptrain.artifact",
-    "save": "mptrain.artifact",
+    "load": "mptrain.models.artifact",
+    "save": "mptrain.models.artifact",
 }
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mptrain.errors import MptrainError, UserError
+from mptrain.core.errors import MptrainError, UserError
 
 EXIT = (
     """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
@@ -200,16 +200,16 @@ def _version() -> str:
 
 
 def _recipe(options: argparse.Namespace) -> int:
-    from mptrain import recipe_file
+    from mptrain.recipe import file
 
     if options.sweep:
         return _sweep(options)
-    found = recipe_file.read(options.recipe, options.set)
-    from mptrain.console import quiet_libraries
+    found = file.read(options.recipe, options.set)
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     if options.dry_run:
-        from mptrain.dry_run import dry_run
+        from mptrain.commands.dry_run import dry_run
 
         print(dry_run(found.recipe, allow_code=options.allow_code))
         return 0
@@ -217,8 +217,8 @@ def _recipe(options: argparse.Namespace) -> int:
         raise UserError("--resume and --fresh exclude each other; give one of them.")
     if options.resume and not (Path(found.recipe.output.dir) / "run.json").is_file():
         raise UserError(f"--resume: there is no run in {found.recipe.output.dir}; leave --resume out to start one.")
-    from mptrain.errors import GateFailed
-    from mptrain.report.render import read
+    from mptrain.core.errors import GateFailed
+    from mptrain.report.render.files import read
     from mptrain.run import run
 
     folder = Path(found.recipe.output.dir)
@@ -234,18 +234,18 @@ def _recipe(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from mptrain.sweep import points, sweep
+    from mptrain.commands.sweep import points, sweep
 
     if options.resume:
         raise UserError("--resume: a sweep continues by itself; leave --resume out.")
     if options.reuse:
         raise UserError("--reuse: a sweep takes over the stages that its points share by itself; leave --reuse out.")
     grid = points(options.recipe, options.set, options.sweep)
-    from mptrain.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     if options.dry_run:
-        from mptrain.dry_run import dry_run
+        from mptrain.commands.dry_run import dry_run
 
         for point in grid:
             print(f"== {', '.join(f'{k}={v}' for k, v in point.values.items())} -> {point.recipe.output.dir}")
@@ -255,9 +255,9 @@ def _sweep(options: argparse.Namespace) -> int:
     if found["points"]:
         from rich.console import Console
 
-        from mptrain.report import summary
+        from mptrain.report.render import terminal
 
-        Console(width=None if sys.stdout.isatty() else 120).print(summary.sweep(found))
+        Console(width=None if sys.stdout.isatty() else 120).print(terminal.sweep(found))
         print(f"Sweep: {Path(grid[0].recipe.output.dir).parent / 'sweep.json'}")
     return 0
 
@@ -265,29 +265,29 @@ def _sweep(options: argparse.Namespace) -> int:
 def _print_report(report: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
-    from mptrain.report.summary import summary
+    from mptrain.report.render.terminal import summary
 
     Console(width=None if sys.stdout.isatty() else 120).print(summary(report))
     print(f"Report: {folder / 'report.html'}")
 
 
 def _list(options: argparse.Namespace) -> int:
-    from mptrain import recipe_file
+    from mptrain.recipe import file
 
-    for path in recipe_file.bundled():
-        data, _ = recipe_file.parse(path.read_text(encoding="utf-8"), str(path))
+    for path in file.bundled():
+        data, _ = file.parse(path.read_text(encoding="utf-8"), str(path))
         print(f"{path.stem:<26} {data.get('description', '')}")
     print("\nFor accelerate launch --config_file, after mptrain copy NAME:")
-    for path in recipe_file.configs():
+    for path in file.configs():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         print(f"{path.stem:<26} {first.removeprefix('# ')}")
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
-    from mptrain import recipe_file
+    from mptrain.recipe import file
 
-    path = recipe_file.find(options.recipe)
+    path = file.find(options.recipe)
     try:
         sys.stdout.write(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -296,10 +296,10 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _copy(options: argparse.Namespace) -> int:
-    from mptrain import recipe_file
+    from mptrain.recipe import file
 
-    config = {path.stem: path for path in recipe_file.configs()}.get(options.recipe.removesuffix(".yaml"))
-    source = config or recipe_file.find(options.recipe)
+    config = {path.stem: path for path in file.configs()}.get(options.recipe.removesuffix(".yaml"))
+    source = config or file.find(options.recipe)
     target = Path(options.to)
     if target.is_dir():
         target = target / source.name
@@ -315,9 +315,9 @@ def _copy(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from mptrain import recipe_file
+    from mptrain.recipe import file
 
-    found = recipe_file.read(options.recipe, options.set)
+    found = file.read(options.recipe, options.set)
     print(f"{found.path}: valid; stages: {', '.join(s.id for s in found.recipe.stages)}")
     return 0
 
@@ -354,11 +354,11 @@ def _json_target(options: argparse.Namespace) -> Path | None:
 
 def _export(options: argparse.Namespace) -> int:
     target = _check_model_options(options)
-    from mptrain.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
-    from mptrain.errors import GateFailed
-    from mptrain.export.single import export_model
+    from mptrain.commands.export import export_model
+    from mptrain.core.errors import GateFailed
 
     chosen = {"minimum_deployment_target": options.target, "cache": options.cache}
     facts = export_model(
@@ -375,7 +375,7 @@ def _export(options: argparse.Namespace) -> int:
         allow_code=options.allow_code,
     )
     if target is not None:
-        from mptrain.run_folder import write_json
+        from mptrain.flow.run_folder import write_json
 
         write_json(target, facts)
     compared = facts["parity"]
@@ -402,13 +402,13 @@ def _export(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     target = _check_model_options(options)
-    from mptrain.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     from rich.console import Console
 
-    from mptrain.inspection import inspect_model
-    from mptrain.report.inspection import inspection
+    from mptrain.commands.inspect import inspect_model
+    from mptrain.report.render.inspect import inspection
 
     chosen = {"precisions": options.precision} if options.precision else {}
     facts = inspect_model(
@@ -423,7 +423,7 @@ def _inspect(options: argparse.Namespace) -> int:
     )
     Console(width=None if sys.stdout.isatty() else 120).print(inspection(facts))
     if target is not None:
-        from mptrain.run_folder import write_json
+        from mptrain.flow.run_folder import write_json
 
         write_json(target, facts)
         print(f"Written: {target}")
@@ -432,14 +432,14 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     target = _json_target(options)
-    from mptrain.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     from rich.console import Console
 
-    from mptrain.errors import ExportError
-    from mptrain.report.package import package
-    from mptrain.verify.package import load_source, verify
+    from mptrain.commands.verify import load_source, verify
+    from mptrain.core.errors import ExportError
+    from mptrain.report.render.verify import package
 
     model = None
     if options.model is not None:
@@ -447,7 +447,7 @@ def _verify(options: argparse.Namespace) -> int:
     facts = verify(Path(options.package), precision=options.precision or "stored", model=model)
     Console(width=None if sys.stdout.isatty() else 120).print(package(facts))
     if target is not None:
-        from mptrain.run_folder import write_json
+        from mptrain.flow.run_folder import write_json
 
         write_json(target, facts)
         print(f"Written: {target}")
@@ -457,7 +457,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from mptrain.report.render import read, render
+    from mptrain.report.render.files import read, render
 
     folder = Path(options.run)
     if (folder / "run.json").is_file() and not (folder / "report.json").is_file():

@@ -11,24 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mptrain import preflight
-from mptrain.errors import DataError, GateFailed
-from mptrain.export.decoder import check_exports
+from mptrain.commands.sweep import check_reuse, take_stages
+from mptrain.core.errors import DataError, GateFailed
+from mptrain.core.silence import import_unreported
+from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
+from mptrain.data.load import load_data
 from mptrain.export.formats import format_of
-from mptrain.export.variants import Variants
-from mptrain.identity import identity, versions
-from mptrain.inputs.data import load_data
-from mptrain.inputs.model import load_processor, read_config
-from mptrain.inputs.multiple_choice import MultipleChoice, context_length, read_tasks
-from mptrain.plan import phases
+from mptrain.export.torch.cached_decoder import check_exports
+from mptrain.flow import preflight
+from mptrain.flow.identity import identity, versions
+from mptrain.flow.run_folder import check_identity, clear, locked, read_json, write_json
+from mptrain.flow.stage import Context, compressed_facts, keep_start, run_phase, structure_facts
+from mptrain.flow.variants import Variants
+from mptrain.measure.latency import host
+from mptrain.models.load import load_processor, read_config
 from mptrain.recipe import Recipe, cache_of
-from mptrain.report import build, render
-from mptrain.report.measure import host
-from mptrain.run_folder import check_identity, clear, locked, read_json, write_json
-from mptrain.silence import import_unreported
-from mptrain.sweep import check_reuse, take_stages
+from mptrain.recipe.plan import phases
+from mptrain.report import build
+from mptrain.report.render import files
 from mptrain.train.launch import state
-from mptrain.train.stage import Context, compressed_facts, keep_start, run_phase, structure_facts
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _steps(
         multiple_choice={task.name: task.facts for task in questions},
         checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},
     )
-    render.render(report, folder)
+    files.render(report, folder)
     write_json(folder / REPORT, report)
     return report
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mptrain import recipe
-from mptrain.compress import mapping
+from scripts import targets
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 INTRO = """# Recipes, field by field
@@ -92,7 +92,7 @@ def render() -> str:
             cells.append(field.description or "")
             text.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         text.append("")
-    return "\n".join([*text, mapping.markdown()])
+    return "\n".join([*text, targets.markdown()])
 
 
 if __name__ == "__main__":

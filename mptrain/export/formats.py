@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mptrain.compress import quantizers
+from mptrain.compress.quantize import quantizers
 from mptrain.recipe import CoreAi, CoreMl, Export, OpenVino, Stage
 
 if TYPE_CHECKING:
-    from mptrain.export.coreml import Exported
+    from mptrain.export.coreml.convert import Exported
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
     """
     if not quantizers.is_quantized(model):
         return model
-    from mptrain.compress.quantizer_records import weight_only
+    from mptrain.compress.quantize.integers import weight_only
 
     whole = stage.quantize is not None and stage.quantize.embeddings == "int8"
     return cast(PreTrainedModel, weight_only(model, embeddings="int8" if whole else "fp32"))
@@ -123,7 +123,7 @@ class OpenVinoFormat:
         calibration: Callable[[], list[dict[str, Tensor]]],
         processor: Any,
     ) -> Written:
-        from mptrain.export.openvino import export_openvino
+        from mptrain.export.openvino.convert import export_openvino
 
         embeddings = stage.quantize.embeddings if stage.quantize is not None else "fp32"
         done = export_openvino(
@@ -138,12 +138,12 @@ class OpenVinoFormat:
         return Written(done.xml, done.size_bytes, {} if done.half is None else {"half": done.half})
 
     def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
-        from mptrain.export.openvino import Runner
+        from mptrain.export.openvino.convert import Runner
 
         return Runner(path, threads)
 
     def facts(self, runner: Any) -> dict[str, Any]:
-        from mptrain.verify import graph
+        from mptrain.export.openvino import facts as graph
 
         return graph.facts(runner)
 
@@ -185,18 +185,18 @@ class CoreMlFormat:
         return Written(done.package, done.size_bytes, found if done.half is None else found | {"half": done.half})
 
     def _export(self, model: PreTrainedModel, example: Mapping[str, Tensor], folder: Path, **how: Any) -> Exported:
-        from mptrain.export.coreml import export_coreml
+        from mptrain.export.coreml.convert import export_coreml
 
         return export_coreml(model, example, folder, shapes=self.spec.shapes, route=self.spec.route, **how)
 
     def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
-        from mptrain.verify.mil import Interpreter
-        from mptrain.verify.mil_runner import Padded
+        from mptrain.mil.interpreter import Interpreter
+        from mptrain.mil.padded import Padded
 
         return Padded(Interpreter(path))
 
     def facts(self, runner: Any) -> dict[str, Any]:
-        from mptrain.verify.mil_facts import facts
+        from mptrain.mil.facts import facts
 
         return facts(runner.interpreter.program)
 
@@ -213,18 +213,18 @@ class CachedCoreMlFormat(CoreMlFormat):
         return replace(written, facts={"cache": self.cache, "cache_precision": "fp16"} | written.facts)
 
     def _export(self, model: PreTrainedModel, example: Mapping[str, Tensor], folder: Path, **how: Any) -> Exported:
-        from mptrain.export.coreml_decoder import export_decoder
+        from mptrain.export.coreml.cached import export_decoder
 
         return export_decoder(model, folder, max_length=self.cache, **how)
 
     def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
-        from mptrain.verify.mil import Interpreter
-        from mptrain.verify.texts import Texts
+        from mptrain.export.torch.texts import Texts
+        from mptrain.mil.interpreter import Interpreter
 
         return Texts(Interpreter(path), tokens=self.cache, max_length=self.cache)
 
     def facts(self, runner: Any) -> dict[str, Any]:
-        from mptrain.verify.mil_facts import facts
+        from mptrain.mil.facts import facts
 
         return facts(runner.runner.program)
 
@@ -255,8 +255,8 @@ class CoreAiFormat:
         calibration: Callable[[], list[dict[str, Tensor]]],
         processor: Any,
     ) -> Written:
-        from mptrain.export.coreai import export_coreai
-        from mptrain.verify.coreai_half import computes_half
+        from mptrain.export.coreai.convert import export_coreai
+        from mptrain.export.coreai.emulated import computes_half
 
         batches, few = (calibration(), not computes_half()) if precision == "fp16" else ((), False)
         if few:
@@ -267,15 +267,15 @@ class CoreAiFormat:
         return Written(done.asset, done.size_bytes, {} if done.half is None else {"half": dict(done.half)})
 
     def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
-        from mptrain.export.coreai import Runner
-        from mptrain.verify.coreai_half import EmulatedAsset, computes_half
+        from mptrain.export.coreai.convert import Runner
+        from mptrain.export.coreai.emulated import EmulatedAsset, computes_half
 
         if source.precision == "fp16" and not computes_half():
             return EmulatedAsset(path, source.model(), source.example, source.facts["half"]["kept_fp32"])
         return Runner(path)
 
     def facts(self, runner: Any) -> dict[str, Any]:
-        from mptrain.verify.coreai import facts
+        from mptrain.export.coreai.facts import facts
 
         return facts(runner)
 
@@ -290,14 +290,14 @@ class CachedCoreAiFormat(CoreAiFormat):
     def write(
         self, model: PreTrainedModel, example: Mapping[str, Tensor], folder: Path, *, processor: Any, **_: Any
     ) -> Written:
-        from mptrain.export.coreai_cache import export_decoder
+        from mptrain.export.coreai.cached import export_decoder
 
         done = export_decoder(model, folder, max_length=self.cache, processor=processor)
         return Written(done.asset, done.size_bytes, {"cache": self.cache, "cache_precision": "fp32"})
 
     def runner(self, path: Path, source: Source, threads: int | None = None) -> Forward:
-        from mptrain.export.coreai import Runner
-        from mptrain.verify.texts import Texts
+        from mptrain.export.coreai.convert import Runner
+        from mptrain.export.torch.texts import Texts
 
         return Texts(Runner(path), tokens=1, max_length=self.cache)
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mptrain.errors import UserError
+from mptrain.core.errors import UserError
 from mptrain.precision import accumulate
 from mptrain.precision.optimizer import KernelChoice, MasterOptimizer
 from mptrain.precision.policy import Compute, LossScale, Master, Policy

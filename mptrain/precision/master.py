@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mptrain.errors import ModelError
+from mptrain.core.errors import ModelError
 from mptrain.precision.flat import Entry, Flat
 from mptrain.precision.policy import Kept, Policy, kept_in_fp32
 

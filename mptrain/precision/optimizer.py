@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mptrain.errors import ResumeError, UserError
+from mptrain.core.errors import ResumeError, UserError
 from mptrain.precision import accumulate, moments, rounded
 from mptrain.precision.casting import add_casts
+from mptrain.precision.cpp_kernel import native_kernel
 from mptrain.precision.flat import Flat
 from mptrain.precision.master import Changed, Masters
-from mptrain.precision.native import native_kernel
 from mptrain.precision.policy import Policy
 from mptrain.precision.step import Kernel, Run, TorchKernel, rule_of
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mptrain.compress.base import HOOKS
-from mptrain.errors import ModelError, UserError
+from mptrain.core.errors import ModelError, UserError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NORMS = "norms"

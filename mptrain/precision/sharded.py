@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mptrain.errors import ModelError, UserError
+from mptrain.core.errors import ModelError, UserError
 from mptrain.precision.policy import DTYPES, Compute, LossScale
 from mptrain.precision.scaler import LossScaler
 from mptrain.precision.step import checked_max_norm, clip_factor

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mptrain.errors import ModelError, UserError
+from mptrain.core.errors import ModelError, UserError
 from mptrain.precision.accumulate import fold
 from mptrain.precision.flat import BLOCK, Entry, Flat
 from mptrain.precision.policy import is_number

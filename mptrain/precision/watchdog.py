@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from mptrain.errors import TrainingError
+from mptrain.core.errors import TrainingError
 from mptrain.precision.diagnose import ActivationWatch, bad_gradients
 from mptrain.precision.scaler import LossScaler
 

@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Name, Strict
-from mptrain.recipe.inputs import Train
-from mptrain.recipe.pruning import Prune
+from mptrain.recipe.data import Train
+from mptrain.recipe.prune import Prune
 from mptrain.recipe.weights import Palettize, Ptq, Qat, Quantize, WeightOnly
 
 

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mptrain.measure.intervals import interval, paired_difference
 from mptrain.recipe import Recipe
 from mptrain.report import gates, recommend
-from mptrain.report.intervals import interval, paired_difference
 
 if TYPE_CHECKING:
-    from mptrain.inputs.metrics import Score
+    from mptrain.data.tasks.metrics import Score
 
 SCHEMA = "mptrain.report/v1"
 Row = dict[str, Any]

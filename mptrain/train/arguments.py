@@ -9,7 +9,7 @@ from typing import Any, get_args
 import transformers
 from pydantic import ValidationError
 
-from mptrain.errors import UserError
+from mptrain.core.errors import UserError
 from mptrain.recipe import LossScaling, MixedPrecision, ShortPrecision
 
 HELP = (

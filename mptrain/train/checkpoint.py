@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mptrain.artifact import unique_tensors
-from mptrain.errors import TrainingError, UserError
+from mptrain.core.errors import TrainingError, UserError
+from mptrain.models.artifact import unique_tensors
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"

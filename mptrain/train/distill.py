@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptrain.errors import ModelError
+from mptrain.core.errors import ModelError
 from mptrain.recipe import Distill
 
 LOGITS = ("logits", "start_logits", "end_logits")

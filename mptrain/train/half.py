@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mptrain.errors import UserError
+from mptrain.core.errors import UserError
 from mptrain.precision import LossScale, MasterWeights
 from mptrain.recipe import MixedPrecision
 

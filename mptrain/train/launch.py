@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from mptrain.errors import UserError
+from mptrain.core.errors import UserError
 
 
 def state() -> PartialState:

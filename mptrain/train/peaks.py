@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptrain.compress.base import HOOKS
-from mptrain.inputs.task import TARGETS, Batch
+from mptrain.data.tasks.base import TARGETS, Batch
 
 FILES = "peaks-*.safetensors"  # one to each process
 KEPT = 16

@@ -22,11 +22,11 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from mptrain.compress.base import Compressor
-from mptrain.errors import TrainingError
-from mptrain.inputs.data import TaskData
-from mptrain.inputs.metrics import Score
-from mptrain.plan import Phase
+from mptrain.core.errors import TrainingError
+from mptrain.data.load import TaskData
+from mptrain.data.tasks.metrics import Score
 from mptrain.recipe import MixedPrecision, Train
+from mptrain.recipe.plan import Phase
 from mptrain.train import checkpoint
 from mptrain.train.arguments import TrainingArguments
 from mptrain.train.distill import Distiller

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from mptrain.plan import Phase
+from mptrain.recipe.plan import Phase
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from mptrain.compress.base import HOOKS, Compressor, is_quantized
-from mptrain.errors import UserError
+from mptrain.core.errors import UserError
 from mptrain.precision import MasterWeights
 from mptrain.precision.casting import cast
 from mptrain.precision.half import computing_in
@@ -344,7 +344,7 @@ def _check_kinds(compressors: Sequence[Any], distiller: Any) -> None:
     for compressor in compressors:
         if not hasattr(compressor, "gradients_ready"):
             raise TypeError(
-                f"compressors takes objects that act on the model, such as mptrain.compress.fisher.FisherPruner,"
+                f"compressors takes objects that act on the model, such as mptrain.compress.prune.fisher.FisherPruner,"
                 f" already prepared on it; got {type(compressor).__name__}"
             )
     if distiller is not None and not isinstance(distiller, Distiller):

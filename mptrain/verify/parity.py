@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.errors import ExportError
+from mptrain.core.errors import ExportError
 
 Forward = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 

@@ -1,0 +1,1 @@
+"""A file to each command of `mptrain`."""

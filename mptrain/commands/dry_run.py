@@ -1,0 +1,315 @@
+"""What a recipe would do: stages, steps, and predicted parameters, multiply-adds, size and time.
+
+Nothing is trained and nothing is downloaded. The model is built without weights, from its
+config when that is on this machine, else from the default config of `planning.model_type`;
+rows are counted when the data is here, else `planning.train_rows` is assumed. Seconds come
+from the multiply-adds and a short matrix product on this machine: expect them within a
+factor of two.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import Structure, find_structure
+from mptrain.compress.weights import palettize
+from mptrain.core.errors import ModelError, UserError
+from mptrain.data.load import TaskData, load_data
+from mptrain.data.sources import packaged
+from mptrain.data.sources.splits import SPLITS
+from mptrain.data.sources.tables import read_table
+from mptrain.export.torch.cached_decoder import check_exports
+from mptrain.flow import preflight
+from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
+from mptrain.recipe import CoreMl, OpenVino, Planning, Recipe, Stage, WeightOnly, cache_of
+from mptrain.recipe.plan import phases, variants
+
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
+EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
+
+Tables = Mapping[str, palettize.Table]
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Sizes of the dense model: parameters of its blocks, of its embeddings, of all else, and MACs of the blocks."""
+
+    encoder: int
+    embeddings: int
+    other: int
+    macs: int
+
+
+def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
+    """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
+    data = _data(recipe, allow_code)
+    model, model_from, known = _model(recipe, allow_code)
+    check_exports(recipe, model.config)
+    if known and recipe.model.modeling is None:
+        preflight.check_model(recipe, model)
+    if data is not None:
+        preflight.check_data(recipe, data)
+    rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
+    structure = _structure(recipe, model)
+    length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
+    outlook = _outlook(model, structure, length)
+    speed = _macs_per_second()
+    text = io.StringIO()
+    console = Console(width=110, file=text)
+    console.print(f"{recipe.name}: {recipe.description}")
+    console.print(f"model: {recipe.model.path} ({model_from}); data: {rows:,} training rows ({rows_from})")
+    console.print(f"output: {recipe.output.dir}\n")
+    console.print(_stages(recipe, rows, outlook, speed))
+    tables = {stage.id: palettize.tables(model, stage.palettize) for stage in recipe.stages if stage.palettize}
+    console.print(_variants(recipe, tables, outlook))
+    for line in _caches(recipe, structure):
+        console.print(line)
+    if tables:
+        console.print(_tables(recipe, tables))
+    console.print("Predicted from sizes and a short measurement here; times within about a factor of two.")
+    return text.getvalue()
+
+
+def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
+    table = Table(title="Phases", title_justify="left", box=None, pad_edge=False)
+    for name in ("stage", "phase", "steps", "does", "time"):
+        table.add_column(name, justify="right" if name in ("steps", "time") else "left")
+    total = 0.0
+    for stage in recipe.stages:
+        for phase in phases(stage, rows):
+            seconds = _seconds(stage, phase.prune, phase.steps, outlook, speed)
+            total += seconds
+            does = _does(recipe.precision.compute, stage, phase)
+            table.add_row(stage.id, phase.name, f"{phase.start}–{phase.end}", does, _minutes(seconds))
+    table.add_row("", "", "", "all phases", _minutes(total))
+    return table
+
+
+def _does(compute: str, stage: Stage, phase: Any) -> str:
+    parts = ["train" if compute == "fp32" else f"train in {compute}"] if phase.steps else []
+    if phase.prune and stage.prune:
+        parts.append(f"prune ({stage.prune.method})")
+    if stage.quantize and (phase.quantize_at_start or phase.name == "finetune"):
+        parts.append(f"quantize ({stage.quantize.mode})")
+    if stage.palettize and phase.palettize:
+        trained = ", tables trained" if stage.palettize.finetune and phase.steps else ""
+        how, budget = stage.palettize, stage.palettize.size_budget
+        bits = f"{how.bits} bits" if budget is None else f"{budget:g} bits a weight"
+        parts.append(f"palettize ({how.method}, {bits}{trained})")
+    if stage.distill and phase.steps:
+        parts.append(f"distil from {stage.teacher}")
+    return " + ".join(parts)
+
+
+def _variants(recipe: Recipe, tables: Mapping[str, Tables], outlook: Outlook) -> Table:
+    table = Table(title="\nVariants", title_justify="left", box=None, pad_edge=False)
+    for name in ("variant", "parameters", "MACs", "size", "against fp32"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    dense = _bytes(outlook, 1.0, 4.0, 4.0)
+    for planned in variants(recipe):
+        stage = recipe.stage(planned.stage)
+        kept = _kept(recipe, stage)
+        # formats other than OpenVINO name the precision of the arithmetic; weights stay as they were learned
+        stored = planned.precision if isinstance(planned.export, OpenVino) or not stage.quantize else "int8"
+        if kept is None:
+            table.add_row(planned.id, "by regularization", "", "", "")
+            continue
+        if stage.palettize and not isinstance(planned.export, OpenVino):
+            size = _palettized_bytes(tables[stage.id], stage, outlook, kept, planned.precision)
+        else:
+            size = _bytes(outlook, kept, *_stored(stage, stored))
+        params = outlook.encoder * kept + outlook.embeddings + outlook.other
+        table.add_row(
+            planned.id, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
+            f"{dense / size:.2f}×",
+        )  # fmt: skip
+    return table
+
+
+def _structure(recipe: Recipe, model: PreTrainedModel) -> Structure | None:
+    """None for a model of no known family, which only pruning needs."""
+    try:
+        return find_structure(model)
+    except ModelError:
+        if any(stage.prune for stage in recipe.stages):
+            raise
+        return None
+
+
+def _caches(recipe: Recipe, structure: Structure | None) -> list[str]:
+    lines = []
+    for export in recipe.export:
+        if structure is None or (tokens := cache_of(export)) is None:
+            continue
+        kind, size = ("float16", 2) if isinstance(export, CoreMl) else ("float32", 4)
+        values = sum(2 * block.kv_heads * block.head_dim for block in structure.attention)
+        lines.append(
+            f"{export.id}: keeps a key-value cache of {tokens:,} tokens, {kind} states of"
+            f" {values * tokens * size / 1e6:.3g} MB before any pruning"
+        )
+    return lines
+
+
+def _tables(recipe: Recipe, tables: Mapping[str, Tables]) -> Table:
+    """What palettized weights take where a target stores tables, before any pruning."""
+    table = Table(title="\nPalettized weights", title_justify="left", box=None, pad_edge=False)
+    for name in ("stage", "bits", "layers", "weights", "size", "against fp16"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in recipe.stages:
+        if stage.palettize is None:
+            continue
+        budget = stage.palettize.size_budget
+        alike: dict[str, list[palettize.Table]] = {}
+        for found in tables[stage.id].values():
+            bits = f"{found.bits / found.cluster_dim:g}" if budget is None else "by sensitivity"
+            alike.setdefault(bits, []).append(found)
+        for bits, group in sorted(alike.items()):
+            count = sum(t.rows * t.columns for t in group)
+            size = sum(t.stored_bytes for t in group) if budget is None else budget * count / 8
+            table.add_row(
+                stage.id, bits, str(len(group)), f"{count / 1e6:.1f} M", f"{size / 1e6:.1f} MB",
+                f"{2 * count / size:.2f}×",
+            )  # fmt: skip
+    return table
+
+
+def _kept(recipe: Recipe, stage: Stage) -> float | None:
+    """Fraction of the blocks that a stage keeps, over the stages it starts from; None when only training tells."""
+    kept = 1.0
+    if stage.prune is not None:
+        keep = stage.prune.keep
+        if keep is None:
+            return None
+        kept = keep.encoder_params or keep.macs or keep.latency or ((keep.heads or 1.0) + 2 * (keep.ffn or 1.0)) / 3
+    start = recipe.start_of(stage)
+    before = 1.0 if start == "model" else _kept(recipe, recipe.stage(start))
+    return None if before is None else kept * before
+
+
+def _bytes(outlook: Outlook, kept: float, weight: float, embedding: float) -> float:
+    return (outlook.encoder * kept + outlook.other) * weight + outlook.embeddings * embedding
+
+
+def _palettized_bytes(tables: Tables, stage: Stage, outlook: Outlook, kept: float, precision: str) -> float:
+    """Where a target stores tables; pruning is taken to shrink all blocks alike."""
+    assert stage.palettize is not None
+    budget = stage.palettize.size_budget
+    count = sum(t.rows * t.columns for t in tables.values())
+    size = sum(t.stored_bytes for t in tables.values()) if budget is None else budget * count / 8
+    dense = outlook.encoder + outlook.embeddings + outlook.other
+    return (size + (dense - count) * BYTES[precision]) * (outlook.encoder * kept + dense - outlook.encoder) / dense
+
+
+def _stored(stage: Stage, precision: str) -> tuple[float, float]:
+    """Bytes of one weight of a layer, and of an embedding."""
+    if not isinstance(stage.quantize, WeightOnly):
+        return BYTES[precision], EMBEDDING_BYTES[precision]
+    how = stage.quantize
+    zero = 0.0 if how.symmetric else how.bits / 8
+    weight = how.bits / 8 + ((2 + zero) / how.block_size if how.granularity == "block" else 0.0)
+    weight = weight if how.size_budget is None else how.size_budget / 8
+    return weight, {"fp32": 4.0, "int8": 1.0, "same": weight}[how.embeddings]
+
+
+def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float) -> float:
+    """Forward and backward are three forwards; a teacher one more; fake quantizers cost about half a step."""
+    if stage.train is None or not steps:
+        return 30.0 if stage.quantize or stage.prune or stage.palettize else 0.0
+    kept = 1.0
+    if stage.prune is not None and not warmup and stage.prune.keep is not None:
+        kept = stage.prune.keep.encoder_params or stage.prune.keep.macs or 0.5
+    passes = 3.0 * kept * (1.5 if stage.quantize else 1.0) + (1.0 if stage.distill else 0.0)
+    padding = 0.35 if stage.train.group_by_length else 1.0  # texts are shorter than the limit
+    rows = stage.train.batch_size * stage.train.accumulation
+    return steps * rows * outlook.macs * passes * padding / speed
+
+
+def _outlook(model: torch.nn.Module, structure: Structure | None, length: int) -> Outlook:
+    embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    total = sum(p.numel() for p in model.parameters())
+    if structure is None:  # a multiply-add to a weight and token
+        return Outlook(0, embeddings, total - embeddings, (total - embeddings) * length)
+    rows = costs.layer_costs(structure, length)
+    encoder = sum(r["params"] for r in rows)
+    return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
+
+
+def _model(recipe: Recipe, allow_code: bool) -> tuple[PreTrainedModel, str, bool]:
+    """The model without weights, where its sizes are from, and whether they are the model's own."""
+    spec = recipe.model
+    path = packaged.cached(spec.path) if spec.path.startswith(packaged.PREFIX) else Path(spec.path).expanduser()
+    if path is not None and (path.exists() or not HUB_NAME.fullmatch(spec.path)):
+        return skeleton(spec, read_config(spec, allow_code), allow_code), "its config is here", True
+    try:
+        config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return skeleton(spec, _assumed(recipe.planning)), "not on this machine; sizes from planning", False
+    return skeleton(spec, config), "cached by the hub client", True
+
+
+def _assumed(planning: Planning) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(planning.model_type, **planning.config)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"planning.model_type: transformers makes no config of {planning.model_type!r} with {planning.config}"
+            f" ({str(error).splitlines()[0]}); give the model_type of a transformers config, e.g. bert."
+        ) from None
+
+
+def _data(recipe: Recipe, allow_code: bool) -> TaskData | None:
+    """Only data that is on this machine is read; None without it, or without the model's processor."""
+    source, spec = recipe.data.source, recipe.model
+    if source is None:
+        for name in SPLITS:
+            file = getattr(recipe.data, name)
+            if file is not None and not Path(file).expanduser().is_file():
+                read_table(file, f"data.{name}")  # raises
+    elif source.startswith(packaged.PREFIX):
+        if packaged.cached(source) is None:
+            return None
+    elif not Path(source).expanduser().exists():
+        return None
+    if spec.path.startswith(packaged.PREFIX):
+        if packaged.cached(spec.path) is None:
+            return None
+    elif not Path(spec.path).expanduser().is_dir():
+        try:
+            spec = spec.model_copy(update={"path": snapshot_download(spec.path, local_files_only=True)})
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    return load_data(recipe.data, spec.task, load_processor(spec, allow_code), seed=recipe.seed)
+
+
+def _assumed_rows(recipe: Recipe) -> int:
+    return min(recipe.planning.train_rows, recipe.data.max_samples or recipe.planning.train_rows)
+
+
+def _macs_per_second() -> float:
+    """Multiply-adds a second of a float32 matrix product of a transformer's shape, all threads."""
+    a, b = torch.randn(1024, 768), torch.randn(768, 768)
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - begun)
+    # element-wise work and the optimizer take about half of a training step
+    return 0.5 * a.shape[0] * b.numel() / statistics.median(times)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,288 @@
+"""`mptrain inspect`: what half precision would do to a model, before it is trained or exported in it.
+
+    memory    bytes of weights, masters, gradients and moments under every precision
+    export    the fp32 graph with every operation rounded to fp16: which must stay in fp32
+    training  the model really run in fp16: which modules `precision.keep_fp32` must name
+    speed     a matrix product and a forward, half against fp32, on this device
+
+The two differ. Code that asks for its dtype (`finfo(x.dtype).min`, a norm that computes in fp32) protects a
+model that runs in half precision, but in a graph that was exported in fp32 it has become constants and nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from mptrain.compress.base import is_quantized
+from mptrain.compress.quantize import quantizers
+from mptrain.core.errors import ModelError, UserError
+from mptrain.measure.latency import host
+from mptrain.models.samples import Samples, load_with_inputs
+from mptrain.precision import memory, speed
+from mptrain.precision.half import in_half, pattern
+from mptrain.precision.policy import Compute
+from mptrain.recipe import Task
+from mptrain.verify import overflow
+from mptrain.verify.overflow import Difference, Found
+from mptrain.verify.programs.aten import TorchOps, counted
+from mptrain.verify.programs.modules import HalfModules
+
+SCHEMA = "mptrain.inspect/v1"
+_MASK = 1e38  # finfo(float32).min and its like
+
+
+def inspect_model(
+    path: str,
+    *,
+    task: Task | None = None,
+    attn: str | None = None,
+    precisions: Sequence[str] = tuple(memory.PRECISIONS),
+    data: str | None = None,
+    samples: int = 32,
+    length: int = 128,
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Facts as JSON values; `mptrain.report.render.inspect` draws them.
+
+    path: a model folder, packaged:NAME or a hub name. data: a file of texts, or a recipe whose `data:` is used.
+    precisions: of `memory.PRECISIONS`; what needs fp16 is left out when none of them computes in fp16.
+    Raises UserError (ModelError, DataError) for a model, data or option that cannot be used.
+    """
+    for name in precisions:
+        if name not in memory.PRECISIONS:
+            raise UserError(f"--precision must be one of {', '.join(memory.PRECISIONS)}, got {name!r}")
+    computes = {chosen[0] for name in precisions if (chosen := memory.PRECISIONS[name])}
+    model, task, inputs = _load(path, task, attn, data, samples, length, allow_code)
+    facts: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": path,
+        "class": type(model).__name__,
+        "task": task,
+        "attn": model.config._attn_implementation,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tied": _tied(model),
+        "inputs": {
+            "source": inputs.source,
+            "examples": sum(len(next(iter(b.values()))) for b in inputs.batches),
+            "batches": len(inputs.batches),
+        },
+        "export": None,
+        "training": {},
+    }
+    _check_fp32(model, inputs)
+    keep: dict[Compute, list[str]] = {}
+    if "fp16" in computes:
+        facts["export"] = _export(model, inputs)
+    for compute in get_args(Compute):
+        if compute in computes:
+            facts["training"][compute] = _training(model, inputs, compute)
+            keep[compute] = facts["training"][compute]["keep_fp32"] or []
+    facts["memory"] = [_memory(model, name, keep) for name in precisions]
+    facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
+    facts["advice"] = _advice(facts)
+    facts["host"] = host()
+    facts["versions"] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return facts
+
+
+# -- model and inputs
+
+
+def _load(
+    path: str, task: Task | None, attn: str | None, data: str | None, samples: int, length: int, allow_code: bool
+) -> tuple[PreTrainedModel, Task, Samples]:
+    found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
+    model = quantizers.detach(found.model)[0] if is_quantized(found.model) else found.model
+    return model.float().eval(), found.task, found.samples
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of the parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+@torch.no_grad()
+def _check_fp32(model: PreTrainedModel, inputs: Samples) -> None:
+    for batch in inputs.batches:
+        try:
+            outputs = counted(model(**batch), batch)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ModelError(
+                f"{type(model).__name__} does not run on inputs that were {inputs.source} ({', '.join(batch)}):"
+                f" {error}. Give a recipe with --data, whose data it reads."
+            ) from error
+        bad = [name for name, value in outputs.items() if torch.isnan(value).any()]
+        if bad:
+            raise ModelError(f"{type(model).__name__} gives NaN in fp32 already (output {bad[0]}); check its weights.")
+
+
+# -- precision
+
+
+def _export(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
+    program = TorchOps(model, inputs.batches)
+    found = overflow.search(program)
+    ops = {op.name: op for op in program.ops}
+    rows = [
+        {"op": name, "kind": ops[name].kind, "module": ops[name].module, **asdict(found.ranges[name])} for name in ops
+    ]
+    facts = _found(found) | {"ops": len(ops), "ranges": rows, "sdpa": None}
+    if found.keep and model.config._attn_implementation == "eager" and getattr(model, "_supports_sdpa", False):
+        model.set_attn_implementation("sdpa")
+        other = overflow.search(TorchOps(model, inputs.batches))
+        model.set_attn_implementation("eager")
+        facts["sdpa"] = {"keep": list(other.keep), "casts": other.casts}
+    return facts
+
+
+def _found(found: Found) -> dict[str, Any]:
+    return {
+        "keep": list(found.keep),
+        "casts": found.casts,
+        "reasons": dict(found.reasons),
+        "before": _difference(found.before),
+        "after": _difference(found.after),
+        "runs": found.runs,
+        "seconds": found.seconds,
+    }
+
+
+def _training(model: PreTrainedModel, inputs: Samples, compute: Compute) -> dict[str, Any]:
+    """keep_fp32 None: no choice of modules helps."""
+    facts: dict[str, Any] = {"runs_here": True, "keep_fp32": [], "kept": 0.0, "reasons": {}}
+    try:
+        before = _in_half(model, inputs, [], compute)
+        facts |= {"before": _difference(before), "after": _difference(before)}
+        if not before.right() and compute == "fp16":
+            found = overflow.search(HalfModules(model, inputs.batches))
+            names = [pattern(name) for name in found.keep]
+            kept = {p for name in found.keep for p in model.get_submodule(name).parameters()}
+            facts["kept"] = sum(p.numel() for p in kept) / sum(p.numel() for p in model.parameters())
+            if facts["kept"] == 1.0:
+                facts["keep_fp32"] = None
+            else:
+                facts |= {"keep_fp32": names, "reasons": dict(found.reasons)}
+                facts["after"] = _difference(_in_half(model, inputs, names, compute))
+    except RuntimeError as error:  # an operation without a half kernel on this device
+        facts |= {"runs_here": False, "error": " ".join(str(error).split())[:300]}
+    return facts
+
+
+def _difference(found: Difference) -> dict[str, Any]:
+    return {**overflow.as_json(found), "right": found.right()}
+
+
+@torch.no_grad()
+def _in_half(model: PreTrainedModel, inputs: Samples, keep: Sequence[str], compute: Compute) -> Difference:
+    half = in_half(model, keep, compute)
+    return overflow.worst(
+        overflow.compare(counted(model(**batch), batch), counted(half(**batch), batch)) for batch in inputs.batches
+    )
+
+
+def _memory(model: PreTrainedModel, precision: str, keep: dict[Compute, list[str]]) -> dict[str, Any]:
+    chosen = memory.PRECISIONS[precision]
+    found = memory.predict(model, precision, keep.get(chosen[0], []) if chosen else [])
+    return {**asdict(found), "total": found.total, "per_parameter": found.per_parameter}
+
+
+def _speed(
+    model: PreTrainedModel, inputs: Samples, computes: Sequence[Compute], keep: dict[Compute, list[str]]
+) -> dict[str, Any]:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
+    moved: nn.Module = nn.Module.to(model, device)
+    rows = speed.measure(moved, inputs.batches[0], computes, keep) if computes else []
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host()["cpu"],
+        "threads": torch.get_num_threads(),
+        "rows": [{**asdict(row), "ratio": row.ratio, "pays": row.pays} for row in rows],
+    }
+
+
+# -- what it means
+
+
+def _advice(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """[{"tone": good, warn or bad, "text"}]"""
+    lines: list[tuple[str, str]] = []
+    export = facts["export"]
+    if export is not None:
+        lines.append(_export_line(export))
+        masked = [op for op in export["keep"] if _largest(export, op) > _MASK]
+        if masked:
+            fix = "a finite mask such as -1e4"
+            if export["sdpa"] is not None and not export["sdpa"]["keep"]:
+                fix = "model.attn: sdpa, with which nothing has to stay in fp32, or " + fix
+            lines.append(("warn", f"{masked[0]} holds the least fp32 number, which fp16 makes -inf: use {fix}."))
+    for compute, row in facts["training"].items():
+        lines.append(_training_line(compute, row))
+    forward = [row for row in facts["speed"]["rows"] if row["what"].startswith("forward")]
+    for row in forward:
+        verb = "pays" if row["pays"] else "does not pay"
+        lines.append(
+            (
+                "good" if row["pays"] else "warn",
+                f"{row['compute']} {verb} on this device: a forward is {row['ratio']:.2f} times as fast as in fp32.",
+            )
+        )
+    return [{"tone": tone, "text": text} for tone, text in lines]
+
+
+def _export_line(export: dict[str, Any]) -> tuple[str, str]:
+    verified = _verified(export["after"])
+    if not export["keep"]:
+        return "good", f"fp16 export: every operation can be in fp16 ({verified})."
+    count, casts = len(export["keep"]), export["casts"]
+    return (
+        "warn",
+        f"fp16 export: {count} op{'s' * (count > 1)} in fp32: {', '.join(export['keep'])}; {casts} float↔half"
+        f" cast{'s' * (casts != 1)}; then {verified}.",
+    )
+
+
+def _verified(after: dict[str, Any]) -> str:
+    if not after["finite"]:
+        return "they are not finite"
+    return f"cosine {after['cosine']:.6f}, largest difference {after['max_diff']:.2g}"
+
+
+def _training_line(compute: str, row: dict[str, Any]) -> tuple[str, str]:
+    if not row["runs_here"]:
+        return "warn", f"{compute} could not be run on this device: {row['error']}"
+    if row["keep_fp32"] is None:
+        return (
+            "bad",
+            f"{compute}: no choice of modules to keep in fp32 helps. Use bf16-master, or make the model's own code safe"
+            " (finfo(x.dtype).min instead of a fixed number).",
+        )
+    verified = _verified(row["after"])
+    if not row["after"]["right"]:
+        return "bad", f"{compute}: outputs differ too much from fp32 ({verified})."
+    if not row["keep_fp32"]:
+        return "good", f"{compute}: no module has to stay in fp32 ({verified})."
+    count = len(row["keep_fp32"])
+    return (
+        "warn",
+        f"{compute}: keep {count} module{'s' * (count > 1)} with {100 * row['kept']:.1f}% of the parameters in fp32;"
+        f" then {verified}.",
+    )
+
+
+def _largest(export: dict[str, Any], op: str) -> float:
+    return next(row["largest"] for row in export["ranges"] if row["op"] == op)

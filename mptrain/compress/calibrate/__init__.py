@@ -1,0 +1,1 @@
+"""Statistics of calibration batches: losses, Fisher information, inputs of layers; shared among ranks."""

@@ -1,0 +1,245 @@
+"""What the pruning methods share: schedule, budget, unit masks, resume.
+
+A *unit mask* cuts only the columns of the output projection that belong to the unit (o for
+a head, fc_out for a channel). That is exactly the network without the unit, and its
+gradient dL/d(W ⊙ M) still says what the unit would do, so a masked unit can come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.prune.masked import MaskedWeights
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import Block, Kept, Structure, check_not_shared
+from mptrain.compress.structure.budget import Budget, Importance
+from mptrain.compress.structure.shrink import shrink
+from mptrain.core.errors import UserError
+from mptrain.recipe import Fisher, Keep, Magnitude, Movement, Schedule
+
+REFRESHES = 100
+"""Times that unit masks are searched anew during a warm-up, at most."""
+
+if TYPE_CHECKING:
+    from mptrain.precision import MasterWeights
+
+Batch = dict[str, Tensor]
+LossFn = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Steps [start, end) of a phase in which the masks close; they are final from `end` on.
+
+    end 0: no warm-up, prune at once.
+    """
+
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, schedule: Schedule, *, phase_steps: int, steps_per_epoch: int) -> Warmup:
+        unit = steps_per_epoch if schedule.unit == "epoch" else 1
+        start, end = round(schedule.start * unit), min(round(schedule.end * unit), phase_steps)
+        if schedule.end > 0 and start >= end:
+            raise UserError(
+                f"prune.schedule: the warm-up from {schedule.start:g} to {schedule.end:g} {schedule.unit}s has no"
+                f" step: it begins at step {start} and ends at {end}. Make it longer, or train for more steps."
+            )
+        return cls(start, end)
+
+    def progress(self, step: int) -> float:
+        """0 until the warm-up, 1 from its end on."""
+        if self.end == 0:
+            return 1.0
+        return min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))
+
+    def ease(self, step: int) -> float:
+        """Cubic schedule (Zhu and Gupta 2017): 1 - (1 - p)^3."""
+        return 1.0 - (1.0 - self.progress(step)) ** 3
+
+    def refreshes(self, step: int) -> bool:
+        every = max(1, (self.end - self.start) // REFRESHES)
+        return self.start < step < self.end and (step - self.start) % every == 0
+
+
+class Pruner:
+    """A `Compressor`; subclasses say how important units are.
+
+    structure: of the model that `prepare` gets. phase_steps: optimizer steps of the phase;
+    the warm-up ends with it at the latest. steps_per_epoch: optimizer steps. lr: the
+    stage's. length: tokens or `costs.Extent`s for keep.macs. latency: table of
+    `latency.measure_latency` for keep.latency.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        config: Movement | Fisher | Magnitude,
+        *,
+        structure: Structure,
+        phase_steps: int,
+        steps_per_epoch: int,
+        lr: float = 0.0,
+        length: costs.Length = 128,
+        latency: costs.LatencyTable | None = None,
+    ) -> None:
+        if not structure.prunable():
+            raise UserError("prune.ignore leaves no attention and no FFN to prune: make its patterns narrower")
+        self.config = config
+        self.structure = structure
+        self.lr = lr
+        self.warmup = Warmup.of(config.schedule, phase_steps=phase_steps, steps_per_epoch=steps_per_epoch)
+        self.budget = Budget(
+            structure,
+            config.keep or Keep.model_validate({"encoder_params": 1.0}),
+            min_heads=config.min_heads,
+            min_ffn=config.min_ffn,
+            round_ffn=config.round_ffn,
+            length=length,
+            latency=latency,
+        )
+        self.masked: MaskedWeights
+        self._step = 0
+        self._kept = Kept()  # of the present unit masks
+        self._masks: dict[str, Tensor] = {}  # by parameter
+
+    # -- what a method defines
+
+    def importance(self) -> Importance:
+        """Non-negative importance of every prunable unit now."""
+        raise NotImplementedError
+
+    def observe(self) -> None:
+        """Gradients are complete; `masked.dense` has the weights they belong to."""
+
+    def collect(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None = None) -> None:
+        """A calibration pass before `kept()`, for methods that need one to prune at once."""
+
+    def masked_parameters(self) -> list[str]:
+        return [f"{block.output}.weight" for _, block in self.structure.prunable()]
+
+    # -- Compressor
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        check_not_shared(model, [name for _, block in self.structure.prunable() for name in block.linears])
+        self.masked = MaskedWeights({name: model.get_parameter(name) for name in self.masked_parameters()})
+        self._step = 0
+        self._set_kept(Kept())
+        return model
+
+    def at(self, step: int) -> dict[str, float]:
+        return {"progress": self.warmup.progress(step), "ease": self.warmup.ease(step)}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def gradients_ready(self) -> None:
+        self.observe()
+        self.masked.gradients_ready()
+
+    def gradients_unusable(self) -> None:
+        self.masked.gradients_ready()
+
+    def follow(self, masters: MasterWeights | None) -> None:
+        self.masked.follow(masters)
+
+    def updated(self, step: int) -> None:
+        self._step = step
+        self.masked.take_update()
+        self.next_masks(step)
+        self.masked.apply(self._masks)
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """The boundary for a model without quantizers: survivors dense again, the rest cut."""
+        self.restore_dense()
+        return shrink(model, self.structure, self.kept())
+
+    def logs(self) -> dict[str, float]:
+        return {"compress/sparsity": self.sparsity()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(self._step)}
+        state |= {f"dense.{name}": dense.detach().cpu().clone() for name, dense in self.masked.dense.items()}
+        for kind in ("heads", "ffn"):
+            for index, units in self._kept.of(kind).items():
+                state[f"kept.{kind}.{index}"] = torch.tensor(units)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue exactly: also puts W ⊙ M into the model's parameters."""
+        self._step = int(state["step"])
+        kept = Kept()
+        for name, tensor in state.items():
+            if name.startswith("kept."):
+                _, kind, index = name.split(".")
+                kept.of(kind)[int(index)] = tensor.tolist()
+        self._set_kept(kept)
+        self.masked.load_dense({n.removeprefix("dense."): t for n, t in state.items() if n.startswith("dense.")})
+        self.masked.apply(self._masks)
+
+    # -- unit masks and the boundary
+
+    def next_masks(self, step: int) -> None:
+        """Choose the masks for the forward pass after `step` optimizer steps.
+
+        From the end of the warm-up on they are the final structure: what trains is the shrunk model.
+        """
+        if 0 < step == self.warmup.end:
+            self._set_kept(self.resolve())
+        elif self.warmup.refreshes(step):
+            self._set_kept(self.budget.search(self.importance(), self.warmup.ease(step)))
+
+    def resolve(self) -> Kept:
+        """The final structure, from the present importances."""
+        return self.budget.search(self.importance())
+
+    @property
+    def resolved(self) -> bool:
+        return 0 < self.warmup.end <= self._step
+
+    def _set_kept(self, kept: Kept) -> None:
+        """Unit masks that leave `kept`."""
+        self._kept, self._masks = kept, {}
+        for kind, block in self.structure.prunable():
+            units = kept.of(kind).get(block.index)
+            if units is not None and len(units) < block.units:
+                name = f"{block.output}.weight"
+                alive = torch.zeros(block.units, dtype=torch.bool)
+                alive[units] = True
+                self._masks[name] = alive.repeat_interleave(block.columns)[None].to(self.masked.dense[name].device)
+
+    def sparsity(self) -> float:
+        """Fraction of the parameters of all attention and FFN blocks that the masks remove."""
+        blocks = self.structure.blocks()
+        left = sum(costs.params(block, self._kept.count(kind, block)) for kind, block in blocks)
+        return 1.0 - left / sum(costs.params(block, block.units) for _, block in blocks)
+
+    def restore_dense(self) -> None:
+        """Every weight dense again; the masks no longer act."""
+        self.masked.restore()
+
+    def kept(self) -> Kept:
+        """The final structure; before the end of a warm-up what it would be now."""
+        return self._kept if self.resolved else self.resolve()
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a transformers model computes itself from the labels in the batch."""
+    return model(**batch).loss
+
+
+def unit_sums(block: Block, columns: Tensor) -> Tensor:
+    """Sum over the columns that each unit owns: [in] -> [units]."""
+    return columns.view(block.units, block.columns).sum(1)
+
+
+def as_numpy(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().double().numpy()

@@ -1,0 +1,130 @@
+"""Fisher mask search (Kwon et al. 2022, arXiv 2204.09656).
+
+With a mask variable m_j on every head and FFN channel, the loss around m = 1 is
+
+    L(m) ≈ L(1) + ½ (1 - m)ᵀ F (1 - m),   F = Σ_batches g gᵀ,   g_j = ∂L/∂m_j = Σ_i ∂L/∂W[i,j] · W[i,j]
+
+summed over the columns of the output projection that belong to unit j. The units with the
+largest diagonal I_j = Σ g_j² stay, as many as the budget allows (budget.py).
+
+At once: `collect` sees calibration batches, and after the search every layer trades units
+one for one while that lowers (1 - m)ᵀ F (1 - m) with the off-diagonals of its own block.
+In a warm-up: I is a decaying sum of the training gradients g², the budget closes on a cubic
+schedule, and units come back when their gradient says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.prune.base import Batch, LossFn, Pruner, as_numpy, model_loss, unit_sums
+from mptrain.compress.structure.blocks import Kept
+from mptrain.compress.structure.budget import Importance
+
+DECAY = 0.99
+
+
+class FisherPruner(Pruner):
+    name = "fisher"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        super().prepare(model)
+        self._sums = {
+            (kind, block.index): torch.zeros(block.units, device=self.masked.dense[f"{block.output}.weight"].device)
+            for kind, block in self.structure.prunable()
+        }
+        self._rows: dict[tuple[str, int], Tensor] = {}  # [batches, units] of a calibration pass
+        return model
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        for kind, block in self.structure.prunable():
+            name = f"{block.output}.weight"
+            gradient = self.masked.gradient(name)
+            if gradient is not None:
+                g = unit_sums(block, (gradient.float() * self.masked.dense[name].float()).sum(0))
+                self._sums[kind, block.index].mul_(DECAY).add_(g.square())
+
+    def collect(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None = None) -> None:
+        """Mask gradients of calibration batches, without dropout; the model is left as it was.
+
+        loss_fn(model, batch): a scalar; by default the loss of the model from labels in the batch.
+        """
+        blocks = self.structure.prunable()
+        weights = [self.masked.parameters[f"{block.output}.weight"] for _, block in blocks]
+        frozen = [w for w in weights if not w.requires_grad]
+        training = model.training
+        rows: dict[tuple[str, int], list[Tensor]] = {(kind, block.index): [] for kind, block in blocks}
+        model.eval()
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
+            for batch in batches:
+                loss = (loss_fn or model_loss)(model, {k: v.to(weights[0].device) for k, v in batch.items()})
+                gradients = torch.autograd.grad(loss, weights)
+                for (kind, block), weight, gradient in zip(blocks, weights, gradients):
+                    rows[kind, block.index].append(
+                        unit_sums(block, (gradient.float() * weight.detach().float()).sum(0)).cpu()
+                    )
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+            model.train(training)
+        self._rows = {key: torch.stack(found) for key, found in rows.items()}
+
+    def importance(self) -> Importance:
+        found: dict[str, dict[int, np.ndarray]] = {"heads": {}, "ffn": {}}
+        for kind, block in self.structure.prunable():
+            key = (kind, block.index)
+            found[kind][block.index] = as_numpy(
+                self._rows[key].double().square().sum(0) if self._rows else self._sums[key]
+            )
+        return found
+
+    def resolve(self) -> Kept:
+        if not self.warmup.end and not self._rows:
+            raise RuntimeError("Fisher pruning without a warm-up needs collect() on calibration batches first")
+        kept = super().resolve()
+        for (kind, index), rows in self._rows.items():
+            kept.of(kind)[index] = rearrange(rows, kept.of(kind)[index])
+        return kept
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return state | {f"fisher.{k}.{i}": t.detach().cpu().clone() for (k, i), t in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        for (kind, index), total in self._sums.items():
+            total.copy_(state[f"fisher.{kind}.{index}"])
+
+
+def rearrange(rows: Tensor, kept: list[int]) -> list[int]:
+    """Trade kept for cut units one for one while that lowers the Fisher loss of the layer.
+
+    rows: mask gradients [batches, units]; the loss of a cut set C is ||Σ_{j in C} g_j||². Each
+    kept unit, least important first, is offered for the cut unit it best replaces.
+    Returns as many units as `kept`, ascending, with a loss that is not higher.
+    """
+    g = rows.double()  # [batches, units]
+    importance = g.square().sum(0)
+    units = g.shape[1]
+    cut = torch.ones(units, dtype=torch.bool)
+    cut[kept] = False
+    if not cut.any():
+        return list(kept)
+    total = g[:, cut].sum(1)
+    for j in sorted(kept, key=lambda j: (float(importance[j]), j)):
+        total_with_j = total + g[:, j]
+        # loss when j is cut too and i comes back: ||t - g_i||² = ||t||² - 2 t·g_i + ||g_i||²
+        change = importance - 2.0 * (total_with_j @ g)
+        change[~cut] = torch.inf
+        i = int(change.argmin())
+        if float((total_with_j - g[:, i]).square().sum()) < float(total.square().sum()):
+            total = total_with_j - g[:, i]
+            cut[j], cut[i] = True, False
+    return (~cut).nonzero().flatten().tolist()

@@ -1,0 +1,85 @@
+"""The integers that trained fake quantizers stand for, for targets that store weights without quantizers.
+
+A fake quantizer computes y = (clip(round(w · (1/s)) + z) - z) · s; q and s are a BlockQuantized record
+per tensor or row, whose dense values are y to the bit. SmoothQuant's factors stay where training
+had them, on the inputs of their Linears: folding them into the weights would change the integers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.quantize import placement
+from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.weights import grid as blockwise
+from mptrain.compress.weights import records
+from mptrain.compress.weights.records import BlockQuantized
+from mptrain.core.errors import ModelError
+
+
+@torch.no_grad()
+def records_from_quantizers(model: nn.Module) -> dict[str, BlockQuantized]:
+    """Records by weight name of a model with fake quantizers (quantizers.quantize, QAT or PTQ); it is not changed.
+
+    Raises ModelError for a weight with a scale on another axis than its first.
+    """
+    found: dict[str, BlockQuantized] = {}
+    for _, module in placement.hooks(model):
+        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
+            name = f"{module.weight_of}.weight"
+            found[name] = _record(name, model.get_parameter(name), module)
+    return found
+
+
+@torch.no_grad()
+def weight_only(model: nn.Module, *, embeddings: Literal["fp32", "int8"] = "fp32") -> nn.Module:
+    """A plain copy with those records attached: weights as trained, activations in floating point.
+
+    embeddings: they have no quantizers; "int8" rounds each row to nearest, with its own scale, but for a table that
+    is tied to a quantized weight.
+    """
+    made: dict[str, BlockQuantized] = records_from_quantizers(model)
+    if embeddings == "int8":
+        quantized = {id(model.get_parameter(name)) for name in made}
+        grid = blockwise.Grid(bits=8, granularity="channel")
+        made |= {
+            f"{name}.weight": blockwise.round_to_nearest(module.weight, grid)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and id(module.weight) not in quantized
+        }
+    plain = copy.deepcopy(model)
+    smooth = [module for _, module in placement.hooks(plain) if isinstance(module, placement.Smooth)]
+    placement.unhook(plain)
+    for module in smooth:
+        plain.get_submodule(module.input_of).register_forward_pre_hook(_Scaled(module.scale))
+    records.attach(plain, made)
+    return plain
+
+
+class _Scaled:
+    """A hook, and one that copies and traces, that multiplies the input of a Linear."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0] * self.scale, *inputs[1:])
+
+
+def _record(name: str, weight: Tensor, quantizer: FakeQuantizer) -> BlockQuantized:
+    step, zero = quantizer.grid()
+    if step.numel() not in (1, weight.shape[0]) or (step.numel() > 1 and step.shape[0] != weight.shape[0]):
+        raise ModelError(
+            f"{name} has quantizer scales of shape {tuple(step.shape)}; only one, or one per row, is stored"
+        )
+    low, high = quantizer.levels
+    q = (weight.float() * (1 / step)).round_().add_(zero).clamp_(low, high)
+    dtype = torch.int8 if low < 0 else torch.uint8
+    kept = zero.reshape(-1, 1).to("cpu", dtype) if low == 0 else None
+    return BlockQuantized(
+        q.flatten(1).to("cpu", dtype), step.reshape(-1, 1).to("cpu", torch.float32), kept, quantizer.bits
+    )

@@ -1,0 +1,276 @@
+"""Where fake quantizers go and which ranges they start with, by nncf.quantize; everything that touches NNCF's hooks.
+
+NNCF places quantizers (its rules for transformers), calibrates them, and may smooth
+activations and correct biases. Its quantizer modules are then replaced by ours, in its hook
+storage, under its names: `pre_hooks.<operation>__<input>.<n>`. SmoothQuant's factor and the
+quantizer after it become entries 0 and 1 of one input.
+
+Attention's own products and embeddings are left alone. OpenVINO runs attention as one fused
+kernel only while it is not quantized. Embedding rows are stored as int8 by the export, each
+row with its own scale: more exact than the one scale NNCF would give the whole table, free
+in training, and equally small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import nncf
+import torch
+from nncf.common.quantization.structs import QuantizationScheme
+from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters, QuantizationParameters
+from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
+from nncf.tensor import Tensor as NncfTensor
+from nncf.torch.extensions import ExtensionNamespace
+from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
+from nncf.torch.function_hook.hook_storage import HookStorage
+from nncf.torch.function_hook.wrapper import ForwardWithHooks, get_hook_storage, wrap_model
+from nncf.torch.quantization import extensions
+from nncf.torch.quantization.layers import AsymmetricQuantizer, SQMultiply, SymmetricQuantizer
+from nncf.torch.quantization.reference import torch_executor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mptrain.compress.base import HOOKS
+from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.core.silence import replaced
+
+_ATTENTION = ["scaled_dot_product_attention", "matmul", "bmm", "baddbmm"]
+_EMBEDDING = ["embedding"]
+_SMOOTH_ALPHA = 0.95  # NNCF's for transformers
+
+
+class Smooth(nn.Module):
+    """SmoothQuant's factor on the input of a Linear, whose weight holds the inverse (Xiao et al. 2022).
+
+    The factors are powers of two, so moving them into the weight and back changes no bit.
+    scale: [1, …, in_features]. input_of: name of the Linear.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, input_of: str):
+        super().__init__()
+        self.input_of = input_of
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Alias(nn.Module):
+    """A quantizer used at a second place; it owns nothing, so no tensor is saved twice."""
+
+    quantizer: FakeQuantizer
+
+    def __init__(self, quantizer: nn.Module):
+        super().__init__()
+        self.__dict__["quantizer"] = quantizer  # not a submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantizer(x)
+
+
+def place(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    symmetric_weights: bool,
+    symmetric_activations: bool,
+    ignore: set[str],
+    smooth: bool,
+    correct_bias: bool,
+) -> nn.Module:
+    """A hooked copy of the model with calibrated FakeQuantizer and Smooth modules.
+
+    batches: keyword arguments of the model, on its device. ignore: names of modules to leave in fp32.
+    """
+    ignore = ignore | {name for name, module in model.named_modules() if parametrize.is_parametrized(module)}
+    skipped = [op for op, module in _record(model, batches[0]).modules.items() if module in ignore]
+    modes = {True: QuantizationScheme.SYMMETRIC, False: QuantizationScheme.ASYMMETRIC}
+    with _reference_kernels(), _powers_of_two():
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=skipped, types=_ATTENTION + _EMBEDDING, validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                weights_quantization_params=QuantizationParameters(mode=modes[symmetric_weights]),
+                activations_quantization_params=QuantizationParameters(mode=modes[symmetric_activations]),
+                smooth_quant_alphas=AdvancedSmoothQuantParameters(
+                    convolution=-1, matmul=_SMOOTH_ALPHA if smooth else -1
+                ),
+                disable_bias_correction=not correct_bias,
+            ),
+        )
+        record = _record(quantized, batches[0])
+    _replace_quantizers(quantized, record)
+    return quantized
+
+
+def hooked(model: nn.Module, modules: Iterable[tuple[Sequence[str], nn.Module]]) -> nn.Module:
+    """Put each module at its hook names; changes and returns the model."""
+    model = wrap_model(model)
+    _leave_inputs_alone(model)
+    at: dict[str, nn.Module] = {}
+    for (first, *others), module in modules:
+        at |= {first: module} | {name: Alias(module) for name in others}
+    for name in sorted(at):  # hooks of one input run in the order they were put in
+        get_hook_storage(model).insert_hook_by_name(name, at[name])
+    return model
+
+
+def _leave_inputs_alone(model: nn.Module) -> None:
+    """Audio encoders demand a gradient of their input in training, which fails on the output of a quantizer.
+
+    They do it for gradient checkpointing alone, which quantizers rule out.
+    """
+    for module in model.modules():
+        if getattr(module, "_requires_grad", False) is True:
+            module.__dict__["_requires_grad"] = False
+
+
+def unhook(model: nn.Module) -> None:
+    """Make the model a plain one again."""
+    del model._modules[HOOKS]
+    for attribute in ("forward", "_replicate_for_data_parallel"):
+        del model.__dict__[attribute]
+
+
+def hooks(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """Every module in the hooks with the names it is at, the owner first, in a fixed order."""
+    found: dict[int, tuple[list[str], nn.Module]] = {}
+    placed = sorted(get_hook_storage(model).named_hooks(), key=lambda entry: (isinstance(entry[1], Alias), entry[0]))
+    for name, module in placed:
+        owner: nn.Module = module.quantizer if isinstance(module, Alias) else module
+        found.setdefault(id(owner), ([], owner))[0].append(name)
+    return list(found.values())
+
+
+class _Record(FunctionHookMode):
+    """NNCF's bookkeeping of operation names over one forward pass, with what stands behind each.
+
+    modules: the innermost module of the model that runs the operation. inputs: its first
+    argument before hooks; the same object for operations that read the same tensor.
+    """
+
+    def __init__(self, model: nn.Module, storage: HookStorage):
+        super().__init__(model, storage)
+        self._names = {id(m): name for name, m in model.named_modules() if not name.startswith(HOOKS)}
+        self.modules: dict[str, str] = {}
+        self.inputs: dict[str, Any] = {}
+
+    def execute_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta) -> Any:
+        inside = (self._names[id(m)] for m in reversed(self.module_call_stack) if id(m) in self._names)
+        self.modules[op_meta.op_name] = next(inside)
+        self.inputs[op_meta.op_name] = args[0] if args else None
+        return super().execute_pre_hooks(args, kwargs, op_meta)
+
+
+@torch.no_grad()
+def _record(model: nn.Module, example: Mapping[str, Tensor]) -> _Record:
+    plain = HOOKS not in model._modules
+    training = model.training
+    model.eval()
+    try:
+        with _Record(model, HookStorage() if plain else get_hook_storage(model)) as record:
+            (model if plain else cast(ForwardWithHooks, model.forward).orig_forward)(**example)
+    finally:
+        model.train(training)
+    return record
+
+
+def _replace_quantizers(model: nn.Module, record: _Record) -> None:
+    """Ours for NNCF's, SmoothQuant's factor beside its quantizer, one quantizer for operations that read one tensor."""
+    linear_of = {module: op for op, module in record.modules.items() if op.split("/")[-2] == "linear"}
+    ours: dict[Any, tuple[list[str], nn.Module]] = {}
+    factors: dict[str, Smooth] = {}
+    for name, module in get_hook_storage(model).named_hooks(remove_duplicate=False):
+        kind, operation, port = _decode(name)
+        if isinstance(module, SQMultiply):
+            owner = record.modules[operation]
+            factors[owner] = Smooth(module.scale.detach().clone(), owner)
+            continue
+        if kind == "post_hooks" and "/pre_hook__" in operation:  # behind a factor
+            operation = linear_of[record.modules[operation]]
+            kind, port, name = "pre_hooks", 0, f"pre_hooks.{operation}__0.1"
+        weight_of = record.modules[operation] if kind == "pre_hooks" and port == 1 else None
+        key: Any = id(module)
+        if kind == "pre_hooks" and port == 0:
+            key = (id(record.inputs[operation]), module.num_bits, type(module))
+        ours.setdefault(key, ([], _ours(module, weight_of)))[0].append(name)
+    unhook(model)
+    quantized = {module.weight_of for _, module in ours.values()}
+    for owner, factor in factors.items():
+        if owner in quantized:
+            ours[owner] = ([f"pre_hooks.{linear_of[owner]}__0.0"], factor)
+        else:  # NNCF smooths ignored layers as well
+            fold(model, factor)
+    hooked(model, ours.values())
+
+
+@torch.no_grad()
+def fold(model: nn.Module, smooth: Smooth, *, inverse: bool = False) -> None:
+    """Move SmoothQuant's factor into the weight that holds its inverse, or out of it; exact."""
+    weight = model.get_parameter(f"{smooth.input_of}.weight")
+    factor = smooth.scale.reshape(1, -1)
+    weight.mul_(1 / factor if inverse else factor)
+
+
+def _decode(name: str) -> tuple[str, str, int]:
+    kind, rest = name.split(".", 1)
+    operation, port = rest.rsplit(".", 1)[0].rsplit("__", 1)
+    return kind, operation.replace(":", "."), int(port)
+
+
+@torch.no_grad()
+def _ours(module: nn.Module, weight_of: str | None) -> FakeQuantizer:
+    if not isinstance(module, (SymmetricQuantizer, AsymmetricQuantizer)):
+        raise TypeError(f"nncf.quantize placed a {type(module).__name__}, which is not a quantizer mptrain knows")
+    symmetric = isinstance(module, SymmetricQuantizer)
+    ours = FakeQuantizer(
+        bits=module.num_bits,
+        symmetric=symmetric,
+        signed=module.signed if symmetric else False,
+        narrow=module.narrow_range,
+        shape=tuple(module.scale_shape),
+        weight_of=weight_of,
+    )
+    if symmetric:
+        ours.scale.data = module.scale.detach().clone()
+    else:
+        ours.low.data = module.input_low.detach().clone()
+        ours.range.data = module.input_range.detach().clone()
+    return ours
+
+
+@contextmanager
+def _reference_kernels() -> Iterator[None]:
+    """NNCF would compile its C++ kernels, a minute and a toolchain, to correct biases; its torch reference does."""
+    reference = SimpleNamespace(Quantize_forward=torch_executor.forward)
+    both = (extensions.QuantizedFunctionsCPU, extensions.QuantizedFunctionsCUDA)
+    spaces = [space for space in both if isinstance(space, ExtensionNamespace)]
+    saved = [space._loaded_namespace for space in spaces]
+    try:
+        for space in spaces:
+            space._loaded_namespace = reference
+        yield
+    finally:
+        for space, namespace in zip(spaces, saved):
+            space._loaded_namespace = namespace
+
+
+@contextmanager
+def _powers_of_two() -> Iterator[None]:
+    original = SmoothQuant._calculate_scale_and_ratio
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        scales, ratio = original(*args, **kwargs)
+        return NncfTensor(torch.exp2(torch.log2(scales.data).round())), ratio
+
+    with replaced(SmoothQuant, _calculate_scale_and_ratio=staticmethod(rounded)):
+        yield

@@ -1,0 +1,213 @@
+"""Fake quantizers on a torch model: placing them, saving and restoring, taking them off and on around a shrink.
+
+    quantize(model, config, batches)          calibrated quantizers on a copy
+    config_of, attach                         JSON of the quantizers; state_dict() holds their ranges
+    detach -> slice_quantizers -> attach      over a boundary where Linears lose rows and columns
+
+A quantized model is the same class with NNCF's hooks around its forward. It trains, copies
+and runs under DDP like the plain one. Gradient checkpointing and torch.compile do not work
+on it, and layers must run in a fixed order, so layer drop is switched off.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.base import HOOKS, is_quantized
+from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.structure.scopes import resolve
+from mptrain.compress.structure.shrink import LinearSlice
+from mptrain.core.errors import ModelError, UserError
+from mptrain.core.silence import silenced
+from mptrain.recipe import Ptq, Qat
+
+Model = TypeVar("Model", bound=nn.Module)
+VERSION = 1
+
+
+def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Tensor]]) -> Model:
+    """A copy of the model with calibrated fake quantizers on the weights and inputs of its layers.
+
+    batches: keyword arguments of the model, without labels; moved to its device. The same
+    batches give the same ranges. Ranges are trainable. Embeddings and the products inside
+    attention have no quantizers (see placement.py).
+    Raises UserError for a pattern in `ignore` or `bits` that matches nothing it could act on.
+    """
+    nncf_side = _placement()
+    if is_quantized(model):
+        raise UserError("the model is quantized already: quantize in one stage only, or start from an earlier stage")
+    names = [name for name, _ in model.named_modules()]
+    ignore = resolve(config.ignore, names, "quantize.ignore")
+    bits = {pattern: resolve([pattern], names, "quantize.bits") for pattern in config.bits}
+    symmetric_activations = (
+        config.activations == "symmetric" if isinstance(config, Qat) else config.preset == "performance"
+    )
+    device = next(model.parameters()).device
+    with silenced():
+        quantized = nncf_side.place(
+            model,
+            [{name: value.to(device) for name, value in batch.items()} for batch in batches],
+            symmetric_weights=isinstance(config, Ptq) or config.weights == "symmetric",
+            symmetric_activations=symmetric_activations,
+            ignore=ignore,
+            smooth=config.smooth_quant,
+            correct_bias=isinstance(config, Ptq) and config.fast_bias_correction,
+        )
+    if not any(isinstance(module, FakeQuantizer) for module in quantized.modules()):
+        raise UserError(f"quantize.ignore: with {config.ignore} nothing is left to quantize; name fewer modules")
+    _set_bits(quantized, config.bits, bits)
+    if getattr(getattr(quantized, "config", None), "layerdrop", 0):
+        quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next
+    return quantized.train(model.training)
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The quantizers of a model as JSON; `attach` builds them again."""
+    entries: list[dict[str, Any]] = []
+    for names, module in _placement().hooks(model):
+        if isinstance(module, FakeQuantizer):
+            entries.append(
+                {
+                    "kind": "fake_quantizer",
+                    "at": names,
+                    "bits": module.bits,
+                    "symmetric": module.symmetric,
+                    "signed": module.signed,
+                    "narrow": module.narrow,
+                    "shape": list(module.shape),
+                    "weight_of": module.weight_of,
+                }
+            )
+        else:
+            entries.append(
+                {"kind": "smooth", "at": names, "shape": list(module.scale.shape), "input_of": module.input_of}
+            )
+    return {"version": VERSION, "modules": entries}
+
+
+def attach(model: Model, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Model:
+    """Put the quantizers of `config` on a plain model; changes and returns it.
+
+    Without `tensors` their ranges are placeholders: load_state_dict(strict=True) of the saved
+    state comes next. With the tensors of `detach` the model then computes what the model that
+    was detached computed.
+    Raises ModelError for a config of another version or kind, or tensors that do not fit it.
+    """
+    nncf_side = _placement()
+    if config.get("version") != VERSION:
+        raise ModelError(
+            f"the quantizer config has version {config.get('version')!r}, this mptrain reads {VERSION};"
+            " quantize the model again or use the mptrain version that wrote it"
+        )
+    device = next(model.parameters()).device
+    modules = [(entry["at"], _build(entry, nncf_side).to(device)) for entry in config["modules"]]
+    nncf_side.hooked(model, modules).train(model.training)
+    if tensors is not None:
+        try:
+            model.get_submodule(HOOKS).load_state_dict(dict(tensors), strict=True)
+        except RuntimeError as error:
+            raise ModelError(f"the quantizer tensors do not fit the quantizer config: {error}") from None
+        for _, module in modules:
+            if isinstance(module, nncf_side.Smooth):
+                nncf_side.fold(model, module, inverse=True)
+    return model
+
+
+def detach(model: Model) -> tuple[Model, dict[str, Any], dict[str, Tensor]]:
+    """(a plain fp32 copy without quantizers, their config, their tensors on the CPU).
+
+    SmoothQuant's factors are folded into the weights of the copy: without rounding it computes
+    the same function.
+    """
+    nncf_side = _placement()
+    config = config_of(model)
+    tensors = {name: t.detach().cpu().clone() for name, t in model.get_submodule(HOOKS).state_dict().items()}
+    plain = copy.deepcopy(model)
+    for _, module in nncf_side.hooks(plain):
+        if isinstance(module, nncf_side.Smooth):
+            nncf_side.fold(plain, module)
+    nncf_side.unhook(plain)
+    return plain, config, tensors
+
+
+def frozen(model: Model) -> Model:
+    """A copy whose quantizers are single torch operations with constants: to trace, not to train."""
+    nncf_side = _placement()
+    frozen_copy = copy.deepcopy(model)
+    for names, module in nncf_side.hooks(frozen_copy):
+        if isinstance(module, FakeQuantizer):
+            constant = module.frozen()
+            for name in names:
+                frozen_copy.get_submodule(HOOKS).set_submodule(name, constant)
+    return frozen_copy
+
+
+def slice_quantizers(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], slices: Mapping[str, LinearSlice]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors that fit a model whose Linears, by name, lost rows and columns.
+
+    Per-channel weight ranges lose the rows, SmoothQuant factors the columns; ranges of
+    activations stay. The shrunk model then computes what the masked one computed.
+    """
+    modules: list[dict[str, Any]] = []
+    cut = dict(tensors)
+    for entry in config["modules"]:
+        if entry["kind"] == "smooth":
+            axis, kept = -1, _kept(slices, entry["input_of"], "cols")
+        else:
+            axis, kept = 0, _kept(slices, entry["weight_of"], "rows")
+        shape = list(entry["shape"])
+        if kept is not None and len(shape) > 1:
+            for name in entry["at"]:
+                for key in (k for k in cut if k.startswith(f"{name}.")):
+                    cut[key] = cut[key].index_select(axis, kept.to("cpu"))
+            shape[axis] = len(kept)
+        modules.append({**entry, "shape": shape})
+    return {**config, "modules": modules}, cut
+
+
+def quantizer_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the ranges, for no weight decay; empty for a plain model."""
+    return {name for name, _ in model.named_parameters() if name.startswith(f"{HOOKS}.")}
+
+
+def _kept(slices: Mapping[str, LinearSlice], name: str | None, which: str) -> Tensor | None:
+    return getattr(slices[name], which) if name is not None and name in slices else None
+
+
+def _set_bits(model: nn.Module, bits: Mapping[str, int], modules: Mapping[str, set[str]]) -> None:
+    weights = {q.weight_of: q for q in model.get_submodule(HOOKS).modules() if isinstance(q, FakeQuantizer)}
+    weights.pop(None, None)
+    for pattern, names in modules.items():
+        found = [weights[name] for name in sorted(names) if name in weights]
+        if not found:
+            raise UserError(
+                f"quantize.bits: {pattern!r} matches no layer with a quantized weight. Name a Linear or"
+                " convolution that quantize.ignore leaves in; an int4 embedding is export precision int8_emb4"
+            )
+        for quantizer in found:
+            quantizer.bits = bits[pattern]
+
+
+def _build(entry: Mapping[str, Any], nncf_side: Any) -> nn.Module:
+    if entry["kind"] == "smooth":
+        return nncf_side.Smooth(torch.ones(entry["shape"]), entry["input_of"])
+    if entry["kind"] == "fake_quantizer":
+        options = ("bits", "symmetric", "signed", "narrow", "weight_of")
+        return FakeQuantizer(shape=tuple(entry["shape"]), **{option: entry[option] for option in options})
+    raise ModelError(f"the quantizer config has a module of kind {entry['kind']!r}, not fake_quantizer or smooth")
+
+
+def _placement() -> Any:
+    """NNCF is an extra: models that are not quantized run without it."""
+    try:
+        from mptrain.compress.quantize import placement
+    except ModuleNotFoundError as error:
+        raise UserError(f"quantization needs {error.name}: pip install 'mptrain[openvino]'") from None
+    return placement

@@ -1,0 +1,209 @@
+"""Which units to keep under a budget: a multiple-choice knapsack.
+
+Every block picks how many units n it keeps; with n it keeps its n most important ones:
+
+    maximise   Σ_blocks value_b(n_b),   value_b(n) = sum of the n largest importances of b
+    subject to Σ_blocks cost_b(n_b) ≤ keep · Σ_blocks cost_b(all)
+
+Solved by dynamic programming over the cost. Whole-number costs with few distinct sums are
+exact; others are rounded up to `CELLS` cells (so the budget always holds) and what rounding
+left over is then filled greedily. n is at least the floor of the recipe, and an FFN width is
+a multiple of `round_ffn` or the full width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import Block, Kept, Structure
+from mptrain.core.errors import UserError
+from mptrain.recipe import Keep
+
+CELLS = 8192
+
+Importance = Mapping[str, Mapping[int, np.ndarray]]
+"""Non-negative importance of every unit: {"heads": {block index: [units]}, "ffn": {…}}."""
+
+
+CostOf = Callable[[Block, int], float]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A block and how many units it may keep, ascending, with the cost of each choice."""
+
+    kind: str
+    block: Block
+    counts: np.ndarray  # int64 [choices]
+    cost: np.ndarray  # float64 [choices]
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """One budget: what the blocks cost together when all is kept, and the fraction to keep."""
+
+    name: str
+    keep: float
+    cost_of: CostOf
+    blocks: list[tuple[str, Block]]
+    total: float
+    fixed: float  # cost of blocks that may not be pruned
+    choices: list[_Choice]
+
+    def fraction(self, kept: Kept) -> float:
+        return sum(self.cost_of(block, kept.count(kind, block)) for kind, block in self.blocks) / self.total
+
+
+class Budget:
+    """The budget of a recipe on a structure.
+
+    length: sequence length or extents, for MACs. latency: the table of
+    `latency.measure_latency`, needed for keep.latency. Raises UserError when not even the
+    floors fit the budget.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        keep: Keep,
+        *,
+        min_heads: int = 1,
+        min_ffn: int = 1,
+        round_ffn: int = 1,
+        length: costs.Length = 128,
+        latency: costs.LatencyTable | None = None,
+    ) -> None:
+        self.structure = structure
+        self._floors = {"heads": (min_heads, 1), "ffn": (min_ffn, round_ffn)}
+        if keep.heads is not None and keep.ffn is not None:
+            self.limits = [
+                self._limit("heads", keep.heads, {"heads"}, lambda block, n: n),
+                self._limit("ffn", keep.ffn, {"ffn"}, lambda block, n: n),
+            ]
+            return
+        both = {"heads", "ffn"}
+        if keep.encoder_params is not None:
+            limit = self._limit("encoder_params", keep.encoder_params, both, costs.params)
+        elif keep.macs is not None:
+            limit = self._limit("macs", keep.macs, both, lambda block, n: costs.macs(block, n, length))
+        else:
+            if latency is None or keep.latency is None:
+                raise UserError("prune.keep.latency needs a latency table measured on this host")
+            limit = self._limit("latency", keep.latency, both, lambda block, n: costs.latency(block, n, latency))
+        self.limits = [limit]
+
+    def search(self, importance: Importance, ease: float = 1.0) -> Kept:
+        """The best units to keep.
+
+        ease: 0 keeps all, 1 is the budget, between them the fraction 1 - ease · (1 - keep).
+        Ties go to the lower unit index; the same input always gives the same result.
+        """
+        kept = Kept()
+        for limit in self.limits:
+            budget = (1.0 - ease * (1.0 - limit.keep)) * limit.total - limit.fixed
+            values = [_values(c, importance[c.kind][c.block.index]) for c in limit.choices]
+            for choice, picked in zip(limit.choices, _solve(limit.choices, values, budget)):
+                scores = importance[choice.kind][choice.block.index]
+                best = np.argsort(-scores, kind="stable")[: choice.counts[picked]]
+                kept.of(choice.kind)[choice.block.index] = sorted(best.tolist())
+        return kept
+
+    def fraction(self, kept: Kept) -> dict[str, float]:
+        """Cost of `kept` as a fraction of the whole, for each budget."""
+        return {limit.name: limit.fraction(kept) for limit in self.limits}
+
+    def round_up(self, kind: str, block: Block, count: int) -> int:
+        """The smallest allowed number of units that is not below `count`."""
+        allowed = self._allowed(kind, block)
+        return int(allowed[np.searchsorted(allowed, count)])
+
+    def _limit(self, name: str, keep: float, kinds: set[str], cost_of: CostOf) -> _Limit:
+        blocks = [(kind, block) for kind, block in self.structure.blocks() if kind in kinds]
+        total = float(sum(cost_of(block, block.units) for _, block in blocks))
+        fixed = float(sum(cost_of(block, block.units) for _, block in blocks if not block.prunable))
+        choices = []
+        for kind, block in blocks:
+            if block.prunable:
+                counts = self._allowed(kind, block)
+                cost = np.array([cost_of(block, int(n)) for n in counts], dtype=np.float64)
+                choices.append(_Choice(kind, block, counts, cost))
+        least = (fixed + sum(c.cost[0] for c in choices)) / total
+        if least > keep * (1 + 1e-12):
+            raise UserError(
+                f"prune.keep.{name}: {keep:g} cannot be reached: with min_heads {self._floors['heads'][0]},"
+                f" min_ffn {self._floors['ffn'][0]}, round_ffn {self._floors['ffn'][1]} and the ignored layers at least"
+                f" {math.ceil(least * 1000) / 1000:g} stays. Raise the budget or lower the floors."
+            )
+        return _Limit(name, keep, cost_of, blocks, total, fixed, choices)
+
+    def _allowed(self, kind: str, block: Block) -> np.ndarray:
+        floor, step = self._floors[kind]
+        first = math.ceil(min(floor, block.units) / step) * step
+        return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
+
+
+def _values(choice: _Choice, importance: np.ndarray) -> np.ndarray:
+    """Value of every choice: sum of its most important units, float64 [choices]."""
+    if importance.shape != (choice.block.units,) or not (importance >= 0).all():
+        raise ValueError(f"{choice.block.layer}: importance must be {choice.block.units} numbers ≥ 0")
+    best = np.cumsum(np.sort(importance.astype(np.float64))[::-1])
+    return best[choice.counts - 1]
+
+
+def _solve(choices: list[_Choice], values: list[np.ndarray], budget: float) -> list[int]:
+    """Index of the picked choice of every block; the sum of costs is at most `budget` (floors always fit)."""
+    extra = [c.cost - c.cost[0] for c in choices]
+    slack = max(0.0, budget - sum(c.cost[0] for c in choices)) * (1 + 1e-12)
+    weights, cells = _cells(extra, slack)
+    best = np.zeros(cells + 1)
+    picks = np.zeros((len(choices), cells + 1), dtype=np.int32)
+    for b, (weight, value) in enumerate(zip(weights, values)):
+        new = np.full(cells + 1, -np.inf)
+        for j, (w, v) in enumerate(zip(weight.tolist(), value.tolist())):
+            if w <= cells:
+                candidate = best[: cells + 1 - w] + v
+                better = candidate > new[w:]
+                new[w:][better] = candidate[better]
+                picks[b, w:][better] = j
+        best = new
+    at, picked = cells, [0] * len(choices)
+    for b in reversed(range(len(choices))):
+        picked[b] = int(picks[b, at])
+        at -= int(weights[b][picked[b]])
+    _fill(extra, values, picked, slack)
+    return picked
+
+
+def _cells(extra: list[np.ndarray], slack: float) -> tuple[list[np.ndarray], int]:
+    """Costs as whole cells, rounded up, and how many cells the slack has."""
+    everything = np.concatenate(extra)
+    full = sum(float(e[-1]) for e in extra)
+    if slack >= full:
+        return [np.zeros(len(e), dtype=np.int64) for e in extra], 0
+    if (everything == np.round(everything)).all():
+        step = float(np.gcd.reduce(everything.astype(np.int64)))
+        if slack / step <= CELLS:
+            return [(e / step).astype(np.int64) for e in extra], int(slack / step)
+    step = slack / CELLS or 1.0
+    return [np.ceil(e / step - 1e-9).astype(np.int64) for e in extra], CELLS if slack else 0
+
+
+def _fill(extra: list[np.ndarray], values: list[np.ndarray], picked: list[int], slack: float) -> None:
+    """Spend what is left, best value for its cost first."""
+    left = slack - sum(e[p] for e, p in zip(extra, picked))
+    while True:
+        best, found = -1.0, -1
+        for b, p in enumerate(picked):
+            if p + 1 < len(extra[b]) and (cost := extra[b][p + 1] - extra[b][p]) <= left:
+                gain = (values[b][p + 1] - values[b][p]) / cost if cost > 0 else np.inf
+                if gain > best:
+                    best, found = gain, b
+        if found < 0:
+            return
+        left -= extra[found][picked[found] + 1] - extra[found][picked[found]]
+        picked[found] += 1

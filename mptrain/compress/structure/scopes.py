@@ -1,0 +1,71 @@
+"""`ignore` and `bits` patterns: one spelling, on the module names of the torch model.
+
+A plain pattern is a run of whole name components: `encoder.layer.1` is in
+`bert.encoder.layer.1.output.dense` but not in `bert.encoder.layer.10`. A pattern that starts
+with `re:` is a regular expression searched anywhere in the name. A module that matches
+takes everything below it along.
+
+Backends name operations in their own ways. OpenVINO uses the trace's scope
+(`__module.bert.encoder.layer.3.attention.self.query/aten::linear/MatMul`). NNCF counts calls and
+drops the index of a layer (`bert/encoder/attention/self/query/linear/3`): there `placement.py`
+records which module each operation runs in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from mptrain.core.errors import UserError
+
+_OPENVINO_SCOPE = re.compile(r"__module\.([^/]+)/")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` matches the module `name` or one of the modules around it."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return f".{pattern}." in f".{name}."
+
+
+def resolve(patterns: Sequence[str], names: Iterable[str], field: str) -> set[str]:
+    """The names that some pattern matches, with everything below them.
+
+    Raises UserError, naming `field`, for a pattern that matches nothing or is no valid regular expression.
+    """
+    names = [n for n in names if n]
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            hits = {n for n in names if matches(pattern, n)}
+        except re.error as error:
+            raise UserError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
+        if not hits:
+            raise UserError(f"{field}: {pattern!r} matches no module. {_hint(pattern, names)}")
+        found |= hits
+    return {n for n in names if any(n == f or n.startswith(f + ".") for f in found)}
+
+
+def _hint(pattern: str, names: Sequence[str]) -> str:
+    """Names close to the pattern, compared over as many components as the pattern has."""
+    wanted = pattern.removeprefix("re:")
+    width = wanted.count(".") + 1
+    pieces: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for start in range(max(1, len(parts) - width + 1)):
+            pieces.setdefault(".".join(parts[start : start + width]), None)
+    close = difflib.get_close_matches(wanted, list(pieces), n=4, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"The model's modules are named like {', '.join(repr(n) for n in names[-3:])}."
+
+
+def openvino_module(friendly_name: str) -> str | None:
+    """Torch module name in the friendly name of an OpenVINO node, None if it has none.
+
+    `__module.encoder.layer.3.output/aten::linear/MatMul` -> `encoder.layer.3.output`.
+    """
+    found = _OPENVINO_SCOPE.match(friendly_name)
+    return found[1] if found else None

@@ -1,0 +1,206 @@
+"""Weight-only quantization of a model: which weights, on which grid, by which method.
+
+Linears, embeddings and the output embedding (lm_head) are compressed; biases, norms and
+convolutions stay float32. Methods without calibration come first, so that the calibration of
+the others sees them; then layer by layer (layerwise.py), each on the inputs that the
+compressed layers before it give. Several ranks share the weights, of a layer or of all that
+need no calibration, and the calibration batches (ranks.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mptrain.compress.base import is_quantized
+from mptrain.compress.calibrate.fisher_information import fisher
+from mptrain.compress.calibrate.layerwise import walk
+from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
+from mptrain.compress.structure.scopes import resolve
+from mptrain.compress.weights import records
+from mptrain.compress.weights.bits import Option, allocate, option
+from mptrain.compress.weights.gptq import factor, gptq
+from mptrain.compress.weights.grid import Grid, round_to_nearest
+from mptrain.compress.weights.records import Record
+from mptrain.compress.weights.scale_search import search
+from mptrain.core.errors import ModelError, UserError
+from mptrain.recipe import WeightOnly
+
+ROWS = Grid(bits=8, granularity="channel", symmetric=True)
+"""embeddings: int8 and lm_head: int8"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one weight is compressed. linear: the Linear whose inputs calibrate it; None for a mere look-up table."""
+
+    method: str
+    grid: Grid
+    linear: str | None
+
+
+def compress(
+    model: nn.Module,
+    config: WeightOnly,
+    batches: Sequence[Mapping[str, Tensor]] = (),
+    labelled: Sequence[Mapping[str, Tensor]] = (),
+    ranks: Ranks = ALONE,
+) -> None:
+    """Compress a plain float32 model in place; its records are there afterwards (records.of).
+
+    batches: keyword arguments of the model, for methods `scale` and `gptq`. Without them `scale`
+    minimises the error of the weights, and `gptq` is an error. labelled: batches with labels, for
+    config.size_budget. The same batches give the same integers. With several ranks all call this
+    with the same arguments, and all have the whole model afterwards. Raises UserError for a pattern
+    that matches nothing, block sizes that do not divide a weight, or a budget below what 4 bits
+    take; ModelError for weights that are not finite.
+    """
+    plan = choices(model, config)
+    if config.size_budget is not None:
+        plan = _within_budget(model, plan, config.size_budget, labelled, ranks)
+    calibrated = {
+        choice.linear: name
+        for name, choice in plan.items()
+        if choice.linear is not None and (choice.method == "gptq" or (choice.method == "scale" and batches))
+    }
+    if not batches and any(plan[name].method == "gptq" for name in calibrated.values()):
+        raise UserError("quantize.method: gptq needs calibration data; without any use scale")
+    with tqdm(total=len(plan), desc="compress", disable=not sys.stderr.isatty(), leave=False) as bar:
+        free = [name for name in plan if name not in calibrated.values()]
+        owners = assign({name: _cost(model, name, plan[name]) for name in free}, ranks.count)
+        for name, record in share(owners, lambda name: _record(model, name, plan[name]), ranks):
+            records.attach(model, {name: record})
+            bar.update()
+        if not calibrated:
+            return
+        for by_linear in walk(model, set(calibrated), batches, ranks):
+            moments = {calibrated[linear]: h for linear, h in by_linear.items()}
+            for name, record in _of_layer(model, plan, moments, ranks):
+                records.attach(model, {name: record})
+                bar.update()
+
+
+def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
+    """How each weight is compressed, by its first name. Raises as `compress` does."""
+    if is_quantized(model):
+        raise UserError("the model has fake quantizers already: compress weights in a run of their own")
+    modules = [name for name, _ in model.named_modules()]
+    ignored = resolve(config.ignore, modules, "quantize.ignore")
+    overrides = [(resolve([p], modules, "quantize.overrides"), o) for p, o in config.overrides.items()]
+    head = _output_embedding(model)
+    plan: dict[str, Choice] = {}
+    problems: list[str] = []
+    for weight, users in _users(model).items():
+        if ignored.intersection(users):
+            continue
+        stored = _stored(users, head, config)
+        if stored == "fp32":
+            continue
+        grid = ROWS if stored == "int8" else Grid(config.bits, config.granularity, config.block_size, config.symmetric)
+        chosen = {"method": config.method, **vars(grid)}
+        for hit, override in overrides:
+            if hit.intersection(users):
+                chosen |= override.model_dump(exclude_none=True)
+        method, grid = chosen.pop("method"), Grid(**chosen)
+        try:
+            grid.block(model.get_parameter(weight).shape[1])
+        except UserError as error:
+            problems.append(f"{weight}: {error}")
+        linear = next((name for name, module in users.items() if isinstance(module, nn.Linear)), None)
+        plan[weight] = Choice(method, grid, linear)
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"quantize: {'; '.join(problems[:3])}{more}")
+    if not plan:
+        raise UserError("quantize.ignore: nothing is left to compress; name fewer modules")
+    return plan
+
+
+def _within_budget(
+    model: nn.Module, plan: dict[str, Choice], budget: float, labelled: Sequence[Mapping[str, Tensor]], ranks: Ranks
+) -> dict[str, Choice]:
+    """The plan with 4 or 8 bits for each weight. Candidates are rounded to nearest, whatever the method is."""
+    information = fisher(model, [dict(batch) for batch in labelled], plan, ranks=ranks)
+    options: dict[str, list[Option]] = {}
+    for name, choice in plan.items():
+        weight = model.get_parameter(name).detach()
+        grids = [replace(choice.grid, bits=bits) for bits in (4, 8)]
+        options[name] = [option(weight, round_to_nearest(weight, grid), information[name]) for grid in grids]
+    total = sum(model.get_parameter(name).numel() for name in plan)
+    found = allocate(options, int(budget * total / 8), "quantize.size_budget")
+    return {name: replace(choice, grid=replace(choice.grid, bits=found[name].bits)) for name, choice in plan.items()}
+
+
+def _users(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """The Linears and embeddings that use each weight, by the weight's first name; several when it is tied."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            found.setdefault(first[id(module.weight)], {})[name] = module
+    return found
+
+
+def _stored(users: Mapping[str, nn.Module], head: str | None, config: WeightOnly) -> str:
+    """What config says of a weight: "fp32", "int8" (a scale per row) or "same" as the layers."""
+    table = any(isinstance(module, nn.Embedding) for module in users.values())
+    if table and head in users and config.lm_head != config.embeddings:
+        raise UserError(
+            f"quantize.lm_head: {config.lm_head} and quantize.embeddings: {config.embeddings} speak of one weight, for"
+            f" {head} is tied to {next(iter(users))}: give both the same value"
+        )
+    return config.embeddings if table else config.lm_head if head in users else "same"
+
+
+def _output_embedding(model: nn.Module) -> str | None:
+    get = getattr(model, "get_output_embeddings", None)
+    module = get() if get is not None else None
+    return next((name for name, m in model.named_modules() if m is module), None) if module is not None else None
+
+
+def _factors(moments: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Cholesky factors by id of the matrix, those of one size in one batch."""
+    unique = {id(h): h for h in moments}
+    found: dict[int, Tensor] = {}
+    for size in sorted({h.shape[0] for h in unique.values()}):
+        same = [h for h in unique.values() if h.shape[0] == size]
+        found |= dict(zip(map(id, same), factor(torch.stack(same)), strict=True))
+    return found
+
+
+def _of_layer(
+    model: nn.Module, plan: Mapping[str, Choice], moments: Mapping[str, Tensor], ranks: Ranks
+) -> Iterator[tuple[str, Record]]:
+    """The records of the weights of one layer, given the second moments of their inputs."""
+    owners = assign({name: _cost(model, name, plan[name]) for name in moments}, ranks.count)
+    own = [name for name, rank in owners.items() if rank == ranks.index]
+    factors = _factors([moments[name] for name in own if plan[name].method == "gptq"])
+    work = lambda name: _record(model, name, plan[name], moments[name], factors.get(id(moments[name])))  # noqa: E731
+    return share(owners, work, ranks)
+
+
+def _cost(model: nn.Module, name: str, choice: Choice) -> float:
+    """About proportional to the time that a weight takes."""
+    rows, columns = model.get_parameter(name).shape
+    search = {"rtn": 0.01, "scale": 1.0, "gptq": 1.0 + columns / 1000}[choice.method]
+    factorisation = columns**3 / 1000 if choice.method == "gptq" else 0.0
+    return rows * columns * search + factorisation
+
+
+def _record(
+    model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, upper: Tensor | None = None
+) -> Record:
+    weight = model.get_parameter(name).detach()
+    try:
+        if choice.method == "gptq" and upper is not None:
+            return gptq(weight, choice.grid, upper)
+        if choice.method == "rtn":
+            return round_to_nearest(weight, choice.grid)
+        return search(weight, choice.grid, None if moments is None else moments.diagonal())
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None

@@ -1,0 +1,112 @@
+"""From the recipe's `data:` to the three splits of a task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mptrain.core.errors import DataError
+from mptrain.data.sources import splits
+from mptrain.data.sources.read import read_source
+from mptrain.data.sources.tables import Table
+from mptrain.data.tasks.audio_classification import AudioClassificationData
+from mptrain.data.tasks.base import GROUP, IDENTITY, Examples, TaskData
+from mptrain.data.tasks.causal_lm import CausalLmData
+from mptrain.data.tasks.image_classification import ImageClassificationData
+from mptrain.data.tasks.question_answering import QuestionAnsweringData
+from mptrain.data.tasks.text_classification import TextClassificationData
+from mptrain.data.tasks.token_classification import TokenClassificationData
+from mptrain.recipe import Data, Task
+
+__all__ = ["Examples", "TaskData", "load_data"]
+
+log = logging.getLogger(__name__)
+
+TASKS: dict[str, type[TaskData]] = {
+    kind.task: kind
+    for kind in (
+        TextClassificationData,
+        TokenClassificationData,
+        QuestionAnsweringData,
+        ImageClassificationData,
+        AudioClassificationData,
+        CausalLmData,
+    )
+}
+_COLUMNS = sorted({column for kind in TASKS.values() for column in kind.columns})
+
+
+def load_data(spec: Data, task: Task, processor: Any, *, seed: int) -> TaskData:
+    """Read, split and encode the data of a task.
+
+    Args:
+        processor: what `load_processor` returned for the model.
+        seed: draws the calibration examples. It does not touch the splits.
+
+    Returns TaskData whose `facts` hold: source, rows by split, how the splits came about, rows of
+    validation and test whose input also occurs in train ("overlap_with_train"), groups by split and
+    groups that cross splits, label counts, examples and how many were cut, and for packaged data what
+    was dropped. Raises DataError.
+    """
+    kind = TASKS[task]
+    columns = _columns(spec, kind)
+    wanted = [*columns.values(), *([spec.split.group] if spec.split.group else [])]
+    source = read_source(spec, wanted)
+    group = spec.split.group or source.group
+    given = {
+        name: table.choose({**columns, **({GROUP: group} if group else {})}) for name, table in source.tables.items()
+    }
+    for table in given.values():
+        table.columns[IDENTITY] = kind.identity(table)
+    in_order = kind.in_order and not group
+    train = given["train"]
+    keys = (
+        [str(row) for row in range(len(train))] if in_order else [str(k) for k in train[GROUP if group else IDENTITY]]
+    )
+    tables = splits.complete(given, keys, spec.split, in_order=in_order)
+    facts = {
+        **source.facts,
+        "rows": {name: len(table) for name, table in tables.items()},
+        "cut_from_train": {n: getattr(spec.split, n) for n in splits.SPLITS if n not in given},
+        "max_samples": spec.max_samples,
+        **_grouping(tables, group),
+    }
+    if not kind.in_order:  # in running text, short rows such as headings recur without meaning anything
+        facts["overlap_with_train"] = _overlap(tables)
+    return kind(tables, spec, processor, seed, facts)
+
+
+def _columns(spec: Data, kind: type[TaskData]) -> dict[str, str]:
+    """The column of each field that the task reads. Raises DataError for an option that it does not."""
+    for option in _COLUMNS:
+        if getattr(spec, option) is not None and option not in kind.columns:
+            raise DataError(
+                f"data.{option}: the task {kind.task} does not use it; drop it. It reads"
+                f" {', '.join('data.' + name for name in kind.columns)}."
+            )
+    if spec.stride is not None and kind.task not in ("question-answering", "causal-lm"):
+        raise DataError(f"data.stride: the task {kind.task} does not use it; drop it.")
+    chosen = {option: getattr(spec, option) or default for option, default in kind.columns.items()}
+    return {option: column for option, column in chosen.items() if column is not None}
+
+
+def _grouping(tables: Mapping[str, Table], group: str | None) -> dict[str, Any]:
+    if group is None:
+        return {}
+    sets = {name: {str(key) for key in table[GROUP]} for name, table in tables.items()}
+    crossing = sum(map(len, sets.values())) - len(set().union(*sets.values()))
+    if crossing:
+        log.warning("data: %d groups of %s occur in more than one split, so test is not independent", crossing, group)
+    return {"groups": {"column": group, **{name: len(keys) for name, keys in sets.items()}, "crossing": crossing}}
+
+
+def _overlap(tables: Mapping[str, Table]) -> dict[str, int]:
+    found = splits.overlap({name: table[IDENTITY] for name, table in tables.items()})
+    for name, count in found.items():
+        if count:
+            total = len(tables[name])
+            log.warning(
+                "data: %d of %d %s rows also occur in train: their score flatters the model", count, total, name
+            )
+    return found

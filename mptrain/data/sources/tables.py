@@ -1,0 +1,200 @@
+"""Tables from files: csv, tsv, jsonl, parquet and plain text, each also as .gz or .bz2.
+
+Cells are kept exactly as written: nothing is guessed to be a number, a date or a missing value.
+A tsv has no quoting (as IANA defines it); a csv is quoted the usual way and read strictly, so a row
+with too few or too many fields is an error and not a shifted row. A file without a header is
+read by giving its columns as "column 1", "column 2", ….
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import difflib
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from mptrain.core.errors import DataError
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+_POSITION = re.compile(r"column [1-9]\d*")
+
+
+@dataclass
+class Table:
+    """Columns of equal length. `where` names the source in messages."""
+
+    where: str
+    columns: dict[str, list]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """names of integer class labels, by column, where the source declares them"""
+    folder: Path | None = None
+    """what relative paths in cells start from"""
+    separator: str = "\n\n"
+    """what joins the rows to a running text"""
+    rows: Sequence[int] = ()
+    """the number of each row in the source, from 1 on; by default they are all there, in order"""
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or range(1, len(self) + 1)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def __getitem__(self, column: str) -> list:
+        return self.columns[column]
+
+    def take(self, rows: Sequence[int]) -> Table:
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return replace(self, columns=columns, rows=[self.rows[i] for i in rows])
+
+    def place(self, field: str, row: int) -> str:
+        """The cell as messages name it: by its row in the source, where a user can correct it."""
+        return f"data.{field}: row {self.rows[row]} of {self.where}"
+
+    def choose(self, wanted: Mapping[str, str]) -> Table:
+        """The columns named by `wanted` {field of `data:` -> column}, renamed to the fields. Raises DataError."""
+        for option, column in wanted.items():
+            if column not in self.columns:
+                close = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.5)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise DataError(
+                    f"data.{option}: {self.where} has no column {column!r}; its columns are"
+                    f" {', '.join(self.columns) or 'none'}.{hint} Set data.{option} to the right one."
+                )
+        columns = {option: self.columns[column] for option, column in wanted.items()}
+        classes = {option: self.classes[column] for option, column in wanted.items() if column in self.classes}
+        return replace(self, columns=columns, classes=classes)
+
+
+def read_table(file: str, option: str, wanted: Iterable[str] = ()) -> Table:
+    """Read a file named by the recipe's `option`; `wanted` are the column names that will be asked for.
+
+    Raises DataError when the file is missing, of an unknown format, malformed or without rows.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"{option}: there is no file {path.absolute()}. Give the path of a {', '.join(FORMATS)} file,"
+            " relative to the current folder or absolute."
+        )
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes[-1:] in ([".gz"], [".bz2"]):
+        suffixes.pop()
+    form = suffixes[-1] if suffixes else ""
+    if form not in FORMATS:
+        raise DataError(f"{option}: {file} is none of the formats that can be read: {', '.join(FORMATS)}.")
+    headless = all(_POSITION.fullmatch(name) for name in wanted) and any(True for _ in wanted)
+    try:
+        table = _parse(path, form, f"{option} ({file})", headless)
+    except (OSError, EOFError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{option}: {path.absolute()} could not be read as {form[1:]}: {error}. Repair the file, or rename it"
+            " if its ending is wrong."
+        ) from error
+    if not len(table):
+        raise DataError(f"{option}: {path.absolute()} holds no rows.")
+    table.folder = path.absolute().parent
+    return table
+
+
+def _parse(path: Path, form: str, where: str, headless: bool) -> Table:
+    if form == ".parquet":
+        return _read_parquet(path, where)
+    with _open_text(path) as stream:
+        if form == ".txt":
+            return Table(where, {"text": stream.read().split("\n")}, separator="\n")
+        if form == ".jsonl":
+            return _read_jsonl(stream, where)
+        return _read_separated(stream, where, form, headless)
+
+
+def _open_text(path: Path) -> TextIO:
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8-sig", newline="" if ".csv" in path.suffixes else None)
+
+
+def _read_separated(stream: TextIO, where: str, form: str, headless: bool) -> Table:
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than the default of 128 KiB
+    if form == ".tsv":
+        rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(stream, strict=True)
+    names: list[str] | None = None
+    columns: list[list[str]] = []
+    for row in rows:
+        if not row:
+            continue
+        if names is None:
+            names = [f"column {i}" for i in range(1, len(row) + 1)] if headless else row
+            if len(set(names)) != len(names):
+                raise ValueError(f"the header names a column twice: {names}")
+            columns = [[] for _ in names]
+            if not headless:
+                continue
+        if len(row) != len(names):
+            raise ValueError(f"line {rows.line_num} has {len(row)} fields, the first line has {len(names)}")
+        for column, cell in zip(columns, row):
+            column.append(cell)
+    return Table(where, dict(zip(names or [], columns)))
+
+
+def _read_jsonl(stream: TextIO, where: str) -> Table:
+    columns: dict[str, list] = {}
+    count = 0
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        for name in row:
+            if name not in columns:
+                columns[name] = [None] * count
+        for name, values in columns.items():
+            values.append(row.get(name))
+        count += 1
+    return Table(where, columns)
+
+
+def _read_parquet(path: Path, where: str) -> Table:
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(path)
+    classes = {}
+    if b"huggingface" in (table.schema.metadata or {}):
+        from datasets import Features
+
+        classes = class_names(Features.from_arrow_schema(table.schema))
+    return Table(where, table.to_pydict(), classes)
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raise DataError for half of a surrogate pair: JSON can spell it, but neither tokenizers nor files take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds {text[error.start]!r}, half of a character that was cut in two (after"
+            f" {text[max(0, error.start - 20) : error.start]!r}). Remove the half from the row, or write the row anew"
+            " from a source that has the whole character."
+        ) from None
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Class names by column of a `datasets` schema, also of columns that hold lists of labels."""
+    found = {}
+    for name, feature in features.items():
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        if names:
+            found[name] = list(names)
+    return found

@@ -1,0 +1,39 @@
+"""Classes of pictures, read and scaled by the model's image processor when they are needed."""
+
+from __future__ import annotations
+
+import torch
+
+from mptrain.data.sources.tables import Table
+from mptrain.data.tasks import media
+from mptrain.data.tasks.base import Batch, Example, Examples, stack, without_targets
+from mptrain.data.tasks.classification import ClassificationData
+
+
+class ImageClassificationData(ClassificationData):
+    task = "image-classification"
+    columns = {"image": "image", "label": "label"}
+    inputs = ("image",)
+
+    @classmethod
+    def identity(cls, table: Table) -> list[str]:
+        return media.digests(table, "image")
+
+    def encode(self, split: str, table: Table) -> Examples:
+        targets = self.targets(split, table)
+
+        def get(index: int) -> Example:
+            pixels = self.processor(images=media.read_image(table, "image", index), return_tensors="np")
+            return {"pixel_values": pixels["pixel_values"][0], "labels": targets[index]}
+
+        return Examples(get, [1] * len(table))
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return {
+            "pixel_values": stack([e["pixel_values"] for e in examples], 0).float(),
+            "labels": torch.tensor([e["labels"] for e in examples]),
+        }
+
+    def example(self, batch: int, length: int) -> Batch:
+        """pixel_values [batch, channels, height, width]; `length` means nothing for pictures."""
+        return without_targets(self.collate(self._longest(batch)))

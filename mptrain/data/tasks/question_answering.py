@@ -1,0 +1,168 @@
+"""The span of a context that answers a question, as in SQuAD.
+
+A long context is read in windows of max_length tokens that overlap by `stride`. A window learns the
+span of the first answer if it holds all of it, else it points at its first token, as does a
+question without answer. The predicted answer is, over all windows of an example,
+
+    argmax_{i <= j < i + 30} start_i + end_j     with i, j tokens of the context
+
+and "" when the data has questions without answer and start_0 + end_0 is higher than that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mptrain.core.errors import DataError
+from mptrain.data.sources.splits import SPLITS
+from mptrain.data.sources.tables import Table
+from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, TaskData, finite, without_targets
+from mptrain.data.tasks.metrics import Score, answer_scores
+from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
+
+LONGEST_ANSWER = 30
+"""tokens, as in SQuAD's reference implementations"""
+
+
+@dataclass(frozen=True)
+class Window:
+    row: int
+    """of the question in its split"""
+    offsets: np.ndarray
+    """int32 [s, 2], first character and last + 1 in the context; -1 for tokens outside it"""
+
+
+class QuestionAnsweringData(TaskData):
+    """Examples are windows, scores are per question: F1 over words, then exact match."""
+
+    task = "question-answering"
+    columns = {"question": "question", "context": "context", "answers": "answers"}
+    inputs = ("question", "context")
+
+    def index_labels(self, tables: Mapping[str, Table]) -> None:
+        for table in tables.values():
+            pairs = zip(table["answers"], table["context"])
+            table.columns["answers"] = [_answers(cell, text, i, table) for i, (cell, text) in enumerate(pairs)]
+        self._unanswerable = any(not answers for name in SPLITS for answers in tables[name]["answers"])
+        self._windows: dict[str, list[Window]] = {}
+        self._rows: dict[str, Table] = {}
+
+    def encode(self, split: str, table: Table) -> Examples:
+        limit = self.spec.max_length
+        check_length(self.processor, limit)
+        overlap = self.spec.stride if self.spec.stride is not None else limit // 3
+        questions = [question.strip() for question in texts_of(table, "question")]
+        self._check_room(questions, table, limit, overlap)
+        encoding = tokenize(
+            self.processor,
+            questions,
+            texts_of(table, "context"),
+            truncation="only_second",
+            max_length=limit,
+            stride=overlap,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        examples = examples_of(encoding, self.processor)
+        windows = []
+        for i, (example, row) in enumerate(zip(examples, encoding["overflow_to_sample_mapping"])):
+            in_context = np.array([part == 1 for part in encoding.sequence_ids(i)])
+            offsets = np.where(in_context[:, None], np.array(encoding["offset_mapping"][i], dtype=np.int32), -1)
+            windows.append(Window(row, offsets))
+            example["start_positions"], example["end_positions"] = _target(offsets, table["answers"][row])
+        self._windows[split], self._rows[split] = windows, table
+        return Examples(examples.__getitem__, [len(e["input_ids"]) for e in examples])
+
+    def _check_room(self, questions: Sequence[str], table: Table, limit: int, overlap: int) -> None:
+        lengths = [len(ids) for ids in tokenize(self.processor, questions, add_special_tokens=False)["input_ids"]]
+        room = limit - max(lengths) - self.processor.num_special_tokens_to_add(pair=True)
+        if room <= overlap:
+            row = lengths.index(max(lengths))
+            raise DataError(
+                f"data.max_length: {limit} leaves {max(room, 0)} tokens for the context beside the question of row"
+                f" {table.rows[row]} of {table.where} ({lengths[row]} tokens), and windows overlap by {overlap}. Raise"
+                " data.max_length or lower data.stride."
+            )
+
+    def collate(self, examples: list[Example]) -> Batch:
+        return pad(examples, self.processor)
+
+    def example(self, batch: int, length: int) -> Batch:
+        return without_targets(pad(self._longest(batch), self.processor, length))
+
+    def read(
+        self, outputs: Outputs, batch: Batch, split: str, indices: Sequence[int]
+    ) -> list[tuple[float, int, int, float]]:
+        """(score, first character, last + 1) of the best span of each window, and the score of no answer."""
+        starts, ends = finite(outputs, "start_logits"), finite(outputs, "end_logits")
+        found = []
+        for start, end, index in zip(starts, ends, indices):
+            offsets = self._windows[split][index].offsets
+            score, first, last = _best_span(start[: len(offsets)], end[: len(offsets)], offsets[:, 0] >= 0)
+            found.append((score, int(offsets[first, 0]), int(offsets[last, 1]), float(start[0]) + float(end[0])))
+        return found
+
+    def score(self, split: str, found: list[tuple[float, int, int, float]]) -> list[Score]:
+        table = self._rows[split]
+        best: list[tuple[float, int, int]] = [(-np.inf, 0, 0)] * len(table)
+        nothing = [np.inf] * len(table)
+        for window, (score, first, last, none) in zip(self._windows[split], found):
+            best[window.row] = max(best[window.row], (score, first, last), key=lambda span: span[0])
+            nothing[window.row] = min(nothing[window.row], none)
+        stats = []
+        for (score, first, last), none, context, answers in zip(best, nothing, table["context"], table["answers"]):
+            text = "" if self._unanswerable and none > score else context[first:last]
+            stats.append(answer_scores(text, [answer["text"] for answer in answers]))
+        columns = np.array(stats, dtype=np.float64)
+        return [Score("f1", columns[:, :1], "mean"), Score("exact_match", columns[:, 1:], "mean")]
+
+
+def _best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray) -> tuple[float, int, int]:
+    """The highest start_i + end_j with i <= j < i + LONGEST_ANSWER among allowed tokens; logits [s]."""
+    start, end = np.where(allowed, start, -np.inf), np.where(allowed, end, -np.inf)
+    padded = np.concatenate([end, np.full(LONGEST_ANSWER - 1, -np.inf)])
+    sums = start[:, None] + np.lib.stride_tricks.sliding_window_view(padded, LONGEST_ANSWER)
+    first, distance = np.unravel_index(int(sums.argmax()), sums.shape)
+    return float(sums[first, distance]), int(first), int(first + distance)
+
+
+def _target(offsets: np.ndarray, answers: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Token positions of the first answer, or (0, 0) when the window lacks a part of it."""
+    if not answers:
+        return 0, 0
+    begin = answers[0]["answer_start"]
+    end = begin + len(answers[0]["text"])
+    inside = offsets[:, 0] >= 0
+    tokens = np.flatnonzero(inside & (offsets[:, 1] > begin) & (offsets[:, 0] < end))
+    if not len(tokens) or offsets[inside, 0].min() > begin or offsets[inside, 1].max() < end:
+        return 0, 0
+    return int(tokens[0]), int(tokens[-1])
+
+
+def _answers(cell: Any, context: Any, row: int, table: Table) -> list[dict[str, Any]]:
+    """Answers as [{"text", "answer_start"}], from SQuAD's two layouts or either as JSON text."""
+    try:
+        value = json.loads(cell) if isinstance(cell, str) else cell
+        if isinstance(value, dict):
+            value = [{"text": t, "answer_start": s} for t, s in zip(value["text"], value["answer_start"], strict=True)]
+        answers: list[dict[str, Any]] = [
+            {"text": str(a["text"]), "answer_start": int(a["answer_start"])} for a in value
+        ]
+    except (TypeError, ValueError, KeyError):
+        raise DataError(
+            f"{table.place('answers', row)} holds {cell!r}; answers look like"
+            ' {"text": ["Paris"], "answer_start": [17]}. Correct the row or set data.answers.'
+        ) from None
+    for answer in answers:
+        begin = answer["answer_start"]
+        if not answer["text"] or str(context)[begin : begin + len(answer["text"])] != answer["text"]:
+            raise DataError(
+                f"{table.place('answers', row)}: the context does not hold {answer['text']!r} at"
+                f" character {begin} (it has {str(context)[max(0, begin) :][:40]!r} there). Correct answer_start."
+            )
+    return answers

@@ -1,0 +1,1 @@
+"""Core AI assets: convert, weights, cached decoders, runner, emulated fp16, facts."""

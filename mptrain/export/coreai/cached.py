@@ -1,0 +1,53 @@
+"""Causal language models as Core AI assets that keep their key-value cache between calls.
+
+One call takes one token and its position, writes its keys and values into the states `key_<layer>` and
+`value_<layer>`, [1, key-value heads, max_length, head size], and gives the logits of the next token. Core AI changes
+a state at places that the data says only where the number of places is fixed, so a prompt goes in token by token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mptrain.compress.base import is_quantized
+from mptrain.compress.weights import records
+from mptrain.core.errors import ExportError, UserError
+from mptrain.export.coreai.convert import MASKED, Exported, converted, quiet, write
+from mptrain.export.coreai.weights import stored
+from mptrain.export.torch.cached_decoder import CachedDecoder
+from mptrain.export.torch.traceable import traceable_masks
+
+
+def export_decoder(model: PreTrainedModel, folder: Path, *, max_length: int, processor: Any = None) -> Exported:
+    """Write folder/ with model.aimodel, config.json and the processor's files; fp32.
+
+    model: a causal LM without quantizers, float32; weights with records are stored as such. It is not changed.
+    max_length: tokens that the cache holds. The asset has the inputs `input_ids` int32 [1, 1] and `position` int32
+    [1], and the output `logits` float32 [1, 1, vocabulary]. Runner keeps its states, Runner.reset starts a new text.
+    Raises UserError when the model does not fit, ExportError when the conversion fails.
+    """
+    if is_quantized(model):
+        raise UserError("Core AI export with a cache: a model with quantizers; detach them first (quantizers.detach)")
+    training, held = model.training, records.of(model)
+    step = CachedDecoder(model, max_length).eval()
+    example = (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    try:
+        with torch.no_grad(), quiet(), traceable_masks(MASKED), stored(model, held):
+            graph = torch.export.export(step, example)
+        with quiet():
+            from coreai_torch import get_decomp_table
+
+            graph = graph.run_decompositions(get_decomp_table())  # changes buffers: not under no_grad
+    except Exception as error:
+        raise ExportError(
+            f"torch.export could not trace {type(model).__name__} with a cache: {str(error).strip()[-600:]}."
+            " Export it without (export_coreai)"
+        ) from error
+    finally:
+        model.train(training)
+    program = converted(graph, model, ["input_ids", "position"], ["logits"], step.states)
+    return write(program, model, folder, processor)

@@ -1,0 +1,58 @@
+"""What a Core AI asset holds: stored types, attention blocks, casts between float and half."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mptrain.export.coreai.convert import FUNCTION, AIModelAsset, Runner, float_casts
+from mptrain.export.coreai.emulated import EmulatedAsset
+
+_INDICES = {"Int16", "Int32", "Int64", "UInt16", "UInt32", "UInt64", "Bool"}  # shapes, axes and positions
+_ATTENTION = '"scaled_dot_product_attention"'
+
+
+def facts(runner: Runner | EmulatedAsset) -> dict[str, Any]:
+    """JSON facts of an asset.
+
+    fused_attention, attention_layers: attention blocks that are one composite operation, and all.
+    weight_types: bytes of the constants in the file, by stored type. inference_precision: of the
+    floating-point part. casts: conversions between float and half in the graph; composite operations
+    such as layer_norm have their own inside. execution: what computed the scores. minimum_os: of the file.
+    """
+    asset: Any = AIModelAsset.load(runner.asset)
+    program = asset.program
+    attention = {
+        str(graph.attributes["sym_name"]).strip('"')
+        for graph in program._module._mlir_module.body.operations
+        if "composite_decl" in graph.attributes and _ATTENTION in str(graph.attributes["composite_decl"])
+    }
+    fused = unfused = 0
+    for operation in program._get_graph(FUNCTION).bodyRegion.blocks[0].operations:
+        if operation.name == "coreai.invoke":
+            callee = re.search(r"@([\w.$-]+)", str(operation.attributes["callee"]))
+            fused += callee is not None and callee[1] in attention
+        elif operation.name == "coreai.softmax":
+            unfused += 1
+    types = stored_types(runner.asset)
+    return {
+        "fused_attention": fused,
+        "attention_layers": fused + unfused,
+        "weight_types": types,
+        "inference_precision": "f16" if types.get("Float16", 0) > types.get("Float32", 0) else "f32",
+        "casts": float_casts(program),
+        "execution": runner.execution,
+        "minimum_os": asset.summary(include_statistics=False)._compatibility_version,
+    }
+
+
+def stored_types(asset: Path) -> dict[str, int]:
+    """Bytes of the weights, with scales and tables, by element type ("Float32", "UInt4"); the largest first."""
+    sizes: Counter[str] = Counter()
+    summary: Any = AIModelAsset.load(asset).summary()
+    for kind, count in summary.storage_types:
+        digits = re.search(r"\d+", kind)
+        sizes[kind] += -(-count * (int(digits[0]) if digits else 8) // 8)
+    return {kind: size for kind, size in sizes.most_common() if kind not in _INDICES}

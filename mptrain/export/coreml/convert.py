@@ -1,0 +1,330 @@
+"""Torch models to Core ML packages (mlprogram), from torch.export or a trace.
+
+The default route is torch.export with its decompositions switched off: one graph of
+functional operations whose lengths are symbols, checked by torch for every length in the
+range. A trace records what one example did; it is there for models that torch.export refuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import coremltools as ct
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.base import is_quantized
+from mptrain.core.errors import ExportError, UserError
+from mptrain.core.folder import size, whole
+from mptrain.export.coreml.cache_ops import index_copy
+from mptrain.export.coreml.compat import compatible, storing, supported
+from mptrain.export.coreml.half import MilOps, counted, spellings
+from mptrain.export.coreml.weights import constants
+from mptrain.export.torch.cached_decoder import CachedDecoder
+from mptrain.export.torch.traceable import Positional, traceable_masks, without_cache
+from mptrain.mil.facts import facts
+from mptrain.mil.interpreter import Interpreter
+from mptrain.recipe import CoreMlShapes, CoreMlTarget
+from mptrain.verify import overflow
+
+PACKAGE = "model.mlpackage"
+MASKED = -32752.0  # half the least float16: a score added to it stays finite, and its exponential is zero
+IMAGES = {"pixel_values"}  # inputs whose batch alone is flexible
+Route = Literal["export", "trace"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """size_bytes: of all files in the package. floats: weights that lost their compression, with the reason."""
+
+    folder: Path
+    package: Path
+    size_bytes: int
+    floats: dict[str, str]
+    half: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """half: of an fp16 package that was checked, the JSON facts of `safe_half`."""
+
+    model: ct.models.MLModel
+    floats: dict[str, str]
+    half: dict[str, Any] | None = None
+
+
+def export_coreml(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    target: CoreMlTarget = "iOS18",
+    shapes: CoreMlShapes | None = None,
+    route: Route = "export",
+    keep_fp32: Collection[str] = (),
+    scaled_tables: bool = False,
+    calibration: Sequence[Mapping[str, Tensor]] = (),
+    processor: Any = None,
+) -> Exported:
+    """Write folder/ with model.mlpackage, config.json and the processor's files.
+
+    model: a plain model; it is not changed. Weights with a record (mptrain.compress.weights.records)
+    are stored as the record's integers or tables. example: inputs by name, of any batch and length.
+    keep_fp32: names of MIL operations that an fp16 package computes in float32. calibration: for
+    fp16, batches on which the smallest set of such operations is found, and the package is checked.
+    Raises UserError for shapes that do not fit, ExportError when the conversion fails, or when an
+    fp16 package is wrong on the calibration batches.
+    """
+    into = partial(convert, model, example, target=target, shapes=shapes, route=route, scaled_tables=scaled_tables)
+    if precision == "fp16" and calibration:
+        sizes = shapes or CoreMlShapes()
+        converted = safe_half(into, [_fitted(batch, list(example), sizes) for batch in calibration], keep_fp32)
+    else:
+        converted = into(precision=precision, keep_fp32=keep_fp32)
+    return write(converted, folder, config=getattr(model, "config", None), processor=processor)
+
+
+def convert(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    *,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    target: CoreMlTarget = "iOS18",
+    shapes: CoreMlShapes | None = None,
+    route: Route = "export",
+    keep_fp32: Collection[str] = (),
+    scaled_tables: bool = False,
+    cache: int | None = None,
+) -> Converted:
+    """The package in memory; inputs and outputs have the names of the torch model's. cache: tokens of a
+    causal LM's key-value cache (coreml_decoder.py)."""
+    shapes = shapes or CoreMlShapes()
+    _check(model, precision, keep_fp32)
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
+    training = model.training
+    wrapper = (Positional(model, list(example)) if cache is None else CachedDecoder(model, cache)).eval()
+    values = _values(example, shapes)
+    try:
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            traceable_masks(MASKED),
+            without_cache(model),
+            compatible(**({} if cache is None else {"index_copy": index_copy})),
+        ):
+            warnings.simplefilter("ignore")
+            outputs = wrapper.output_names(*values.values()) if isinstance(wrapper, Positional) else ["logits"]
+            source = traced(wrapper, values, shapes, route)
+            stored, floats = constants(model, source, target, scaled_tables=scaled_tables)
+            with storing(stored):
+                package = _to_package(source, values, outputs, precision, target, shapes, keep_fp32)
+            return Converted(package, floats)
+    except (ExportError, UserError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"Core ML could not convert {type(model).__name__} ({route} route): {type(error).__name__}:"
+            f" {str(error).strip()[-600:]}. If its forward pass depends on the values of its inputs, rewrite that"
+            f" part; try the {'trace' if route == 'export' else 'export'} route; else report it with the config.json."
+        ) from error
+    finally:
+        model.train(training)
+
+
+def safe_half(
+    into: Callable[..., Converted], batches: Sequence[Mapping[str, Tensor]], suspects: Collection[str] = ()
+) -> Converted:
+    """An fp16 package in which the fewest operations compute in float32, found in the float32 one and checked.
+
+    Its facts: kept_fp32 {operation: why}, all_half and kept (differences that the search measured
+    without and with them), executed (of the package itself), float_casts in it, and a sentence.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        exact = Path(folder) / "fp32.mlpackage"
+        into(precision="fp32").model.save(str(exact))
+        program = MilOps(exact, batches)
+        found = overflow.search(program, suspects=suspects)
+        kept = {spelling for name in program.with_views(found.keep) for spelling in spellings(name)}
+        converted = into(precision="fp16", keep_fp32=kept)
+        package = Path(folder) / "fp16.mlpackage"
+        converted.model.save(str(package))
+        runners = Interpreter(exact), Interpreter(package)
+        executed = overflow.worst(
+            overflow.compare(*({n: counted(torch.as_tensor(v).float(), batch) for n, v in runner(batch).items()}
+                               for runner in runners))
+            for batch in batches
+        )  # fmt: skip
+        described = facts(runners[1].program)
+    if not executed.right():
+        raise ExportError(
+            f"the fp16 package is wrong on the calibration batches (relative error {executed.error:.2g}), with"
+            f" {', '.join(found.keep) or 'nothing'} in float32. Export it as fp32, or name operations in keep_fp32"
+        )
+    names = f": {', '.join(found.keep)}" if found.keep else ""
+    half = {
+        **overflow.described(found),
+        "executed": overflow.as_json(executed),
+        "float_casts": described["float_casts"],
+        "said": f"{len(found.keep)} op{'' if len(found.keep) == 1 else 's'} in FP32{names};"
+        f" {described['float_casts']} float↔half casts",
+    }
+    return replace(converted, half=half)
+
+
+def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, route: Route) -> Any:
+    """The graph to convert. Raises ExportError that lists every operation Core ML has no translation for."""
+    arguments = tuple(values.values())
+    if route == "trace":
+        graph = torch.jit.trace(wrapper, arguments, check_trace=False, strict=False)
+        torch._C._jit_pass_inline(graph.graph)
+        kinds = Counter(_kinds(graph.graph))
+    else:
+        dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in _flexible(shapes)}
+        axes = tuple({axis: dims[n] for axis, n in _axes(name, value) if n in dims} for name, value in values.items())
+        flexible = (axes,) if isinstance(wrapper, Positional) else axes  # Positional takes *values: one argument
+        graph = torch.export.export(wrapper, arguments, dynamic_shapes=flexible, strict=False)
+        graph = graph.run_decompositions({})
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        kinds = Counter(call.name() for call in calls if hasattr(call, "name"))
+    missing = {kind: count for kind, count in sorted(kinds.items()) if not supported(kind)}
+    if missing:
+        raise ExportError(
+            "Core ML has no translation for these operations of the model:"
+            f" {', '.join(f'{kind} ({count}×)' for kind, count in missing.items())}."
+            " Replace them by others, or register translations with coremltools' register_torch_op."
+        )
+    return graph
+
+
+def _to_package(
+    source: Any,
+    values: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    precision: str,
+    target: str,
+    shapes: CoreMlShapes,
+    keep_fp32: Collection[str],
+) -> ct.models.MLModel:
+    half = precision == "fp16" and target != "iOS15"  # inputs and outputs of type float16 came with iOS 16
+    selector: Callable[[Any], bool] = lambda operation: operation.name not in keep_fp32  # noqa: E731
+    return ct.convert(
+        source,
+        inputs=_inputs(values, shapes, np.float16 if half else np.float32),
+        outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in outputs],
+        convert_to="mlprogram",
+        minimum_deployment_target=getattr(ct.target, target),
+        compute_precision=ct.transform.FP16ComputePrecision(selector) if precision == "fp16" else ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+
+
+def _inputs(values: Mapping[str, Tensor], shapes: CoreMlShapes, floats: Any) -> list[ct.TensorType]:
+    """One RangeDim to each axis name, shared by the inputs: Core ML then knows that their lengths agree."""
+    ranges = {
+        name: ct.RangeDim(min(sizes), max(sizes), default=min(max(sizes), max(min(sizes), 2)))
+        for name, sizes in _flexible(shapes)
+    }
+    found = []
+    for name, value in values.items():
+        dtype = floats if value.is_floating_point() else np.int32
+        if shapes.kind == "enumerated":
+            pairs = [(b, n) for b in sorted(set(shapes.batch)) for n in sorted(set(shapes.length))]
+            axes = {tuple(_sized(name, value, batch, length)) for batch, length in pairs}
+            shape: Any = ct.EnumeratedShapes([list(one) for one in sorted(axes)]) if len(axes) > 1 else axes.pop()
+        else:
+            shape = list(value.shape)
+            for axis, axis_name in _axes(name, value):
+                if axis_name in ranges:
+                    shape[axis] = ranges[axis_name]
+        found.append(ct.TensorType(name=name, shape=shape, dtype=dtype))
+    return found
+
+
+def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes) -> dict[str, Tensor]:
+    """The example at a size inside the shapes; at least 2 of a flexible axis, for torch takes a size of 1 as fixed."""
+    sizes = {"batch": shapes.batch, "length": shapes.length}
+    flexible = dict(_flexible(shapes))
+    chosen = {name: max(2, min(found)) if name in flexible else found[0] for name, found in sizes.items()}
+    values = {}
+    for name, value in example.items():
+        value = value.to(torch.float32 if value.is_floating_point() else torch.int32)
+        for axis, axis_name in _axes(name, value):
+            repeats = [1] * value.dim()
+            repeats[axis] = -(-chosen[axis_name] // value.shape[axis])
+            value = value.repeat(repeats).narrow(axis, 0, chosen[axis_name])
+        values[name] = value.clone(memory_format=torch.contiguous_format)  # strides of its own: they become guards
+    return values
+
+
+def _fitted(batch: Mapping[str, Tensor], names: Sequence[str], shapes: CoreMlShapes) -> dict[str, Tensor]:
+    """Calibration inputs at a size that the package takes: rows cut or repeated, texts cut or padded."""
+    found = {}
+    for name in names:
+        value = torch.as_tensor(batch[name])
+        for axis, axis_name in _axes(name, value):
+            sizes = sorted(shapes.batch if axis_name == "batch" else shapes.length)
+            count = value.shape[axis]
+            if shapes.kind == "ranged":
+                wanted = max(sizes[0], min(count, sizes[-1]))
+            else:
+                wanted = next((n for n in sizes if n >= count), sizes[-1])
+            if axis == 0:
+                value = value.repeat([-(-wanted // count), *[1] * (value.dim() - 1)])
+            elif wanted > count:
+                value = torch.nn.functional.pad(value, (0, wanted - count))
+            value = value.narrow(axis, 0, wanted)
+        found[name] = value
+    return found
+
+
+def _flexible(shapes: CoreMlShapes) -> list[tuple[str, list[int]]]:
+    found = {"batch": list(shapes.batch), "length": list(shapes.length)}
+    return [(name, sizes) for name, sizes in found.items() if min(sizes) < max(sizes)]
+
+
+def _axes(name: str, value: Tensor) -> list[tuple[int, str]]:
+    return [(0, "batch")] if name in IMAGES or value.dim() < 2 else [(0, "batch"), (1, "length")]
+
+
+def _sized(name: str, value: Tensor, batch: int, length: int) -> list[int]:
+    shape = list(value.shape)
+    for axis, axis_name in _axes(name, value):
+        shape[axis] = batch if axis_name == "batch" else length
+    return shape
+
+
+def _kinds(graph: Any) -> list[str]:
+    """Operations of a TorchScript graph and its blocks, without its own bookkeeping (prim::)."""
+    found = []
+    for node in graph.nodes():
+        if not node.kind().startswith("prim::"):
+            found.append(node.kind())
+        for block in node.blocks():
+            found.extend(_kinds(block))
+    return found
+
+
+def _check(model: nn.Module, precision: str, keep_fp32: Collection[str]) -> None:
+    if is_quantized(model):
+        raise UserError("a model with fake quantizers is exported to Core ML without them: quantizers.detach(model)")
+    if keep_fp32 and precision != "fp16":
+        raise UserError(f"keep_fp32 is for precision fp16, this export has precision {precision}")
+
+
+def write(converted: Converted, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
+    with whole(folder, config, processor) as scratch:
+        converted.model.save(str(scratch / PACKAGE))
+    package = folder / PACKAGE
+    return Exported(folder, package, size(package), converted.floats, converted.half)

@@ -1,0 +1,64 @@
+"""What the CPU plugin made of an IR: fused attention, layers that compute in int8, stored types, precision."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import openvino as ov
+
+from mptrain.compress.structure.scopes import openvino_module
+from mptrain.export.openvino.convert import Runner
+
+_FUSED = {"Subgraph", "MHA", "ScaledDotProductAttention"}
+_INTEGER = {"i8", "u8"}
+_WEIGHTED = {"FullyConnected", "Convolution"}
+_INDICES = {"i64", "i32", "boolean"}  # constants of these types are shapes, axes and positions
+
+
+def facts(runner: Runner) -> dict[str, Any]:
+    """JSON facts of a compiled model.
+
+    fused_attention, attention_layers: attention blocks that run as one kernel, and all.
+    int8_layers, fp32_layers: torch names of the Linears and convolutions, by whether their
+    inputs arrive as 8-bit integers (a layer with only its weight compressed computes in floating point).
+    weight_types: bytes of the constants in the file, by stored type. inference_precision: of
+    the floating-point part. converts: conversions left in the graph that runs.
+    """
+    fused = unfused = converts = 0
+    layers: dict[bool, list[str]] = {True: [], False: []}
+    for node in runner.compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        kind = info["layerType"]
+        if kind in _FUSED and _has_softmax(info["originalLayersNames"]):
+            fused += 1
+        elif kind == "Softmax":
+            unfused += 1
+        elif kind == "Convert":
+            converts += 1
+        elif kind in _WEIGHTED:
+            name = node.get_friendly_name()
+            integer = node.input(0).get_element_type().get_type_name() in _INTEGER
+            layers[integer].append(openvino_module(name) or name)
+    return {
+        "fused_attention": fused,
+        "attention_layers": fused + unfused,
+        "int8_layers": sorted(layers[True]),
+        "fp32_layers": sorted(layers[False]),
+        "weight_types": stored_types(ov.Core().read_model(runner.xml)),
+        "inference_precision": runner.precision,
+        "converts": converts,
+    }
+
+
+def stored_types(graph: ov.Model) -> dict[str, int]:
+    """Bytes of the weights, with their scales, by element type; the largest first."""
+    sizes: Counter[str] = Counter()
+    for node in graph.get_ops():
+        if node.get_type_name() == "Constant":
+            sizes[node.get_element_type().get_type_name()] += node.get_byte_size()
+    return {kind: size for kind, size in sizes.most_common() if kind not in _INDICES}
+
+
+def _has_softmax(original_layers: str) -> bool:
+    return "softmax" in original_layers.lower() or "scaled_dot_product" in original_layers

@@ -1,0 +1,1 @@
+"""The steps of a run: preflight, stages, variants; its folder, identity and what may be reused."""

@@ -1,0 +1,124 @@
+"""What can be known before any training is said before any training, by a run and by a dry run alike.
+
+A pattern that matches no module, a budget that cannot be reached, an input that an export cannot
+read: each would otherwise end a run after hours. `check_model` needs the model's config,
+`check_data` the data; neither needs weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from mptrain.compress.prune.base import Warmup
+from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.scopes import resolve
+from mptrain.core.errors import DataError, ModelError, UserError
+from mptrain.data.load import TaskData
+from mptrain.models.load import has_trained_head, read_config, skeleton
+from mptrain.recipe import CoreMl, Export, Keep, Ptq, Qat, Recipe, Stage, cache_of
+from mptrain.recipe.plan import phases
+
+
+def model_of(recipe: Recipe, allow_code: bool = False) -> PreTrainedModel | None:
+    """The recipe's model without weights; None where nothing is to be checked, or its code comes with it."""
+    asked = any(stage.prune for stage in recipe.stages)
+    asked = asked or any(patterns for stage in recipe.stages for _, patterns in _patterns(stage))
+    if not asked or recipe.model.modeling is not None:
+        return None
+    return skeleton(recipe.model, read_config(recipe.model, allow_code), allow_code)
+
+
+def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
+    """model: as of `model_of`. Raises UserError and its kinds, naming the field."""
+    names = [name for name, _ in model.named_modules()]
+    for stage in recipe.stages:
+        for field, patterns in _patterns(stage):
+            resolve(patterns, names, f"stages.{stage.id}.{field}")
+        if stage.prune is not None:
+            _check_pruning(recipe, stage, model)
+
+
+def check_data(recipe: Recipe, data: TaskData, processes: int = 1) -> None:
+    """Raises UserError and its kinds, naming the field."""
+    for length in recipe.evaluate.latency.length:
+        data.example(1, length)
+    for stage in recipe.stages:
+        for phase in phases(stage, len(data.train), processes):
+            if phase.prune and stage.prune is not None:
+                with _named(stage):
+                    Warmup.of(stage.prune.schedule, phase_steps=phase.steps, steps_per_epoch=phase.steps_per_epoch)
+    longest = max(length for split in (data.train, data.test) for length in split.lengths)
+    for export in recipe.export:
+        field, most = longest_input(export) or ("", longest)
+        if longest > most:
+            raise DataError(
+                f"export.{export.id}.{field}: {most} is less than the longest input, {longest}"
+                f" {'samples' if recipe.model.task == 'audio-classification' else 'tokens'}; raise it, or lower"
+                f" data.max_length (now {recipe.data.max_length})."
+            )
+
+
+def untrained(recipe: Recipe) -> list[str]:
+    """Exported stages whose model no stage has trained: what the recipe starts from must have its head."""
+    exported = dict.fromkeys(stage_id for export in recipe.export for stage_id in export.of)
+    return [stage_id for stage_id in exported if not any(stage.train for stage in recipe.chain(stage_id))]
+
+
+def check_head(recipe: Recipe, data: TaskData, allow_code: bool = False) -> None:
+    """Raises ModelError for a model without a trained head that would be exported as it is, at random."""
+    stages = untrained(recipe)
+    if stages and recipe.model.task != "causal-lm" and not has_trained_head(recipe.model, data.labels, allow_code):
+        raise ModelError(
+            f"model.path: {recipe.model.path} has no head that is trained"
+            f"{f' for the classes {list(data.labels)}' if data.labels else ''}, and nothing trains one for"
+            f" {', '.join(stages)}, which {'is' if len(stages) == 1 else 'are'} exported. Give a fine-tuned model, or a"
+            " stage with train before."
+        )
+
+
+def longest_input(export: Export) -> tuple[str, int] | None:
+    """The field that bounds the inputs which an export reads, and how many tokens it allows; None for no bound."""
+    if (tokens := cache_of(export)) is not None:
+        return "cache", tokens
+    return ("shapes.length", max(export.shapes.length)) if isinstance(export, CoreMl) else None
+
+
+def _patterns(stage: Stage) -> Iterator[tuple[str, list[str]]]:
+    quantize, palettize = stage.quantize, stage.palettize
+    if quantize is not None:
+        yield "quantize.ignore", quantize.ignore
+        if isinstance(quantize, Qat | Ptq):
+            yield "quantize.bits", list(quantize.bits)
+        else:
+            yield "quantize.overrides", list(quantize.overrides)
+    if palettize is not None:
+        yield "palettize.ignore", palettize.ignore
+        yield "palettize.overrides", list(palettize.overrides)
+
+
+def _check_pruning(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> None:
+    assert stage.prune is not None
+    with _named(stage):
+        structure = find_structure(model, stage.prune.ignore)
+        keep: Keep | None = stage.prune.keep
+        pruned_before = any(before.prune for before in recipe.chain(stage.id)[1:])
+        text = recipe.model.task not in ("image-classification", "audio-classification")
+        # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
+        if keep is None or keep.latency is not None or (keep.macs is not None and not text) or pruned_before:
+            return
+        floors = {name: getattr(stage.prune, name) for name in ("min_heads", "min_ffn", "round_ffn")}
+        Budget(structure, keep, length=recipe.data.max_length, **floors)
+
+
+@contextmanager
+def _named(stage: Stage) -> Iterator[None]:
+    """Errors that begin with the name of a field say in which stage it is."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise type(error)(f"stages.{stage.id}.{text}" if text.startswith("prune.") else text) from None

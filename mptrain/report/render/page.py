@@ -1,0 +1,78 @@
+"""report.html: one self-contained page. No script, no request; a policy in its head forbids both.
+
+Jinja escapes every string; the only markup taken as it is are our own drawings.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from mptrain.report import claims
+from mptrain.report.tables import choices, models, results
+
+Row = dict[str, Any]
+
+NO_PLOTS = 'Figures need matplotlib: pip install "mptrain[plots]", then render again with mptrain report.'
+INTERVALS = (
+    "Wilson for accuracy and Tango's score interval for its paired differences, percentile bootstrap over examples"
+    " for other metrics."
+)
+_MARKS = {"good": "✓", "warn": "!", "bad": "✗", "plain": "•"}
+
+
+def page(report: Row) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
+    recipe = report["recipe"]
+    return template.render(
+        report=report,
+        description=recipe["description"].rstrip(". "),
+        task=report["task"].replace("-", " ").capitalize(),
+        model=recipe["model"]["path"],
+        created=report["created"][:10],
+        cpu=report["host"].get("cpu", "unknown CPU"),
+        tiles=claims.tiles(report),
+        claims=claims.claims(report),
+        marks=_MARKS,
+        warnings=[*(report["recommendation"] or {}).get("warnings", []), *report["notes"]],
+        t={
+            "results": results.results(report),
+            "choices": choices.table(report),
+            "latency": results.latency(report),
+            "gates": results.gates(report),
+            "structure": models.structure(report),
+            "compressed": models.compressed(report),
+            "training": results.training(report),
+            "runtime": models.runtime(report),
+            "half": models.half(report),
+            "data": results.data(report),
+            "time": results.time(report),
+            "environment": results.environment(report),
+        },
+        layer_lists=models.layer_lists(report),
+        plots=_plots(report),
+        no_plots=NO_PLOTS,
+        recipe=yaml.safe_dump(_given(recipe), sort_keys=False, allow_unicode=True, width=100),
+        intervals=INTERVALS,
+    )
+
+
+def _given(value: Any) -> Any:
+    """A recipe without the fields that were left out."""
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item is not None}
+    return [_given(item) for item in value] if isinstance(value, list) else value
+
+
+def _plots(report: Row) -> Row:
+    try:
+        from mptrain.report.render.plots import plots
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return {}
+    return {plot.key: plot for plot in plots(report)}

@@ -1,0 +1,61 @@
+"""What `mptrain verify` found, in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from rich.console import Group, RenderableType
+
+from mptrain.report import words
+from mptrain.report.render.terminal import draw, line
+from mptrain.report.tables.results import Cell, Table
+
+_SHOWN = 8
+_HALF = 65504.0
+
+
+def package(facts: dict[str, Any]) -> RenderableType:
+    """Tables and verdict for `rich.print`."""
+    stored = ", ".join(f"{words.megabytes(size)} {kind}" for kind, size in facts["weight_types"].items())
+    parts: list[RenderableType] = [
+        line("•", f"{facts['package']}: specification {facts['specification']}, weights {stored or 'none'}", "bold"),
+        line("•", f"inputs {'; '.join(facts['inputs'])}; outputs {', '.join(facts['outputs'])}", ""),
+        line("•", f"{facts['casts']} casts, {facts['float_casts']} between float16 and float32", ""),
+        draw(_operations(facts)),
+    ]
+    if facts["fp32_operations"]:
+        parts.append(line("•", f"in float32: {', '.join(facts['fp32_operations'])}", ""))
+    found = facts["parity"]
+    if found is not None:
+        good = found["error"] <= found["limit"]
+        text = (
+            f"{'is' if good else 'is not'} the source model: largest difference {found['max_abs_diff']:.2g}, relative"
+            f" error of a row {found['error']:.2g} (limit {found['limit']:g}), cosine {found['cosine']:.6f}"
+        )
+        parts.append(line("✓" if good else "✗", text, "green" if good else "bold red"))
+    if not facts["outputs_finite"]:
+        first = ", ".join(facts["not_finite"][:3])
+        parts.append(line("✗", f"outputs with NaN or infinity; operations with such values: {first}", "bold red"))
+    parts.append(line("!", facts["limits"], "yellow"))
+    return Group(*parts)
+
+
+def _operations(facts: dict[str, Any]) -> Table:
+    rows = []
+    for row in facts["operations_run"][:_SHOWN]:
+        tone: Literal["", "warn", "bad"] = (
+            "bad" if row["nan"] or row["infinite"] else "warn" if row["largest"] > _HALF else ""
+        )
+        values = max(row["values"], 1)
+        rows.append(
+            [
+                Cell(row["name"]),
+                Cell(row["type"]),
+                Cell(f"{row['largest']:.4g}", tone=tone),
+                Cell(str(row["nan"] + row["infinite"]), tone=tone),
+                Cell(f"{100 * row['zeroed'] / values:.2g} %"),
+            ]
+        )
+    count = len(facts["operations_run"])
+    title = f"Operations with the largest values, {min(_SHOWN, count)} of {count} (arithmetic: {facts['precision']})"
+    return Table(title, ["Operation", "Type", "Largest |x|", "Not finite", "Zero in float16"], rows, text_columns=1)

@@ -1,0 +1,193 @@
+"""Tables of what the models are: structure, stored weights, precisions, and what the runtimes do with them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mptrain.report import words
+from mptrain.report.gates import exact
+from mptrain.report.tables.results import Cell, Table
+
+Row = dict[str, Any]
+
+
+def structure(report: Row) -> Table | None:
+    """Heads, FFN channels and parameters kept, layer by layer."""
+    layers = (report["structure"] or {}).get("layers")
+    if not layers:
+        return None
+    rows = []
+    for layer in layers:
+        heads, ffn = count(layer["heads"]), count(layer["ffn"])
+        which = ", ".join(map(str, layer["heads"])) if isinstance(layer["heads"], list) else ""
+        rows.append(
+            [
+                Cell(str(layer["layer"])),
+                Cell(f"{heads} of {layer['heads_total']}", which and f"heads {which}"),
+                Cell(
+                    f"{ffn:,} of {layer['ffn_total']:,}", bar=ffn / layer["ffn_total"] if layer["ffn_total"] else None
+                ),
+                Cell(f"{layer['params']:,}", _share(layer["params"], layer["params_total"])),
+            ]
+        )
+    total = {key: sum(count(layer[key]) for layer in layers) for key in ("heads", "ffn", "params")}
+    of = {key: sum(layer[f"{key}_total"] for layer in layers) for key in ("heads", "ffn", "params")}
+    rows.append(
+        [
+            Cell("all layers"),
+            *(Cell(f"{total[key]:,} of {of[key]:,}", _share(total[key], of[key])) for key in ("heads", "ffn")),
+            Cell(f"{total['params']:,}", _share(total["params"], of["params"])),
+        ]
+    )
+    facts = report["structure"]
+    note = f"Stage {facts['stage']}, family {facts['family']}. Removed physically: the exported model is dense."
+    return Table("Structure kept", ["Layer", "Heads", "FFN channels", "Parameters"], rows, note)
+
+
+def runtime(report: Row) -> Table | None:
+    """What the compiled models really do: fused attention, precisions, stored weight types, parity."""
+    known = [v for v in report["variants"] if v["runtime"] or v["parity"]]
+    if not known:
+        return None
+    rows = []
+    for v in known:
+        facts, parity = v["runtime"], v["parity"] or {}
+        fused, layers = facts.get("fused_attention"), facts.get("attention_layers")
+        stored = ", ".join(f"{kind} {words.megabytes(size)}" for kind, size in facts.get("weight_types", {}).items())
+        agreement = parity.get("argmax_agreement")
+        rows.append(
+            [
+                Cell(v["id"]),
+                Cell(stored or words.NONE),
+                Cell(str(facts.get("inference_precision", words.NONE))),
+                Cell(words.NONE if fused is None else f"{fused} of {layers}" if layers else f"{fused}"),
+                *(Cell(f"{len(facts[key])}" if key in facts else words.NONE) for key in ("int8_layers", "fp32_layers")),
+                Cell(words.small(parity.get("max_abs_diff"))),
+                Cell(words.NONE if agreement is None else f"{100 * agreement:.1f}%"),
+            ]
+        )
+    columns = ["Variant", "Weights stored", "Compute", "Fused attention", "int8 layers", "fp32 layers"]
+    columns += ["Max |difference|", "Same answer"]
+    note = (
+        "Read from the compiled models. Difference and agreement: exported model against the torch model it came from."
+    )
+    for execution in dict.fromkeys(v["runtime"]["execution"] for v in known if "execution" in v["runtime"]):
+        ids = ", ".join(v["id"] for v in known if v["runtime"].get("execution") == execution)
+        note += f" {ids}: scored by {execution}, and not timed."
+    for v in known:
+        if cache := v["runtime"].get("cache"):
+            kept = v["runtime"]["cache_precision"]
+            note += f" {v['id']}: keeps a key-value cache of {cache:,} tokens in {kept}; texts went in piece by piece"
+            note += ", and agreement judges it." if v["precision"] == "fp32" and not exact(v) else "."
+    return Table("Runtime", columns, rows, note, text_columns=2)
+
+
+def half(report: Row) -> Table | None:
+    """What fp16 exports keep in fp32, so that nothing overflows."""
+    found = [(v["id"], v["runtime"]["half"]) for v in report["variants"] if "kept" in v["runtime"].get("half", {})]
+    if not found:
+        return None
+    rows = []
+    for name, facts in found:
+        kept, constants, executed = list(facts["kept_fp32"]), facts.get("constants", []), facts.get("executed")
+        rows.append(
+            [
+                Cell(name),
+                Cell(", ".join(fold(kept)) or "none", f"{len(kept)} operation{'s' * (len(kept) != 1)}" if kept else ""),
+                Cell(", ".join(fold(constants)) or "none"),
+                Cell(str(facts.get("float_casts", facts.get("casts", words.NONE)))),
+                Cell(f"{facts['kept']['cosine']:.6f}"),
+                Cell(words.small(executed["max_diff"]) if executed else words.NONE),
+            ]
+        )
+    columns = [
+        "Variant",
+        "Operations",
+        "Constants",
+        "Float↔half casts",
+        "Cosine, emulated",
+        "Max |difference|, executed",
+    ]
+    note = (
+        "The smallest set that a search on calibration inputs found (for what this run trained, among them the training"
+        " examples that reached the largest activations): operations that overflow or underflow fp16 and change the"
+        " outputs. Cosine: outputs against fp32, every other operation rounded to fp16. Executed: in fp16 on this host,"
+        " where it can."
+    )
+    return Table("Kept in fp32", columns, rows, note, text_columns=2)
+
+
+def compressed(report: Row) -> Table | None:
+    """Weights stored as integers or table entries, those that are alike in one row."""
+    rows = []
+    for stage, weights in report.get("compressed", {}).items():
+        alike: dict[tuple[str, float], list[Row]] = {}
+        for weight in weights:
+            alike.setdefault((weight["how"], weight["bits"]), []).append(weight)
+        for (how, bits), group in alike.items():
+            rows.append(_stored([Cell(stage), Cell(f"{bits:g} bits", how)], group))
+        rows.append(_stored([Cell(stage), Cell("all")], weights))
+    columns = ["Stage", "Stored as", "Weights", "Size", "Against fp16", "Layers"]
+    note = (
+        "Integers and indices packed to their bits, with their scales and tables: what a target that has them stores."
+    )
+    return Table("Compressed weights", columns, rows, note, text_columns=1) if rows else None
+
+
+def _stored(first: list[Cell], weights: list[Row]) -> list[Cell]:
+    count, size = (sum(w[key] for w in weights) for key in ("count", "bytes"))
+    names = fold([w["weight"].removesuffix(".weight") for w in weights])
+    layers = Cell(f"{len(weights)}", ", ".join(names) if len(first[1].sub) and len(names) <= 4 else "")
+    return [
+        *first,
+        Cell(f"{count / 1e6:.2f} M"),
+        Cell(words.megabytes(size)),
+        Cell(words.ratio(2 * count / size)),
+        layers,
+    ]
+
+
+def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
+    """[("int8 in jpqd_int8 (36)", names)] with numbered layers folded: "encoder.layer.{0-5}.output"."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for v in report["variants"]:
+        for kind in ("int8", "fp32"):
+            names = v["runtime"].get(f"{kind}_layers")
+            if names:
+                groups.setdefault((kind, tuple(names)), []).append(v["id"])
+    return [
+        (f"{kind} in {', '.join(variants)} ({len(names)})", fold(list(names)))
+        for (kind, names), variants in groups.items()
+    ]
+
+
+def fold(names: list[str]) -> list[str]:
+    """Names that differ in one number between dots, as one name with the range of numbers."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = f"{name[: match.start()]}\0{name[match.end() :]}" if match else name
+        groups.setdefault(key, []).extend([int(match[0])] if match else [])
+    return [key.replace("\0", _ranges(sorted(numbers))) for key, numbers in groups.items()]
+
+
+def count(kept: int | list[int]) -> int:
+    """Structure rows give what is kept as a number or as the list of its indices."""
+    return kept if isinstance(kept, int) else len(kept)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "{0-2,5}", a single number as it is."""
+    spans: list[list[int]] = []
+    for number in dict.fromkeys(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+    return texts[0] if len(spans) == 1 and spans[0][0] == spans[0][1] else "{" + ",".join(texts) + "}"

@@ -1,0 +1,174 @@
+"""Sweeps: the grid, what points share, and the command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from jobs.test_run import run
+from kit import tiny
+
+from mptrain.commands.sweep import points, take_stages
+from mptrain.core.errors import RecipeError
+
+KEEP = "stages.jpqd.prune.keep.encoder_params"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny.write(tiny.jpqd(tmp_path), tmp_path / "tiny.yaml")
+
+
+def test_a_grid_is_every_combination(recipe, tmp_path):
+    grid = points(str(recipe), ["seed=7"], [f"{KEEP}=0.6,0.5", "stages.jpqd.train.lr=[1e-3, 2e-3]"])
+    assert [tuple(p.values.values()) for p in grid] == [
+        ("0.6", "1e-3"), ("0.6", "2e-3"), ("0.5", "1e-3"), ("0.5", "2e-3"),
+    ]  # fmt: skip
+    assert {p.recipe.seed for p in grid} == {7}
+    assert grid[1].recipe.stage("jpqd").prune.keep.encoder_params == 0.6
+    assert grid[1].recipe.stage("jpqd").train.lr == 2e-3
+    folders = [p.recipe.output.dir for p in grid]
+    assert folders[1] == f"{tmp_path / 'run'}-sweep/encoder_params-0.6_lr-2e-3" and len(set(folders)) == 4
+
+
+def test_keys_that_end_alike_are_told_apart(recipe):
+    (point,) = points(str(recipe), [], ["stages.dense.train.lr=1e-3", "stages.jpqd.train.lr=1e-4"])
+    assert point.recipe.output.dir.endswith("stages.dense.train.lr-1e-3_stages.jpqd.train.lr-1e-4")
+
+
+def test_values_with_one_slug_get_folders_of_their_own(recipe):
+    def names(axis):
+        return {p.values["model.path"]: Path(p.recipe.output.dir).name for p in points(str(recipe), [], [axis])}
+
+    found = names("model.path=./A,./a,other")
+    assert len(set(found.values())) == 3 and found["other"] == "path-other"
+    assert re.fullmatch(r"path-\.-a-[0-9a-f]{8}", found["./a"])
+    assert names("model.path=./a,./A") == {key: found[key] for key in ("./a", "./A")}
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        (["seed"], "KEY=V1,V2"),
+        (["seed="], "KEY=V1,V2"),
+        (["seed=1,1"], "1 is given twice"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+        ([f"seed={','.join(map(str, range(201)))}"], "201 points"),
+        ([f"{KEEP}=0.5,2"], "encoder_params"),
+        (["stages.jpdq.train.lr=1,2"], "Did you mean 'jpqd'"),
+        (["export.ov.precision.0=fp16,int8"], "stage dense has none of"),
+    ],
+)
+def test_a_wrong_grid_is_an_error_before_any_run(recipe, tmp_path, axes, expected):
+    with pytest.raises(RecipeError, match=expected):
+        points(str(recipe), [], axes)
+    assert not list(tmp_path.glob("run*"))
+
+
+def evaluate(*threads, **more):
+    return {"latency": {"threads": list(threads), **more}}
+
+
+def openvino(*precision):
+    return {"id": "ov", "format": "openvino", "of": ["a", "b"], "precision": list(precision)}
+
+
+def core_ml(target, of="b"):
+    return {"id": "ml", "format": "coreml", "of": [of], "precision": ["fp32"], "minimum_deployment_target": target}
+
+
+def identity(**changes):
+    recipe = {"model": "m", "data": "d", "seed": 1, "gates": {}, "stages": [{"id": "a"}, {"id": "b", "x": 1}]}
+    recipe |= {"evaluate": evaluate(1), "export": [openvino("fp32")]}
+    described = {"recipe": recipe, "data_hash": "h", "versions": {"torch": "2"}, "processes": 1}
+    for key, value in changes.items():
+        (recipe if key in recipe else described)[key] = value
+    return described
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, ["a", "b"]),
+        ({"gates": {"max_drop": 1}}, ["a", "b"]),
+        ({"stages": [{"id": "a"}, {"id": "b", "x": 2}]}, ["a"]),
+        ({"stages": [{"id": "a", "y": 1}, {"id": "b", "x": 1}]}, []),
+        ({"seed": 2}, []),
+        ({"data_hash": "other"}, []),
+        ({"processes": 2}, []),
+        ({"versions": {"torch": "3"}}, []),
+    ],
+)
+def test_only_stages_with_the_same_past_are_taken(tmp_path, changes, taken):
+    other, folder = tmp_path / "other", tmp_path / "this"
+    folder.mkdir()
+    for stage in "ab":
+        (other / "stages" / stage).mkdir(parents=True)
+        (other / "stages" / stage / "done.json").write_text("{}")
+    (other / "run.json").write_text(json.dumps(identity()))
+    take_stages(folder, identity(**changes), [other])
+    assert sorted(p.name for p in folder.glob("stages/*")) == taken
+    assert all((folder / "stages" / stage / "done.json").is_file() for stage in taken)
+
+
+LATENCY = {"id": "b", "prune": {"keep": {"latency": 0.5}}}
+PLAIN = {"id": "b", "prune": {"keep": {"macs": 0.5}}, "palettize": {"bits": 4, "size_budget": None}}
+TRAINED = {"id": "b", "train": {"epochs": 1}, "prune": None, "palettize": None}
+BUDGET = {"id": "b", "palettize": {"size_budget": 3}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "now", "taken"),
+    [
+        (LATENCY, {"evaluate": evaluate(1, 2)}, {"evaluate": evaluate(2, 1)}, ["a"]),
+        (LATENCY, {"evaluate": evaluate(1, 2)}, {"evaluate": evaluate(1, runs=9)}, ["a", "b"]),
+        (PLAIN, {"evaluate": evaluate(1, 2)}, {"evaluate": evaluate(2, 1)}, ["a", "b"]),
+        (TRAINED, {}, {"export": [openvino("fp32", "fp16")]}, ["a"]),
+        (TRAINED, {"export": [openvino("fp16")]}, {}, ["a"]),
+        (TRAINED, {"export": [openvino("fp16")]}, {"export": [openvino("fp32", "fp16")]}, ["a", "b"]),
+        (TRAINED, {}, {"export": [openvino("fp32"), core_ml("iOS16")]}, ["a", "b"]),
+        (PLAIN, {}, {"export": [openvino("fp16")]}, ["a", "b"]),
+        (BUDGET, {"export": [core_ml("iOS18")]}, {"export": [core_ml("iOS16")]}, ["a"]),
+        (BUDGET, {"export": [core_ml("iOS17")]}, {"export": [openvino("fp32")]}, ["a"]),
+        (BUDGET, {"export": [core_ml("iOS18")]}, {"export": [openvino("fp32")]}, ["a", "b"]),
+        (BUDGET, {"export": [core_ml("iOS17")]}, {"export": [core_ml("iOS16")]}, ["a", "b"]),
+        (BUDGET, {"export": [core_ml("iOS18", of="a")]}, {"export": [core_ml("iOS16", of="a")]}, ["a", "b"]),
+        (PLAIN, {"export": [core_ml("iOS18")]}, {"export": [core_ml("iOS16")]}, ["a", "b"]),
+    ],
+)
+def test_a_stage_is_taken_when_what_it_reads_of_evaluate_and_export_is_the_same(tmp_path, stage, before, now, taken):
+    other, folder = tmp_path / "other", tmp_path / "this"
+    folder.mkdir()
+    for name in "ab":
+        (other / "stages" / name).mkdir(parents=True)
+    stages = {"stages": [{"id": "a"}, stage]}
+    (other / "run.json").write_text(json.dumps(identity(**stages, **before)))
+    take_stages(folder, identity(**stages, **now), [other])
+    assert sorted(p.name for p in folder.glob("stages/*")) == taken
+
+
+def test_a_sweep_runs_every_point_once_and_trains_the_shared_stage_once(recipe, tmp_path):
+    axis = f"{KEEP}=0.7,0.5"
+    assert "encoder_params-0.5" in run(recipe, "--sweep", axis, "--dry-run").stdout
+    first = run(recipe, "--sweep", axis)
+    assert first.stderr.count("stage dense is the one of") == 1 and "jpqd_int8" in first.stdout
+    top = tmp_path / "run-sweep"
+    found = json.loads((top / "sweep.json").read_text())["points"]
+    assert [p["values"] for p in found] == [{KEEP: "0.7"}, {KEEP: "0.5"}]
+    reports = [json.loads((top / p["folder"] / "report.json").read_text()) for p in found]
+    baselines, pruned = ([r["variants"][i] for r in reports] for i in (0, 1))
+    assert baselines[0]["metrics"] == baselines[1]["metrics"]
+    assert pruned[0]["params"] > pruned[1]["params"]
+    assert [p["variants"][1]["params"] for p in found] == [v["params"] for v in pruned]
+
+    alone = yaml.safe_load(recipe.read_text())
+    alone["output"]["dir"] = str(tmp_path / "alone")
+    alone["stages"][1]["prune"]["keep"]["encoder_params"] = 0.5
+    run(tiny.write(alone, tmp_path / "alone.yaml"))
+    single = json.loads((tmp_path / "alone" / "report.json").read_text())
+    assert [v["metrics"] for v in single["variants"]] == [v["metrics"] for v in reports[1]["variants"]]
+    again = run(recipe, "--sweep", axis)
+    assert again.stderr.count("is finished") == 2

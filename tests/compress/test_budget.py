@@ -1,0 +1,207 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit.tiny_models import tiny
+
+from mptrain.compress.structure import budget as budget_module
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import Attention, Ffn, Structure, find_structure
+from mptrain.compress.structure.budget import Budget
+from mptrain.core.errors import UserError
+from mptrain.recipe import Keep
+
+
+def attention(index, units, cost=7, prunable=True):
+    names = {n: f"{index}.{n}" for n in ("layer", "q", "k", "v", "o", "module")}
+    return Attention(
+        **names,
+        index=index,
+        heads=units,
+        kv_heads=units,
+        head_dim=1,
+        hidden=1,
+        unit_params=cost,
+        fixed_params=2,
+        family="bert",
+        prunable=prunable,
+    )
+
+
+def ffn(index, width, cost=3, prunable=True):
+    return Ffn(str(index), index, ("i",), "o", width, 1, unit_params=cost, fixed_params=1, prunable=prunable)
+
+
+def random_importance(structure, seed=0):
+    rng = np.random.default_rng(seed)
+    found = {"heads": {}, "ffn": {}}
+    for kind, block in structure.prunable():
+        found[kind][block.index] = rng.exponential(size=block.units)
+    return found
+
+
+def value(kept, importance):
+    return sum(importance[k][i][u].sum() for k in ("heads", "ffn") for i, u in kept.of(k).items())
+
+
+def cost(structure, kept):
+    return sum(costs.params(b, kept.count(k, b)) for k, b in structure.blocks())
+
+
+def brute_force(structure, importance, limit, floors, step):
+    """The best value over all widths of all blocks; with a width the best units are clear."""
+    choices = []
+    for kind, block in structure.prunable():
+        scores = np.sort(importance[kind][block.index])[::-1]
+        floor = min(floors[kind], block.units)
+        allowed = [
+            n
+            for n in range(1, block.units + 1)
+            if n >= floor and (kind == "heads" or n % step == 0 or n == block.units)
+        ]
+        choices.append([(costs.params(block, n), scores[:n].sum()) for n in allowed])
+    fixed = sum(costs.params(b, b.units) for _, b in structure.blocks() if not b.prunable)
+    return max(
+        (sum(v for _, v in pick) for pick in itertools.product(*choices) if fixed + sum(c for c, _ in pick) <= limit),
+        default=None,
+    )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    heads=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    unit_costs=st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12)),
+    keep=st.integers(50, 1000).map(lambda n: n / 1000),
+    floors=st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    step=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_is_the_optimum(heads, widths, unit_costs, keep, floors, step, seed):
+    blocks = [attention(i, n, unit_costs[0]) for i, n in enumerate(heads)]
+    channels = [ffn(i, n, unit_costs[1 + i]) for i, n in enumerate(widths)]
+    structure = Structure("bert", blocks, channels)
+    importance = random_importance(structure, seed)
+    total = cost(structure, budget_module.Kept())
+    best = brute_force(structure, importance, keep * total + 1e-9, {"heads": floors[0], "ffn": floors[1]}, step)
+    arguments = {"min_heads": floors[0], "min_ffn": floors[1], "round_ffn": step}
+    if best is None:
+        with pytest.raises(UserError, match="cannot be reached"):
+            Budget(structure, Keep(encoder_params=keep), **arguments)
+        return
+    search = Budget(structure, Keep(encoder_params=keep), **arguments)
+    kept = search.search(importance)
+    assert cost(structure, kept) <= keep * total + 1e-9
+    assert value(kept, importance) == pytest.approx(best)
+    assert search.fraction(kept)["encoder_params"] == pytest.approx(cost(structure, kept) / total)
+    kept.check(structure)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.33, 0.5, 0.77, 0.95])
+def test_large_costs_are_near_the_optimum_and_use_the_budget(keep):
+    """BERT-base sizes need more cells than there are: checked against the best of all numbers of heads."""
+    blocks = [attention(i, 12, cost=196_800) for i in range(12)]
+    channels = [ffn(i, 3072, cost=1537) for i in range(12)]
+    structure = Structure("bert", blocks, channels)
+    importance = random_importance(structure)
+    search = Budget(structure, Keep(encoder_params=keep), min_ffn=8, round_ffn=8)
+    kept = search.search(importance)
+    total = cost(structure, budget_module.Kept())
+    addable = [196_800 if k == "heads" else 8 * 1537 for k, b in structure.blocks() if kept.count(k, b) < b.units]
+    assert 0 <= keep * total - cost(structure, kept) < min(addable)  # nothing that was cut would still fit
+
+    # two kinds of equal cost: with k heads given, the best chunks of 8 that fit are the optimum
+    heads = np.sort(np.concatenate([np.sort(importance["heads"][i])[::-1][1:] for i in range(12)]))[::-1]
+    first = sum(importance["heads"][i].max() for i in range(12))
+    chunks = [np.sort(importance["ffn"][i])[::-1].reshape(-1, 8).sum(1) for i in range(12)]
+    rest = np.sort(np.concatenate([c[1:] for c in chunks]))[::-1].cumsum()
+    first += sum(c[0] for c in chunks)
+    room = keep * total - 12 * (2 + 1 + 196_800 + 8 * 1537)
+    best = 0.0
+    for k in range(min(132, int(room // 196_800)) + 1):
+        fit = min(len(rest), int((room - k * 196_800) // (8 * 1537)))
+        best = max(best, first + heads[:k].sum() + (rest[fit - 1] if fit else 0.0))
+    assert best * 0.9995 <= value(kept, importance) <= best * (1 + 1e-9)
+
+
+def test_everything_or_nothing_is_special():
+    structure = Structure("bert", [attention(0, 4)], [ffn(0, 13)])
+    importance = {"heads": {0: np.zeros(4)}, "ffn": {0: np.zeros(13)}}
+    search = Budget(structure, Keep(encoder_params=1.0), min_ffn=4, round_ffn=4)
+    assert search.search(importance).ffn[0] == list(range(13))  # also what is worth nothing, while it fits
+    half = Budget(structure, Keep(encoder_params=0.5), min_ffn=4, round_ffn=4)
+    assert half.search(importance, ease=0.0).heads[0] == [0, 1, 2, 3]
+    kept = half.search(importance)
+    assert 0.4 < half.fraction(kept)["encoder_params"] <= 0.5
+
+
+def test_ease_moves_the_budget():
+    structure = Structure("bert", [attention(i, 8) for i in range(2)], [ffn(i, 64) for i in range(2)])
+    search = Budget(structure, Keep(encoder_params=0.4))
+    importance = random_importance(structure)
+    fractions = [search.fraction(search.search(importance, ease))["encoder_params"] for ease in (0, 0.25, 0.5, 1)]
+    for ease, fraction in zip((0, 0.25, 0.5, 1), fractions):
+        assert 1 - 0.6 * ease - 0.01 < fraction <= 1 - 0.6 * ease
+
+
+def test_heads_and_ffn_are_two_budgets():
+    structure = Structure("bert", [attention(i, 8) for i in range(2)], [ffn(i, 64) for i in range(2)])
+    search = Budget(structure, Keep(heads=0.25, ffn=0.75), round_ffn=8)
+    kept = search.search(random_importance(structure))
+    assert search.fraction(kept) == {"heads": 0.25, "ffn": 0.75}
+    assert all(len(units) % 8 == 0 for units in kept.ffn.values())
+
+
+def test_ignored_blocks_count_but_stay():
+    structure = Structure("bert", [attention(0, 4), attention(1, 4, prunable=False)], [ffn(0, 10), ffn(1, 10)])
+    search = Budget(structure, Keep(encoder_params=0.6))
+    kept = search.search(random_importance(structure))
+    assert set(kept.heads) == {0}
+    assert cost(structure, kept) <= 0.6 * cost(structure, budget_module.Kept())
+    with pytest.raises(UserError, match=r"ignored layers at least 0\.386"):
+        Budget(structure, Keep(encoder_params=0.3))
+
+
+def test_macs_weigh_attention_by_length():
+    structure = find_structure(tiny("bert"))
+    importance = {"heads": {i: np.ones(4) for i in range(2)}, "ffn": {i: np.ones(48) for i in range(2)}}
+    short = Budget(structure, Keep(macs=0.5), length=8)
+    long = Budget(structure, Keep(macs=0.5), length=4096)
+    channels = [sum(map(len, b.search(importance).ffn.values())) for b in (short, long)]
+    assert channels[0] < channels[1] == 96  # at length 4096 a channel costs next to nothing
+    for b, length in ((short, 8), (long, 4096)):
+        kept = b.search(importance)
+        full = sum(row["macs"] for row in costs.layer_costs(structure, length))
+        left = sum(row["macs"] for row in costs.layer_costs(structure, length, kept))
+        assert left / full == pytest.approx(b.fraction(kept)["macs"]) and left / full <= 0.5
+
+
+def test_latency_from_a_table():
+    structure = find_structure(tiny("bert"))
+    table = {"attention/32/8/1": {"1": 1.0, "4": 4.0}, "ffn/32/1": {"1": 0.5, "24": 0.4, "48": 6.0}}
+    assert costs.latency(structure.attention[0], 2, table) == 2.0
+    assert costs.latency(structure.ffn[0], 24, table) == 0.5  # never less than for fewer channels
+    assert costs.latency(structure.ffn[0], 36, table) == pytest.approx(3.25)
+    search = Budget(structure, Keep(latency=0.5), latency=table, round_ffn=8)
+    kept = search.search(random_importance(structure))
+    assert 0.4 < search.fraction(kept)["latency"] <= 0.5
+    with pytest.raises(UserError, match="latency table"):
+        Budget(structure, Keep(latency=0.5))
+
+
+def test_round_up():
+    search = Budget(
+        Structure("bert", [attention(0, 4)], [ffn(0, 21)]), Keep(encoder_params=1.0), min_ffn=6, round_ffn=8
+    )
+    _, block = search.structure.blocks()[1]
+    assert [search.round_up("ffn", block, n) for n in (0, 1, 8, 9, 16, 17, 21)] == [8, 8, 8, 16, 16, 21, 21]
+
+
+def test_bad_importance_is_refused():
+    structure = Structure("bert", [attention(0, 4)], [ffn(0, 4)])
+    search = Budget(structure, Keep(encoder_params=0.5))
+    for bad in (np.ones(3), np.array([1, -1, 1, 1.0]), np.array([1, np.nan, 1, 1])):
+        with pytest.raises(ValueError, match="importance"):
+            search.search({"heads": {0: bad}, "ffn": {0: np.ones(4)}})

@@ -1,0 +1,68 @@
+"""A finished report as the input of `mptrain report`, whose folder may not be the user's to write."""
+
+import errno
+import json
+import re
+
+import pytest
+from kit import report_sample as sample
+
+from mptrain.core.errors import UserError
+from mptrain.report import words
+from mptrain.report.render.files import read, render
+from mptrain.report.tables import results
+
+
+def test_a_folder_that_cannot_be_written_is_said_with_the_fix(tmp_path, monkeypatch):
+    report = sample.report()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)  # a mode would not stop root
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(str(tmp_path))}: cannot be written \(Permission denied\)\. .*copy"
+    ):
+        render(report, tmp_path)
+
+
+def test_a_folder_that_is_none_or_holds_a_folder_in_place_of_a_page(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"report.json: cannot be written \(Not a directory\)"):
+        render(sample.report(), tmp_path / "report.json")
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        render(sample.report(), tmp_path)
+
+
+def test_a_full_disk_is_no_wrong_input(tmp_path, monkeypatch):
+    report = sample.report()
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        render(report, tmp_path)
+
+
+def test_a_report_of_another_version_is_said(tmp_path):
+    old = sample.report()
+    del old["history"]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="it lacks history, for another version of mptrain wrote it"):
+        read(tmp_path)
+
+
+def test_larger_is_not_called_smaller():
+    assert (words.smaller(5.24), words.smaller(0.88), words.smaller(None)) == (
+        "5.24× smaller", "1.14× larger", "n/a smaller",
+    )  # fmt: skip
+
+
+def test_a_sweep_of_runs_without_compression_shows_the_baselines():
+    report = sample.report()
+    baseline = {**report["variants"][0], "metric": "accuracy", **report["variants"][0]["metrics"]["accuracy"]}
+    point = {"values": {"lr": "1"}, "folder": "x", "gates_passed": True, "variants": [baseline], "comparisons": []}
+    (row,) = results.sweep({"points": [point]}).rows
+    assert [cell.text for cell in row][:2] == ["1", "baseline_fp32"]

@@ -1,0 +1,158 @@
+"""Two gloo processes under `accelerate launch`: the same losses and structure as one with accumulation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from kit import tiny
+
+from mptrain.compress.weights import records
+from mptrain.models import artifact
+from mptrain.recipe import file
+
+CONFIGS = file.folder("configs")
+
+
+def launch(*words, timeout=400, config="gloo-2cpu"):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(CONFIGS / f"accelerate-{config}.yaml"), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def recipe(folder, name, **train):
+    described = tiny.jpqd(folder)
+    described["model"]["dropout"] = 0.0  # ranks draw different dropout masks
+    for stage in described["stages"]:
+        stage["train"] |= {"epochs": 2, "log_steps": 1, **train}
+    described["export"][0]["precision"] = ["fp32", "int8"]
+    described["gates"] = {"fused_attention": None}
+    described["output"]["dir"] = str(folder / name)
+    return tiny.write(described, folder / f"{name}.yaml")
+
+
+def test_two_processes_match_one_with_accumulation(tmp_path):
+    two = launch("-m", "mptrain", "recipe", recipe(tmp_path, "two", batch_size=4))
+    assert two.returncode == 0, two.stderr[-4000:]
+    assert two.stdout.count("Report: ") == 1, "only one rank prints"
+    one = launch("-m", "mptrain", "recipe", recipe(tmp_path, "one", batch_size=4, accumulation=2), config="1cpu")
+    assert one.returncode == 0, one.stderr[-4000:]
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    losses = [[(r["stage"], r["step"], r["loss"]) for r in report["history"] if "loss" in r] for report in reports]
+    assert len(losses[0]) == len(losses[1]) > 50
+    for (stage, step, a), (stage_2, step_2, b) in zip(*losses):
+        assert (stage, step) == (stage_2, step_2)
+        assert a == pytest.approx(b, rel=1e-5), (stage, step)
+    assert reports[0]["structure"] == reports[1]["structure"]
+    again = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml")
+    assert again.returncode == 0 and again.stdout.count("Report: ") == 1, again.stderr[-4000:]
+    refused = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml", config="1cpu")
+    assert refused.returncode != 0 and "processes was 2 and is 1" in refused.stderr
+
+
+def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
+    described = tiny.jpqd(tmp_path)
+    block = {"mode": "weight_only", "method": "gptq", "block_size": 16}
+    described["stages"] = [
+        {"id": "int4", "from": "model", "quantize": block},
+        {"id": "skm", "from": "model", "palettize": {"method": "skm", "bits": 3, "group_size": 8}},
+    ]
+    described["export"] = [
+        {"id": "ov", "format": "openvino", "of": ["int4", "skm"], "precision": ["fp32", "compressed"]}
+    ]
+    described["gates"] = {"fused_attention": None}
+    for name, config in (("one", "1cpu"), ("two", "gloo-2cpu")):
+        path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")
+        done = launch("-m", "mptrain", "recipe", path, config=config)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for stage in ("int4", "skm"):
+        a, b = (records.of(artifact.load(tmp_path / n / phase_model(tmp_path / n, stage))) for n in ("one", "two"))
+        assert a.keys() == b.keys() and len(a) > 10
+        for name in a:
+            for part, value in vars(a[name]).items():
+                other = vars(b[name])[part]
+                assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_tables_trained_by_two_processes_match_those_of_one_with_accumulation(tmp_path):
+    described = tiny.jpqd(tmp_path)
+    described["model"]["dropout"] = 0.0
+    dense, jpqd = described["stages"]
+    tables = {"method": "skm", "bits": 3, "group_size": 8, "finetune": {"refresh": 5}}
+    tuned = {"id": "tuned", "teacher": dense["id"], "distill": {"weight": 0.9}, "palettize": tables}
+    described["stages"] = [dense, tuned | {"train": dict(jpqd["train"])}]
+    described["export"] = [{"id": "ov", "format": "openvino", "of": ["dense", "tuned"], "precision": ["fp32"]}]
+    described["gates"] = {"fused_attention": None}
+    for name, config, accumulation in (("one", "1cpu", 2), ("two", "gloo-2cpu", 1)):
+        for stage in described["stages"]:
+            stage["train"] |= {"epochs": 2, "log_steps": 1, "batch_size": 4, "accumulation": accumulation}
+        path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")
+        done = launch("-m", "mptrain", "recipe", path, config=config)
+        assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two")]
+    losses = [[r["loss"] for r in report["history"] if r["stage"] == "tuned" and "loss" in r] for report in reports]
+    assert len(losses[0]) > 20 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, two = (records.of(artifact.load(tmp_path / n / phase_model(tmp_path / n, "tuned"))) for n in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 10
+    for name, record in one.items():
+        torch.testing.assert_close(two[name].lut, record.lut, rtol=1e-3, atol=1e-4)
+        assert float((two[name].indices == record.indices).float().mean()) > 0.99
+
+
+def phase_model(run, stage):
+    return json.loads((run / "report.json").read_text())["checkpoints"][stage]
+
+
+def test_a_launch_that_silently_runs_one_process_is_refused(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["-m", "mptrain", "recipe", str(recipe(tmp_path, "run"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "asked for 2 processes but 1 run" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failing_rank_ends_all(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mptrain.train import stage, phase\n"
+        "def fail(*a, **k): raise RuntimeError('rank 1 breaks')\n"
+        "if os.environ['RANK'] == '1': phase.PhaseTrainer.training_step = fail\n"
+        "from mptrain.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = launch(script, "recipe", recipe(tmp_path, "run"))
+    assert done.returncode != 0 and "rank 1 breaks" in done.stderr
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.long
+def test_two_processes_killed_and_resumed_leave_the_same_history(tmp_path):
+    """Also the sums of losses that were not logged yet, which differ between the processes."""
+    whole = launch("-m", "mptrain", "recipe", recipe(tmp_path, "whole", batch_size=4, log_steps=5))
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(CONFIGS / "accelerate-gloo-2cpu.yaml"), "-m", "mptrain", "recipe"]
+    killed = recipe(tmp_path, "killed", batch_size=4, log_steps=5)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, str(killed)], **quiet)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").glob("stages/jpqd/0-warmup/checkpoint-7/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    # the launcher puts its workers into sessions of their own, where they would go on without it
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        victim.kill()
+    process.wait()
+    again = launch("-m", "mptrain", "recipe", killed)
+    assert again.returncode == 0 and "resuming jpqd/warmup" in again.stderr, again.stderr[-4000:]
+    a, b = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("whole", "killed"))
+    assert a["history"] == b["history"]
+    assert [v["metrics"] for v in a["variants"]] == [v["metrics"] for v in b["variants"]]

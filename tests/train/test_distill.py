@@ -1,0 +1,95 @@
+"""The distillation loss against its definition written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+from mptrain.core.errors import ModelError
+from mptrain.recipe import Distill
+from mptrain.train.distill import Distiller, kl_divergence
+
+
+def test_kl_divergence_is_the_definition():
+    student, teacher, t = [1.0, -2.0], [0.5, 0.25], 3.0
+    p = [math.exp(x / t) for x in teacher]
+    q = [math.exp(x / t) for x in student]
+    p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+    expected = t * t * sum(a * math.log(a / b) for a, b in zip(p, q))
+    got = kl_divergence(torch.tensor([student]), torch.tensor([teacher]), t)
+    assert float(got) == pytest.approx(expected, rel=1e-5)
+
+
+class Fixed(nn.Module):
+    """A teacher with given outputs."""
+
+    def __init__(self, **outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, **inputs):
+        assert "labels" not in inputs
+        return self.outputs
+
+
+def test_loss_is_mixed_by_weight():
+    logits = torch.randn(4, 3)
+    terms = Distiller(Fixed(logits=torch.randn(4, 3)), Distill(weight=0.75))(
+        {"labels": torch.zeros(4)}, {"logits": logits}, torch.tensor(2.0)
+    )
+    assert float(terms.total) == pytest.approx(0.25 * 2.0 + 0.75 * float(terms.distill))
+    assert float(terms.task) == 2.0
+
+
+def test_only_labelled_positions_count():
+    student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    labels = torch.tensor([[1, -100, 2, -100, -100], [-100, 0, -100, -100, -100]])
+    terms = Distiller(Fixed(logits=teacher), Distill(weight=1, temperature=1))(
+        {"labels": labels}, {"logits": student}, torch.tensor(0.0)
+    )
+    keep = labels != -100
+    assert float(terms.total) == pytest.approx(float(kl_divergence(student[keep], teacher[keep], 1.0)))
+
+
+def test_causal_models_compare_the_logits_that_predict_the_next_label():
+    student, teacher = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+    labels = torch.tensor([[-100, -100, 3, 4]])
+    terms = Distiller(Fixed(logits=teacher), Distill(weight=1, temperature=1), causal=True)(
+        {"labels": labels}, {"logits": student}, torch.tensor(0.0)
+    )
+    assert float(terms.total) == pytest.approx(float(kl_divergence(student[:, 1:3], teacher[:, 1:3], 1.0)))
+
+
+def config(**kwargs):
+    return BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, vocab_size=50, **kwargs
+    )
+
+
+def test_hidden_and_attention_terms_vanish_only_for_equal_models():
+    model = BertForSequenceClassification._from_config(config(), attn_implementation="eager").eval()
+    wide = config(initializer_range=1.0)
+    other = BertForSequenceClassification._from_config(wide, attn_implementation="eager").eval()
+    batch = {
+        "input_ids": torch.randint(0, 50, (2, 6)),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3]),
+        "labels": torch.tensor([0, 1]),
+    }
+    for hidden, attention in ((1.0, 0.0), (0.0, 1.0)):
+        settings = Distill(weight=0, hidden=hidden, attention=attention)
+        same, differs = Distiller(model, settings), Distiller(other, settings)
+        outputs = model(**batch, **same.extra_outputs())
+        assert float(same(batch, outputs, outputs["loss"]).total) == pytest.approx(float(outputs["loss"]))
+        assert float(differs(batch, outputs, outputs["loss"]).total) > float(outputs["loss"]) + 1e-4
+
+
+def test_a_teacher_with_other_labels_is_refused():
+    teacher = BertForTokenClassification(config(num_labels=3))
+    student = BertForTokenClassification(config(num_labels=4))
+    batch = {"input_ids": torch.randint(0, 50, (2, 6)), "labels": torch.zeros(2, 6, dtype=torch.long)}
+    with pytest.raises(ModelError, match="same labels"):
+        Distiller(teacher, Distill())(batch, student(**batch), torch.tensor(0.0))

@@ -1,0 +1,158 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from kit.tiny_models import inputs, tiny
+from torch import nn
+
+from mptrain.compress.quantize import quantizers
+from mptrain.core.errors import ExportError
+from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.facts import facts, stored_types
+from mptrain.recipe import Qat
+from mptrain.verify.parity import compare
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """{precision: (torch model, runner)} of a tiny BERT whose second layer is left in fp32 when quantized."""
+    folder, model = tmp_path_factory.mktemp("ir"), tiny("bert")
+    q = quantizers.quantize(model, Qat(mode="qat", ignore=["encoder.layer.1"]), [inputs("bert")])
+    found = {}
+    for precision, source in (("fp32", model), ("int8", q)):
+        done = export_openvino(
+            source, inputs("bert"), folder / precision, precision=precision, embeddings="int8", processor=None
+        )
+        found[precision] = (source, Runner(done.xml, threads=1))
+    return found
+
+
+# -- facts
+
+
+def layers(model):
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_facts_of_a_plain_model(exported):
+    model, runner = exported["fp32"]
+    found = facts(runner)
+    assert (found["fused_attention"], found["attention_layers"]) == (2, 2)
+    assert found["int8_layers"] == []
+    assert set(found["fp32_layers"]) == layers(model)
+    assert found["inference_precision"] == "f32"
+    assert list(found["weight_types"]) == ["f32"]
+    # the classifier's weights and everything else; only position ids and the like are no weights
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    assert parameters <= found["weight_types"]["f32"] <= parameters + 200
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_facts_of_a_quantized_model(exported):
+    model, runner = exported["int8"]
+    found = facts(runner)
+    assert (found["fused_attention"], found["attention_layers"]) == (2, 2)
+    ignored = {name for name in layers(model) if "encoder.layer.1" in name}
+    assert set(found["fp32_layers"]) == ignored and len(ignored) == 6
+    assert set(found["int8_layers"]) == layers(model) - ignored
+    assert found["weight_types"]["i8"] > 0 and found["weight_types"]["f32"] > 0
+
+
+def test_attention_that_is_not_fused_is_seen(exported):
+    _, runner = exported["fp32"]
+    split = ov.Core().compile_model(runner.xml, "CPU", {"SNIPPETS_MODE": "DISABLE", "INFERENCE_PRECISION_HINT": "f32"})
+    found = facts(SimpleNamespace(compiled=split, xml=runner.xml, precision="f32"))
+    assert (found["fused_attention"], found["attention_layers"]) == (0, 2)
+
+
+def test_a_layer_with_only_its_weight_compressed_is_no_int8_layer(exported, tmp_path):
+    import nncf
+
+    from mptrain.core.silence import silenced
+
+    _, runner = exported["fp32"]
+    with silenced():
+        graph = nncf.compress_weights(ov.Core().read_model(runner.xml), mode=nncf.CompressWeightsMode.INT8_SYM)
+    ov.save_model(graph, tmp_path / "weights.xml", compress_to_fp16=False)
+    found = facts(Runner(tmp_path / "weights.xml"))
+    assert found["int8_layers"] == [] and len(found["fp32_layers"]) == 14
+    assert found["weight_types"]["i8"] > 10000
+
+
+def test_what_the_plugin_took_is_read_back(exported):
+    _, runner = exported["fp32"]
+    for hint in ("bf16", "f16"):
+        other = Runner(runner.xml, precision=hint)
+        assert other.precision in (hint, "bf16", "f32")  # a CPU without fp16 arithmetic may take bf16 for f16
+        assert facts(other)["inference_precision"] == other.precision
+
+
+def test_stored_types_counts_bytes():
+    constants = [ov.opset13.constant(np.zeros((3, 5), dtype)) for dtype in (np.float32, np.int8, np.float16, np.int64)]
+    model = ov.Model([ov.opset13.result(c) for c in constants], [])
+    assert stored_types(model) == {"f32": 60, "f16": 30, "i8": 15}
+
+
+# -- parity
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        return {name: v.numpy() for name, v in model(**batch).items() if isinstance(v, torch.Tensor)}
+
+
+def test_parity_of_the_ir(exported):
+    model, runner = exported["fp32"]
+    found = compare(model, runner, [inputs("bert", seed=i) for i in range(3)])
+    assert found["examples"] == 9 and found["argmax_agreement"] == 1
+    assert 0 <= found["mean_abs_diff"] <= found["max_abs_diff"] < 1e-5
+
+
+def test_parity_measures_what_differs():
+    model, batches = tiny("bert").train(), [inputs("bert", seed=i) for i in range(2)]
+
+    def off(batch):
+        logits = outputs(model.eval(), batch)["logits"]
+        logits[1, 2] += 100
+        return {"logits": logits}
+
+    expected = np.mean([outputs(model.eval(), b)["logits"][1].argmax() == 2 for b in batches])
+    model.train()
+    found = compare(model, off, batches)
+    assert found["max_abs_diff"] == pytest.approx(100, abs=1e-4)
+    assert found["mean_abs_diff"] == pytest.approx(100 / 9, abs=1e-4)
+    assert found["argmax_agreement"] == pytest.approx((2 + expected) / 3)
+    assert found["examples"] == 6
+    assert model.training
+
+
+def test_padding_is_not_compared():
+    model, batch = tiny("llama"), inputs("llama")
+
+    def off_at_padding(batch):
+        logits = outputs(model, batch)["logits"]
+        logits[batch["attention_mask"].numpy() == 0] = 1e6
+        return {"logits": logits}
+
+    assert compare(model, off_at_padding, [batch])["max_abs_diff"] == 0
+    assert compare(model, off_at_padding, [batch])["argmax_agreement"] == 1
+    batch.pop("attention_mask")
+    found = compare(model, lambda b: {"logits": outputs(model, b)["logits"] + 1}, [batch])
+    assert found["mean_abs_diff"] == pytest.approx(1, abs=1e-6)
+
+
+def test_other_shapes_are_refused_and_nan_is_not_hidden():
+    model = tiny("bert")
+    with pytest.raises(ExportError, match=r"output logits: the exported model gives \(3, 2\)"):
+        compare(model, lambda b: {"logits": outputs(model, b)["logits"][:, :2]}, [inputs("bert")])
+
+    def with_nan(batch):
+        logits = outputs(model, batch)["logits"]
+        logits[0, 0] = np.nan
+        return {"logits": logits}
+
+    with pytest.raises(ExportError, match="output logits: 1 of 9 values of the exported model are not finite"):
+        compare(model, with_nan, [inputs("bert")])
