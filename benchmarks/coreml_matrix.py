@@ -24,8 +24,8 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from mptrain.core.disk import write_json
 from mptrain.export.coreml.convert import export_coreml
-from mptrain.flow.run_folder import write_json
 from mptrain.mil.interpreter import Interpreter
 from mptrain.recipe import CoreMlShapes
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Kept, Structure, find_structure
 from mptrain.compress.structure.shrink import shrink
+from mptrain.core.disk import write_json
 from mptrain.data.load import load_data
-from mptrain.flow.run_folder import write_json
 from mptrain.models import artifact
 from mptrain.models.load import load_processor
 
@@ -86,7 +86,7 @@ def _rows(dense: Tensor, pruned: Tensor) -> list[int]:
 
 
 def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
-    from mptrain.commands.sweep import take_stages
+    from mptrain.flow.reuse import take_stages
     from mptrain.flow.run_folder import check_identity
     from mptrain.recipe import file as recipe_file
     from mptrain.run import identity, run

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from mptrain.core.host import host
 from mptrain.flow.identity import versions
-from mptrain.measure.latency import host
 
 SHORTEST = 5e-3
 """seconds a timed stretch lasts at least; shorter work is repeated within it"""

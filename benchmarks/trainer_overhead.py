@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from mptrain.measure.latency import host
+from mptrain.core.host import host
 from mptrain.run import versions
 from mptrain.train.trainer import Trainer
 

@@ -375,7 +375,7 @@ def _export(options: argparse.Namespace) -> int:
         allow_code=options.allow_code,
     )
     if target is not None:
-        from mptrain.flow.run_folder import write_json
+        from mptrain.core.disk import write_json
 
         write_json(target, facts)
     compared = facts["parity"]
@@ -423,7 +423,7 @@ def _inspect(options: argparse.Namespace) -> int:
     )
     Console(width=None if sys.stdout.isatty() else 120).print(inspection(facts))
     if target is not None:
-        from mptrain.flow.run_folder import write_json
+        from mptrain.core.disk import write_json
 
         write_json(target, facts)
         print(f"Written: {target}")
@@ -447,7 +447,7 @@ def _verify(options: argparse.Namespace) -> int:
     facts = verify(Path(options.package), precision=options.precision or "stored", model=model)
     Console(width=None if sys.stdout.isatty() else 120).print(package(facts))
     if target is not None:
-        from mptrain.flow.run_folder import write_json
+        from mptrain.core.disk import write_json
 
         write_json(target, facts)
         print(f"Written: {target}")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mptrain.commands.sweep import check_reuse, take_stages
+from mptrain.core.disk import read_json, write_json
 from mptrain.core.errors import DataError, GateFailed
+from mptrain.core.host import host
 from mptrain.core.silence import import_unreported
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import load_data
@@ -20,10 +21,10 @@ from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_exports
 from mptrain.flow import preflight
 from mptrain.flow.identity import identity, versions
-from mptrain.flow.run_folder import check_identity, clear, locked, read_json, write_json
+from mptrain.flow.reuse import check_reuse, take_stages
+from mptrain.flow.run_folder import check_identity, clear, locked
 from mptrain.flow.stage import Context, compressed_facts, keep_start, run_phase, structure_facts
 from mptrain.flow.variants import Variants
-from mptrain.measure.latency import host
 from mptrain.models.load import load_processor, read_config
 from mptrain.recipe import Recipe, cache_of
 from mptrain.recipe.plan import phases

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mptrain.compress.base import is_quantized
 from mptrain.core.errors import UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.core.silence import import_unreported
 from mptrain.data.tasks.base import Batch
 from mptrain.export.formats import Source, format_of

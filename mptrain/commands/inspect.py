@@ -21,10 +21,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ModelError, UserError
-from mptrain.measure.latency import host
+from mptrain.core.hooks import is_quantized
+from mptrain.core.host import host
 from mptrain.models.samples import Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern

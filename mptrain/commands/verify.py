@@ -16,8 +16,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.base import is_quantized
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.export.coreml.half import counted
 from mptrain.export.torch.texts import Texts
 from mptrain.export.torch.traceable import Positional, without_cache

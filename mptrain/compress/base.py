@@ -24,13 +24,6 @@ from torch import nn
 if TYPE_CHECKING:
     from mptrain.precision import MasterWeights
 
-HOOKS = "__nncf_hooks"
-"""The submodule in which NNCF keeps a model's quantizers; known here so that asking for it does not import NNCF."""
-
-
-def is_quantized(model: nn.Module) -> bool:
-    return HOOKS in model._modules
-
 
 class Compressor(Protocol):
     """A method that acts on a model while it trains. Tensors in states are detached CPU copies."""

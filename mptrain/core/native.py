@@ -10,7 +10,6 @@ the others wait for it.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from mptrain.data.sources.packaged import cache_folder
+from mptrain.core.disk import cache_folder, held
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +73,7 @@ def build(source: Path, flags: Sequence[str], *, link: Sequence[str] = (), folde
         if library.is_file():
             return library
         folder.mkdir(parents=True, exist_ok=True)
-        with library.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with held(library.with_suffix(".lock")):
             if not library.is_file():
                 _compile(compiler, source, flags, link, library)
     except subprocess.CalledProcessError as error:

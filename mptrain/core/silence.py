@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from mptrain.core.patch import replaced
+
 
 def import_unreported(package: str) -> None:
     """Import a package whose import alone would report its use to a server (OpenVINO)."""
@@ -49,18 +51,6 @@ def silenced() -> Iterator[None]:
             yield
         finally:
             nncf_logger.setLevel(level)
-
-
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    saved = {name: owner.__dict__[name] for name in attributes}
-    try:
-        for name, value in attributes.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in saved.items():
-            setattr(owner, name, value)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mptrain.core.disk import sha256
 from mptrain.core.errors import ModelError
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.load import TaskData
@@ -104,7 +105,6 @@ def _pinned(path: str) -> bool:
 
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None

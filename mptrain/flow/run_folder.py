@@ -1,7 +1,7 @@
 """The folder of a run: one live run at a time, and proof that a resume continues the same run.
 
 run.json      what the run is (identity.py)
-lock          held with flock while a run is alive; the kernel frees it on any death
+lock          held while a run is alive; the kernel frees it on any death
 stages/…      one folder per phase: checkpoints, log, and when done the model
 export/…      one folder per variant
 report.*      the result
@@ -9,18 +9,16 @@ report.*      the result
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mptrain.core.errors import MptrainError, ResumeError, UserError
+from mptrain.core.disk import Busy, held_at_once, is_held, read_json, write_json
+from mptrain.core.errors import ResumeError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -28,60 +26,29 @@ IDENTITY = "run.json"
 LOCK = "lock"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write so that the file is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MptrainError(f"{path}: cannot be read ({error}). Start again with --fresh.") from None
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
     """Make the folder if needed and hold its lock. Raises UserError when it is in use or not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = held_at_once(folder / LOCK)
+        lock.__enter__()
+    except Busy as holder:
+        raise UserError(
+            f"{folder} is in use by another live run (process {holder}). Wait for it, stop it,"
+            " or give this run another folder with --set output.dir=DIR."
+        ) from None
     except OSError as error:
         raise _not_writable(folder, error) from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise _not_writable(folder, error) from None
-            holder = os.read(handle, 100).decode("ascii", "replace").strip() or "unknown"
-            raise UserError(
-                f"{folder} is in use by another live run (process {holder}). Wait for it, stop it,"
-                " or give this run another folder with --set output.dir=DIR."
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield folder
     finally:
-        os.close(handle)
+        lock.__exit__(None, None, None)
 
 
 def is_live(folder: Path) -> bool:
     """Whether a process holds the lock of the run in folder."""
-    try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-    finally:
-        os.close(handle)
+    return is_held(folder / LOCK)
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
@@ -92,7 +59,7 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
 
 def clear(folder: Path) -> None:
     """Delete an earlier run, and nothing that is not one. Needs the lock. Raises UserError."""
-    entries = [p for p in folder.iterdir() if p.name != LOCK]
+    entries = [p for p in folder.iterdir() if p.name not in (LOCK, f".{LOCK}-holder")]
     if entries and not (folder / IDENTITY).is_file():
         raise UserError(
             f"--fresh: {folder} is not empty and holds no run of mptrain, so nothing was deleted."

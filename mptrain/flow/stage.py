@@ -32,8 +32,8 @@ from mptrain.compress.structure.blocks import Structure, find_structure
 from mptrain.compress.structure.shrink import linear_slices, shrink
 from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.compress.weights.table_training import TableTrainer
+from mptrain.core.disk import read_json, write_json
 from mptrain.data.load import TaskData
-from mptrain.flow.run_folder import read_json, write_json
 from mptrain.models import artifact
 from mptrain.models.load import load_model
 from mptrain.recipe import CoreMl, Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
@@ -217,7 +217,7 @@ def _latency_table(context: Context, phase: Phase, structure: Structure, extents
     path = context.folder / phase.folder / "latency.json"
     if context.peers.is_main_process and not path.is_file():
         from mptrain.compress.structure.latency import measure_latency
-        from mptrain.measure.latency import thread_count
+        from mptrain.core.host import thread_count
 
         threads = thread_count(context.recipe.evaluate.latency.threads[0])
         write_json(path, measure_latency(structure, extents, threads=threads))

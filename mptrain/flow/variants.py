@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import find_structure
+from mptrain.core.disk import read_json, write_json
 from mptrain.core.errors import ModelError
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.metrics import Score
 from mptrain.export.formats import Format, Source, format_of
-from mptrain.flow.run_folder import read_json, write_json
 from mptrain.flow.stage import Context
 from mptrain.measure import floor
 from mptrain.measure import latency as measure

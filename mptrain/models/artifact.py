@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.structure.blocks import find_structure, kept_from_counts
 from mptrain.compress.structure.families import FAMILIES
 from mptrain.compress.structure.shrink import shrink
 from mptrain.compress.weights import records
 from mptrain.core.errors import ModelError, MptrainError, UserError
+from mptrain.core.hooks import is_quantized
 
 VERSION = 1
 CONFIG = "config.json"

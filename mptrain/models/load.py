@@ -36,8 +36,8 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from mptrain.compress.base import is_quantized
 from mptrain.core.errors import ModelError
+from mptrain.core.hooks import is_quantized
 from mptrain.data.sources import packaged
 from mptrain.models.head import fit_head
 from mptrain.recipe import Model

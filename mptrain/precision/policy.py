@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mptrain.compress.base import HOOKS
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.hooks import HOOKS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NORMS = "norms"

@@ -7,7 +7,6 @@ told from a good checkpoint, and the one before is used instead.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mptrain.core.disk import sha256
 from mptrain.core.errors import TrainingError, UserError
 from mptrain.models.artifact import unique_tensors
 
@@ -121,7 +121,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def seal(folder: Path, **facts: Any) -> None:
     """Write the manifest: the checkpoint is whole from here on."""
     files = {
-        str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)}
+        str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)}
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }
@@ -140,7 +140,7 @@ def fault(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes, expected {expected['size']}"
-            if _sha256(path) != expected["sha256"]:
+            if sha256(path) != expected["sha256"]:
                 return f"{name} is damaged (its SHA-256 differs)"
     except FileNotFoundError:
         return "it was not finished" if folder.is_dir() else "there is no such folder"
@@ -192,8 +192,3 @@ def _is_foreign(folder: Path) -> bool:
 
 def facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mptrain.compress.base import HOOKS
+from mptrain.core.hooks import HOOKS
 from mptrain.data.tasks.base import TARGETS, Batch
 
 FILES = "peaks-*.safetensors"  # one to each process

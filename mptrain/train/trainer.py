@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from mptrain.compress.base import HOOKS, Compressor, is_quantized
+from mptrain.compress.base import Compressor
 from mptrain.core.errors import UserError
+from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.precision import MasterWeights
 from mptrain.precision.casting import cast
 from mptrain.precision.half import computing_in

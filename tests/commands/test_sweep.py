@@ -11,8 +11,9 @@ import yaml
 from jobs.test_run import run
 from kit import tiny
 
-from mptrain.commands.sweep import points, take_stages
+from mptrain.commands.sweep import points
 from mptrain.core.errors import RecipeError
+from mptrain.flow.reuse import take_stages
 
 KEEP = "stages.jpqd.prune.keep.encoder_params"
 

@@ -12,8 +12,8 @@ from kit.tiny_models import inputs, tiny
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.weights import records
 from mptrain.compress.weights.records import BlockQuantized, Palettized
+from mptrain.core.disk import size
 from mptrain.core.errors import ExportError, ModelError, UserError
-from mptrain.core.folder import size
 from mptrain.export.coreai import facts as verify
 from mptrain.export.coreai.convert import Runner, export_coreai
 from mptrain.export.coreai.weights import stored_bits

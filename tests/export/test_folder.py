@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from mptrain.core.folder import whole
+from mptrain.core.disk import whole
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mptrain.core.folder import whole
+from mptrain.core.disk import whole
 
 with whole(Path(sys.argv[1])) as scratch:
     (scratch / "half").write_text("")

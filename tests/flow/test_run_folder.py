@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from mptrain.core.disk import write_json
 from mptrain.core.errors import ResumeError, UserError
-from mptrain.flow.run_folder import check_identity, clear, locked, write_json
+from mptrain.flow.run_folder import check_identity, clear, locked
 
 IDENTITY = {
     "recipe": {"seed": 1, "stages": [{"id": "dense", "train": {"lr": 0.1}}]},
@@ -36,7 +37,7 @@ def test_a_second_live_run_is_refused_and_a_dead_ones_lock_taken_over(tmp_path):
         holder.wait()
         holder.stdout.close()
     with locked(tmp_path):
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".lock-holder").read_text() == f"{os.getpid()}\n"
 
 
 def test_the_identity_names_what_changed(tmp_path):
@@ -67,7 +68,7 @@ def test_fresh_deletes_an_earlier_run(tmp_path):
     write_json(tmp_path / "stages" / "dense" / "done.json", {})
     with locked(tmp_path):
         clear(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+        assert {p.name for p in tmp_path.iterdir()} == {"lock", ".lock-holder"}
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):

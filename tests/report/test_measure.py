@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mptrain.core import host
 from mptrain.measure import latency
 from mptrain.recipe import Latency
 
@@ -42,7 +43,7 @@ def example(batch: int, length: int) -> dict[str, list[list[int]]]:
 
 
 def test_grid_medians_and_keys(clock, monkeypatch):
-    monkeypatch.setattr(latency, "usable_cpus", lambda: 7)
+    monkeypatch.setattr(host, "usable_cpus", lambda: 7)
     cfg = Latency(batch=[1, 8], length=[4, 16], threads=[1, "all"], runs=6)
     found = latency.latency(["a", "b"], clock.runner(a=0.2, b=0.4), example, cfg, budget_s=1e6)
     keys = {f"b{b}_s{s}_t{t}" for b in (1, 8) for s in (4, 16) for t in ("1", "all")}
@@ -135,14 +136,14 @@ CPU implementer\t: 0x41
 
 
 def test_flags_are_those_present():
-    assert latency.parse_cpuinfo(X86) == ("AMD EPYC 7571 32-Core", ["sse4_2", "avx", "avx2", "fma", "f16c"])
-    assert latency.parse_cpuinfo(ARM)[1] == ["asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"]
+    assert host.parse_cpuinfo(X86) == ("AMD EPYC 7571 32-Core", ["sse4_2", "avx", "avx2", "fma", "f16c"])
+    assert host.parse_cpuinfo(ARM)[1] == ["asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"]
 
 
 def test_host_describes_this_machine():
-    host = latency.host()
-    assert 1 <= host["cores_usable"] <= host["cores"]
-    assert host["ram_bytes"] > 2**28
-    assert all(isinstance(host[key], str) and host[key] for key in ("cpu", "os", "machine", "python"))
+    found = host.host()
+    assert 1 <= found["cores_usable"] <= found["cores"]
+    assert found["ram_bytes"] > 2**28
+    assert all(isinstance(found[key], str) and found[key] for key in ("cpu", "os", "machine", "python"))
     present = Path("/proc/cpuinfo").read_text().split()
-    assert host["cpu_flags"] and set(host["cpu_flags"]) <= set(present)
+    assert found["cpu_flags"] and set(found["cpu_flags"]) <= set(present)

@@ -22,9 +22,9 @@ from kit import report_sample as sample
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from mptrain.core.disk import write_json
 from mptrain.core.errors import UserError
 from mptrain.data.tasks.metrics import Score
-from mptrain.flow.run_folder import write_json
 from mptrain.report import words
 from mptrain.report.render import files
 from mptrain.report.render.card import card

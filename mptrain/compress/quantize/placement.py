@@ -34,9 +34,9 @@ from nncf.torch.quantization.reference import torch_executor
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mptrain.compress.base import HOOKS
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
-from mptrain.core.silence import replaced
+from mptrain.core.hooks import HOOKS
+from mptrain.core.patch import replaced
 
 _ATTENTION = ["scaled_dot_product_attention", "matmul", "bmm", "baddbmm"]
 _EMBEDDING = ["embedding"]

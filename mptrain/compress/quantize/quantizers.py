@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.base import HOOKS, is_quantized
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.structure.shrink import LinearSlice
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.core.silence import silenced
 from mptrain.recipe import Ptq, Qat
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from mptrain.compress.base import HOOKS
 from mptrain.compress.structure.families import FAMILIES, Family
 from mptrain.core.errors import ModelError
+from mptrain.core.hooks import HOOKS
 
 VERSION = 1
 

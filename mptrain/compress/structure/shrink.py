@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.structure.blocks import (
     Attention,
     Block,
@@ -25,6 +24,7 @@ from mptrain.compress.structure.blocks import (
 )
 from mptrain.compress.structure.families import FAMILIES
 from mptrain.core.errors import ModelError
+from mptrain.core.hooks import is_quantized
 
 
 @dataclass(frozen=True)

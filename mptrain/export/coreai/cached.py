@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.weights import records
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.export.coreai.convert import MASKED, Exported, converted, quiet, write
 from mptrain.export.coreai.weights import stored
 from mptrain.export.torch.cached_decoder import CachedDecoder

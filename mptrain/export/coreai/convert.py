@@ -30,10 +30,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from mptrain.compress.base import is_quantized
 from mptrain.compress.weights import records
+from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
-from mptrain.core.folder import size, whole
+from mptrain.core.hooks import is_quantized
 from mptrain.export.torch.traceable import Positional, traceable_masks, without_cache
 from mptrain.verify import overflow
 from mptrain.verify.programs import exported

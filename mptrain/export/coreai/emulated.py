@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mptrain.core.host import host
 from mptrain.export.coreai.convert import output_names, traced
-from mptrain.measure.latency import host
 from mptrain.verify.programs.exported import GraphOps
 
 NATIVE = {"avx512_fp16", "asimdhp"}

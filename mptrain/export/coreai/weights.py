@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mptrain.compress.weights.records import BlockQuantized, Palettized, Record
-from mptrain.core.silence import replaced
+from mptrain.core.patch import replaced
 
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 INTEGER_BITS = (2, 4, 8)

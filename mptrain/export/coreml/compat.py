@@ -27,7 +27,7 @@ from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.passes import pass_pipeline
 
 from mptrain.core.errors import ExportError
-from mptrain.core.silence import replaced
+from mptrain.core.patch import replaced
 
 TESTED = ("9.0",)
 Constant = Callable[[str], Any]

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.base import is_quantized
+from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
-from mptrain.core.folder import size, whole
+from mptrain.core.hooks import is_quantized
 from mptrain.export.coreml.cache_ops import index_copy
 from mptrain.export.coreml.compat import compatible, storing, supported
 from mptrain.export.coreml.half import MilOps, counted, spellings

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
+from mptrain.core.disk import whole
 from mptrain.core.errors import ExportError, UserError
-from mptrain.core.folder import whole
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from mptrain.core.silence import replaced
+from mptrain.core.patch import replaced
 
 
 class Positional(nn.Module):

@@ -1,0 +1,127 @@
+"""Files and folders that are whole or not there: JSON, exported folders, locks, hashes, the cache folder."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mptrain.core.errors import MptrainError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write so that the file is either the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MptrainError(f"{path}: cannot be read ({error}). Start again with --fresh.") from None
+
+
+def cache_folder() -> Path:
+    """$MPTRAIN_CACHE, or ~/.cache/mptrain."""
+    return Path(os.environ.get("MPTRAIN_CACHE") or Path.home() / ".cache" / "mptrain").absolute()
+
+
+@contextmanager
+def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[Path]:
+    """Yields an empty folder for the model's files; when the block ends well it takes the place of `folder`.
+
+    What an export that was killed left of its temporary folder is deleted.
+    config: of the model, written as config.json without what an exported model has no use for. processor: saved too.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.mptrain-"  # no name that a user's own folder beside it may have
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    try:
+        yield scratch
+        if config is not None:
+            described = config.to_dict()
+            described.pop("auto_map", None)  # an exported model needs no modeling code
+            (scratch / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def size(package: Path) -> int:
+    """Bytes of all files below a package."""
+    return sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal. Raises OSError."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Wait for the lock and hold it: one process has it, and its death frees it. Raises OSError."""
+    with FileLock(lock):
+        yield
+
+
+@contextmanager
+def held_at_once(lock: Path) -> Iterator[None]:
+    """Hold the lock; the process number of the holder stands beside it.
+
+    Raises Busy when another process has it, OSError when the folder cannot be written.
+    """
+    waiting, holder = FileLock(lock, timeout=0), lock.with_name(f".{lock.name}-holder")
+    try:
+        waiting.acquire()
+    except Timeout:
+        raise Busy(_text(holder) or "unknown") from None
+    try:
+        holder.write_text(f"{os.getpid()}\n", encoding="ascii")
+        yield
+    finally:
+        waiting.release()
+
+
+class Busy(Exception):
+    """A lock is held by another process; its number, as far as it is known, is the message."""
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds the lock; the file is not made."""
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
