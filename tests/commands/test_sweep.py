@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs.test_run import run
 from kit import tiny
+from kit.jobs import run
 
 from mptrain.commands.sweep import points
 from mptrain.core.errors import RecipeError

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from compress.test_records import palettized, quantized
+from kit.records import palettized, quantized
 from kit.tiny_models import inputs, tiny
 
 from mptrain.compress.calibrate.fisher_information import fisher

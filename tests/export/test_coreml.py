@@ -12,7 +12,8 @@ import torch
 from coremltools.converters.mil.frontend.torch import ops
 from coremltools.converters.mil.frontend.torch.converter import TorchConverter
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
-from kit.tiny_models import inputs, tiny
+from kit.coreml import FIXED, RANGED, TwoOutputs, small, texts
+from kit.tiny_models import inputs
 from torch import nn
 
 from mptrain.cli import main
@@ -26,22 +27,6 @@ from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import Interpreter, weights
 from mptrain.mil.program import Name
 from mptrain.recipe import CoreMlShapes
-
-RANGED = CoreMlShapes(kind="ranged", batch=[1, 4], length=[1, 32])
-FIXED = CoreMlShapes(kind="fixed", batch=[2], length=[9])
-
-
-def small(family, attn="sdpa", **changes):
-    return tiny(family, attn, **{"n_layers" if family == "distilbert" else "num_hidden_layers": 1}, **changes)
-
-
-def texts(batch, length, mask=True, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    found = {"input_ids": torch.randint(4, 50, (batch, length), generator=draw)}
-    if mask:
-        found["attention_mask"] = torch.ones_like(found["input_ids"])
-        found["attention_mask"][0, max(1, length - 2) :] = 0
-    return found
 
 
 def difference(model, runner, batch):
@@ -114,20 +99,6 @@ def test_patches_end_with_the_block_and_are_tied_to_a_version(monkeypatch):
     monkeypatch.setattr(compat, "ct", SimpleNamespace(__version__="99.0"))
     with pytest.raises(ExportError, match=r"pip install 'coremltools==9\.0'"), compat.compatible():
         pass
-
-
-class TwoOutputs(nn.Module):
-    """The shape of a text encoder of UForm: features of every token, and one embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.up, self.down = nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, input_ids, attention_mask):
-        features = self.down(torch.nn.functional.gelu(self.up(self.table(input_ids))))
-        weight = attention_mask.float()[..., None]
-        embeddings = (features * weight).sum(1) / weight.sum(1)
-        return {"features": features, "embeddings": torch.nn.functional.normalize(embeddings, dim=-1)}
 
 
 def test_a_text_encoder_with_two_outputs(tmp_path):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from export.test_coreml import RANGED, TwoOutputs, small, texts
+from kit.coreml import RANGED, TwoOutputs, small, texts
 from kit.tiny_models import tiny
 from torch import nn
 

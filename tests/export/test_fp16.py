@@ -8,11 +8,11 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from jobs.test_run import run
 from kit import tiny, tiny_models
+from kit.jobs import run
+from kit.text_encoder import TextEncoder, build
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import ModelOutput
-from verify.test_torch_ops import TextEncoder, build
 
 from mptrain.cli import main
 from mptrain.compress.quantize import quantizers

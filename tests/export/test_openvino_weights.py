@@ -7,8 +7,8 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from compress.test_records import palettized
 from kit import tiny_tasks
+from kit.records import palettized
 from kit.tiny_models import inputs, logits, tiny
 
 import mptrain

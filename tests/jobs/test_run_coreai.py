@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from jobs.test_run import run
 from kit import tiny
+from kit.jobs import run
 
 from mptrain.export.coreai.convert import Runner
 from mptrain.export.coreai.emulated import EmulatedAsset, computes_half

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from jobs.test_run import run
 from kit import tiny
+from kit.jobs import run
 
 from mptrain.compress.weights import records
 from mptrain.export.formats import stored_weights

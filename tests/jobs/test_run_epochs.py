@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from jobs.test_run import differences, kill_at, metrics, run
 from kit import tiny
+from kit.jobs import differences, kill_at, metrics, run
 
 INTERRUPTED = """
 import os, signal, sys

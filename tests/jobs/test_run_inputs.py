@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs.test_run import run
 from kit import tiny
+from kit.jobs import run
 from transformers import BertModel, ElectraConfig, ElectraForSequenceClassification
 
 from mptrain.cli import main

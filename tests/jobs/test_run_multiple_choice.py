@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs.test_run import run
 from kit import tiny, tiny_tasks
+from kit.jobs import run
 from rich.console import Console
 
 import mptrain

@@ -8,8 +8,8 @@ import openvino as ov
 import optimum.intel as optimum
 import pytest
 import torch
-from jobs.test_run import run
 from kit import tiny, tiny_tasks
+from kit.jobs import run
 
 import mptrain
 from mptrain.data.load import load_data

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jobs.test_run import command, differences, metrics, run
 from kit import tiny
+from kit.jobs import command, differences, metrics, run
 
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import Recipe, file

@@ -12,8 +12,8 @@ import pytest
 import torch
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
-from export.test_coreml import RANGED, texts
-from mil.test_interpreter import program, save
+from kit.coreml import RANGED, texts
+from kit.mil import program, save
 
 from mptrain.core.errors import ExportError
 from mptrain.export.coreml.convert import export_coreml

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-
 import coremltools as ct
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import types
+from kit.mil import program, save
 
 from mptrain.core.errors import ExportError, UserError
 from mptrain.mil.facts import facts
@@ -20,33 +17,6 @@ from mptrain.mil.layout import blockwise_shift_scale, lut_to_dense, slice_by_ind
 from mptrain.mil.math import MATH
 from mptrain.mil.padded import Padded
 from mptrain.mil.program import read_program
-
-
-def save(program, folder, precision=ct.precision.FLOAT32, inputs=None, target=ct.target.iOS18):
-    package = folder / "m.mlpackage"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # coremltools leaves temporary folders to the garbage collector
-        model = ct.convert(
-            program,
-            convert_to="mlprogram",
-            compute_precision=precision,
-            minimum_deployment_target=target,
-            skip_model_load=True,
-            inputs=inputs,
-        )
-        model.save(str(package))
-        del model
-        gc.collect()
-    return package
-
-
-def program(shape, build, target=ct.target.iOS18, dtype=types.fp32):
-    @mb.program(input_specs=[mb.TensorSpec(shape=shape, dtype=dtype)], opset_version=target)
-    def main(x):
-        return build(x)
-
-    return main
-
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 W = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).numpy()

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from kit import kernels
+from kit.kernels import CPU, DTYPES, RULES, WEIGHTS, make_flat, masters, set_gradients, step
 from torch import nn
 
 from mptrain.precision import cpp_kernel
@@ -13,24 +15,8 @@ from mptrain.precision.cpp_kernel import NativeKernel, build, vector_width
 from mptrain.precision.flat import Flat
 from mptrain.precision.step import AdamRule, SgdRule, TorchKernel, clip_factor, collect, rule_of
 
-CPU = torch.device("cpu")
-SHAPES = [(3, 5), (1,), (), (64,), (7, 11, 2), (1000,), (333,)]
 WIDTHS = list(itertools.dropwhile(lambda w: w != vector_width(), cpp_kernel.VECTOR_FLAGS))
 KERNELS = ["torch", *WIDTHS]
-
-ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
-SGD = {"lr": 1e-1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.1, "maximize": False}
-RULES = {
-    "adamw": (torch.optim.AdamW, ADAM),
-    "adam": (torch.optim.Adam, ADAM),
-    "adamw-maximize": (torch.optim.AdamW, {**ADAM, "maximize": True, "weight_decay": 0.0}),
-    "sgd": (torch.optim.SGD, {**SGD, "momentum": 0.0}),
-    "momentum": (torch.optim.SGD, SGD),
-    "dampening": (torch.optim.SGD, {**SGD, "dampening": 0.3, "maximize": True}),
-    "nesterov": (torch.optim.SGD, {**SGD, "nesterov": True}),
-}
-WEIGHTS = ["fp16", "bf16", "split", "fp32"]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "split": torch.bfloat16, "fp32": torch.float32}
 
 
 def make_kernel(name):
@@ -41,95 +27,17 @@ def make_kernel(name):
     return NativeKernel(build(name))
 
 
-def make_flat(weights, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(1)
-    parameters = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
-    members = [(f"p{i}", p, 0) for i, p in enumerate(parameters)]
-    return Flat(CPU, DTYPES[weights], members, split=weights == "split")
-
-
-def set_gradients(flat, seed, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    for entry in flat.entries:
-        entry.parameter.grad = (torch.randn(entry.shape, generator=generator) * scale).to(entry.parameter.dtype)
-
-
-def step(kernel, flat, kind, settings, factor=1.0):
-    rule = AdamRule if issubclass(kind, torch.optim.Adam) else SgdRule
-    group = {**settings, "decoupled_weight_decay": kind is torch.optim.AdamW}
-    for run in collect(flat):
-        kernel.update(run, rule.of(group, run.step + 1), factor)
-        flat.steps[run.entries[0].index : run.entries[-1].index + 1] += 1
-
-
-def reference(kind, settings, parameters, gradients, factor):
-    """The textbook update in float64; gradients: one list of tensors for each step."""
-    s = settings
-    parameters = [p.double() for p in parameters]
-    first = [torch.zeros_like(p) for p in parameters]
-    second = [torch.zeros_like(p) for p in parameters]
-    for t, step_gradients in enumerate(gradients, 1):
-        for i, g in enumerate(step_gradients):
-            p, g = parameters[i], g.double() * (-factor if s["maximize"] else factor)
-            if kind is torch.optim.AdamW:
-                p = p * (1 - s["lr"] * s["weight_decay"])
-            else:
-                g = g + s["weight_decay"] * p
-            if kind is torch.optim.SGD:
-                share = 1 if t == 1 else 1 - s["dampening"]
-                first[i] = s["momentum"] * first[i] + share * g
-                p = p - s["lr"] * (g + s["momentum"] * first[i] if s["nesterov"] else first[i])
-            else:
-                b1, b2 = s["betas"]
-                first[i] = b1 * first[i] + (1 - b1) * g
-                second[i] = b2 * second[i] + (1 - b2) * g**2
-                root = (second[i] / (1 - b2**t)).sqrt()
-                p = p - s["lr"] * (first[i] / (1 - b1**t)) / (root + s["eps"])
-            parameters[i] = p
-    return parameters, first, second
-
-
-def masters(flat):
-    return [flat.read_master(e).clone() for e in flat.entries]
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_kernel_matches_a_float64_reference(kernel, rule, weights):
-    kind, settings = RULES[rule]
-    kernel, flat, factor = make_kernel(kernel), make_flat(weights), 0.37
-    start, gradients = masters(flat), []
-    for seed in range(4):
-        set_gradients(flat, seed)
-        gradients.append([e.parameter.grad.clone() for e in flat.entries])
-        step(kernel, flat, kind, settings, factor)
-    parameters, first, second = reference(kind, settings, start, gradients, factor)
-    names = flat.states
-    assert set(names) <= {"exp_avg", "exp_avg_sq", "momentum_buffer"}
-    for i, entry in enumerate(flat.entries):
-        torch.testing.assert_close(masters(flat)[i].double(), parameters[i], rtol=2e-6, atol=5e-7)
-        for name, expected in (("exp_avg", first), ("momentum_buffer", first), ("exp_avg_sq", second)):
-            if name in names:
-                actual = flat.view(names[name], entry).double()
-                torch.testing.assert_close(actual, expected[i], rtol=2e-6, atol=5e-7)
+    kernels.check_float64_reference(make_kernel(kernel), rule, weights)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rule", RULES)
 def test_kernel_matches_torch_optim_in_fp32(kernel, rule):
-    kind, settings = RULES[rule]
-    kernel, flat = make_kernel(kernel), make_flat("fp32")
-    plain = [nn.Parameter(p) for p in masters(flat)]
-    optimizer = kind(plain, **settings)
-    for seed in range(5):
-        set_gradients(flat, seed)
-        for p, e in zip(plain, flat.entries, strict=True):
-            p.grad = e.parameter.grad.clone()
-        optimizer.step()
-        step(kernel, flat, kind, settings)
-    for p, m in zip(plain, masters(flat), strict=True):
-        torch.testing.assert_close(m, p.detach(), rtol=2e-6, atol=5e-7)
+    kernels.check_torch_optim(make_kernel(kernel), rule)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -165,23 +73,26 @@ def test_split_weights_are_exact_for_every_high_half(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_norm_matches_float64(kernel, weights):
-    kernel = make_kernel(kernel)
-    flat = make_flat(weights, [*SHAPES, (40_000,), (4096,), (4097,)])
-    set_gradients(flat, 3, scale=1e-2)
-    (run,) = collect(flat)
-    exact = sum(float(e.parameter.grad.double().square().sum()) for e in flat.entries)
-    assert float(kernel.norm(run)) == pytest.approx(exact, rel=1e-6)
+    kernels.check_norm(make_kernel(kernel), weights)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_norm_is_not_finite_with_one_bad_gradient_anywhere(kernel, weights, bad):
-    kernel, flat = make_kernel(kernel), make_flat(weights)
-    for entry, place in [(0, 14), (1, 0), (5, 999), (5, 992), (6, 332)]:
-        set_gradients(flat, 0)
-        flat.entries[entry].parameter.grad.view(-1)[place] = bad
-        assert not math.isfinite(sum(float(kernel.norm(run)) for run in collect(flat)))
+    kernels.check_norm_of_bad_gradients(make_kernel(kernel), weights, bad)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_step_is_deterministic(kernel, weights):
+    kernels.check_deterministic(make_kernel(kernel), weights)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_fp32_gradients_give_what_half_gradients_of_the_same_value_give(kernel, weights):
+    kernels.check_fp32_gradients(make_kernel(kernel), weights)
 
 
 def test_largest_half_gradients_are_finite():
@@ -190,19 +101,6 @@ def test_largest_half_gradients_are_finite():
         flat.entries[0].parameter.grad = torch.full((100_000,), 65504.0, dtype=torch.float16)
         (run,) = collect(flat)
         assert float(make_kernel(kernel).norm(run)) == pytest.approx(65504.0**2 * 100_000, rel=1e-6)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_step_is_deterministic(kernel, weights):
-    def trained():
-        flat = make_flat(weights, [(70_000,), (3, 5)])
-        for seed in range(2):
-            set_gradients(flat, seed)
-            step(make_kernel(kernel), flat, *RULES["adamw"])
-        return masters(flat)
-
-    assert all(torch.equal(a, b) for a, b in zip(trained(), trained(), strict=True))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -226,19 +124,6 @@ def test_native_results_do_not_depend_on_threads(width, weights, monkeypatch):
         torch.set_num_threads(1)
     assert one[0] == three[0]
     assert all(torch.equal(a, b) for a, b in zip(one[1], three[1], strict=True))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_fp32_gradients_give_what_half_gradients_of_the_same_value_give(kernel, weights):
-    kernel, half, summed = make_kernel(kernel), make_flat(weights), make_flat(weights)
-    set_gradients(half, 0)
-    for e, s in zip(half.entries, summed.entries, strict=True):
-        summed.view(summed.gradients(), s).copy_(e.parameter.grad)
-        s.accumulated = True
-    for flat in (half, summed):
-        step(kernel, flat, *RULES["adamw"])
-    assert all(torch.equal(a, b) for a, b in zip(masters(half), masters(summed), strict=True))
 
 
 def test_runs_part_where_gradients_groups_or_steps_differ():

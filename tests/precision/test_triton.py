@@ -6,34 +6,35 @@ The interpreter is chosen when a kernel is defined, so each test runs in a proce
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import kit
 import pytest
 
 
 def run(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
+    paths = os.pathsep.join([str(Path(kit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_triton_in_the_interpreter_keeps_the_contract_of_the_other_kernels():
     """The tests of the CPU kernels, with this one in their place."""
-    code = f"""
-import sys, math, itertools
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import test_kernels as tests
+    code = """
+import math
+from kit import kernels
 from mptrain.precision.triton_kernel import TritonKernel
-tests.make_kernel = lambda name: TritonKernel()
-for weights in tests.WEIGHTS:
-    for rule in ("adamw", "dampening", "sgd") if weights != "bf16" else tests.RULES:
-        tests.test_kernel_matches_a_float64_reference("triton", rule, weights)
-    tests.test_norm_matches_float64("triton", weights)
-    tests.test_fp32_gradients_give_what_half_gradients_of_the_same_value_give("triton", weights)
-tests.test_norm_is_not_finite_with_one_bad_gradient_anywhere("triton", "fp16", math.nan)
-tests.test_a_step_is_deterministic("triton", "split")
-tests.test_kernel_matches_torch_optim_in_fp32("triton", "adam")
+kernel = TritonKernel()
+for weights in kernels.WEIGHTS:
+    for rule in ("adamw", "dampening", "sgd") if weights != "bf16" else kernels.RULES:
+        kernels.check_float64_reference(kernel, rule, weights)
+    kernels.check_norm(kernel, weights)
+    kernels.check_fp32_gradients(kernel, weights)
+kernels.check_norm_of_bad_gradients(kernel, "fp16", math.nan)
+kernels.check_deterministic(kernel, "split")
+kernels.check_torch_optim(kernel, "adam")
 print("done")
 """
     assert run(code, TRITON_INTERPRET="1").strip() == "done"

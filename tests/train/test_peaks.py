@@ -9,8 +9,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from jobs.test_run import run
 from kit import tiny
+from kit.jobs import run
 from torch import nn
 from transformers import BertForSequenceClassification
 

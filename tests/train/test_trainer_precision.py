@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 import transformers
+from kit.training import Poison, Rows, arguments, masters, model, same
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from mptrain import MasterWeights, Trainer, TrainingArguments
 from mptrain.core.errors import ResumeError, TrainingError, UserError
@@ -17,32 +18,6 @@ from mptrain.core.errors import ResumeError, TrainingError, UserError
 MODES = ["fp16-master", "bf16-master", "bf16-split"]
 DTYPES = {"fp16-master": torch.float16, "bf16-master": torch.bfloat16, "bf16-split": torch.bfloat16}
 HIGH = {"compute": "fp16", "loss_scale": {"init": 2.0**24}}  # the first steps overflow
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, n=64, bad=()):
-        generator = torch.Generator().manual_seed(5)
-        self.ids = torch.randint(0, 50, (n, 8), generator=generator)
-        self.labels = (self.ids[:, 0] > 25).long()
-        self.bad = bad
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": self.labels[i]}
-
-
-def model(seed=1, **config):
-    torch.manual_seed(seed)
-    settings = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
-    return BertForSequenceClassification(BertConfig(**(settings | config)))
-
-
-def arguments(folder, **kwargs):
-    defaults = dict(max_steps=12, per_device_train_batch_size=8, learning_rate=1e-3, use_cpu=True, report_to=[])
-    defaults |= dict(save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
-    return TrainingArguments(output_dir=str(folder), **(defaults | kwargs))
 
 
 def trainer(folder, precision, m=None, **kwargs):
@@ -56,14 +31,6 @@ def train(folder, precision, resume=None, **kwargs):
     t = trainer(folder, precision, **kwargs)
     t.train(resume_from_checkpoint=resume)
     return t
-
-
-def masters(t):
-    return {n: m.clone() for n, m in t.master_weights.masters.read().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def logged(t, key):
@@ -322,20 +289,6 @@ def test_overflows_forced_from_2_to_the_24_skip_steps_and_hold_the_schedule(tmp_
     assert all(math.isfinite(x) for x in logged(t, "loss"))
     assert all(m.isfinite().all() for m in masters(t).values())
     assert int(t.master_weights.flats[0].steps.max()) == 20 - skipped
-
-
-class Poison(transformers.TrainerCallback):
-    """Makes the embedding's output NaN from a step on."""
-
-    def __init__(self, m, start, end):
-        self.step, self.start, self.end = 0, start, end
-        m.bert.embeddings.register_forward_hook(self.hook)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step = state.global_step
-
-    def hook(self, module, args, output):
-        return output * float("nan") if self.start <= self.step < self.end and module.training else output
 
 
 @pytest.mark.parametrize("precision", MODES)

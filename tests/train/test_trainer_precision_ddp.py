@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from kit.training import Poison, arguments, masters, model, same
 from torch.nn.parallel import DistributedDataParallel
-from train.test_trainer_precision import Poison, arguments, masters, model, same
 from transformers import TrainerCallback
 
 from mptrain import Trainer

@@ -1,0 +1,55 @@
+"""A tiny BERT, rows and arguments for mptrain.Trainer, and a callback that breaks its activations."""
+
+import torch
+import transformers
+from transformers import BertConfig, BertForSequenceClassification
+
+from mptrain import TrainingArguments
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, n=64, bad=()):
+        generator = torch.Generator().manual_seed(5)
+        self.ids = torch.randint(0, 50, (n, 8), generator=generator)
+        self.labels = (self.ids[:, 0] > 25).long()
+        self.bad = bad
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "labels": self.labels[i]}
+
+
+def model(seed=1, **config):
+    torch.manual_seed(seed)
+    settings = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    return BertForSequenceClassification(BertConfig(**(settings | config)))
+
+
+def arguments(folder, **kwargs):
+    defaults = dict(max_steps=12, per_device_train_batch_size=8, learning_rate=1e-3, use_cpu=True, report_to=[])
+    defaults |= dict(save_strategy="no", logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
+    return TrainingArguments(output_dir=str(folder), **(defaults | kwargs))
+
+
+def masters(t):
+    return {n: m.clone() for n, m in t.master_weights.masters.read().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Poison(transformers.TrainerCallback):
+    """Makes the embedding's output NaN from a step on."""
+
+    def __init__(self, m, start, end):
+        self.step, self.start, self.end = 0, start, end
+        m.bert.embeddings.register_forward_hook(self.hook)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def hook(self, module, args, output):
+        return output * float("nan") if self.start <= self.step < self.end and module.training else output
