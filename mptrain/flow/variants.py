@@ -7,7 +7,6 @@ between two variants continues with the second.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,7 +124,6 @@ class Variants:
                 self.data.example,
                 self.recipe.evaluate.latency,
                 has_length=self.recipe.model.task != "image-classification",
-                progress=sys.stderr.isatty(),
             )
             write_json(latency_file, {"latency_ms": found, "wall_s": time.monotonic() - begun})
         measured = read_json(latency_file)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from mptrain.core.host import thread_count
+from mptrain.core.progress import Progress, progress
 from mptrain.recipe import Latency
 
 Forward = Callable[[dict[str, np.ndarray]], Any]
@@ -34,7 +34,6 @@ def latency(
     *,
     has_length: bool = True,
     budget_s: float = 180.0,
-    progress: bool = False,
 ) -> dict[str, dict[str, dict[str, float | int]]]:
     """Median and minimum wall time of one call, in milliseconds, per variant and setting.
 
@@ -57,7 +56,7 @@ def latency(
     shapes = [(b, s) for b in cfg.batch for s in (cfg.length if has_length else cfg.length[:1])]
     left = len(cfg.threads) * len(shapes)
     deadline = time.monotonic() + budget_s
-    with tqdm(total=left * cfg.runs, desc="latency", unit="round", disable=not progress, leave=False) as bar:
+    with progress("latency", left * cfg.runs, unit="round") as bar:
         for threads in cfg.threads:
             count = thread_count(threads)
             forwards = {variant: runner(variant, count) for variant in ids}
@@ -78,7 +77,7 @@ def latency(
 
 
 def _rounds(
-    forwards: Mapping[str, Forward], inputs: dict[str, np.ndarray], rounds: int, deadline: float, bar: tqdm
+    forwards: Mapping[str, Forward], inputs: dict[str, np.ndarray], rounds: int, deadline: float, bar: Progress
 ) -> dict[str, list[float]]:
     order = list(forwards)
     times: dict[str, list[float]] = {variant: [] for variant in order}

@@ -31,7 +31,7 @@ from mptrain.train import checkpoint
 from mptrain.train.arguments import TrainingArguments
 from mptrain.train.distill import Distiller
 from mptrain.train.peaks import Peaks
-from mptrain.train.progress import Progress
+from mptrain.train.progress import TrainingProgress
 from mptrain.train.sampler import LengthGroupedSampler
 from mptrain.train.trainer import Trainer
 
@@ -82,6 +82,7 @@ class PhaseTrainer(Trainer):
         self.phase, self.settings, self.task_data, self.folder = phase, train, data, folder
         self.best: dict[str, Any] | None = None
         self._bad_epochs = 0
+        self._progress = TrainingProgress(phase)
         self._elapsed_before = 0.0
         self._unlogged: dict[str, Any] | None = None
         self._started = time.monotonic()
@@ -126,6 +127,12 @@ class PhaseTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._quiet()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._progress.close()
+
     def _quiet(self) -> None:
         from transformers import PrinterCallback, ProgressCallback
 
@@ -133,7 +140,7 @@ class PhaseTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
         if self.is_world_process_zero():
-            self.add_callback(Progress(self.phase))
+            self.add_callback(self._progress)
 
     # -- order of the data and learning rate
 

@@ -4,56 +4,45 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from mptrain.core.progress import progress
 from mptrain.recipe.plan import Phase
 
 log = logging.getLogger(__name__)
 
 
-class Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere (a log file) a line every half minute."""
+class TrainingProgress(TrainerCallback):
+    """Steps, loss, time left; a line of its own for every score on validation."""
 
     def __init__(self, phase: Phase) -> None:
         self.phase = phase
         self.label = f"{phase.stage}/{phase.name}"
-        self.loss: float | None = None
-        self.bar: Any = None
-        self.begun = self.said = time.monotonic()
+        self.open = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        first = state.global_step
-        hidden = not sys.stderr.isatty()
-        self.bar = tqdm(total=state.max_steps, initial=first, desc=self.label, unit="step", disable=hidden)
-        self.first = first
+        running = progress(self.label, state.max_steps, done=state.global_step, unit="step")
+        self.progress = self.open.enter_context(running)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
-        now = time.monotonic()
-        if self.bar.disable and (now - self.said > 30 or state.global_step == state.max_steps):
-            self.said = now
-            each = (now - self.begun) / (state.global_step - self.first)
-            left = each * (state.max_steps - state.global_step) / 60
-            loss = "" if self.loss is None else f" loss {self.loss:.3f},"  # the first is logged after its step
-            log.info(
-                "%s: step %d of %d,%s %.2f s a step, %.1f min left",
-                self.label, state.global_step, state.max_steps, loss, each, left,
-            )  # fmt: skip
+        self.progress.update(state.global_step - self.progress.done)
+        if state.global_step == state.max_steps and self.progress.bar is None:
+            log.info(self.progress.line())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "loss" in logs:
-            self.loss = logs["loss"]
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+            self.progress.say(f"loss {logs['loss']:.3f}")
         scores = [f"{k.removeprefix('eval_')} {v:.4f}" for k, v in logs.items() if k.startswith("eval_")]
         if scores:
             step = self.phase.start + state.global_step
             line = f"{self.label}: step {step}, validation {', '.join(scores)}"
-            log.info(line) if self.bar.disable else tqdm.write(line, file=sys.stderr)
+            log.info(line) if self.progress.bar is None else tqdm.write(line, file=sys.stderr)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        """When the training ended, or failed."""
+        self.open.close()

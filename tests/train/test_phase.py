@@ -7,7 +7,7 @@ import pytest
 
 from mptrain.data.tasks.metrics import Score
 from mptrain.train.phase import PhaseTrainer
-from mptrain.train.progress import Progress
+from mptrain.train.progress import TrainingProgress
 
 
 def best_step(epochs, higher=True):
@@ -45,7 +45,7 @@ def test_a_metric_where_less_is_better():
 
 def test_progress_of_one_step_names_no_loss(caplog):
     """transformers logs the loss of a step after the step; until then there is none to show."""
-    progress = Progress(SimpleNamespace(stage="dense", name="train", start=0))
+    progress = TrainingProgress(SimpleNamespace(stage="dense", name="train", start=0))
     state = SimpleNamespace(global_step=0, max_steps=1)
     with caplog.at_level("INFO"):
         progress.on_train_begin(None, state, None)
@@ -53,5 +53,6 @@ def test_progress_of_one_step_names_no_loss(caplog):
         progress.on_step_end(None, state, None)
         progress.on_log(None, state, None, logs={"loss": 0.5})
         progress.on_step_end(None, state, None)
+        progress.close()
     first, second = (r.message for r in caplog.records)
     assert "loss" not in first and "step 1 of 1, loss 0.500," in second

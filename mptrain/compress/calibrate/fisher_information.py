@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank, rounds
 from mptrain.compress.prune.base import Batch, LossFn, model_loss
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.progress import track
 
 
 def fisher(
@@ -57,7 +58,7 @@ def fisher(
     seen = 0
     try:
         model.eval()
-        for parts in rounds(batches, ranks):
+        for parts in track(rounds(batches, ranks), "sensitivity"):
             for batch in parts[ranks.index : ranks.index + 1]:
                 loss: Any = loss_fn(model, {k: v.to(device) for k, v in batch.items()})
                 if loss is None:

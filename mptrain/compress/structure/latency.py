@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mptrain.compress.structure.blocks import Attention, Block, Ffn, Structure
 from mptrain.compress.structure.costs import Extent, LatencyTable, Length, extent, kind
+from mptrain.core.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ def measure_latency(
     runs: dict[tuple[str, int], Callable[[], Any]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for key, (block, units) in tqdm(wanted.items(), "compiling blocks to time", disable=None, leave=False):
+        for key, (block, units) in track(list(wanted.items()), "compiling blocks to time"):
             runs[key] = _runner(block, units, extent(length, block), batch, threads if compiled else None)
     times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for attempt in tqdm(range(rounds + 1), "timing blocks", disable=None, leave=False):
+    for attempt in track(range(rounds + 1), "timing blocks"):
         for key, run in runs.items():
             begun = time.perf_counter()
             run()

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
@@ -36,6 +35,7 @@ from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.vector_kmeans import cluster_vectors
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.core.progress import track
 from mptrain.recipe import Palettize
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def palettize(
     owners = assign({name: _cost(table) for name, table in chosen.items()}, ranks.count)
     importance = {name: f for name, f in importance.items() if weighted and owners[name] == ranks.index}
     shared = share(owners, work, ranks, _at_once(model, chosen))
-    return dict(tqdm(shared, "palettizing", len(owners), disable=None))
+    return dict(track(shared, "palettizing", len(owners)))
 
 
 def _within_budget(
@@ -136,7 +136,7 @@ def _within_budget(
 
     costs = {name: sum(map(_cost, _candidates(table, widths))) for name, table in chosen.items()}
     shared = share(assign(costs, ranks.count), work, ranks, _at_once(model, chosen))
-    options = dict(tqdm(shared, "choosing bits", len(costs), disable=None))
+    options = dict(track(shared, "choosing bits", len(costs)))
     total = sum(table.rows * table.columns for table in chosen.values())
     found = allocate(options, int(config.size_budget * total / 8), "palettize.size_budget")
     return {name: replace(table, bits=found[name].bits) for name, table in chosen.items()}

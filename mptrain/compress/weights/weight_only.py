@@ -9,13 +9,11 @@ need no calibration, and the calibration batches (ranks.py).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.layerwise import walk
@@ -29,6 +27,7 @@ from mptrain.compress.weights.records import Record
 from mptrain.compress.weights.scale_search import search
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.core.progress import progress
 from mptrain.recipe import WeightOnly
 
 ROWS = Grid(bits=8, granularity="channel", symmetric=True)
@@ -70,7 +69,7 @@ def compress(
     }
     if not batches and any(plan[name].method == "gptq" for name in calibrated.values()):
         raise UserError("quantize.method: gptq needs calibration data; without any use scale")
-    with tqdm(total=len(plan), desc="compress", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress("compress", len(plan), unit="weight") as bar:
         free = [name for name in plan if name not in calibrated.values()]
         owners = assign({name: _cost(model, name, plan[name]) for name in free}, ranks.count)
         for name, record in share(owners, lambda name: _record(model, name, plan[name]), ranks):

@@ -15,8 +15,9 @@ import torch
 from scipy.signal import resample_poly
 
 from mptrain.core.errors import DataError
+from mptrain.core.progress import track
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks import media
+from mptrain.data.tasks import sounds
 from mptrain.data.tasks.base import Batch, Example, Examples, without_targets
 from mptrain.data.tasks.classification import ClassificationData
 
@@ -28,7 +29,7 @@ class AudioClassificationData(ClassificationData):
 
     @classmethod
     def identity(cls, table: Table) -> list[str]:
-        return media.digests(table, "audio")
+        return sounds.digests(table, "audio")
 
     def encode(self, split: str, table: Table) -> Examples:
         rate, limit = self.processor.sampling_rate, self.spec.max_length
@@ -39,7 +40,8 @@ class AudioClassificationData(ClassificationData):
                 f" samples, so give e.g. {rate} for one second."
             )
         targets = self.targets(split, table)
-        lengths = [min(limit, len(self._sound(table, row))) for row in range(len(table))]
+        reading = track(range(len(table)), f"reading {split} sounds")
+        lengths = [min(limit, len(self._sound(table, row))) for row in reading]
 
         def get(index: int) -> Example:
             return {"samples": self._sound(table, index)[:limit], "labels": targets[index]}
@@ -47,13 +49,16 @@ class AudioClassificationData(ClassificationData):
         return Examples(get, lengths)
 
     def _sound(self, table: Table, row: int) -> np.ndarray:
-        samples, rate = media.read_sound(table, "audio", row)
-        if rate is not None and rate != self.processor.sampling_rate:
-            wanted = self.processor.sampling_rate
-            common = math.gcd(wanted, int(rate))
-            samples = resample_poly(samples, wanted // common, int(rate) // common).astype(np.float32)
-        if not len(samples):
-            raise DataError(f"{table.place('audio', row)} is a sound without samples; drop it.")
+        samples, rate = sounds.read_sound(table, "audio", row)
+        wanted = self.processor.sampling_rate
+        if rate is not None and rate != wanted:
+            common = math.gcd(wanted, rate)
+            samples = resample_poly(samples, wanted // common, rate // common).astype(np.float32)
+        if len(samples) < self.min_length:
+            raise DataError(
+                f"{table.place('audio', row)} is a sound of {1000 * len(samples) / wanted:.3g} ms; models need"
+                f" {1000 * self.min_length / wanted:.0f}. Drop it."
+            )
         return samples
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -61,9 +66,9 @@ class AudioClassificationData(ClassificationData):
         batch["labels"] = torch.tensor([e["labels"] for e in examples])
         return batch
 
-    def _features(self, sounds: Sequence[np.ndarray]) -> Batch:
+    def _features(self, waves: Sequence[np.ndarray]) -> Batch:
         found = self.processor(
-            list(sounds), sampling_rate=self.processor.sampling_rate, padding=True, return_tensors="pt"
+            list(waves), sampling_rate=self.processor.sampling_rate, padding=True, return_tensors="pt"
         )
         return {name: found[name] for name in self.processor.model_input_names if name in found}
 

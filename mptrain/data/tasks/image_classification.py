@@ -1,11 +1,11 @@
-"""Classes of pictures, read and scaled by the model's image processor when they are needed."""
+"""Classes of pictures, read and scaled by the model's image processor when they are needed, and each once before."""
 
 from __future__ import annotations
 
 import torch
 
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks import media
+from mptrain.data.tasks import pictures
 from mptrain.data.tasks.base import Batch, Example, Examples, stack, without_targets
 from mptrain.data.tasks.classification import ClassificationData
 
@@ -17,13 +17,14 @@ class ImageClassificationData(ClassificationData):
 
     @classmethod
     def identity(cls, table: Table) -> list[str]:
-        return media.digests(table, "image")
+        return pictures.digests(table, "image")
 
     def encode(self, split: str, table: Table) -> Examples:
         targets = self.targets(split, table)
+        pictures.check(table, "image", split)
 
         def get(index: int) -> Example:
-            pixels = self.processor(images=media.read_image(table, "image", index), return_tensors="np")
+            pixels = self.processor(images=pictures.read_image(table, "image", index), return_tensors="np")
             return {"pixel_values": pixels["pixel_values"][0], "labels": targets[index]}
 
         return Examples(get, [1] * len(table))
