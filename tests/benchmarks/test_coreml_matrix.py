@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import coreml_matrix
+from benchmarks.export import coreml_matrix
 
 FEW = ["roberta/eager/trace/mask/fixed", "vit/sdpa/export/nomask/ranged"]
 

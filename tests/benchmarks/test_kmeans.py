@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kmeans.py"
+ROOT = Path(__file__).parents[2]
 
 
 def test_rows_of_the_benchmark(tmp_path):
-    command = [sys.executable, SCRIPT, "--json", tmp_path / "out.json", "--rows", "heavy/4b/g4/*"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
+    command = [sys.executable, "-m", "benchmarks.weights.kmeans", "--json", tmp_path / "out.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--size", "128", "--rounds", "1"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--rows", "heavy/4b/g4/*", "--size", "128", "--rounds", "1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "out.json").read_text())

@@ -1,12 +1,12 @@
-"""JPQD with the structure that another library chooses: the peers of benchmarks/jpqd.py.
+"""JPQD with the structure that another library chooses: the peers of benchmarks/jpqd/curve.py.
 
     make setup-bench
-    .venv-bench/bin/python benchmarks/jpqd_peers.py --json benchmarks/results/jpqd.jsonl
+    .venv-bench/bin/python -m benchmarks.jpqd.peers --json benchmarks/results/jpqd.jsonl
 
-The same dense model, data, seed and encoder parameters kept as in benchmarks/jpqd.py. The peer
+The same dense model, data, seed and encoder parameters kept as in benchmarks/jpqd/curve.py. The peer
 prunes the dense model at once, with 256 training examples; then the model trains like ours, with
 the same steps, quantization and distillation, and is exported, scored and timed alike. So the
-points differ in what was chosen to be cut. jpqd.py's `one_shot` points are ours in that order.
+points differ in what was chosen to be cut. curve.py's `one_shot` points are ours in that order.
 
     torch_pruning      torch-pruning 1.6, global Taylor importance, whole heads
     modelopt_gradnas   nvidia-modelopt 0.43, gradnas (0.45 dropped it); it needs transformers
@@ -26,12 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jpqd
 import torch
-from peer_torch_pruning import prune_with_torch_pruning
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.jpqd import curve
+from benchmarks.jpqd.peer_torch_pruning import prune_with_torch_pruning
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Kept, Structure, find_structure
 from mptrain.compress.structure.shrink import shrink
@@ -41,6 +41,7 @@ from mptrain.models import artifact
 from mptrain.models.load import load_processor
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 POINTS = [f"{peer}/one_shot/{kept}/0" for kept in (50, 33) for peer in ("torch_pruning", "modelopt_gradnas")]
 BATCH = 16
 
@@ -49,7 +50,7 @@ Weights = dict[str, Tensor]
 
 def prune_with_gradnas(dense: Path, batches: list[dict[str, Tensor]], params: int) -> Weights:
     """In a process with the older transformers. params: of the whole model, at most."""
-    older = HERE.parent / ".venv-bench" / "gradnas"
+    older = ROOT / ".venv-bench" / "gradnas"
     if not older.is_dir():
         raise SystemExit(f"{older} is missing: run `make setup-bench`.")
     with tempfile.TemporaryDirectory() as scratch:
@@ -93,7 +94,7 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
 
     peer, _, kept_percent, seed = point.split("/")
     begun = time.monotonic()
-    described = jpqd.recipe(f"magnitude/one_shot/{kept_percent}/{seed}", data, work)
+    described = curve.recipe(f"magnitude/one_shot/{kept_percent}/{seed}", data, work)
     folder = work / point.replace("/", "-")
     described["output"]["dir"] = str(folder)
     phase = folder / "stages" / "jpqd" / "0-prune"
@@ -105,7 +106,7 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         this = identity(checked, examples, 1)
         folder.mkdir(parents=True, exist_ok=True)
         check_identity(folder, this)
-        take_stages(folder, this, [jpqd.dense_run(seed, data, work)])
+        take_stages(folder, this, [curve.dense_run(seed, data, work)])
         (source,) = (folder / "stages" / "dense").glob("*/model")
         model = artifact.load(source)
         structure = find_structure(model)
@@ -118,7 +119,7 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         artifact.save(shrink(model, structure, kept).eval(), phase / "model", processor)
         write_json(phase / "done.json", {"history": [], "wall_s": time.monotonic() - begun, "structure": facts})
     report = run(recipe_file.validate(described, point))
-    return jpqd.line(point, report, folder, begun)
+    return curve.line(point, report, folder, begun)
 
 
 def main() -> int:
@@ -129,15 +130,15 @@ def main() -> int:
     options = parser.parse_args()
     torch.manual_seed(0)
     for point in POINTS:
-        if point in jpqd.read(options.json):
+        if point in curve.read(options.json):
             continue
         print(f"== {point}", file=sys.stderr, flush=True)
         line = run_point(point, options.data, options.work)
         with options.json.open("a") as file:
             file.write(json.dumps(line) + "\n")
-    from jpqd_summary import summarize
+    from benchmarks.jpqd.summary import summarize
 
-    print(summarize(list(jpqd.read(options.json).values()), options.json))
+    print(summarize(list(curve.read(options.json).values()), options.json))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""gradnas of nvidia-modelopt on a BERT; run by benchmarks/jpqd_peers.py with an older transformers on the path.
+"""gradnas of nvidia-modelopt on a BERT; run by benchmarks/jpqd/peers.py with an older transformers on the path.
 
 python peer_gradnas.py DENSE BATCHES.safetensors PARAMS OUT.safetensors
 """

@@ -1,7 +1,7 @@
 """mptrain's multiple-choice scores against lm-eval's, on the same task files, models and rows.
 
     pip install --target DIR lm-eval evaluate …     # in a scratch folder; nothing of mptrain needs it
-    PYTHONPATH=DIR HF_HUB_OFFLINE=1 python benchmarks/multiple_choice.py [--model FOLDER --text FILE]
+    PYTHONPATH=DIR HF_HUB_OFFLINE=1 python -m benchmarks.scores.multiple_choice [--model FOLDER --text FILE]
 
 Two random models (an OPT whose tokenizer puts a bos token in front, a Llama whose does not), nine task files that use
 what a file can say, 150 questions each; with --model a trained one too, asked which of four passages goes on after 40
@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WORDS = "alpha beta gamma river stone cloud tree house green red runs sleeps quick slow because and the of a in".split()
 ROWS = {"train": 40, "test": 150, "dev": 10}
 LETTER = {"doc_to_target": "{{choices.label.index(answerKey)}}", "doc_to_choice": "{{choices.text}}"}
@@ -190,7 +190,7 @@ def main() -> None:
     lines = [
         f"# Multiple choice, against lm-eval {versions['lm_eval']}",
         "",
-        "Made by `benchmarks/multiple_choice.py`; opt and llama are random, so they only guess.",
+        "Made by `benchmarks/scores/multiple_choice.py`; opt and llama are random, so they only guess.",
         "ll: log-likelihood of a choice, in nats; cut: choices whose prompt is longer than the model reads.",
         "",
         "| model/task | rows | same prompts | largest ll difference | mean ll | acc, both | acc_norm, both | cut |",

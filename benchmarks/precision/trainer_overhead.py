@@ -1,6 +1,6 @@
 """What mptrain.Trainer costs with nothing enabled, against transformers.Trainer.
 
-    .venv/bin/python benchmarks/trainer_overhead.py --json benchmarks/results/trainer_overhead.json
+    .venv/bin/python -m benchmarks.precision.trainer_overhead --json benchmarks/results/trainer_overhead.json
 
 Both train the same small BERT on the same batches in one process, in alternating rounds;
 `ratio` is the median over rounds of ours / theirs, per optimizer step. Bar: at most 1.03.
@@ -21,7 +21,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from mptrain.core.host import host
-from mptrain.run import versions
+from mptrain.flow.identity import versions
 from mptrain.train.trainer import Trainer
 
 

@@ -1,6 +1,7 @@
-"""Perplexity and size of a compressed OPT, ours against coremltools: Apple's two OPT tables.
+r"""Perplexity and size of a compressed OPT, ours against coremltools: Apple's two OPT tables.
 
-    .venv-bench/bin/python benchmarks/opt_table.py --model DIR --text DIR --json benchmarks/results/opt_table.json
+    .venv-bench/bin/python -m benchmarks.weights.opt_table --model DIR --text DIR \
+        --json benchmarks/results/opt_table.json
 
 DIR of --text holds calibration.txt, all that compression and fine-tuning read, and test.txt, all that is scored.
 Linear layers are compressed; embeddings and the tied lm_head are left alone, for coremltools' SKM fails on them.
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import clock, markdown, write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.kit.paired import clock, markdown, write
 from mptrain.compress.weights import records
 from mptrain.compress.weights.palettize import palettize
 from mptrain.compress.weights.table_training import TableTrainer

@@ -1,6 +1,6 @@
 """Whether `prune.keep.latency` keeps its word: the latency asked for against that of the exported model.
 
-    .venv/bin/python benchmarks/latency_budget.py --json benchmarks/results/latency_budget.json
+    .venv/bin/python -m benchmarks.jpqd.latency_budget --json benchmarks/results/latency_budget.json
 
 The budget is computed from a table of synthetic blocks, timed in torch; what a user gets is the OpenVINO IR of the
 whole model. For each fraction the packaged MiniLM BERT is cut to the budget (which units is drawn by lot: it does not
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from paired import markdown, write
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
+from benchmarks.kit.paired import markdown, write
 from mptrain.compress.structure.blocks import find_structure
 from mptrain.compress.structure.budget import Budget
 from mptrain.compress.structure.latency import measure_latency

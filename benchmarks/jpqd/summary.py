@@ -1,4 +1,4 @@
-"""The table and the Pareto plot of benchmarks/jpqd.py, from its JSON lines alone."""
+"""The table and the Pareto plot of benchmarks/jpqd/curve.py, from its JSON lines alone."""
 
 from __future__ import annotations
 

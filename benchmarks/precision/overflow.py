@@ -4,7 +4,7 @@ minilm                 the encoder as it is: nothing to keep
 minilm/uform_mask      given (1 - mask) * finfo.min for a mask, as UForm's text encoder has
 minilm/large_ffn       values of 1e6 in one layer, which its layer norm takes back
 
-python benchmarks/overflow.py --json benchmarks/results/overflow.json
+python -m benchmarks.precision.overflow --json benchmarks/results/overflow.json
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import clock, markdown, write
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from benchmarks.kit.paired import clock, markdown, write
 from mptrain.data.sources import packaged
 from mptrain.models.samples import texts_for, tokenized
 from mptrain.verify.overflow import search

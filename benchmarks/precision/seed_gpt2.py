@@ -1,6 +1,6 @@
 """The table of the GPT-2 user who was stuck: forward, gradient, update, and making the model half again.
 
-    .venv-bench/bin/python benchmarks/seed_gpt2.py --json benchmarks/results/seed_gpt2.json
+    .venv-bench/bin/python -m benchmarks.precision.seed_gpt2 --json benchmarks/results/seed_gpt2.json
 
 The user's loop keeps an fp32 model beside a half one: the half model runs forward and backward, AdamW
 updates the fp32 weights, and `half = copy.deepcopy(model).half()` makes the next half model. Ours replaces the
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import bytes_allocated, markdown, seconds, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.kit.paired import bytes_allocated, markdown, seconds, write
 from mptrain.precision import MasterWeights
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

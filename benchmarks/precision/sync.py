@@ -1,6 +1,6 @@
 """What it costs to bring fp32 weights into the half model: ours against five ways people write it.
 
-    .venv-bench/bin/python benchmarks/sync.py --json benchmarks/results/sync.json
+    .venv-bench/bin/python -m benchmarks.precision.sync --json benchmarks/results/sync.json
 
 ratio: time over one contiguous `copy_` between two separate preallocated buffers that moves the same
 bytes, 6 per element (3 read, 3 written). `ours` is `MasterWeights.sync()`. `deepcopy_half` asks for fresh
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import bytes_allocated, compare, markdown, write
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+from benchmarks.kit.paired import bytes_allocated, compare, markdown, write
 from mptrain.precision import MasterWeights
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,6 +1,6 @@
 """Every family exported to Core AI and executed: does it convert, and does the asset compute what torch computes?
 
-    python benchmarks/coreai_matrix.py [--rows PATTERN] [--json PATH]
+    python -m benchmarks.export.coreai_matrix [--rows PATTERN] [--json PATH]
 
 One row per <family>/<attention>/<mask>/<shape>, on random models of two layers. Each asset runs on this
 host's CPU, on inputs of other values than the traced ones; where shapes are dynamic also of other
@@ -34,7 +34,7 @@ from mptrain.export.coreai.convert import Runner, export_coreai
 from mptrain.verify import overflow
 from mptrain.verify.programs.aten import counted
 
-RESULT = Path(__file__).parent / "results" / "coreai_matrix.json"
+RESULT = Path(__file__).parents[1] / "results" / "coreai_matrix.json"
 BARS = {"parity_fp32": 1e-5, "cosine_fp16": 0.9999}
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 _TEXT = {"vocab_size": 500, "max_position_embeddings": 80}

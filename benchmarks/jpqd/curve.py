@@ -1,8 +1,8 @@
 """Accuracy, size and speed of JPQD against how much of the encoder is kept, method by method.
 
-    .venv/bin/python benchmarks/jpqd.py --json benchmarks/results/jpqd.jsonl
-    .venv/bin/python benchmarks/jpqd.py --json benchmarks/results/jpqd.jsonl --only 'fisher/*'
-    .venv/bin/python benchmarks/jpqd.py --json benchmarks/results/jpqd.jsonl --summary
+    .venv/bin/python -m benchmarks.jpqd.curve --json benchmarks/results/jpqd.jsonl
+    .venv/bin/python -m benchmarks.jpqd.curve --json benchmarks/results/jpqd.jsonl --only 'fisher/*'
+    .venv/bin/python -m benchmarks.jpqd.curve --json benchmarks/results/jpqd.jsonl --summary
 
 A point is METHOD/ORDER/KEPT/SEED, for example fisher/joint/50/0, and becomes one line of
 JSON; points that are in the file already are not run again, so the command can be stopped
@@ -11,7 +11,7 @@ and baseline, and train for the same number of steps. Choices (the best epoch, t
 see the validation split, the scores are those of the exported model on the test split.
 `--data DIR` takes train.tsv, dev.tsv and test.tsv (text TAB label) instead of the packaged
 film reviews. `--summary` only writes the table and the plot from the points there are.
-Peers run in .venv-bench: `make setup-bench`, then benchmarks/jpqd_peers.py.
+Peers run in .venv-bench: `make setup-bench`, then benchmarks/jpqd/peers.py.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def main() -> int:
         found = run_point(point, options.data, options.work)
         with options.json.open("a") as file:
             file.write(json.dumps(found) + "\n")
-    from jpqd_summary import summarize
+    from benchmarks.jpqd.summary import summarize
 
     print(summarize(list(read(options.json).values()), options.json))
     return 0

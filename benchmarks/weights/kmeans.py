@@ -1,6 +1,6 @@
 """Palettizing one weight, k-means to metadata, ours against coremltools.
 
-    .venv-bench/bin/python benchmarks/kmeans.py --json benchmarks/results/kmeans.json
+    .venv-bench/bin/python -m benchmarks.weights.kmeans --json benchmarks/results/kmeans.json
 
 Both sides start from a Linear with float32 weights (and, weighted, the same importance), end with its
 palettized weight and the metadata that coremltools' converter reads, and run in one thread.
@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from paired import markdown, seconds, write
 from torch import Tensor, nn
 
+from benchmarks.kit.paired import markdown, seconds, write
 from mptrain.compress.weights.palettize import palettized, tables
 from mptrain.compress.weights.records import Palettized, attach
 from mptrain.recipe import Palettize

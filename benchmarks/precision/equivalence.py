@@ -1,6 +1,6 @@
 """Training in half precision with masters ends where fp32 training ends: GPT-2-like, BERT and ViT.
 
-    .venv/bin/python benchmarks/equivalence.py --json benchmarks/results/equivalence.json
+    .venv/bin/python -m benchmarks.precision.equivalence --json benchmarks/results/equivalence.json
 
 Tiny random models (half-precision matrix products are very slow on a CPU), dropout 0, the same batches in the
 same order, AdamW, 200 steps. ratio: the largest relative difference to fp32 over windows of 20 steps of the mean
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from paired import markdown, write
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -33,6 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from benchmarks.kit.paired import markdown, write
 from mptrain import LossScale, MasterWeights
 
 WINDOW = 20

@@ -1,6 +1,6 @@
 """One whole optimizer step on GPT-2, half gradients to half weights, ours against the peers.
 
-    .venv-bench/bin/python benchmarks/step.py --json benchmarks/results/step.json
+    .venv-bench/bin/python -m benchmarks.precision.step --json benchmarks/results/step.json
 
 Every row does the same work: are all gradients finite, their norm, unscale and clip to norm 1, AdamW on
 fp32 weights, half weights. (torchao's optimizer has no fp32 weights: it rounds bf16 stochastically.)
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import compare, markdown, write
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.kit.paired import compare, markdown, write
 from mptrain.precision import MasterWeights
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

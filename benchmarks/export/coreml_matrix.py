@@ -1,6 +1,6 @@
 """Does it convert, and does the package compute what the model computes? Six families, every way to export them.
 
-    .venv-bench/bin/python benchmarks/coreml_matrix.py --json benchmarks/results/coreml_matrix.json
+    .venv-bench/bin/python -m benchmarks.export.coreml_matrix --json benchmarks/results/coreml_matrix.json
 
 Rows `<family>/<attn>/<route>/<mask>/<shape>`: small random models (2 layers), converted once for float32 and
 once for float16, saved, and read back by the reference interpreter. `parity_fp32` is the largest difference of
