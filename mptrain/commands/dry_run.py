@@ -32,6 +32,7 @@ from mptrain.data.load import TaskData, load_data
 from mptrain.data.sources import packaged
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import read_table
+from mptrain.data.tasks.labels import class_lines
 from mptrain.export.torch.cached_decoder import check_exports
 from mptrain.flow import preflight
 from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
@@ -73,6 +74,8 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     console.print(f"{recipe.name}: {recipe.description}")
     console.print(f"model: {recipe.model.path} ({model_from}); data: {rows:,} training rows ({rows_from})")
     console.print(f"output: {recipe.output.dir}\n")
+    if data is not None and "labels" in data.facts:
+        console.print("\n".join([*class_lines(data.facts["labels"]), ""]), markup=False, highlight=False)
     console.print(_stages(recipe, rows, outlook, speed))
     tables = {stage.id: palettize.tables(model, stage.palettize) for stage in recipe.stages if stage.palettize}
     console.print(_variants(recipe, tables, outlook))

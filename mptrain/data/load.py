@@ -85,6 +85,8 @@ def _columns(spec: Data, kind: type[TaskData]) -> dict[str, str]:
                 f"data.{option}: the task {kind.task} does not use it; drop it. It reads"
                 f" {', '.join('data.' + name for name in kind.columns)}."
             )
+    if spec.labels is not None and not {"label", "tags"} & set(kind.columns):
+        raise DataError(f"data.labels: the task {kind.task} has no classes; drop it.")
     if spec.stride is not None and kind.task not in ("question-answering", "causal-lm"):
         raise DataError(f"data.stride: the task {kind.task} does not use it; drop it.")
     chosen = {option: getattr(spec, option) or default for option, default in kind.columns.items()}

@@ -54,6 +54,9 @@ class Data(Strict):
     text: str | None = Field(None, description="column of the text (text classification, causal LM); default: text")
     text_pair: str | None = Field(None, description="column of the second text of a pair; default: there is none")
     label: str | None = Field(None, description="column of the class: a word or number; default: label")
+    labels: list[str | int] | None = Field(
+        None, description="class names by index, where a class may lack in train; default: those of the training split"
+    )
     tokens: str | None = Field(None, description="column of the words, lists; default: tokens")
     tags: str | None = Field(None, description="column of their tags, lists (IOB2: B-PER, I-PER, O); default: tags")
     question: str | None = Field(None, description="column; default: question")

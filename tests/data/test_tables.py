@@ -5,17 +5,19 @@ import gzip
 import itertools
 import json
 import logging
+import math
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, disable_progress_bars
 from kit.tiny import tokenizer
 
 from mptrain.core.errors import DataError
 from mptrain.data.load import load_data
 from mptrain.data.sources.tables import read_table
-from mptrain.data.tasks.labels import label_names
+from mptrain.data.tasks.labels import Column, class_lines, classes_of
 from mptrain.models.samples import texts_for
 from mptrain.recipe import Data, Split
 
@@ -201,8 +203,11 @@ def test_labels_may_be_text_or_numbers_and_numbers_sort_by_value(tmp_path):
         (None, "row 1 has None where a class label"),
         ("", "row 1 has '' where a class label"),
         (0.5, "row 1 has 0.5 where a class label"),
-        ("maybe", "row 1 has the label 'maybe', which the training split does not have; its labels are neg, pos"),
-        (-1, "row 1 has the label -1"),
+        (
+            "maybe",
+            "1 of 1 labels of test are classes that the training split does not have ('maybe': 1; first",
+        ),
+        (-1, "does not have ('-1': 1; first in row 1)"),
     ],
 )
 def test_a_label_that_cannot_be_used_names_row_and_value(tmp_path, label, said):
@@ -224,13 +229,13 @@ def test_the_row_named_is_that_of_the_file_when_splits_are_cut(tmp_path, row, ce
         load(tmp_path, train=str(file))
 
 
-def test_the_row_of_a_label_that_training_lacks_is_that_of_the_file(tmp_path):
+def test_the_row_of_a_label_that_training_lacks_is_that_of_the_file(tmp_path, caplog):
     whole = load(tmp_path, train=str(write_csv(tmp_path / "a.csv", reviews(200))))
     number = 1 + [text for text, _ in reviews(200)].index(whole.texts["test"][0][-1])
     rows = reviews(200)
     rows[number - 1] = (rows[number - 1][0], "maybe")
-    with pytest.raises(DataError, match=rf"row {number} has the label 'maybe'"):
-        load(tmp_path, train=str(write_csv(tmp_path / "a.csv", rows)))
+    load(tmp_path, train=str(write_csv(tmp_path / "a.csv", rows)))
+    assert f"not have ('maybe': 1; first in row {number})" in caplog.text
 
 
 def test_a_sample_of_a_sample_keeps_the_numbers_of_its_rows(tmp_path):
@@ -244,7 +249,121 @@ def test_a_sample_of_a_sample_keeps_the_numbers_of_its_rows(tmp_path):
 
 def test_numbers_of_one_value_have_one_order():
     for labels in itertools.permutations(["1", "01", "2", "02", "-0", "0"]):
-        assert label_names(labels, range(1, 7), None, "data.label") == ["-0", "0", "01", "1", "02", "2"]
+        found = classes_of({"train": Column(labels, range(1, 7), None, "data.label")}, None, "data.label")
+        assert found.names == ["-0", "0", "01", "1", "02", "2"]
+
+
+NAMED = {"train": ["a", "b", "a", "b", "a"], "validation": ["a", "b", "a"], "test": ["b", "c", "d", "a", "b", "b", "c"]}
+
+
+def classed(given=None, **changes):
+    columns = {s: Column(v, range(1, len(v) + 1), None, f"data.label ({s}.csv)") for s, v in (NAMED | changes).items()}
+    return classes_of(columns, given, "data.label")
+
+
+def test_classes_that_training_lacks_are_counted_and_come_behind_all_others(caplog):
+    found = classed()
+    assert (found.names, found.unseen) == (["a", "b"], ["c", "d"])
+    assert found.indices == {"train": [0, 1, 0, 1, 0], "validation": [0, 1, 0], "test": [1, 2, 3, 0, 1, 1, 2]}
+    assert found.counts["test"] == {"a": 1, "b": 3, "c": 2, "d": 1}
+    (said,) = caplog.messages
+    assert "3 of 7 labels of test are classes that the training split does not have ('c': 2, 'd': 1; first in" in said
+
+
+def test_data_labels_names_the_classes_in_their_order(caplog):
+    found = classed(["d", "c", "b", "a", 5])
+    assert (found.names, found.unseen) == (["d", "c", "b", "a", "5"], [])
+    assert found.indices["train"] == [3, 2, 3, 2, 3]
+    assert not caplog.messages
+    with pytest.raises(DataError, match=r"test.csv\): row 3 has the label 'd', which data.labels does not"):
+        classed(["a", "b", "c"])
+    with pytest.raises(DataError, match=r"data.labels: 'a' is there twice"):
+        classed(["a", "b", "a"])
+    with pytest.raises(DataError, match=r"data.labels: a classifier needs at least two classes, got \['a'\]"):
+        classed(["a"])
+
+
+def test_rows_of_a_class_without_an_output_count_as_errors(tmp_path, caplog):
+    train = str(write_jsonl(tmp_path / "a.jsonl", reviews(60)))
+    rows = [("good film", "pos"), ("bad film", "neg"), ("fine film", "maybe"), ("the film", "neg")]
+    test = str(write_jsonl(tmp_path / "t.jsonl", rows))
+    data = load(tmp_path, train=train, validation=train, test=test)
+    assert (data.labels, data.unseen) == (["neg", "pos"], ["maybe"])
+    assert "count as errors, unless data.labels names them" in caplog.text
+    logits = {"pos": [0.0, 3.0], "neg": [3.0, 0.0], "maybe": [0.0, 0.0]}
+    by_length = [logits[label] for text, label in sorted(rows, key=lambda row: -len(row[0].split()))]
+    accuracy, loss = data.evaluate(lambda b: {"logits": torch.tensor(by_length)}, "test")
+    assert accuracy.stats[:, 0].tolist() == [1, 1, 0, 1]
+    assert loss.value == pytest.approx(math.log1p(math.exp(-3)))
+    whole = load(tmp_path, train=train, validation=train, test=test, labels=["neg", "pos", "maybe"])
+    assert (whole.labels, whole.unseen) == (["neg", "pos", "maybe"], [])
+    logits = [[*row, 5.0 if row == [0.0, 0.0] else -5.0] for row in by_length]
+    accuracy, loss = whole.evaluate(lambda b: {"logits": torch.tensor(logits)}, "test")
+    assert accuracy.value == 1.0 and loss.stats.shape == (4, 1)
+    assert whole.hash != data.hash
+    other = str(write_jsonl(tmp_path / "o.jsonl", [*rows[:2], ("fine film", "other"), rows[3]]))
+    assert load(tmp_path, train=train, validation=train, test=other).hash != data.hash
+    with pytest.raises(DataError, match=r"data.labels: the task causal-lm has no classes"):
+        load(tmp_path, "causal-lm", train=train, labels=["a", "b"])
+
+
+def test_spellings_of_one_class_are_named(caplog):
+    classed(train=["DESC", "DESC ", "desc", "ENTY", "de sc"], validation=["ENTY"], test=["desc"])
+    (said,) = caplog.messages
+    assert "3 classes differ in case or spaces only ('DESC': 1, 'DESC ': 1, 'desc': 2). Write them alike" in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            ["a", "b", "a|b", "b|c", "a|b"],
+            "2 of 4 classes look like several in one cell, joined by '|' ('a|b', 'b|c';",
+        ),
+        (["x;y", "y;z", "x;z", "x;y"], "3 of 3 classes look like several in one cell, joined by ';'"),
+        (["sport", "news", "news/sport"], "1 of 3 classes look like several in one cell, joined by '/'"),
+        (["and/or", "news", "R&B", "s|t", "C++"], None),
+    ],
+)
+def test_cells_that_hold_several_classes_are_named(labels, said, caplog):
+    classed(train=labels, validation=labels[:1], test=labels[:1])
+    assert (said in caplog.text) if said else not caplog.messages
+
+
+def test_classes_are_listed_with_their_counts():
+    assert class_lines(classed().counts) == [
+        "class       train  validation        test",
+        "'a'             3           2           1",
+        "'b'             2           1           3",
+        "'c'             0           0           2",
+        "'d'             0           0           1",
+    ]
+    many = {"train": {str(i): 100 - i for i in range(40)}}
+    lines = class_lines(many, most=10)
+    assert len(lines) == 12 and lines[-1] == f"and 30 classes more, {sum(range(61, 91)):,} in all"
+
+
+def test_other_separators_are_named_not_the_line_that_they_break(tmp_path):
+    rows = "".join(f"a {i}, good film;pos\n" if i == 80 else f"film {i};pos\n" for i in range(100))
+    for name, head, text, said in (
+        (
+            "a.csv",
+            "text;label\n",
+            rows,
+            r"columns \(text, label\) are separated by semicolons \(;\), not by commas",
+        ),
+        ("a.csv", '"text"\t"label"\n', rows.replace(";", "\t"), "separated by tabs, not by commas: name it .tsv"),
+        ("a.tsv", "text,label\n", rows.replace(",", "").replace(";", ","), "commas, not by tabs: name it .csv"),
+        ("a.csv", "text|label\n", rows.replace(";", "|"), r"separated by bars \(\|\), not by commas"),
+    ):
+        (tmp_path / name).write_text(head + text)
+        with pytest.raises(DataError, match=said):
+            load(tmp_path, train=str(tmp_path / name))
+    (tmp_path / "a.csv").write_text(rows)
+    with pytest.raises(DataError, match="separated by semicolons"):
+        load(tmp_path, train=str(tmp_path / "a.csv"), text="column 1", label="column 2")
+    (tmp_path / "b.csv").write_text("text\n" + "a; b\n" * 30)
+    assert load(tmp_path, "causal-lm", train=str(tmp_path / "b.csv")).facts["rows"]["train"] == 21
 
 
 def test_a_label_column_with_one_value_or_all_different_is_the_wrong_one(tmp_path):

@@ -259,15 +259,23 @@ def test_tags_that_do_not_fit_are_errors(tmp_path):
         tagged(tmp_path, rows=[TAGGED[0], {"tokens": ["a", "\ud83d"], "tags": ["O", "O"]}])
 
 
-def test_a_tag_that_training_lacks_names_the_row_of_its_sentence(tmp_path):
+def test_a_tag_that_training_lacks_names_the_row_of_its_sentence(tmp_path, caplog):
     rows = [{"tokens": ["the", f"w{i}"], "tags": ["O", "B-X"]} for i in range(60)]
     spec = Data(train=jsonl(tmp_path / "a.jsonl", rows), max_length=16)
     parts = cut([json.dumps([row["tokens"]]) for row in rows], {"validation": 0.1, "test": 0.2})
     last = parts["test"][-1]
     rows[last]["tags"] = ["O", "B-Y"]
     jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError, match=rf"row {last + 1} has the label 'B-Y'"):
-        load_data(spec, "token-classification", piece_tokenizer(), seed=0)
+    data = load_data(spec, "token-classification", piece_tokenizer(), seed=0)
+    assert f"data.tags: 1 of {2 * len(parts['test'])} labels of test are" in caplog.text
+    assert f"('B-Y': 1; first in row {last + 1})" in caplog.text
+    assert (data.labels, data.unseen) == (["B-X", "O"], ["B-Y"])
+    f1, accuracy = data.evaluate(tagger(data, lambda gold: min(gold, 1)), "test")
+    assert f1.stats[-1].tolist() == [0, 0, 1] and accuracy.stats[-1].tolist() == [1, 2]
+    whole = load_data(
+        spec.model_copy(update={"labels": ["O", "B-X", "B-Y"]}), "token-classification", piece_tokenizer(), seed=0
+    )
+    assert whole.evaluate(tagger(whole, lambda gold: gold), "test")[0].value == 1.0
     rows[last]["tags"] = ["O"]
     jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=rf"data.tags: row {last + 1} of .* has 2 words but 1 tags"):

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from mptrain.core.errors import DataError
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+_SEPARATORS = {"\t": "tabs", ";": "semicolons (;)", "|": "bars (|)", ",": "commas"}
 _POSITION = re.compile(r"column [1-9]\d*")
 
 
@@ -90,9 +91,8 @@ def read_table(file: str, option: str, wanted: Iterable[str] = ()) -> Table:
     form = suffixes[-1] if suffixes else ""
     if form not in FORMATS:
         raise DataError(f"{option}: {file} is none of the formats that can be read: {', '.join(FORMATS)}.")
-    headless = all(_POSITION.fullmatch(name) for name in wanted) and any(True for _ in wanted)
     try:
-        table = _parse(path, form, f"{option} ({file})", headless)
+        table = _parse(path, form, f"{option} ({file})", list(wanted))
     except (OSError, EOFError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise DataError(
             f"{option}: {path.absolute()} could not be read as {form[1:]}: {error}. Repair the file, or rename it"
@@ -104,7 +104,7 @@ def read_table(file: str, option: str, wanted: Iterable[str] = ()) -> Table:
     return table
 
 
-def _parse(path: Path, form: str, where: str, headless: bool) -> Table:
+def _parse(path: Path, form: str, where: str, wanted: Sequence[str]) -> Table:
     if form == ".parquet":
         return _read_parquet(path, where)
     with _open_text(path) as stream:
@@ -112,7 +112,7 @@ def _parse(path: Path, form: str, where: str, headless: bool) -> Table:
             return Table(where, {"text": stream.read().split("\n")}, separator="\n")
         if form == ".jsonl":
             return _read_jsonl(stream, where)
-        return _read_separated(stream, where, form, headless)
+        return _read_separated(stream, where, form, wanted)
 
 
 def _open_text(path: Path) -> TextIO:
@@ -120,12 +120,15 @@ def _open_text(path: Path) -> TextIO:
     return opener(path, "rt", encoding="utf-8-sig", newline="" if ".csv" in path.suffixes else None)
 
 
-def _read_separated(stream: TextIO, where: str, form: str, headless: bool) -> Table:
+def _read_separated(stream: TextIO, where: str, form: str, wanted: Sequence[str]) -> Table:
     csv.field_size_limit(sys.maxsize)  # a document may be longer than the default of 128 KiB
     if form == ".tsv":
         rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         rows = csv.reader(stream, strict=True)
+    headless = bool(wanted) and all(_POSITION.fullmatch(name) for name in wanted)
+    _check_separator(stream.readline(), form, wanted, headless)
+    stream.seek(0)
     names: list[str] | None = None
     columns: list[list[str]] = []
     for row in rows:
@@ -143,6 +146,18 @@ def _read_separated(stream: TextIO, where: str, form: str, headless: bool) -> Ta
         for column, cell in zip(columns, row):
             column.append(cell)
     return Table(where, dict(zip(names or [], columns)))
+
+
+def _check_separator(first: str, form: str, wanted: Sequence[str], headless: bool) -> None:
+    """Raise ValueError for a first line that other signs than a comma (tsv: a tab) cut into the columns asked for."""
+    if ("\t" if form == ".tsv" else ",") in first or not wanted:
+        return
+    for sign, name in _SEPARATORS.items():
+        cut = [cell.strip().strip('"') for cell in first.split(sign)]
+        if len(cut) > 1 and (len(cut) >= len(wanted) if headless else not set(wanted).isdisjoint(cut)):
+            ours = "tabs" if form == ".tsv" else "commas"
+            fix = "name it .tsv" if sign == "\t" else "name it .csv" if sign == "," else f"save it with {ours}"
+            raise ValueError(f"its columns ({', '.join(cut)}) are separated by {name}, not by {ours}: {fix}")
 
 
 def _read_jsonl(stream: TextIO, where: str) -> Table:

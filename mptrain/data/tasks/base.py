@@ -58,6 +58,7 @@ class TaskData(ABC):
     Attributes:
         train, validation, test: Examples.
         labels: class names by index; None for tasks without classes.
+        unseen: names of classes that only validation or test has, whose indices follow.
         hash: sha256 of what is used: inputs, targets and which split each row is in; not of paths.
         facts: JSON facts for the report, see `load_data`.
         texts: {split: (texts, class indices)} for text classification, else None.
@@ -72,6 +73,7 @@ class TaskData(ABC):
     """rows are running text, so missing splits are cut off its end instead of drawn from all over"""
 
     texts: dict[str, tuple[list[str], list[int]]] | None = None
+    unseen: list[str] = []
     min_length = 1
     """of `example`"""
 
@@ -185,7 +187,8 @@ class TaskData(ABC):
         return [self.train[order[i % len(order)]] for i in range(count)]
 
     def _content_hash(self, tables: Mapping[str, Table]) -> str:
-        digest = hashlib.sha256(json.dumps(self.labels).encode())
+        classes = [self.labels, self.unseen] if self.unseen else self.labels
+        digest = hashlib.sha256(json.dumps(classes).encode())
         for name in SPLITS:
             table = tables[name]
             targets = [table[column] for column in table.columns if column not in (*self.inputs, GROUP, IDENTITY)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import Batch, Outputs, TaskData, finite
-from mptrain.data.tasks.labels import label_indices, label_names
+from mptrain.data.tasks.labels import Column, classes_of
 from mptrain.data.tasks.metrics import Score
 
 
@@ -19,17 +18,17 @@ class ClassificationData(TaskData):
     labels: list[str]
 
     def index_labels(self, tables: Mapping[str, Table]) -> list[str]:
-        train = tables["train"]
-        names = label_names(train["label"], train.rows, train.classes.get("label"), f"data.label ({train.where})")
-        counts = {}
+        columns = {
+            split: Column(table["label"], table.rows, table.classes.get("label"), f"data.label ({table.where})")
+            for split, table in tables.items()
+        }
+        found = classes_of(columns, self.spec.labels, "data.label")
         for split, table in tables.items():
-            where = f"data.label ({table.where})"
-            indices = label_indices(table["label"], table.rows, names, table.classes.get("label"), where)
-            table.columns["label"] = indices
-            counts[split] = {names[i]: n for i, n in sorted(Counter(indices).items())}
-        self.facts["labels"] = counts
+            table.columns["label"] = found.indices[split]
+        self.facts["labels"] = found.counts
+        self.unseen = found.unseen
         self._targets: dict[str, np.ndarray] = {}
-        return names
+        return found.names
 
     def targets(self, split: str, table: Table) -> list[int]:
         """The class indices of a split, remembered for `score`."""
@@ -43,8 +42,13 @@ class ClassificationData(TaskData):
         logits, targets = np.stack(found).astype(np.float64), self._targets[split]
         right = logits.argmax(axis=1) == targets
         shifted = logits - logits.max(axis=1, keepdims=True)
-        loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets)), targets]
+        known = targets < logits.shape[1]  # a class without an output has no loss, it is only wrong
+        chosen = shifted[np.arange(len(targets)), np.where(known, targets, 0)]
+        loss = np.where(known, np.log(np.exp(shifted).sum(axis=1)) - chosen, 0.0)
+        counted = np.stack([loss, known], axis=1).astype(np.float64)
         return [
             Score("accuracy", right[:, None].astype(np.float64), "mean"),
-            Score("loss", loss[:, None], "mean", higher_is_better=False),
+            Score("loss", loss[:, None], "mean", higher_is_better=False)
+            if known.all()
+            else Score("loss", counted, "ratio", higher_is_better=False),
         ]

@@ -7,7 +7,6 @@ cut off by max_length counts as predicted O.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from mptrain.core.errors import DataError
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, TaskData, finite, without_targets
-from mptrain.data.tasks.labels import label_indices, label_names
+from mptrain.data.tasks.labels import Column, classes_of
 from mptrain.data.tasks.metrics import Score, span_counts
 from mptrain.data.tasks.text import check_length, examples_of, pad, tokenize
 
@@ -46,21 +45,23 @@ class TokenClassificationData(TaskData):
                     )
         train = tables["train"]
         declared = train.classes.get("tags")
-        every, rows = _flat(train)
+        every, _ = _flat(train)
         if declared is None and not all(isinstance(tag, str) for tag in every):
             raise DataError(
                 f"data.tags: {train.where} has numbers for tags and does not say what they stand for. Give tags as"
                 " text (B-PER, I-PER, O), or a `datasets` folder whose column has class names."
             )
-        names = label_names(every, rows, declared, f"data.tags ({train.where})")
-        counts = {}
+        columns = {
+            split: Column(*_flat(table), table.classes.get("tags"), f"data.tags ({table.where})")
+            for split, table in tables.items()
+        }
+        found = classes_of(columns, self.spec.labels, "data.tags")
         for split, table in tables.items():
-            where = f"data.tags ({table.where})"
-            flat = iter(label_indices(*_flat(table), names, table.classes.get("tags"), where))
+            flat = iter(found.indices[split])
             table.columns["tags"] = [[next(flat) for _ in tags] for tags in table["tags"]]
-            counts[split] = {names[i]: n for i, n in sorted(Counter(chain(*table["tags"])).items())}
-        self.facts["labels"] = counts
-        return names
+        self.facts["labels"] = found.counts
+        self.unseen = found.unseen
+        return found.names
 
     def encode(self, split: str, table: Table) -> Examples:
         check_length(self.processor, self.spec.max_length)
@@ -98,12 +99,12 @@ class TokenClassificationData(TaskData):
         return [row[mask] for row, mask in zip(best, first)]
 
     def score(self, split: str, found: list[np.ndarray]) -> list[Score]:
-        spans, words = [], []
+        spans, words, names = [], [], [*self.labels, *self.unseen]
         for guesses, places, tags in zip(found, self._tagged[split], self._tags[split]):
             predicted = [OUTSIDE] * len(tags)
             for guess, place in zip(guesses, places):
                 predicted[place] = self.labels[guess]
-            gold = [self.labels[tag] for tag in tags]
+            gold = [names[tag] for tag in tags]
             spans.append(span_counts(predicted, gold))
             words.append((sum(a == b for a, b in zip(predicted, gold)), len(gold)))
         return [
