@@ -20,15 +20,10 @@ NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 OUT_OF_MEMORY = "out of memory. Lower train.batch_size (and raise accumulation) or data.max_length."
 EXTRAS = {
-    "nncf": "openvino",
-    "openvino": "openvino",
     "openvino_telemetry": "openvino",
-    "coremltools": "coreml",
-    "coreai": "coreai",
-    "coreai_torch": "coreai",
-    "coreai_opt": "coreai",
     "matplotlib": "plots",
 }
+"""of mptrain, by the package that is missing; those of the export formats are in their specs"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").split(".")[0])
+        extra = _extra((error.name or "").split(".")[0])
         if extra is None:
             raise
         return _fail(f"{error.name} is not installed. Install it with: pip install 'mptrain[{extra}]'", 1)
@@ -57,6 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         if any(reason in str(error) for reason in NO_MEMORY):
             return _fail(OUT_OF_MEMORY, 1)
         raise
+
+
+def _extra(module: str) -> str | None:
+    """The extra of mptrain that brings a package."""
+    from mptrain.recipe import EXPORTS
+
+    found = {p.module.split(".")[0]: spec.extra for spec in EXPORTS.values() for p in spec.packages}
+    return (EXTRAS | found).get(module)
 
 
 def _fail(message: str, code: int) -> int:
@@ -163,14 +166,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("model", metavar="MODEL", help="a model folder (also of a run), packaged:NAME or a hub name")
     export.add_argument("--to", required=True, metavar="FOLDER", help="where to write; must not exist")
-    export.add_argument("--format", default="openvino", help="openvino, coreml or coreai (default openvino)")
+    export.add_argument("--format", default="openvino", help="a format of a recipe's export (default openvino)")
     export.add_argument("--precision", default="fp32", help="as in a recipe's export of that format (default fp32)")
-    export.add_argument("--target", metavar="iOS18", help="coreml: minimum_deployment_target")
+    export.add_argument("--target", metavar="iOS18", help="minimum_deployment_target, where the format has one")
     export.add_argument(
         "--cache",
         type=int,
         metavar="N",
-        help="coreml and coreai, causal LM: generate with a key-value cache of N tokens, kept as states",
+        help="causal LM: generate with a key-value cache of N tokens, where the format keeps one",
     )
     _add_model_options(export)
     export.set_defaults(call=_export)

@@ -14,10 +14,8 @@ from typing import Any
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.errors import DataError, GateFailed
 from mptrain.core.host import host
-from mptrain.core.silence import import_unreported
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import load_data
-from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_exports
 from mptrain.flow import preflight
 from mptrain.flow.identity import identity, versions
@@ -26,7 +24,7 @@ from mptrain.flow.run_folder import check_identity, clear, locked
 from mptrain.flow.stage import Context, compressed_facts, keep_start, run_phase, structure_facts
 from mptrain.flow.variants import Variants
 from mptrain.models.load import load_processor, read_config
-from mptrain.recipe import Recipe, cache_of
+from mptrain.recipe import Recipe
 from mptrain.recipe.plan import phases
 from mptrain.report import build
 from mptrain.report.render import files
@@ -66,9 +64,8 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 def _steps(
     recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path], fresh: bool = False
 ) -> dict[str, Any]:
-    for export in recipe.export:
-        import_unreported(format_of(export).package)  # an extra that is missing is an error now, not after training
-    if any(map(cache_of, recipe.export)):
+    preflight.check_exports(recipe)
+    if any(export.cache for export in recipe.export):
         check_exports(recipe, read_config(recipe.model, allow_code))
     model = preflight.model_of(recipe, allow_code)
     if model is not None:
@@ -126,12 +123,13 @@ def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[Mul
     length = context_length(read_config(recipe.model, allow_code), tokenizer)
     tasks = read_tasks(recipe.evaluate.multiple_choice, tokenizer, length)
     for export in recipe.export:
-        field, most = preflight.longest_input(export) or ("", length)
+        limit = export.longest()
         for task in tasks:
-            if task.longest > most:
+            if limit is not None and task.longest > limit.tokens:
                 raise DataError(
-                    f"export.{export.id}.{field}: {most} is less than the {task.longest} tokens of the longest"
-                    f" question of {task.facts['file']}; raise it, or drop the task from evaluate.multiple_choice."
+                    f"export.{export.id}.{limit.field}: {limit.tokens} is less than the {task.longest} tokens of the"
+                    f" longest question of {task.facts['file']}; raise it, or drop the task from"
+                    " evaluate.multiple_choice."
                 )
     return tasks
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mptrain import recipe
+from mptrain.recipe.base import OneOf
 from scripts import targets
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
@@ -46,6 +47,8 @@ def sections() -> list[type[BaseModel]]:
 def _models(annotation: typing.Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if union := next((a for a in typing.get_args(annotation) if isinstance(a, OneOf)), None):
+        return list(union.members.values())
     return [m for a in typing.get_args(annotation) for m in _models(a)]
 
 
@@ -54,6 +57,8 @@ def _type(annotation: typing.Any, schema: dict) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     if origin is typing.Annotated:
+        if isinstance(arguments[1], OneOf):
+            return " or ".join(_type(member, schema) for member in arguments[1].members.values())
         return _type(arguments[0], schema)
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)

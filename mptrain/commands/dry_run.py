@@ -36,11 +36,8 @@ from mptrain.data.tasks.labels import class_lines
 from mptrain.export.torch.cached_decoder import check_exports
 from mptrain.flow import preflight
 from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
-from mptrain.recipe import CoreMl, OpenVino, Planning, Recipe, Stage, WeightOnly, cache_of
+from mptrain.recipe import Planning, Recipe, Stage
 from mptrain.recipe.plan import phases, variants
-
-BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 1.0}
-EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int8_emb4": 0.5 + 2 / 64}
 
 Tables = Mapping[str, palettize.Table]
 
@@ -57,6 +54,7 @@ class Outlook:
 
 def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
+    preflight.check_exports(recipe)
     data = _data(recipe, allow_code)
     model, model_from, known = _model(recipe, allow_code)
     check_exports(recipe, model.config)
@@ -126,15 +124,14 @@ def _variants(recipe: Recipe, tables: Mapping[str, Tables], outlook: Outlook) ->
     for planned in variants(recipe):
         stage = recipe.stage(planned.stage)
         kept = _kept(recipe, stage)
-        # formats other than OpenVINO name the precision of the arithmetic; weights stay as they were learned
-        stored = planned.precision if isinstance(planned.export, OpenVino) or not stage.quantize else "int8"
         if kept is None:
             table.add_row(planned.id, "by regularization", "", "", "")
             continue
-        if stage.palettize and not isinstance(planned.export, OpenVino):
-            size = _palettized_bytes(tables[stage.id], stage, outlook, kept, planned.precision)
+        weight, embedding = planned.export.bytes_per_weight(stage, planned.precision)
+        if stage.palettize and not planned.export.expands(stage):
+            size = _palettized_bytes(tables[stage.id], stage, outlook, kept, weight)
         else:
-            size = _bytes(outlook, kept, *_stored(stage, stored))
+            size = _bytes(outlook, kept, weight, embedding)
         params = outlook.encoder * kept + outlook.embeddings + outlook.other
         table.add_row(
             planned.id, f"{params / 1e6:.1f} M", f"{outlook.macs * kept / 1e9:.2f} G", f"{size / 1e6:.1f} MB",
@@ -156,13 +153,13 @@ def _structure(recipe: Recipe, model: PreTrainedModel) -> Structure | None:
 def _caches(recipe: Recipe, structure: Structure | None) -> list[str]:
     lines = []
     for export in recipe.export:
-        if structure is None or (tokens := cache_of(export)) is None:
+        if structure is None or export.cache is None or export.caches is None:
             continue
-        kind, size = ("float16", 2) if isinstance(export, CoreMl) else ("float32", 4)
+        size = {"float16": 2, "float32": 4}[export.caches]
         values = sum(2 * block.kv_heads * block.head_dim for block in structure.attention)
         lines.append(
-            f"{export.id}: keeps a key-value cache of {tokens:,} tokens, {kind} states of"
-            f" {values * tokens * size / 1e6:.3g} MB before any pruning"
+            f"{export.id}: keeps a key-value cache of {export.cache:,} tokens, {export.caches} states of"
+            f" {values * export.cache * size / 1e6:.3g} MB before any pruning"
         )
     return lines
 
@@ -207,25 +204,14 @@ def _bytes(outlook: Outlook, kept: float, weight: float, embedding: float) -> fl
     return (outlook.encoder * kept + outlook.other) * weight + outlook.embeddings * embedding
 
 
-def _palettized_bytes(tables: Tables, stage: Stage, outlook: Outlook, kept: float, precision: str) -> float:
+def _palettized_bytes(tables: Tables, stage: Stage, outlook: Outlook, kept: float, weight: float) -> float:
     """Where a target stores tables; pruning is taken to shrink all blocks alike."""
     assert stage.palettize is not None
     budget = stage.palettize.size_budget
     count = sum(t.rows * t.columns for t in tables.values())
     size = sum(t.stored_bytes for t in tables.values()) if budget is None else budget * count / 8
     dense = outlook.encoder + outlook.embeddings + outlook.other
-    return (size + (dense - count) * BYTES[precision]) * (outlook.encoder * kept + dense - outlook.encoder) / dense
-
-
-def _stored(stage: Stage, precision: str) -> tuple[float, float]:
-    """Bytes of one weight of a layer, and of an embedding."""
-    if not isinstance(stage.quantize, WeightOnly):
-        return BYTES[precision], EMBEDDING_BYTES[precision]
-    how = stage.quantize
-    zero = 0.0 if how.symmetric else how.bits / 8
-    weight = how.bits / 8 + ((2 + zero) / how.block_size if how.granularity == "block" else 0.0)
-    weight = weight if how.size_budget is None else how.size_budget / 8
-    return weight, {"fp32": 4.0, "int8": 1.0, "same": weight}[how.embeddings]
+    return (size + (dense - count) * weight) * (outlook.encoder * kept + dense - outlook.encoder) / dense
 
 
 def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: float) -> float:

@@ -10,12 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
-from mptrain.core.silence import import_unreported
 from mptrain.data.tasks.base import Batch
 from mptrain.export.formats import Source, format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.samples import Loaded, load_with_inputs
-from mptrain.recipe import Export, Gates, Ptq, Stage, Task, cache_of
+from mptrain.recipe import EXPORTS, Export, ExportSpec, Gates, Ptq, Stage, Task
+from mptrain.recipe.exports import spec_of
 from mptrain.report import gates
 from mptrain.verify import parity
 
@@ -46,23 +46,24 @@ def export_model(
     """
     begun = time.monotonic()
     options = options or {}
-    if format == "openvino" and "cache" in options:
+    if "cache" in options and spec_of(format).caches is None:
+        able = " or ".join(name for name, kind in EXPORTS.items() if kind.caches is not None)
         raise UserError(
-            f"--cache {options['cache']}: OpenVINO IR is written without a cache; drop it, or choose --format coreml or"
-            " coreai"
+            f"--cache {options['cache']}: {spec_of(format).title} is written without a cache; drop it, or choose"
+            f" --format {able}"
         )
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
     entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **options}
     try:
-        spec = TypeAdapter(Export).validate_python(entry)
+        spec: ExportSpec = TypeAdapter(Export).validate_python(entry)
     except ValidationError as error:
         said = "; ".join(_said(e["loc"], e["msg"]) for e in error.errors())
         raise UserError(f"export {format} {precision}: {said}") from None
-    cache = cache_of(spec)
+    spec.check_installed()
+    cache = spec.cache
     found = load_with_inputs(path, task, attn, data, samples, min(length, cache or length), allow_code)
     kind = format_of(spec)
-    import_unreported(kind.package)
     quantize = Ptq(mode="ptq") if is_quantized(found.model) else None
     stage = Stage.model_construct(id="model", quantize=quantize)  # a finished model: nothing to train
     model = kind.model(found.model, precision, stage).eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mptrain.compress.quantize import quantizers
-from mptrain.recipe import CoreAi, CoreMl, Export, OpenVino, Stage
+from mptrain.core.silence import import_unreported
+from mptrain.recipe import CoreAi, CoreMl, ExportSpec, OpenVino, Stage
 
 if TYPE_CHECKING:
     from mptrain.export.coreml.convert import Exported
@@ -83,12 +85,25 @@ class Format(Protocol):
         ...
 
 
-def format_of(spec: Export) -> Format:
-    if isinstance(spec, OpenVino):
-        return OpenVinoFormat()
-    if isinstance(spec, CoreAi):
-        return CoreAiFormat(spec) if spec.cache is None else CachedCoreAiFormat(spec, spec.cache)
+FORMATS = {
+    "openvino": "mptrain.export.formats:OpenVinoFormat",
+    "coreml": "mptrain.export.formats:core_ml",
+    "coreai": "mptrain.export.formats:core_ai",
+}
+"""by the name of a spec, what makes its Format from its entry in a recipe: imported when it is used"""
+
+
+def format_of(spec: ExportSpec) -> Format:
+    module, _, name = FORMATS[spec.format].partition(":")
+    return getattr(import_module(module), name)(spec)
+
+
+def core_ml(spec: CoreMl) -> Format:
     return CoreMlFormat(spec) if spec.cache is None else CachedCoreMlFormat(spec, spec.cache)
+
+
+def core_ai(spec: CoreAi) -> Format:
+    return CoreAiFormat(spec) if spec.cache is None else CachedCoreAiFormat(spec, spec.cache)
 
 
 def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
@@ -107,6 +122,9 @@ def stored_weights(model: PreTrainedModel, stage: Stage) -> PreTrainedModel:
 class OpenVinoFormat:
     timed = True
     package = "openvino"
+
+    def __init__(self, spec: OpenVino):
+        import_unreported("openvino")
 
     def model(self, model: PreTrainedModel, precision: str, stage: Stage) -> PreTrainedModel:
         plain = precision in ("fp32", "fp16")

@@ -21,25 +21,13 @@ from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.load import TaskData
 from mptrain.data.sources import packaged
 from mptrain.models.load import read_config
-from mptrain.recipe import Recipe
+from mptrain.recipe import EXPORTS, Recipe
 
 _READ = (".safetensors", ".json", ".txt", ".model", ".py", ".jinja")
 """endings of the files in a model folder that loading it may read"""
 
-VERSIONS = (
-    "mptrain",
-    "torch",
-    "transformers",
-    "accelerate",
-    "nncf",
-    "openvino",
-    "optimum-intel",
-    "coremltools",
-    "coreai-core",
-    "coreai-torch",
-    "coreai-opt",
-    "numpy",
-)
+VERSIONS = ("mptrain", "torch", "transformers", "accelerate", "numpy")
+"""beside the packages of the formats"""
 
 
 def identity(
@@ -91,7 +79,8 @@ def content(path: str, recipe: Recipe, allow_code: bool) -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in VERSIONS:
+    packages = (package.name for spec in EXPORTS.values() for package in spec.packages)
+    for name in dict.fromkeys([*VERSIONS, *packages]):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

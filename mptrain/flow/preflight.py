@@ -19,8 +19,21 @@ from mptrain.compress.structure.scopes import resolve
 from mptrain.core.errors import DataError, ModelError, UserError
 from mptrain.data.load import TaskData
 from mptrain.models.load import has_trained_head, read_config, skeleton
-from mptrain.recipe import CoreMl, Export, Keep, Ptq, Qat, Recipe, Stage, cache_of
+from mptrain.recipe import Keep, Ptq, Qat, Recipe, Stage
+from mptrain.recipe.exports.base import compressed
 from mptrain.recipe.plan import phases
+
+
+def check_exports(recipe: Recipe) -> None:
+    """Raises ModuleNotFoundError for what an export needs and is missing, UserError for versions and weights that it
+    does not take."""
+    for export in recipe.export:
+        export.check_installed()
+        for stage_id in export.of:
+            stage = recipe.stage(stage_id)
+            for field, weights in compressed(stage):
+                if (stored := export.stores(weights)).result == "refused":
+                    raise UserError(f"stages.{stage.id}.{field}: export.{export.id} cannot hold it: {stored.how}.")
 
 
 def model_of(recipe: Recipe, allow_code: bool = False) -> PreTrainedModel | None:
@@ -53,10 +66,10 @@ def check_data(recipe: Recipe, data: TaskData, processes: int = 1) -> None:
                     Warmup.of(stage.prune.schedule, phase_steps=phase.steps, steps_per_epoch=phase.steps_per_epoch)
     longest = max(length for split in (data.train, data.test) for length in split.lengths)
     for export in recipe.export:
-        field, most = longest_input(export) or ("", longest)
-        if longest > most:
+        limit = export.longest()
+        if limit is not None and longest > limit.tokens:
             raise DataError(
-                f"export.{export.id}.{field}: {most} is less than the longest input, {longest}"
+                f"export.{export.id}.{limit.field}: {limit.tokens} is less than the longest input, {longest}"
                 f" {'samples' if recipe.model.task == 'audio-classification' else 'tokens'}; raise it, or lower"
                 f" data.max_length (now {recipe.data.max_length})."
             )
@@ -78,13 +91,6 @@ def check_head(recipe: Recipe, data: TaskData, allow_code: bool = False) -> None
             f" {', '.join(stages)}, which {'is' if len(stages) == 1 else 'are'} exported. Give a fine-tuned model, or a"
             " stage with train before."
         )
-
-
-def longest_input(export: Export) -> tuple[str, int] | None:
-    """The field that bounds the inputs which an export reads, and how many tokens it allows; None for no bound."""
-    if (tokens := cache_of(export)) is not None:
-        return "cache", tokens
-    return ("shapes.length", max(export.shapes.length)) if isinstance(export, CoreMl) else None
 
 
 def _patterns(stage: Stage) -> Iterator[tuple[str, list[str]]]:

@@ -12,6 +12,7 @@ from typing import Any
 from mptrain.core.disk import read_json
 from mptrain.core.errors import UserError
 from mptrain.flow.run_folder import IDENTITY, is_live
+from mptrain.recipe import EXPORTS
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ def _read_by_stage(recipe: dict[str, Any], stage: dict[str, Any]) -> dict[str, A
     if stage.get("train"):
         found["peaks"] = any("fp16" in export["precision"] for export in recipe["export"])
     if (stage.get("palettize") or {}).get("size_budget"):
-        packages = [e for e in recipe["export"] if e["format"] == "coreml" and stage["id"] in e["of"]]
-        found["3 bits"] = all(e["minimum_deployment_target"] == "iOS18" for e in packages)  # among those to choose from
+        exports = [e for e in recipe["export"] if stage["id"] in e["of"] and e["format"] in EXPORTS]
+        widths = [EXPORTS[e["format"]].model_validate(e).widths() for e in exports]
+        found["widths"] = sorted(frozenset(range(1, 9)).intersection(*widths))  # bits to choose from
     return found
 
 

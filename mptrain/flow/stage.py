@@ -36,7 +36,7 @@ from mptrain.core.disk import read_json, write_json
 from mptrain.data.load import TaskData
 from mptrain.models import artifact
 from mptrain.models.load import load_model
-from mptrain.recipe import CoreMl, Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
+from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
 from mptrain.recipe.plan import Phase
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
@@ -232,9 +232,8 @@ def _palettized(context: Context, stage: Stage, model: nn.Module) -> dict[str, r
     model.to(context.peers.device)
     how, calibration = stage.palettize, context.recipe.data.calibration
     batches = context.data.labelled(calibration) if how.method == "skm" or how.size_budget is not None else None
-    older = [e for e in context.recipe.export if isinstance(e, CoreMl) and stage.id in e.of]
-    # Core ML before iOS 18 has no tables of 3 bits
-    widths = [b for b in palettize.WIDTHS if b != 3 or all(e.minimum_deployment_target == "iOS18" for e in older)]
+    exported = [export.widths() for export in context.recipe.export if stage.id in export.of]
+    widths = [bits for bits in palettize.WIDTHS if all(bits in known for known in exported)]
     return palettize.palettize(model, how, batches, seed=context.recipe.seed, widths=widths, ranks=context.ranks)
 
 

@@ -3,7 +3,7 @@
 An .mlpackage holds a protobuf (the operations) and a weight file (the large constants). The
 operations are taken from the protobuf as they are, with the names in the file; only the
 decoding of a single value is coremltools' own (`_load_value` and its blob reader, private:
-pinned by `coreml_compat.TESTED` and by tests that compare with known weights).
+pinned by the versions in `CoreMl.packages` and by tests that compare with known weights).
 """
 
 from __future__ import annotations

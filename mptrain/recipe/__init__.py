@@ -5,7 +5,10 @@ The schema (recipe, stage, train, data, precision, prune, weights, exports) is t
 """
 
 from mptrain.recipe.data import Calibration, Data, Model, Split, Task, Train
-from mptrain.recipe.exports import CoreAi, CoreMl, CoreMlShapes, CoreMlTarget, Export, OpenVino, Precision, cache_of
+from mptrain.recipe.exports import EXPORTS, CoreAi, CoreMl, Export, OpenVino
+from mptrain.recipe.exports.base import ExportSpec
+from mptrain.recipe.exports.coreml import CoreMlShapes, CoreMlTarget
+from mptrain.recipe.exports.openvino import Precision
 from mptrain.recipe.precision import LossScaling, MixedPrecision, ShortPrecision
 from mptrain.recipe.prune import Fisher, Keep, Magnitude, Movement, Schedule
 from mptrain.recipe.recipe import Evaluate, Gates, Latency, Output, Planning, Recipe
@@ -13,6 +16,7 @@ from mptrain.recipe.stage import Distill, Stage
 from mptrain.recipe.weights import Palettize, Ptq, Qat, TableTraining, WeightOnly
 
 __all__ = [
+    "EXPORTS",
     "Calibration",
     "CoreAi",
     "CoreMl",
@@ -22,6 +26,7 @@ __all__ = [
     "Distill",
     "Evaluate",
     "Export",
+    "ExportSpec",
     "Fisher",
     "Gates",
     "Keep",
@@ -47,5 +52,4 @@ __all__ = [
     "Task",
     "Train",
     "WeightOnly",
-    "cache_of",
 ]

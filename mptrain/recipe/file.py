@@ -20,9 +20,12 @@ from pydantic import BaseModel, ValidationError
 
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import Recipe
+from mptrain.recipe.base import OneOf
 from mptrain.recipe.plan import variants
 
 _LISTS_BY_ID = ("stages", "export")
+_TAGS = ("method", "mode", "format")
+"""fields that say which member of a union an entry is"""
 _NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _NOT_BOOLEAN = {"yes": "true", "on": "true", "no": "false", "off": "false"}
@@ -269,7 +272,7 @@ def _locate(loc: Path_, data: Any) -> Path_:
         last = n == len(loc) - 1
         if isinstance(here, dict) and key not in here and not last:
             continue
-        if isinstance(here, dict) and key not in here and key in (here.get("method"), here.get("mode")):
+        if isinstance(here, dict) and key not in here and key in map(here.get, _TAGS):
             continue
         path.append(key)
         if isinstance(here, dict):
@@ -316,7 +319,7 @@ def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
         tagged = [
             m
             for m in models
-            for tag in ("method", "mode")
+            for tag in _TAGS
             if tag in m.model_fields and here.get(tag) in typing.get_args(m.model_fields[tag].annotation)
         ]
         models = tagged or models
@@ -326,6 +329,8 @@ def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if union := next((a for a in typing.get_args(annotation) if isinstance(a, OneOf)), None):
+        return list(union.members.values())
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict, typing.Annotated):
         return [m for a in typing.get_args(annotation) for m in _models_in(a)]
     return []

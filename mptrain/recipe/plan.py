@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from mptrain.core.errors import RecipeError
-from mptrain.recipe import Export, OpenVino, Ptq, Qat, Recipe, Schedule, Stage, Train, WeightOnly
+from mptrain.recipe import ExportSpec, Ptq, Qat, Recipe, Schedule, Stage, Train
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,16 @@ class Planned:
     id: str
     stage: str
     precision: str
-    export: Export
+    export: ExportSpec
 
 
 def variants(recipe: Recipe) -> list[Planned]:
     """Everything that is exported, in order.
 
-    `recipe.baseline` is called so. An OpenVINO stage has the precisions that make sense for
-    it: fp32 and fp16 when it is not quantized or when it is pruned (`pruned_fp32` is then the
-    pruned structure without quantizers), int8 and int8_emb4 when it is quantized, `compressed`
-    alone when its weights are. Variants of other formats carry the id of their export,
-    `jpqd_coreml_fp16`; there the precision is that of the arithmetic, and weights are stored as
-    they were learned. Raises RecipeError for an export of no stage or of a stage that has none of
-    its precisions, and for two variants with one id.
+    `recipe.baseline` is called so. A stage has the precisions of its export's `precisions`; where the format
+    drops the quantizers of a pruned stage, as OpenVINO does in fp32, the variant is `pruned_fp32`: the pruned
+    structure alone. Raises RecipeError for an export of no stage or of a stage that has none of its precisions,
+    and for two variants with one id.
     """
     found: dict[str, Planned] = {}
     for export in recipe.export:
@@ -114,15 +112,12 @@ def variants(recipe: Recipe) -> list[Planned]:
             quantized = isinstance(stage.quantize, Qat | Ptq)
             for precision in _fitting(export, stage):
                 name = "baseline" if stage_id == recipe.baseline else stage_id
-                if isinstance(export, OpenVino):
-                    if precision in ("fp32", "fp16") and stage.prune and quantized and name != "baseline":
-                        name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
-                    variant = f"{name}_{precision}"
-                else:
-                    variant = f"{name}_{export.id}_{precision}"
+                if export.drops_quantizers(precision) and stage.prune and quantized and name != "baseline":
+                    name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
+                variant = export.variant(name, precision)
                 twin = found.setdefault(variant, Planned(variant, stage_id, precision, export))
-                # what two OpenVINO exports both ask for is one model: they have no settings that could differ
-                if (twin.stage, twin.precision, twin.export.format) != (stage_id, precision, export.format):
+                # what two exports with the same settings both ask for is one model
+                if (twin.stage, twin.precision, _settings(twin.export)) != (stage_id, precision, _settings(export)):
                     raise RecipeError(
                         f"export.{export.id}: stage {stage_id} in {precision} would be the variant {variant!r}, which"
                         f" stage {twin.stage} of export.{twin.export.id} is; give a stage or an export another id."
@@ -130,25 +125,20 @@ def variants(recipe: Recipe) -> list[Planned]:
     return list(found.values())
 
 
-def _fitting(export: Export, stage: Stage) -> list[str]:
+def _settings(export: ExportSpec) -> dict[str, Any]:
+    return export.model_dump(exclude={"id", "of", "precision"})
+
+
+def _fitting(export: ExportSpec, stage: Stage) -> list[str]:
     """The precisions of an export that a stage can have."""
-    possible = _sensible(stage) if isinstance(export, OpenVino) else ("fp32", "fp16")
-    found: list[str] = [precision for precision in export.precision if precision in possible]
+    possible = export.precisions(stage)
+    found = [precision for precision in export.precision if precision in possible]
     if not found:
         raise RecipeError(
             f"export.{export.id}.precision: stage {stage.id} has none of [{', '.join(export.precision)}]; it can be"
             f" {' or '.join(possible)}: add one, or take {stage.id} out of export.{export.id}.of."
         )
     return found
-
-
-def _sensible(stage: Stage) -> tuple[str, ...]:
-    """The precisions of an OpenVINO export of a stage."""
-    if isinstance(stage.quantize, WeightOnly):
-        return ("compressed",)
-    if stage.quantize is None:
-        return ("fp32", "fp16")
-    return ("fp32", "fp16", "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
 
 
 def _only_pruned(recipe: Recipe, stage: Stage) -> bool:

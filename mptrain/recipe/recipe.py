@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mptrain.recipe.base import Name, Strict
 from mptrain.recipe.data import Data, Model
-from mptrain.recipe.exports import Export, cache_of
+from mptrain.recipe.exports import Export
 from mptrain.recipe.precision import MixedPrecision, ShortPrecision
 from mptrain.recipe.stage import Stage
 from mptrain.recipe.weights import WeightOnly
@@ -138,8 +138,8 @@ class Recipe(Strict):
                     raise ValueError(
                         f"export.{export.id}.of: {stage_id!r} is not a stage, nor 'model'; stages are {seen}"
                     )
-            if (tokens := cache_of(export)) is not None:
-                self._check_cache(f"export.{export.id}.cache", tokens)
+            if export.cache is not None:
+                self._check_cache(f"export.{export.id}.cache", export.cache)
         return self
 
     def _check_teacher(self, where: str, stage: Stage, earlier: list[str]) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptrain.measure.intervals import interval, paired_difference
-from mptrain.recipe import Recipe
+from mptrain.recipe import EXPORTS, Recipe, plan
+from mptrain.recipe.exports import spec_of
 from mptrain.report import gates, recommend
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def build(
             *notes,
             *_unlearned(rows, base.id if base else "", data_facts or {}),
             *_unchecked(recipe, rows),
-            *_expanded(compressed or {}, rows),
+            *_expanded(recipe, compressed or {}, rows),
         ],
     }
     if base:
@@ -250,20 +251,27 @@ def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
     notes = []
     if recipe.gates.parity is not None and not any(map(gates.exact, variants)):
         notes.append("The parity gate was not checked: no fp32 variant was exported (an fp16 cache does not count).")
-    if recipe.gates.fused_attention is not None and not any(v["format"] == "openvino" for v in variants):
-        notes.append("The fused-attention gate was not checked: no OpenVINO variant was exported.")
+    if recipe.gates.fused_attention is not None and not any(
+        "fused_attention" in spec_of(v["format"]).checks for v in variants
+    ):
+        able = " or ".join(spec.title for spec in EXPORTS.values() if "fused_attention" in spec.checks)
+        notes.append(f"The fused-attention gate was not checked: no {able} variant was exported.")
     return notes
 
 
-def _expanded(compressed: Mapping[str, Sequence[Row]], variants: Sequence[Row]) -> list[str]:
+def _expanded(recipe: Recipe, compressed: Mapping[str, Sequence[Row]], variants: Sequence[Row]) -> list[str]:
     """Variants whose format has no place for the tables of a stage."""
     tables = {stage for stage, rows in compressed.items() if any("table" in row["how"] for row in rows)}
-    found = [v["id"] for v in variants if v["format"] == "openvino" and v["stage"] in tables]
-    if not found:
-        return []
+    exports = {planned.id: planned.export for planned in plan.variants(recipe)}
+    found: dict[str, list[str]] = {}
+    for v in variants:
+        export = exports.get(v["id"])
+        if v["stage"] in tables and export is not None and export.expands(recipe.stage(v["stage"])):
+            found.setdefault(export.title, []).append(v["id"])
     return [
-        f"OpenVINO has no look-up tables: the palettized weights of {', '.join(found)} are written out as fp32 numbers."
+        f"{title} has no look-up tables: the palettized weights of {', '.join(ids)} are written out as fp32 numbers."
         " They score as the tables do, but the file is not smaller; the table Compressed weights has the stored size."
+        for title, ids in found.items()
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mptrain.recipe import Gates
+from mptrain.recipe.exports import spec_of
 
 Row = dict[str, Any]
 
@@ -48,7 +49,7 @@ def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], lay
     rounded = [v for v in variants if not exact(v)]
     if gates.agreement is not None and rounded:
         rows.append(_agreement(gates.agreement, rounded))
-    compiled = [v for v in variants if v["format"] == "openvino"]
+    compiled = [v for v in variants if "fused_attention" in spec_of(v["format"]).checks]
     if gates.fused_attention is not None and compiled:
         rows.append(_fused(gates.fused_attention, compiled, layers))
     return rows

@@ -222,7 +222,7 @@ def test_the_dry_run_shows_the_cache_and_its_size(tmp_path, capsys):
     ("family", "options", "message"),
     [
         ("bert", ["--format", "coreml", "--cache", 16], "--cache 16: is for task causal-lm, not for text-classific"),
-        ("llama", ["--cache", 16], "--cache 16: OpenVINO IR is written without a cache; drop it, or choose --format"),
+        ("llama", ["--cache", 16], "--cache 16: OpenVINO is written without a cache; drop it, or choose --format"),
         ("llama", ["--format", "coreml", "--cache", 41], "--cache 41 must be 1 to 40, the model's limit; lower it"),
         ("llama", ["--format", "coreml", "--cache", 0], "cache: Input should be greater than 0"),
         ("llama", ["--format", "coreml", "--cache", 9, "--target", "iOS17"], "coreml fp32: cache: iOS17 has no states"),

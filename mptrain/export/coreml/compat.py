@@ -5,7 +5,7 @@
     TorchConverter._add_const      stores a weight as the integers or tables we learned (see coreml_constants.py)
     tqdm                           three progress bars to a conversion
 
-These hooks are private, so they are tied to the versions in TESTED: with another coremltools
+These hooks are private, so they are tied to the version in the spec, `CoreMl.packages`: with another coremltools
 `compatible` refuses and says what to install. Nothing stays patched after the block.
 """
 
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import coremltools as ct
 import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.frontend.torch import ops
@@ -28,20 +27,16 @@ from coremltools.converters.mil.mil.passes import pass_pipeline
 
 from mptrain.core.errors import ExportError
 from mptrain.core.patch import replaced
+from mptrain.recipe import CoreMl
 
-TESTED = ("9.0",)
 Constant = Callable[[str], Any]
 Translation = Callable[[Any, Any], None]
 
 
 @contextmanager
 def compatible(**more: Translation) -> Iterator[None]:
-    """more: further operations and their translations. Raises ExportError for a coremltools the hooks do not fit."""
-    if ct.__version__ not in TESTED:
-        raise ExportError(
-            f"the Core ML export is made for coremltools {' or '.join(TESTED)}, {ct.__version__} is installed:"
-            f" pip install 'coremltools=={TESTED[-1]}'"
-        )
+    """more: further operations and their translations. Raises UserError for a coremltools the hooks do not fit."""
+    CoreMl.check_installed()
     known = _TORCH_OPS_REGISTRY.name_to_func_mapping
     added = {name: function for name, function in (_missing() | more).items() if name not in known}
     logger = logging.getLogger("coremltools")

@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 from mptrain.core.errors import UserError
 from mptrain.export.torch.texts import unmasked
 from mptrain.export.torch.traceable import without_cache
-from mptrain.recipe import Recipe, cache_of
+from mptrain.recipe import Recipe
 
 CHECKED = 8  # tokens on which a cached model is compared with the model itself
 
@@ -113,8 +113,8 @@ def check_length(field: str, tokens: int, config: PreTrainedConfig) -> None:
 def check_exports(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Raises UserError for a `cache` that the recipe's model is too short for, before anything is trained."""
     for export in recipe.export:
-        if (tokens := cache_of(export)) is not None:
-            check_length(f"export.{export.id}.cache:", tokens, config)
+        if export.cache is not None:
+            check_length(f"export.{export.id}.cache:", export.cache, config)
 
 
 def texts(batch: Mapping[str, Tensor]) -> list[Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from mptrain.recipe.exports import spec_of
+from mptrain.recipe.exports.base import Use
 from mptrain.report import claims
 from mptrain.report.render.markdown import escape, grid
 from mptrain.report.tables import choices, results
@@ -25,7 +27,7 @@ _CLASSES = {
     "audio-classification": ("OVModelForAudioClassification", "AutoFeatureExtractor"),
     "causal-lm": ("OVModelForCausalLM", "AutoTokenizer"),
 }
-_PROCESSORS = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
+_INPUTS = {"AutoTokenizer": '"…"', "AutoImageProcessor": "image", "AutoFeatureExtractor": "sound"}
 
 
 def card(report: Row) -> str:
@@ -43,11 +45,18 @@ def card(report: Row) -> str:
 
 def _front_matter(report: Row) -> str:
     recipe, metric = report["recipe"], report["metric"]
-    facts: Row = {"library_name": "openvino", "pipeline_tag": _PIPELINES.get(report["task"], report["task"])}
+    libraries = list(dict.fromkeys(spec_of(v["format"]).library for v in report["variants"]))
+    facts: Row = {"library_name": libraries[0]} if libraries and libraries[0] else {}
+    facts["pipeline_tag"] = _PIPELINES.get(report["task"], report["task"])
     precisions = {v["precision"] for v in report["variants"]}
-    methods = [m for m in ("prune", "quantize", "distill") if any(stage.get(m) for stage in recipe["stages"])]
-    names = {"prune": "pruning", "quantize": "quantization", "distill": "distillation"}
-    facts["tags"] = ["mptrain", "openvino", *(names[m] for m in methods), *sorted(precisions - {"fp32"})]
+    names = {
+        "prune": "pruning",
+        "quantize": "quantization",
+        "palettize": "palettization",
+        "distill": "distillation",
+    }
+    methods = [name for key, name in names.items() if any(stage.get(key) for stage in recipe["stages"])]
+    facts["tags"] = ["mptrain", *filter(None, libraries), *methods, *sorted(precisions - {"fp32"})]
     if report["on_hub"]["model"]:
         facts["base_model"] = recipe["model"]["path"]
     if report["on_hub"]["data"]:
@@ -85,36 +94,16 @@ def _summary(report: Row) -> str:
     return escape(text)
 
 
-def _cut(report: Row) -> list[str]:
-    """How a pipeline reads longer texts as they were scored."""
-    length = report["recipe"]["data"]["max_length"]
-    if report["task"] != "text-classification":
-        return []
-    return [f'run("…", truncation=True, max_length={length})  # longer texts are cut, as they were when it was scored']
-
-
 def _use(report: Row) -> list[str]:
-    """How to load what the run made: the exported models, and the torch models."""
+    """How to load what the run made: the exported models, by format, and the torch models."""
     parts = []
-    exported = [v for v in report["variants"] if v["format"] == "openvino"]
-    advice = report["recommendation"] or {}
-    if exported:
-        chosen = next((v for v in exported if v["id"] == advice.get("id")), exported[-1])
-        model, processor = _CLASSES[report["task"]]
-        pipeline = _PIPELINES.get(report["task"], report["task"])
-        code = [
-            f"from optimum.intel import {model}",
-            f"from transformers import {processor}, pipeline",
-            "",
-            f"folder = {_folder(chosen)!r}",
-            "# as it was measured; left to itself, OpenVINO computes in bf16 on CPUs with AMX",
-            f'model = {model}.from_pretrained(folder, ov_config={{"INFERENCE_PRECISION_HINT": "f32"}})',
-            f"processor = {processor}.from_pretrained(folder)",
-            f"run = pipeline({pipeline!r}, model=model, {_PROCESSORS.get(processor, 'tokenizer')}=processor)",
-            *_cut(report),
-        ]
-        folders = "\n".join(f"- {escape(v['id'])}: {escape(_folder(v))}" for v in exported)
-        parts.append(f"## Use\n\n{_fence(code)}\n\nThe exported models:\n\n{folders}")
+    formats = list(dict.fromkeys(v["format"] for v in report["variants"]))
+    for number, name in enumerate(formats):
+        exported = [v for v in report["variants"] if v["format"] == name]
+        if code := _loading(report, exported):
+            folders = "\n".join(f"- {escape(v['id'])}: {escape(_folder(v))}" for v in exported)
+            title = "## Use" if not number else f"### With {escape(spec_of(name).title)}"
+            parts.append(f"{title}\n\n{_fence(code)}\n\nThe exported models:\n\n{folders}")
     if report["checkpoints"]:
         folder = list(report["checkpoints"].values())[-1]
         code = ["import mptrain", "", f"model = mptrain.load({folder!r})  # a torch model in eval mode"]
@@ -126,10 +115,20 @@ def _use(report: Row) -> list[str]:
     return parts
 
 
+def _loading(report: Row, exported: list[Row]) -> list[str]:
+    """The code that loads the recommended variant of a format, else its last; none for a format unknown here."""
+    advice = report["recommendation"] or {}
+    chosen = next((v for v in exported if v["id"] == advice.get("id")), exported[-1])
+    task: str = report["task"]
+    model, processor = _CLASSES[task]
+    cut = report["recipe"]["data"]["max_length"] if task == "text-classification" else None
+    use = Use(chosen["path"], _folder(chosen), _PIPELINES.get(task, task), processor, model, _INPUTS[processor], cut)
+    return spec_of(chosen["format"]).loading(use)
+
+
 def _folder(variant: Row) -> str:
-    """What `from_pretrained` takes: the folder of the model file."""
-    path = variant["path"]
-    return path.rpartition("/")[0] if path.endswith(".xml") else path
+    """The folder of the model file or package, with its config and processor."""
+    return variant["path"].rpartition("/")[0]
 
 
 def _limits(report: Row) -> str:

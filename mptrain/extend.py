@@ -1,0 +1,26 @@
+"""Formats of your own, without a change to this package: call these before a recipe is read.
+
+    register_format(Npz, "my_format:NpzFormat")     then a recipe may say `export: [{format: npz, …}]`
+
+docs/extend.md walks through each.
+"""
+
+from __future__ import annotations
+
+from mptrain.core.errors import UserError
+from mptrain.export.formats import FORMATS
+from mptrain.recipe import EXPORTS, ExportSpec, Recipe
+
+
+def register_format(spec: type[ExportSpec], implementation: str) -> None:
+    """Add an export format under the name in its field `format: Literal[name]`.
+
+    spec: its entry in a recipe and all that is known of it without running it. implementation: "package.module:Class"
+    of its `mptrain.export.base.Format`, imported when it is used; the class is called with the entry. Raises
+    UserError for a name that another format has.
+    """
+    name = spec.name()
+    if EXPORTS.get(name, spec) is not spec:
+        raise UserError(f"register_format: the name {name!r} is that of {EXPORTS[name].__name__}; give another")
+    EXPORTS[name], FORMATS[name] = spec, implementation
+    Recipe.model_rebuild(force=True)

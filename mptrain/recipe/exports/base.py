@@ -1,0 +1,261 @@
+"""What is known of an export format before anything heavy is imported: `ExportSpec`, the static half of a format.
+
+A format is one file here, a subclass with the fields of its entry in a recipe, and one folder in mptrain/export, the
+`Format` that writes and opens files. Plan, preflight, dry run, stages, gates, report and card ask the spec; none of
+them knows a format by name. tests/contract/test_formats.py holds both halves to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from mptrain.core.errors import UserError
+from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.stage import Stage
+from mptrain.recipe.weights import Palettize, Ptq, Qat, WeightOnly
+
+OF = "stage ids; 'model': the model as it was given, which is then the baseline (else the first stage is)"
+Cache = Annotated[int, Field(gt=0)] | None
+BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class Package:
+    """name: on PyPI. module: that is imported. tested: the versions our use of it was tested with, as pip reads them;
+    others are refused, for they fail late. needed: False for what only users of the exported model install.
+    """
+
+    name: str
+    module: str
+    tested: str
+    needed: bool = True
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest input that an exported model reads. field: of the export that says so."""
+
+    field: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Compressed weights as a stage leaves them.
+
+    kind: integers with scales, or indices into tables. per: what shares a scale or table. activations: fake
+    quantizers stand on the inputs of the layers. vectors: an index stands for several weights. row_scale: a scale to
+    each row on top of the tables.
+    """
+
+    kind: Literal["integers", "tables"]
+    bits: int
+    per: Literal["tensor", "row", "block", "group"] = "row"
+    activations: bool = False
+    vectors: bool = False
+    row_scale: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a format makes of compressed weights: stored, the very integers or tables; expanded, the values are exact
+    and the size is not; refused, an error says why, before training.
+    """
+
+    result: Literal["stored", "expanded", "refused"]
+    how: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """What the lines that load an exported model are made from; names of transformers and optimum classes.
+
+    path: the model file or package; folder: around it, with config.json and the processor's files. All as they are
+    seen from the folder of the run.
+    """
+
+    path: str
+    folder: str
+    pipeline: str
+    processor: str
+    optimum: str
+    input: str
+    """what the processor is called on, as code"""
+    cut: int | None = None
+    """tokens at which longer texts were cut when the model was scored"""
+
+    @property
+    def processed(self) -> str:
+        """The call that makes inputs, as code."""
+        cut = "" if self.cut is None else f", truncation=True, max_length={self.cut}"
+        return f'processor({self.input}{cut}, return_tensors="np")'
+
+
+class ExportSpec(Strict):
+    """An entry of a recipe's `export`. A subclass gives `format: Literal[name]`, its fields, and what follows."""
+
+    title: ClassVar[str] = "another format"
+    """as its makers write it: "Core ML" """
+    extra: ClassVar[str] = ""
+    """of mptrain, that installs what it needs"""
+    packages: ClassVar[tuple[Package, ...]] = ()
+    library: ClassVar[str] = ""
+    """`library_name` and tag of a model card"""
+    timed: ClassVar[bool] = True
+    """whether the time of its runner here says something about the runtime the format is for"""
+    checks: ClassVar[frozenset[str]] = frozenset()
+    """gates beside those of numbers, size and speed that its facts can answer, e.g. fused_attention"""
+    caches: ClassVar[Literal["float16", "float32"] | None] = None
+    """type of its key-value cache; None: it keeps none"""
+
+    id: Name
+    format: str
+    of: list[str] = Field(description=OF)
+    precision: Sequence[str]
+    cache: Cache = Field(
+        None, description="causal-lm: generate with a key-value cache of so many tokens, where the format keeps one"
+    )
+
+    @model_validator(mode="after")
+    def _caches(self):
+        if self.cache is not None and self.caches is None:
+            raise ValueError(f"cache: {self.title} is written without a cache here; drop it, or choose another format")
+        return self
+
+    # -- which variants there are
+
+    def precisions(self, stage: Stage) -> tuple[str, ...]:
+        """Those that a stage can have."""
+        return ("fp32", "fp16")
+
+    def drops_quantizers(self, precision: str) -> bool:
+        """Whether a quantized stage is written without what its fake quantizers learned: its structure alone."""
+        return False
+
+    def variant(self, stage: str, precision: str) -> str:
+        """The id of a variant of the stage of that name."""
+        return f"{stage}_{self.id}_{precision}"
+
+    # -- what it takes and stores
+
+    def longest(self) -> Limit | None:
+        """None where inputs may have any length."""
+        return None if self.cache is None else Limit("cache", self.cache)
+
+    def widths(self) -> frozenset[int]:
+        """Bits of an index that it has tables for; a stage learns no others. An expanded table may have any."""
+        return frozenset(range(1, 9))
+
+    def stores(self, weights: Weights) -> Stored:
+        raise NotImplementedError
+
+    def expands(self, stage: Stage) -> bool:
+        """Whether compressed weights of the stage are written out as the numbers they stand for."""
+        return any(self.stores(weights).result == "expanded" for _, weights in compressed(stage))
+
+    def bytes_per_weight(self, stage: Stage, precision: str) -> tuple[float, float]:
+        """Of a layer, and of an embedding, for plans; here weights are stored as learned, else in the precision."""
+        return learned_bytes(stage) or (BYTES[precision], BYTES[precision])
+
+    def targets(self) -> list[tuple[str, ExportSpec]]:
+        """What a table of compressions has a column for: variants of this entry that store differently, by title."""
+        return [(self.title, self)]
+
+    # -- around it
+
+    @classmethod
+    def name(cls) -> str:
+        """Of the format, as recipes write it."""
+        return get_args(cls.model_fields["format"].annotation)[0]
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raises ModuleNotFoundError for a package that is missing, UserError for a version that was not tested."""
+        for package in cls.packages:
+            if not package.needed:
+                continue
+            if find_spec(package.module) is None:
+                raise ModuleNotFoundError(f"No module named {package.module!r}", name=package.module)
+            check_version(package, cls.title)
+
+    @classmethod
+    def loading(cls, use: Use) -> list[str]:
+        """Lines of Python that load a variant and run it, for its model card."""
+        return []
+
+
+def check_version(package: Package, purpose: str) -> None:
+    """Raises UserError for an installed version that was not tested."""
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        version = metadata.version(package.name)
+    except metadata.PackageNotFoundError:  # on the path without its metadata: nothing to compare
+        return
+    if not SpecifierSet(package.tested, prereleases=True).contains(version):
+        raise UserError(
+            f"export to {purpose} is made for {package.name} {package.tested}, {version} is installed:"
+            f" pip install '{package.name}{package.tested}'"
+        )
+
+
+def learned_bytes(stage: Stage) -> tuple[float, float] | None:
+    """(of a weight of a layer, of an embedding) that a stage has compressed to integers; None for other stages."""
+    how = stage.quantize
+    if how is None:
+        return None
+    if not isinstance(how, WeightOnly):
+        return 1.0, 1.0
+    zero = 0.0 if how.symmetric else how.bits / 8
+    weight = how.bits / 8 + ((2 + zero) / how.block_size if how.granularity == "block" else 0.0)
+    weight = weight if how.size_budget is None else how.size_budget / 8
+    return weight, {"fp32": 4.0, "int8": 1.0, "same": weight}[how.embeddings]
+
+
+def compressed(stage: Stage) -> Iterator[tuple[str, Weights]]:
+    """The kinds of compressed weights that a stage leaves, each with the field that asks for it."""
+    quantize, palettize = stage.quantize, stage.palettize
+    if isinstance(quantize, Qat | Ptq):
+        for bits in sorted({8, *quantize.bits.values()}):
+            yield "quantize.bits", Weights("integers", bits, activations=True)
+    elif isinstance(quantize, WeightOnly):
+        yield from _integers(quantize)
+    if palettize is not None:
+        yield from _tables(palettize)
+
+
+def _integers(how: WeightOnly) -> Iterator[tuple[str, Weights]]:
+    per: dict[str, Literal["tensor", "row", "block"]] = {"tensor": "tensor", "channel": "row", "block": "block"}
+    for bits in (4, 8) if how.size_budget is not None else (how.bits,):
+        yield "quantize.bits", Weights("integers", bits, per[how.granularity])
+    for pattern, change in how.overrides.items():
+        granularity = change.granularity or how.granularity
+        yield f"quantize.overrides.{pattern}", Weights("integers", change.bits or how.bits, per[granularity])
+
+
+def _tables(how: Palettize) -> Iterator[tuple[str, Weights]]:
+    per: dict[str, Literal["tensor", "group"]] = {"tensor": "tensor", "channel_group": "group"}
+    shared = {"vectors": how.cluster_dim > 1, "row_scale": how.per_channel_scale}
+    bits = 4 if how.size_budget is not None else how.bits  # a budget chooses among those that are stored
+    yield "palettize.bits", Weights("tables", bits, per[how.granularity], **shared)
+    for field in ("embeddings", "lm_head"):
+        bits = getattr(how, field)
+        if bits is not True and bits:
+            yield f"palettize.{field}", Weights("tables", bits, per[how.granularity], **shared)
+    for pattern, change in how.overrides.items():
+        yield (
+            f"palettize.overrides.{pattern}",
+            Weights(
+                "tables",
+                change.bits or how.bits,
+                per[change.granularity or how.granularity],
+                vectors=(change.cluster_dim or how.cluster_dim) > 1,
+                row_scale=how.per_channel_scale if change.per_channel_scale is None else change.per_channel_scale,
+            ),
+        )

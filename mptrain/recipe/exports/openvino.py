@@ -1,0 +1,87 @@
+"""OpenVINO IR, in a folder that optimum-intel loads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mptrain.recipe.exports.base import BYTES, ExportSpec, Package, Stored, Use, Weights, learned_bytes
+from mptrain.recipe.stage import Stage
+from mptrain.recipe.weights import WeightOnly
+
+Precision = Literal["fp32", "fp16", "int8", "int8_emb4", "compressed"]
+PLAIN = ("fp32", "fp16")
+
+
+class OpenVino(ExportSpec):
+    title = "OpenVINO"
+    extra = "openvino"
+    packages = (
+        Package("openvino", "openvino", ">=2026.0"),
+        Package("nncf", "nncf", ">=3.2,<4"),
+        Package("optimum-intel", "optimum.intel", ">=2.1,<2.2", needed=False),
+    )
+    library = "openvino"
+    checks = frozenset({"fused_attention"})
+
+    format: Literal["openvino"]
+    precision: list[Precision] = Field(
+        ["fp32", "int8", "compressed"],
+        description="each stage has those that fit it; compressed: the integers of a weight-only stage; fp16: weights"
+        " stored half, and in fp32 what a search finds that fp16 would break",
+    )
+    shapes: Literal["dynamic"] = "dynamic"
+
+    def precisions(self, stage: Stage) -> tuple[str, ...]:
+        """Of a quantized stage the quantized ones, and where it is pruned too its structure alone, without them."""
+        if isinstance(stage.quantize, WeightOnly):
+            return ("compressed",)
+        if stage.quantize is None:
+            return PLAIN
+        return (*PLAIN, "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
+
+    def drops_quantizers(self, precision: str) -> bool:
+        return precision in PLAIN
+
+    def variant(self, stage: str, precision: str) -> str:
+        return f"{stage}_{precision}"
+
+    def stores(self, weights: Weights) -> Stored:
+        if weights.kind == "tables":
+            return Stored(
+                "expanded",
+                "float32: the CPU plugin has no kernel that keeps a table, and would expand it when it loads the model",
+            )
+        if weights.activations:
+            return Stored(
+                "stored", "i8 or i4 weights with their learned scales, FakeQuantize on the inputs of their layers"
+            )
+        return Stored(
+            "stored", "i4, u4, i8 or u8 constants (asymmetric: unsigned) with fp16 scales, as NNCF lays them out"
+        )
+
+    def bytes_per_weight(self, stage: Stage, precision: str) -> tuple[float, float]:
+        if isinstance(stage.quantize, WeightOnly):
+            return learned_bytes(stage) or (4.0, 4.0)
+        if precision == "int8_emb4":
+            return 1.0, 0.5 + 2 / 64  # groups of 64 with a scale in fp16
+        return BYTES[precision], BYTES[precision]
+
+    @classmethod
+    def loading(cls, use: Use) -> list[str]:
+        argument = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
+        lines = [
+            f"from optimum.intel import {use.optimum}",
+            f"from transformers import {use.processor}, pipeline",
+            "",
+            f"folder = {use.folder!r}",
+            "# as it was measured; left to itself, OpenVINO computes in bf16 on CPUs with AMX",
+            f'model = {use.optimum}.from_pretrained(folder, ov_config={{"INFERENCE_PRECISION_HINT": "f32"}})',
+            f"processor = {use.processor}.from_pretrained(folder)",
+            f"run = pipeline({use.pipeline!r}, model=model, {argument.get(use.processor, 'tokenizer')}=processor)",
+        ]
+        if use.cut is not None:
+            run = f"run({use.input}, truncation=True, max_length={use.cut})"
+            lines.append(f"{run}  # longer texts are cut, as they were when it was scored")
+        return lines

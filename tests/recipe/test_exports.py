@@ -1,0 +1,93 @@
+"""What the specs of export formats say before anything is imported, and that all who ask get it."""
+
+from importlib import metadata
+
+import pytest
+from kit.report_sample import recipe
+
+from mptrain.core.errors import UserError
+from mptrain.flow import preflight
+from mptrain.recipe import EXPORTS, CoreMl
+from mptrain.recipe.exports.base import Weights, compressed
+
+OPT = {"path": "m", "task": "causal-lm"}
+
+
+def weight_only(**how):
+    return {"id": "w", "quantize": {"mode": "weight_only", "bits": 4, **how}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (weight_only(), r"stages\.w\.quantize\.bits: export\.ml cannot hold it: needs minimum_deployment_target iOS18"),
+        (
+            weight_only(bits=8, granularity="channel", overrides={"q": {"bits": 4}}),
+            r"stages\.w\.quantize\.overrides\.q: export\.ml cannot hold it",
+        ),
+        (
+            {"id": "w", "palettize": {"method": "kmeans", "granularity": "tensor", "embeddings": 3}},
+            r"stages\.w\.palettize\.embeddings: .*one scalar table of 1, 2, 4, 6 or 8 bits",
+        ),
+        (
+            {"id": "w", "palettize": {"method": "kmeans", "granularity": "tensor", "per_channel_scale": True}},
+            r"stages\.w\.palettize\.bits: .*set scaled_tables: true",
+        ),
+    ],
+)
+def test_weights_that_a_target_cannot_hold_are_refused_before_training(stage, message):
+    export = {"id": "ml", "format": "coreml", "of": ["w"], "minimum_deployment_target": "iOS17"}
+    found = recipe(model=OPT, stages=[{"id": "dense", "train": {"epochs": 1, "lr": 1e-4}}, stage], export=[export])
+    with pytest.raises(UserError, match=message):
+        preflight.check_exports(found)
+    preflight.check_exports(
+        recipe(
+            model=OPT,
+            stages=[{"id": "dense", "train": {"epochs": 1, "lr": 1e-4}}, stage],
+            export=[export | {"minimum_deployment_target": "iOS18", "scaled_tables": True}],
+        )
+    )
+
+
+def test_what_a_size_budget_chooses_from_is_no_reason_to_refuse():
+    palettize = {"method": "kmeans", "granularity": "tensor", "size_budget": 3.2}
+    export = {"id": "ov", "format": "openvino", "of": ["dense"]}
+    found = recipe(stages=[{"id": "dense", "palettize": palettize}], export=[export])
+    assert [weights for _, weights in compressed(found.stages[0])] == [Weights("tables", 4, "tensor")]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_version_that_was_not_tested_is_refused_before_training(name, monkeypatch):
+    package = EXPORTS[name].packages[0]
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda of: "0.0.1" if of == package.name else version(of))
+    export = {"id": "e", "format": name, "of": ["dense"], "precision": ["fp32"]}
+    with pytest.raises(UserError, match=rf"made for {package.name} .*, 0\.0\.1 is installed: pip install"):
+        preflight.check_exports(recipe(export=[export]))
+
+
+def test_the_tested_versions_are_those_of_the_extras():
+    import tomllib
+    from pathlib import Path
+
+    from packaging.requirements import Requirement
+
+    file = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    extras = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
+    for spec in EXPORTS.values():
+        asked = {r.name: r.specifier for r in map(Requirement, extras[spec.extra])}
+        assert asked == {p.name: Requirement(f"{p.name}{p.tested}").specifier for p in spec.packages}
+        assert any(spec.extra in requirement for requirement in extras["all"])
+
+
+def test_an_unknown_field_is_answered_with_those_of_its_own_format():
+    from mptrain.recipe.file import _fields_at
+
+    export = {"id": "e", "format": "openvino", "of": ["dense"], "route": "trace"}
+    assert "route" not in _fields_at(("export", 0), {"export": [export]})
+    assert "route" in _fields_at(("export", 0), {"export": [export | {"format": "coreml"}]})
+
+
+def test_an_older_target_has_no_tables_of_3_bits():
+    older = CoreMl.model_validate({"id": "e", "format": "coreml", "of": [], "minimum_deployment_target": "iOS17"})
+    assert 3 not in older.widths() and 3 in older.model_copy(update={"minimum_deployment_target": "iOS18"}).widths()
