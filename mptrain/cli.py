@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from mptrain.core.errors import MptrainError, UserError
 
@@ -14,6 +14,8 @@ EXIT = (
     """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
 )
 
+COMMANDS = ("recipe", "list", "show", "copy", "validate", "schema", "report")
+"""a module of mptrain.commands each: HELP, add(parser), run(options) -> exit status"""
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
@@ -74,56 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    recipe = commands.add_parser("recipe", help="run a recipe", description="Run a recipe, or continue its run.")
-    recipe.add_argument("recipe", metavar="FILE|NAME", help="a recipe file, or the name of a bundled recipe")
-    recipe.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a value; stages by id: --set stages.jpqd.train.lr=1e-5 (may be repeated)",
-    )
-    recipe.add_argument(
-        "--sweep",
-        action="append",
-        default=[],
-        metavar="KEY=V1,V2,…",
-        help="run every value (several --sweep: every combination), each under <output.dir>-sweep; keys as in --set",
-    )
-    recipe.add_argument("--dry-run", action="store_true", help="print stages, steps and predicted sizes, run nothing")
-    recipe.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
-    recipe.add_argument("--resume", action="store_true", help="continue the run in output.dir; it must exist")
-    recipe.add_argument(
-        "--reuse",
-        action="append",
-        default=[],
-        metavar="RUN",
-        help="take over the stages that the run in this folder has in common with this one (may be repeated)",
-    )
-    recipe.add_argument(
-        "--allow-code", action="store_true", help="let the recipe run code: trust_remote_code and modeling files"
-    )
-    recipe.set_defaults(call=_recipe)
-
-    listing = commands.add_parser("list", help="list the bundled recipes and launcher configurations")
-    listing.set_defaults(call=_list)
-
-    show = commands.add_parser("show", help="print a recipe file unchanged")
-    show.add_argument("recipe", metavar="FILE|NAME")
-    show.set_defaults(call=_show)
-
-    copy = commands.add_parser("copy", help="copy a bundled recipe or launcher configuration, to edit or use it")
-    copy.add_argument("recipe", metavar="NAME")
-    copy.add_argument("to", nargs="?", default=".", metavar="FILE|FOLDER", help="default: this folder")
-    copy.set_defaults(call=_copy)
-
-    validate = commands.add_parser("validate", help="check a recipe")
-    validate.add_argument("recipe", metavar="FILE|NAME")
-    validate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    validate.set_defaults(call=_validate)
-
-    schema = commands.add_parser("schema", help="print the JSON schema of recipes")
-    schema.set_defaults(call=_schema)
+    for name in COMMANDS:
+        module = import_module(f"mptrain.commands.{name}")
+        command = commands.add_parser(name, help=module.HELP)
+        module.add(command)
+        command.set_defaults(call=module.run)
 
     inspect = commands.add_parser(
         "inspect",
@@ -154,10 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
     verify.add_argument("--allow-code", action="store_true", help="run code that comes with the source model")
     verify.set_defaults(call=_verify)
-
-    report = commands.add_parser("report", help="print the report of a run and write its pages again")
-    report.add_argument("run", metavar="RUN", help="the folder of a run, e.g. runs/jpqd-bert")
-    report.set_defaults(call=_report)
 
     export = commands.add_parser(
         "export",
@@ -200,138 +153,6 @@ def _version() -> str:
         return f"mptrain {version('mptrain')}"
     except PackageNotFoundError:
         return "mptrain (not installed)"
-
-
-def _recipe(options: argparse.Namespace) -> int:
-    from mptrain.recipe import file
-
-    if options.sweep:
-        return _sweep(options)
-    found = file.read(options.recipe, options.set)
-    from mptrain.core.console import quiet_libraries
-
-    quiet_libraries()
-    if options.dry_run:
-        from mptrain.commands.dry_run import dry_run
-
-        print(dry_run(found.recipe, allow_code=options.allow_code))
-        return 0
-    if options.resume and options.fresh:
-        raise UserError("--resume and --fresh exclude each other; give one of them.")
-    if options.resume and not (Path(found.recipe.output.dir) / "run.json").is_file():
-        raise UserError(f"--resume: there is no run in {found.recipe.output.dir}; leave --resume out to start one.")
-    from mptrain.core.errors import GateFailed
-    from mptrain.report.render.files import read
-    from mptrain.run import run
-
-    folder = Path(found.recipe.output.dir)
-    reuse = [Path(run).expanduser() for run in options.reuse]
-    try:
-        report = run(found.recipe, fresh=options.fresh, allow_code=options.allow_code, reuse=reuse)
-    except GateFailed:
-        _print_report(read(folder), folder)
-        raise
-    if report:
-        _print_report(report, folder)
-    return 0
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from mptrain.commands.sweep import points, sweep
-
-    if options.resume:
-        raise UserError("--resume: a sweep continues by itself; leave --resume out.")
-    if options.reuse:
-        raise UserError("--reuse: a sweep takes over the stages that its points share by itself; leave --reuse out.")
-    grid = points(options.recipe, options.set, options.sweep)
-    from mptrain.core.console import quiet_libraries
-
-    quiet_libraries()
-    if options.dry_run:
-        from mptrain.commands.dry_run import dry_run
-
-        for point in grid:
-            print(f"== {', '.join(f'{k}={v}' for k, v in point.values.items())} -> {point.recipe.output.dir}")
-            print(dry_run(point.recipe, allow_code=options.allow_code))
-        return 0
-    found = sweep(grid, fresh=options.fresh, allow_code=options.allow_code)
-    if found["points"]:
-        from rich.console import Console
-
-        from mptrain.report.render import terminal
-
-        Console(width=None if sys.stdout.isatty() else 120).print(terminal.sweep(found))
-        print(f"Sweep: {Path(grid[0].recipe.output.dir).parent / 'sweep.json'}")
-    return 0
-
-
-def _print_report(report: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-
-    from mptrain.report.render.terminal import summary
-
-    Console(width=None if sys.stdout.isatty() else 120).print(summary(report))
-    print(f"Report: {folder / 'report.html'}")
-
-
-def _list(options: argparse.Namespace) -> int:
-    from mptrain.recipe import file
-
-    for path in file.bundled():
-        data, _ = file.parse(path.read_text(encoding="utf-8"), str(path))
-        print(f"{path.stem:<26} {data.get('description', '')}")
-    print("\nFor accelerate launch --config_file, after mptrain copy NAME:")
-    for path in file.configs():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{path.stem:<26} {first.removeprefix('# ')}")
-    return 0
-
-
-def _show(options: argparse.Namespace) -> int:
-    from mptrain.recipe import file
-
-    path = file.find(options.recipe)
-    try:
-        sys.stdout.write(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from None
-    return 0
-
-
-def _copy(options: argparse.Namespace) -> int:
-    from mptrain.recipe import file
-
-    config = {path.stem: path for path in file.configs()}.get(options.recipe.removesuffix(".yaml"))
-    source = config or file.find(options.recipe)
-    target = Path(options.to)
-    if target.is_dir():
-        target = target / source.name
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another name: mptrain copy {source.stem} my-recipe.yaml")
-    try:
-        target.write_bytes(source.read_bytes())
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}). Choose another folder.") from None
-    use = f"accelerate launch --config_file {target} -m mptrain recipe NAME" if config else f"mptrain recipe {target}"
-    print(f"{target} written. Edit it, then: {use}")
-    return 0
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from mptrain.recipe import file
-
-    found = file.read(options.recipe, options.set)
-    print(f"{found.path}: valid; stages: {', '.join(s.id for s in found.recipe.stages)}")
-    return 0
-
-
-def _schema(options: argparse.Namespace) -> int:
-    import json
-
-    from mptrain.recipe import Recipe
-
-    print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
-    return 0
 
 
 def _check_model_options(options: argparse.Namespace) -> Path | None:
@@ -405,11 +226,9 @@ def _export(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     target = _check_model_options(options)
-    from mptrain.core.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
-    from rich.console import Console
-
     from mptrain.commands.inspect import inspect_model
     from mptrain.report.render.inspect import inspection
 
@@ -424,7 +243,7 @@ def _inspect(options: argparse.Namespace) -> int:
         allow_code=options.allow_code,
         **chosen,
     )
-    Console(width=None if sys.stdout.isatty() else 120).print(inspection(facts))
+    show(inspection(facts))
     if target is not None:
         from mptrain.core.disk import write_json
 
@@ -435,11 +254,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     target = _json_target(options)
-    from mptrain.core.console import quiet_libraries
+    from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
-    from rich.console import Console
-
     from mptrain.commands.verify import load_source, verify
     from mptrain.core.errors import ExportError
     from mptrain.report.render.verify import package
@@ -448,7 +265,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.model is not None:
         model = load_source(options.model, options.task, options.allow_code)
     facts = verify(Path(options.package), precision=options.precision or "stored", model=model)
-    Console(width=None if sys.stdout.isatty() else 120).print(package(facts))
+    show(package(facts))
     if target is not None:
         from mptrain.core.disk import write_json
 
@@ -456,19 +273,6 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"Written: {target}")
     if not facts["passed"]:
         raise ExportError(f"{options.package}: its outputs are wrong; see above.")
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from mptrain.report.render.files import read, render
-
-    folder = Path(options.run)
-    if (folder / "run.json").is_file() and not (folder / "report.json").is_file():
-        raise UserError(f"{folder}: this run is not finished; run its recipe again to continue it.")
-    report = read(folder)
-    folder = folder if folder.is_dir() else folder.parent
-    render(report, folder)
-    _print_report(report, folder)
     return 0
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -27,3 +28,10 @@ def quiet_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+
+
+def show(renderable: Any) -> None:
+    """Print what rich can draw: as wide as the terminal, 120 columns into a file."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)

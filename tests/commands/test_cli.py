@@ -93,6 +93,6 @@ def test_too_little_memory_is_said_with_the_fix(monkeypatch, capsys, error):
     def refuse(options):
         raise error
 
-    monkeypatch.setattr("mptrain.cli._validate", refuse)
+    monkeypatch.setattr("mptrain.commands.validate.run", refuse)
     assert main(["validate", "quickstart"]) == 1
     assert "Lower train.batch_size" in capsys.readouterr().err
