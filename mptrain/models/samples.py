@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -176,7 +176,8 @@ def tokenized(texts: Sequence[str], source: str, tokenizer: Any, task: Task, sam
     """Texts drawn at random and padded to the longest of their batch, of a causal LM also on the left."""
     chosen = random.Random(0).sample(list(texts), min(samples, len(texts)))
     examples = examples_of(tokenize(tokenizer, chosen, truncation=True, max_length=length), tokenizer)
-    batches = [pad(examples[start : start + BATCH], tokenizer) for start in range(0, len(examples), BATCH)]
+    side: Literal["right"] | None = "right" if task == "causal-lm" else None
+    batches = [pad(examples[start : start + BATCH], tokenizer, side=side) for start in range(0, len(examples), BATCH)]
     return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, source)
 
 

@@ -121,7 +121,7 @@ class MultipleChoice:
             while start < len(order):
                 rows = order[start : start + max(1, _TOKENS // len(order[start]))]
                 examples = [{"input_ids": np.array(r), "attention_mask": np.ones(len(r), np.int64)} for r in rows]
-                logits = torch.as_tensor(forward(pad(examples, self._tokenizer))["logits"])
+                logits = torch.as_tensor(forward(pad(examples, self._tokenizer, side="right"))["logits"])
                 for row, tokens in zip(logits, rows, strict=True):
                     for question, choice in waiting[tokens]:
                         targets = self.requests[question][choice].targets

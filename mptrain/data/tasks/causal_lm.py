@@ -56,10 +56,10 @@ class CausalLmData(TaskData):
         return Examples(windows.__getitem__, [len(w["input_ids"]) for w in windows])
 
     def collate(self, examples: list[Example]) -> Batch:
-        return pad(examples, self.processor)
+        return pad(examples, self.processor, side="right")  # a causal model never sees what comes after
 
     def example(self, batch: int, length: int) -> Batch:
-        return without_targets(pad(self._longest(batch), self.processor, length))
+        return without_targets(pad(self._longest(batch), self.processor, length, "right"))
 
     def read(self, outputs: Outputs, batch: Batch, split: str, indices: Sequence[int]) -> list[tuple[float, int]]:
         """(summed nll, predicted tokens) of each window."""

@@ -1,12 +1,12 @@
 """The span of a context that answers a question, as in SQuAD.
 
 A long context is read in windows of max_length tokens that overlap by `stride`. A window learns the
-span of the first answer if it holds all of it, else it points at its first token, as does a
+span of the first answer if it holds all of it, else it points at its [CLS] token c, as does a
 question without answer. The predicted answer is, over all windows of an example,
 
     argmax_{i <= j < i + 30} start_i + end_j     with i, j tokens of the context
 
-and "" when the data has questions without answer and start_0 + end_0 is higher than that.
+and "" when the data has questions without answer and start_c + end_c is higher than that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from mptrain.core.errors import DataError
 from mptrain.data.sources.splits import SPLITS
@@ -33,6 +34,8 @@ LONGEST_ANSWER = 30
 class Window:
     row: int
     """of the question in its split"""
+    nothing: int
+    """token that stands for no answer: [CLS], wherever the tokenizer puts it"""
     offsets: np.ndarray
     """int32 [s, 2], first character and last + 1 in the context; -1 for tokens outside it"""
 
@@ -73,8 +76,10 @@ class QuestionAnsweringData(TaskData):
         for i, (example, row) in enumerate(zip(examples, encoding["overflow_to_sample_mapping"])):
             in_context = np.array([part == 1 for part in encoding.sequence_ids(i)])
             offsets = np.where(in_context[:, None], np.array(encoding["offset_mapping"][i], dtype=np.int32), -1)
-            windows.append(Window(row, offsets))
-            example["start_positions"], example["end_positions"] = _target(offsets, table["answers"][row])
+            nothing = _nothing(example["input_ids"], self.processor)
+            windows.append(Window(row, nothing, offsets))
+            target = _target(offsets, table["answers"][row]) or (nothing, nothing)
+            example["start_positions"], example["end_positions"] = target
         self._windows[split], self._rows[split] = windows, table
         return Examples(examples.__getitem__, [len(e["input_ids"]) for e in examples])
 
@@ -90,7 +95,11 @@ class QuestionAnsweringData(TaskData):
             )
 
     def collate(self, examples: list[Example]) -> Batch:
-        return pad(examples, self.processor)
+        batch = pad(examples, self.processor)
+        if self.processor.padding_side == "left":
+            before = torch.tensor([batch["input_ids"].shape[1] - len(e["input_ids"]) for e in examples])
+            batch |= {name: batch[name] + before for name in ("start_positions", "end_positions")}
+        return batch
 
     def example(self, batch: int, length: int) -> Batch:
         return without_targets(pad(self._longest(batch), self.processor, length))
@@ -102,9 +111,13 @@ class QuestionAnsweringData(TaskData):
         starts, ends = finite(outputs, "start_logits"), finite(outputs, "end_logits")
         found = []
         for start, end, index in zip(starts, ends, indices):
-            offsets = self._windows[split][index].offsets
-            score, first, last = _best_span(start[: len(offsets)], end[: len(offsets)], offsets[:, 0] >= 0)
-            found.append((score, int(offsets[first, 0]), int(offsets[last, 1]), float(start[0]) + float(end[0])))
+            window = self._windows[split][index]
+            offsets, nothing = window.offsets, window.nothing
+            own = slice(-len(offsets), None) if self.processor.padding_side == "left" else slice(len(offsets))
+            start, end = start[own], end[own]
+            score, first, last = _best_span(start, end, offsets[:, 0] >= 0)
+            none = float(start[nothing]) + float(end[nothing])
+            found.append((score, int(offsets[first, 0]), int(offsets[last, 1]), none))
         return found
 
     def score(self, split: str, found: list[tuple[float, int, int, float]]) -> list[Score]:
@@ -131,16 +144,21 @@ def _best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray) -> tuple
     return float(sums[first, distance]), int(first), int(first + distance)
 
 
-def _target(offsets: np.ndarray, answers: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Token positions of the first answer, or (0, 0) when the window lacks a part of it."""
+def _nothing(ids: np.ndarray, tokenizer: Any) -> int:
+    """The place of [CLS], which XLNet has at the end; the first token where there is none."""
+    return int(np.argmax(ids == tokenizer.cls_token_id)) if tokenizer.cls_token_id is not None else 0
+
+
+def _target(offsets: np.ndarray, answers: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """Token positions of the first answer; None when the window lacks a part of it."""
     if not answers:
-        return 0, 0
+        return None
     begin = answers[0]["answer_start"]
     end = begin + len(answers[0]["text"])
     inside = offsets[:, 0] >= 0
     tokens = np.flatnonzero(inside & (offsets[:, 1] > begin) & (offsets[:, 0] < end))
     if not len(tokens) or offsets[inside, 0].min() > begin or offsets[inside, 1].max() < end:
-        return 0, 0
+        return None
     return int(tokens[0]), int(tokens[-1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from mptrain.core.errors import DataError
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.base import IGNORED, Batch, Example, stack
 
-_PADDING = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
+_PADDING = {"attention_mask": 0, "special_tokens_mask": 1, "labels": IGNORED}
 
 
 def texts_of(table: Table, field: str) -> list[str]:
@@ -43,20 +43,28 @@ def examples_of(encoding: Any, tokenizer: Any) -> list[Example]:
     return [dict(zip(names, row)) for row in zip(*columns)]
 
 
-def pad(examples: Sequence[Example], tokenizer: Any, length: int | None = None) -> Batch:
-    """Right-padded int64 tensors [b, s]; scalar entries (class indices, positions) become [b].
+def pad(
+    examples: Sequence[Example], tokenizer: Any, length: int | None = None, side: Literal["left", "right"] | None = None
+) -> Batch:
+    """int64 tensors [b, s], padded as the tokenizer pads; scalar entries (class indices) become [b].
 
-    Raises DataError for a length the model cannot read.
+    A model may read the class at the last place, or give padding a segment of its own (XLNet), so both follow the
+    tokenizer. length: cut or pad to it; the longest by default. side: instead of the tokenizer's. Raises DataError
+    for a length the model cannot read.
     """
     if length is not None:
         check_length(tokenizer, length, "evaluate.latency.length")
+    fills = _PADDING | {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    left = (side or tokenizer.padding_side) == "left"
     batch: dict[str, Tensor] = {}
     for name, first in examples[0].items():
         if np.ndim(first) == 0:
             batch[name] = torch.tensor([e[name] for e in examples])
+        elif left:  # the other way round, from the end on
+            backwards = stack([e[name][::-1] for e in examples], fills[name], length).long()
+            batch[name] = backwards.flip(1)
         else:
-            fill = tokenizer.pad_token_id if name == "input_ids" else _PADDING[name]
-            batch[name] = stack([e[name] for e in examples], fill, length).long()
+            batch[name] = stack([e[name] for e in examples], fills[name], length).long()
     return batch
 
 
