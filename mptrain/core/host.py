@@ -18,6 +18,7 @@ _FLAGS = {
     "arm": "neon asimd asimdhp asimddp i8mm bf16 sve sve2 svei8mm svebf16 sme sme2",
 }
 
+_CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
 _MAC_FLAGS = {
     "hw.optional.arm.AdvSIMD": "neon",
@@ -66,7 +67,10 @@ def _cpu() -> tuple[str, list[str]]:
         values = dict(line.split(": ", 1) for line in shown.splitlines() if ": " in line)
         model = values.get("machdep.cpu.brand_string", platform.processor())
         return model, [flag for name, flag in _MAC_FLAGS.items() if values.get(name) == "1"]
-    return parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+    try:
+        return parse_cpuinfo(_CPUINFO.read_text(errors="replace"))
+    except OSError:  # Windows, and sandboxes without /proc: no flags are known
+        return platform.processor() or platform.machine(), []
 
 
 def parse_cpuinfo(text: str) -> tuple[str, list[str]]:

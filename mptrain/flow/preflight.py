@@ -7,6 +7,7 @@ read: each would otherwise end a run after hours. `check_model` needs the model'
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,16 +18,24 @@ from mptrain.compress.structure.blocks import find_structure
 from mptrain.compress.structure.budget import Budget
 from mptrain.compress.structure.scopes import resolve
 from mptrain.core.errors import DataError, ModelError, UserError
+from mptrain.core.pins import untested
 from mptrain.data.load import TaskData
 from mptrain.models.load import has_trained_head, read_config, skeleton
 from mptrain.recipe import Keep, Ptq, Qat, Recipe, Stage
 from mptrain.recipe.exports.base import compressed
 from mptrain.recipe.plan import phases
 
+log = logging.getLogger(__name__)
+
 
 def check_exports(recipe: Recipe) -> None:
     """Raises ModuleNotFoundError for what an export needs and is missing, UserError for versions and weights that it
-    does not take."""
+    does not take. Warns of versions whose private parts are not tested."""
+    used = {"torch", "transformers"} | {package.name for export in recipe.export for package in export.packages}
+    if any(isinstance(stage.quantize, Qat | Ptq) for stage in recipe.stages):
+        used.add("nncf")
+    for said in untested(sorted(used)):
+        log.warning("%s", said)
     for export in recipe.export:
         export.check_installed()
         for stage_id in export.of:
