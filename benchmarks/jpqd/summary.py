@@ -73,7 +73,7 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
         cells += [points(100 * r[k]) if r[k] is not None else "" for k in ("delta_fp32", "delta_emb4")]
         cells += [f"{r[k]:.2f}×" if r[k] else "" for k in ("size", "size_emb4", "speed_fp32", "speed_int8")]
         text.append("| " + " | ".join(cells) + " |")
-    for part in (_means(lines), _orders(lines), _against(lines, ["magnitude"]), _against(lines, list(PEERS))):
+    for part in (means(lines), orders(lines), against(lines, ["magnitude"]), against(lines, list(PEERS))):
         text += ["", *part] if part else []
     hosts = {line["host"]["cpu"] for line in lines}
     text += ["", f"Points were measured on: {', '.join(sorted(hosts))}. Ratios are within a point, so within a host."]
@@ -83,7 +83,7 @@ def summarize(lines: list[dict[str, Any]], path: Path) -> str:
     return table
 
 
-def _means(lines: list[dict[str, Any]]) -> list[str]:
+def means(lines: list[dict[str, Any]]) -> list[str]:
     """Joint order: means over seeds, and over all points below 50%, against dense and against magnitude.
 
     An example counts with its mean over the points, so the intervals are over test examples for these seeds.
@@ -118,7 +118,7 @@ def _mean_difference(pairs: Sequence[tuple[list[int] | None, list[int] | None]])
     return [f"{100 * found.value:+.2f} ({interval})", verdict((found.low, found.high))]
 
 
-def _orders(lines: list[dict[str, Any]]) -> list[str]:
+def orders(lines: list[dict[str, Any]]) -> list[str]:
     """Sequential against joint, and all such pairs together."""
     right = {line["point"]: _right(line) for line in lines}
     text = ["| method | kept | seed | difference (95% interval) | verdict |", "|---|--:|--:|---|---|"]
@@ -134,7 +134,7 @@ def _orders(lines: list[dict[str, Any]]) -> list[str]:
     return ["Sequential (quantizers from the boundary on) against joint, int8, points:", "", *text] if every else []
 
 
-def _against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
+def against(lines: list[dict[str, Any]], others: list[str]) -> list[str]:
     """Paired intervals, int8 model against int8 model on the same test examples.
 
     A peer has one order, which all of ours are compared with.

@@ -68,8 +68,3 @@ def test_the_wheel_has_recipes_configs_and_type_marker(tmp_path):
     )
     assert "jpqd-bert" in done.stdout and "quickstart.yaml: valid" in done.stdout
     assert str(tmp_path) in done.stdout
-
-
-def test_the_recipe_documentation_is_that_of_the_schema():
-    root = Path(mptrain.__file__).parent.parent
-    subprocess.run([sys.executable, str(root / "scripts" / "recipe_docs.py"), "--check"], check=True)

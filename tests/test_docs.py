@@ -1,0 +1,64 @@
+"""The pages: made ones are fresh, links lead somewhere, and the README is short enough to be read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "README.md"]
+
+
+@pytest.mark.parametrize("script", ["recipe_docs", "results"])
+def test_made_pages_are_fresh(script):
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
+    from scripts import results
+
+    text = results.README.read_text(encoding="utf-8")
+    wrong = tmp_path / "README.md"
+    wrong.write_text(text.replace("82.3%", "92.3%"), encoding="utf-8")
+    monkeypatch.setattr(results, "README", wrong)
+    assert results.readme() == text
+
+
+def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert next(i for i, line in enumerate(lines) if line.startswith("make demo")) < 20
+    assert lines[next(i for i, line in enumerate(lines) if line.startswith("make demo")) + 1].startswith("make test")
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        if anchor:
+            assert anchor in anchors(found), target
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and page.name not in index]
+    assert not missing
