@@ -157,12 +157,10 @@ def _version() -> str:
 
 def _check_model_options(options: argparse.Namespace) -> Path | None:
     """Returns the path of --json."""
-    from typing import get_args
+    from mptrain.recipe import tasks
 
-    from mptrain.recipe import Task
-
-    if options.task is not None and options.task not in get_args(Task):
-        raise UserError(f"--task must be one of {', '.join(get_args(Task))}, got {options.task!r}")
+    if options.task is not None:
+        tasks.check(options.task, "--task")
     for name in ("samples", "max_length"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
@@ -206,7 +204,7 @@ def _export(options: argparse.Namespace) -> int:
     print(
         f"{facts['path']}: {facts['size_bytes'] / 1e6:.1f} MB, {facts['precision']}. Against the torch model on"
         f" {compared['examples']} inputs ({facts['inputs']}): largest difference {compared['max_abs_diff']:.2g},"
-        f" same decision in {100 * compared['argmax_agreement']:.1f}%."
+        f" same decision in {100 * compared['agreement']:.1f}%."
     )
     if half := facts["runtime"].get("half"):
         from mptrain.report.words import kept_in_fp32

@@ -1,15 +1,18 @@
-"""Formats of your own, without a change to this package: call these before a recipe is read.
+"""Members of your own, without a change to this package: call these before a recipe is read.
 
     register_format(Npz, "my_format:NpzFormat")     then a recipe may say `export: [{format: npz, …}]`
+    register_task(SORTING, "my_task:Sorting")       then a recipe may say `model: {task: sorting, …}`
 
 docs/extend.md walks through each.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mptrain.core.errors import UserError
 from mptrain.export.formats import FORMATS
-from mptrain.recipe import EXPORTS, ExportSpec, Recipe
+from mptrain.recipe import EXPORTS, TASKS, ExportSpec, Recipe, TaskSpec
 
 
 def register_format(spec: type[ExportSpec], implementation: str) -> None:
@@ -24,3 +27,15 @@ def register_format(spec: type[ExportSpec], implementation: str) -> None:
         raise UserError(f"register_format: the name {name!r} is that of {EXPORTS[name].__name__}; give another")
     EXPORTS[name], FORMATS[name] = spec, implementation
     Recipe.model_rebuild(force=True)
+
+
+def register_task(spec: TaskSpec, implementation: str) -> None:
+    """Add a task under its name.
+
+    spec: all that is known of it without data. implementation: "package.module:Class" of its
+    `mptrain.data.tasks.base.Task`, imported when it is used, whose `kind` is the spec. Raises UserError for a name
+    that another task has.
+    """
+    row = replace(spec, home=implementation)
+    if TASKS.setdefault(spec.name, row) != row:
+        raise UserError(f"register_task: the name {spec.name!r} is that of {TASKS[spec.name].home}; give another")

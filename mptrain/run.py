@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mptrain.core.disk import read_json, write_json
+from mptrain.core.disk import write_json
 from mptrain.core.errors import DataError, GateFailed
 from mptrain.core.host import host
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
@@ -84,7 +84,7 @@ def _steps(
     peers.wait_for_everyone()
     if (folder / REPORT).is_file():  # all ranks leave here together, or none does
         log.info("%s is finished; this is its report. --fresh runs it again.", folder)
-        return read_json(folder / REPORT)
+        return files.read(folder)
 
     plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
     context = Context(recipe, data, processor, folder, plan, peers, allow_code)
@@ -111,8 +111,8 @@ def _steps(
         multiple_choice={task.name: task.facts for task in questions},
         checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},
     )
+    write_json(folder / REPORT, report)  # the truth first: a page that cannot be rendered never costs the run
     files.render(report, folder)
-    write_json(folder / REPORT, report)
     return report
 
 

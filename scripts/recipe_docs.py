@@ -84,6 +84,17 @@ def _default(field: typing.Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def _columns() -> str:
+    """What each task reads of `data:`, from its row of TASKS."""
+    rows = ["### Columns\n", "Fields of `data:` too; each names a column.\n", "| task | field | holds | default |"]
+    rows.append("|---|---|---|---|")
+    for kind in recipe.TASKS.values():
+        for name, column in kind.columns.items():
+            default = f"`{column.default}`" if column.default else "not read"
+            rows.append(f"| `{kind.name}` | `{name}` | {column.holds} | {default} |")
+    return "\n".join(rows) + "\n"
+
+
 def render() -> str:
     text = [INTRO]
     for model in sections():
@@ -93,10 +104,14 @@ def render() -> str:
         text.append("| field | value | default | |\n|---|---|---|---|")
         schema = model.model_json_schema(by_alias=True)
         for name, field in model.model_fields.items():
-            cells = [f"`{field.alias or name}`", _type(field.annotation, schema), _default(field)]
+            names = schema["properties"].get(field.alias or name, {}).get("enum")
+            kind = ", ".join(f"`{n}`" for n in names) if names else _type(field.annotation, schema)
+            cells = [f"`{field.alias or name}`", kind, _default(field)]
             cells.append(field.description or "")
             text.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         text.append("")
+        if model is recipe.Data:
+            text.append(_columns())
     return "\n".join([*text, targets.markdown()])
 
 

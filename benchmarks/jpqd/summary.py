@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.measure.intervals import paired_difference
 
 SETTING = "b1_s128_t1"
@@ -171,7 +171,7 @@ def _right(line: dict[str, Any], ending: str = "_int8") -> list[int] | None:
 
 
 def _score(right: Sequence[float]) -> Score:
-    return Score("accuracy", np.array(right, dtype=float)[:, None], "mean", True)
+    return Score("accuracy", np.array(right, dtype=float)[:, None], MEAN)
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.kit.paired import clock, markdown, write
 from mptrain.data.sources import packaged
 from mptrain.models.samples import texts_for, tokenized
+from mptrain.recipe import TASKS
 from mptrain.verify.overflow import search
 from mptrain.verify.programs.aten import TorchOps
 
@@ -54,7 +55,7 @@ def main() -> None:
     found = texts_for(None)
     assert found is not None, "the packaged film reviews could not be fetched"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    batches = tokenized(*found, tokenizer, "text-classification", options.samples, 128).batches
+    batches = tokenized(*found, tokenizer, TASKS["text-classification"], options.samples, 128).batches
     cases = {"minilm": lambda m: m, "minilm/uform_mask": MaskedByProduct, "minilm/large_ffn": large_ffn}
     rows = []
     for name, change in cases.items():

@@ -22,13 +22,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure, find_structure
 from mptrain.compress.weights import palettize
 from mptrain.core.errors import ModelError, UserError
-from mptrain.data.load import TaskData, load_data
+from mptrain.core.signature import Batch
+from mptrain.data.load import Task, load_data
 from mptrain.data.sources import packaged
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import read_table
@@ -36,6 +38,7 @@ from mptrain.data.tasks.labels import class_lines
 from mptrain.export.torch.cached_decoder import check_exports
 from mptrain.flow import preflight
 from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
+from mptrain.models.samples import made_up
 from mptrain.recipe import Planning, Recipe, Stage
 from mptrain.recipe.plan import phases, variants
 
@@ -64,8 +67,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
         preflight.check_data(recipe, data)
     rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
     structure = _structure(recipe, model)
-    length = recipe.data.max_length if recipe.model.task != "image-classification" else 197
-    outlook = _outlook(model, structure, length)
+    outlook = _outlook(model, structure, recipe.data.max_length, _example(recipe, model, data))
     speed = _macs_per_second()
     text = io.StringIO()
     console = Console(width=110, file=text)
@@ -227,12 +229,26 @@ def _seconds(stage: Stage, warmup: bool, steps: int, outlook: Outlook, speed: fl
     return steps * rows * outlook.macs * passes * padding / speed
 
 
-def _outlook(model: torch.nn.Module, structure: Structure | None, length: int) -> Outlook:
+def _example(recipe: Recipe, model: PreTrainedModel, data: Task | None) -> Batch | None:
+    """The sizes of one picture or sound, without values; None for texts, whose length says it all."""
+    if recipe.model.kind.unit == "tokens":
+        return None
+    length = recipe.data.max_length
+    found = data.example(1, length) if data else made_up(model, recipe.model.kind, 1, length).batches[0]
+    return {name: value.to("meta") for name, value in found.items()}
+
+
+def _outlook(model: torch.nn.Module, structure: Structure | None, length: int, example: Batch | None = None) -> Outlook:
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     total = sum(p.numel() for p in model.parameters())
-    if structure is None:  # a multiply-add to a weight and token
-        return Outlook(0, embeddings, total - embeddings, (total - embeddings) * length)
-    rows = costs.layer_costs(structure, length)
+    if structure is None:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            if example is not None:
+                model.eval()(**example)
+        # of a text a multiply-add to a weight and token
+        macs = (total - embeddings) * length if example is None else counter.get_total_flops() // 2
+        return Outlook(0, embeddings, total - embeddings, macs)
+    rows = costs.layer_costs(structure, length if example is None else costs.measure_extents(model, structure, example))
     encoder = sum(r["params"] for r in rows)
     return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
 
@@ -260,7 +276,7 @@ def _assumed(planning: Planning) -> PreTrainedConfig:
         ) from None
 
 
-def _data(recipe: Recipe, allow_code: bool) -> TaskData | None:
+def _data(recipe: Recipe, allow_code: bool) -> Task | None:
     """Only data that is on this machine is read; None without it, or without the model's processor."""
     source, spec = recipe.data.source, recipe.model
     if source is None:

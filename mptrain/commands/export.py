@@ -10,12 +10,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
-from mptrain.data.tasks.base import Batch
+from mptrain.core.signature import Batch
+from mptrain.data.load import task_class
 from mptrain.export.formats import Source, format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.samples import Loaded, load_with_inputs
-from mptrain.recipe import EXPORTS, Export, ExportSpec, Gates, Ptq, Stage, Task
+from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Ptq, Stage
 from mptrain.recipe.exports import spec_of
+from mptrain.recipe.tasks import causal
 from mptrain.report import gates
 from mptrain.verify import parity
 
@@ -29,7 +31,7 @@ def export_model(
     format: str = "openvino",
     precision: str = "fp32",
     options: dict[str, Any] | None = None,
-    task: Task | None = None,
+    task: str | None = None,
     attn: str | None = None,
     data: str | None = None,
     samples: int = 32,
@@ -79,7 +81,7 @@ def export_model(
         processor=found.processor,
     )
     runner = kind.runner(written.path, Source(lambda: model, example, precision, written.facts))
-    compared = parity.compare(model, runner, batches)
+    compared = parity.compare(model, runner, batches, task_class(TASKS[found.task]).agreement)
     exact = gates.exact({"precision": precision, "runtime": written.facts})
     limit = Gates().parity if exact else Gates().agreement
     assert limit is not None
@@ -95,7 +97,7 @@ def export_model(
         "parity": compared,
         "judged_by": "parity" if exact else "agreement",
         "runtime": kind.facts(runner) | written.facts,
-        "passed": compared["max_abs_diff"] <= limit if exact else compared["argmax_agreement"] >= limit,
+        "passed": compared["max_abs_diff"] <= limit if exact else compared["agreement"] >= limit,
         "limit": limit,
         "seconds": round(time.monotonic() - begun, 1),
     }
@@ -109,8 +111,8 @@ def _said(where: tuple[int | str, ...], message: str) -> str:
 
 def _for_cache(cache: int, found: Loaded) -> list[Batch]:
     """The inputs that a cached export is compared on. Raises UserError when it cannot be."""
-    if found.task != "causal-lm":
-        raise UserError(f"--cache {cache}: is for task causal-lm, not for {found.task}; drop it")
+    if not TASKS[found.task].causal:
+        raise UserError(f"--cache {cache}: is for task {causal()}, not for {found.task}; drop it")
     check_length("--cache", cache, found.model.config)
     longest = max(int(batch["attention_mask"].sum(1).max()) for batch in found.samples.batches)
     if longest > cache:

@@ -29,7 +29,6 @@ from mptrain.models.samples import Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.policy import Compute
-from mptrain.recipe import Task
 from mptrain.verify import overflow
 from mptrain.verify.overflow import Difference, Found
 from mptrain.verify.programs.aten import TorchOps, counted
@@ -42,7 +41,7 @@ _MASK = 1e38  # finfo(float32).min and its like
 def inspect_model(
     path: str,
     *,
-    task: Task | None = None,
+    task: str | None = None,
     attn: str | None = None,
     precisions: Sequence[str] = tuple(memory.PRECISIONS),
     data: str | None = None,
@@ -101,8 +100,8 @@ def inspect_model(
 
 
 def _load(
-    path: str, task: Task | None, attn: str | None, data: str | None, samples: int, length: int, allow_code: bool
-) -> tuple[PreTrainedModel, Task, Samples]:
+    path: str, task: str | None, attn: str | None, data: str | None, samples: int, length: int, allow_code: bool
+) -> tuple[PreTrainedModel, str, Samples]:
     found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
     model = quantizers.detach(found.model)[0] if is_quantized(found.model) else found.model
     return model.float().eval(), found.task, found.samples

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mptrain.core.disk import read_json, write_json
+from mptrain.core.disk import write_json
 from mptrain.core.errors import GateFailed, RecipeError
 from mptrain.recipe import Recipe, file
 
@@ -93,6 +93,7 @@ def sweep(grid: Sequence[Point], *, fresh: bool = False, allow_code: bool = Fals
     [{"id", "metric", "value", "n", "ci95", "size_bytes", …}], "comparisons"}]}. A missed gate is noted and does
     not stop the sweep; GateFailed when no point passed all its gates. Raises what `run` raises.
     """
+    from mptrain.report.render.files import read
     from mptrain.run import run
 
     done: list[Path] = []
@@ -104,7 +105,7 @@ def sweep(grid: Sequence[Point], *, fresh: bool = False, allow_code: bool = Fals
             report = run(point.recipe, fresh=fresh, allow_code=allow_code, reuse=done)
         except GateFailed as missed:
             log.warning("%s", missed)
-            report = read_json(folder / "report.json")
+            report = read(folder)
         done.append(folder)
         if report:  # the main process
             rows.append(_row(point, folder, report))

@@ -11,12 +11,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.core.errors import ExportError, UserError
+from mptrain.core.errors import ExportError
 from mptrain.core.hooks import is_quantized
 from mptrain.export.coreml.half import counted
 from mptrain.export.torch.texts import Texts
@@ -26,7 +26,7 @@ from mptrain.mil.interpreter import LIMITS, Interpreter, Record, Rounding
 from mptrain.mil.program import Feature, Name, Program, is_float
 from mptrain.models.load import load_model, read_config
 from mptrain.models.samples import guess_task
-from mptrain.recipe import Model, Task
+from mptrain.recipe import Checkpoint, Model, tasks
 from mptrain.verify import overflow
 
 SCHEMA = "mptrain.verify/v1"
@@ -91,10 +91,10 @@ def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | 
 
 def load_source(path: str, task: str | None = None, allow_code: bool = False) -> nn.Module:
     """The model in float32 and eval mode; of one with fake quantizers its weights alone, as a package stores them."""
-    if task is not None and task not in get_args(Task):
-        raise UserError(f"--task must be one of {', '.join(get_args(Task))}, got {task!r}")
-    task = task or guess_task(read_config(Model(path=path, task="causal-lm"), allow_code))
-    model = load_model(Model.model_validate({"path": path, "task": task}), None, seed=0, allow_code=allow_code)
+    if task is not None:
+        tasks.check(task, "--task")
+    task = task or guess_task(read_config(Checkpoint(path=path), allow_code))
+    model = load_model(Model(path=path, task=task), None, seed=0, allow_code=allow_code)
     if is_quantized(model):
         from mptrain.compress.quantize.integers import weight_only
 

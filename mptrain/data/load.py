@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,47 +11,38 @@ from mptrain.core.errors import DataError
 from mptrain.data.sources import splits
 from mptrain.data.sources.read import read_source
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.audio_classification import AudioClassificationData
-from mptrain.data.tasks.base import GROUP, IDENTITY, Examples, TaskData
-from mptrain.data.tasks.causal_lm import CausalLmData
-from mptrain.data.tasks.image_classification import ImageClassificationData
-from mptrain.data.tasks.question_answering import QuestionAnsweringData
-from mptrain.data.tasks.text_classification import TextClassificationData
-from mptrain.data.tasks.token_classification import TokenClassificationData
-from mptrain.recipe import Data, Task
+from mptrain.data.tasks.base import GROUP, IDENTITY, Examples, Task
+from mptrain.recipe import TASKS, Data, TaskSpec, tasks
 
-__all__ = ["Examples", "TaskData", "load_data"]
+__all__ = ["Examples", "Task", "load_data", "task_class"]
 
 log = logging.getLogger(__name__)
 
-TASKS: dict[str, type[TaskData]] = {
-    kind.task: kind
-    for kind in (
-        TextClassificationData,
-        TokenClassificationData,
-        QuestionAnsweringData,
-        ImageClassificationData,
-        AudioClassificationData,
-        CausalLmData,
-    )
-}
-_COLUMNS = sorted({column for kind in TASKS.values() for column in kind.columns})
+
+def task_class(kind: TaskSpec) -> type[Task]:
+    """The class of a row of TASKS. Raises DataError for a home that is not there."""
+    module, _, name = kind.home.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"task {kind.name}: {kind.home} cannot be imported ({error}); give module:Class.") from error
+    return found
 
 
-def load_data(spec: Data, task: Task, processor: Any, *, seed: int) -> TaskData:
+def load_data(spec: Data, task: str, processor: Any, *, seed: int) -> Task:
     """Read, split and encode the data of a task.
 
     Args:
         processor: what `load_processor` returned for the model.
         seed: draws the calibration examples. It does not touch the splits.
 
-    Returns TaskData whose `facts` hold: source, rows by split, how the splits came about, rows of
+    Returns the Task, whose `facts` hold: source, rows by split, how the splits came about, rows of
     validation and test whose input also occurs in train ("overlap_with_train"), groups by split and
     groups that cross splits, label counts, examples and how many were cut, and for packaged data what
     was dropped. Raises DataError.
     """
-    kind = TASKS[task]
-    columns = _columns(spec, kind)
+    kind = task_class(TASKS[task])
+    columns = _columns(spec, kind.kind)
     wanted = [*columns.values(), *([spec.split.group] if spec.split.group else [])]
     source = read_source(spec, wanted)
     group = spec.split.group or source.group
@@ -77,20 +69,19 @@ def load_data(spec: Data, task: Task, processor: Any, *, seed: int) -> TaskData:
     return kind(tables, spec, processor, seed, facts)
 
 
-def _columns(spec: Data, kind: type[TaskData]) -> dict[str, str]:
+def _columns(spec: Data, kind: TaskSpec) -> dict[str, str]:
     """The column of each field that the task reads. Raises DataError for an option that it does not."""
-    for option in _COLUMNS:
-        if getattr(spec, option) is not None and option not in kind.columns:
+    for field in sorted(spec.columns):
+        if field not in kind.columns:
             raise DataError(
-                f"data.{option}: the task {kind.task} does not use it; drop it. It reads"
+                f"data.{field}: the task {kind.name} does not use it; drop it. It reads"
                 f" {', '.join('data.' + name for name in kind.columns)}."
             )
-    if spec.labels is not None and not {"label", "tags"} & set(kind.columns):
-        raise DataError(f"data.labels: the task {kind.task} has no classes; drop it.")
-    if spec.stride is not None and kind.task not in ("question-answering", "causal-lm"):
-        raise DataError(f"data.stride: the task {kind.task} does not use it; drop it.")
-    chosen = {option: getattr(spec, option) or default for option, default in kind.columns.items()}
-    return {option: column for option, column in chosen.items() if column is not None}
+    for option in sorted(tasks.options()):
+        if getattr(spec, option) is not None and option not in kind.options:
+            raise DataError(f"data.{option}: the task {kind.name} does not use it; drop it.")
+    chosen = {field: spec.columns.get(field) or column.default for field, column in kind.columns.items()}
+    return {field: column for field, column in chosen.items() if column is not None}
 
 
 def _grouping(tables: Mapping[str, Table], group: str | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from mptrain.core.disk import sha256
 from mptrain.core.errors import ModelError
 from mptrain.data.lm_eval.questions import MultipleChoice
-from mptrain.data.load import TaskData
+from mptrain.data.load import Task
 from mptrain.data.sources import packaged
 from mptrain.models.load import read_config
 from mptrain.recipe import EXPORTS, Recipe
@@ -32,7 +32,7 @@ VERSIONS = ("mptrain", "torch", "transformers", "accelerate", "numpy")
 
 def identity(
     recipe: Recipe,
-    data: TaskData,
+    data: Task,
     processes: int,
     questions: Sequence[MultipleChoice] = (),
     *,

@@ -19,7 +19,7 @@ from mptrain.compress.structure.budget import Budget
 from mptrain.compress.structure.scopes import resolve
 from mptrain.core.errors import DataError, ModelError, UserError
 from mptrain.core.pins import untested
-from mptrain.data.load import TaskData
+from mptrain.data.load import Task
 from mptrain.models.load import has_trained_head, read_config, skeleton
 from mptrain.recipe import Keep, Ptq, Qat, Recipe, Stage
 from mptrain.recipe.exports.base import compressed
@@ -64,7 +64,7 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
             _check_pruning(recipe, stage, model)
 
 
-def check_data(recipe: Recipe, data: TaskData, processes: int = 1) -> None:
+def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
     """Raises UserError and its kinds, naming the field."""
     for length in recipe.evaluate.latency.length:
         data.example(1, length)
@@ -79,7 +79,7 @@ def check_data(recipe: Recipe, data: TaskData, processes: int = 1) -> None:
         if limit is not None and longest > limit.tokens:
             raise DataError(
                 f"export.{export.id}.{limit.field}: {limit.tokens} is less than the longest input, {longest}"
-                f" {'samples' if recipe.model.task == 'audio-classification' else 'tokens'}; raise it, or lower"
+                f" {recipe.model.kind.unit or 'tokens'}; raise it, or lower"
                 f" data.max_length (now {recipe.data.max_length})."
             )
 
@@ -90,10 +90,10 @@ def untrained(recipe: Recipe) -> list[str]:
     return [stage_id for stage_id in exported if not any(stage.train for stage in recipe.chain(stage_id))]
 
 
-def check_head(recipe: Recipe, data: TaskData, allow_code: bool = False) -> None:
+def check_head(recipe: Recipe, data: Task, allow_code: bool = False) -> None:
     """Raises ModelError for a model without a trained head that would be exported as it is, at random."""
     stages = untrained(recipe)
-    if stages and recipe.model.task != "causal-lm" and not has_trained_head(recipe.model, data.labels, allow_code):
+    if stages and recipe.model.kind.new_head and not has_trained_head(recipe.model, data.labels, allow_code):
         raise ModelError(
             f"model.path: {recipe.model.path} has no head that is trained"
             f"{f' for the classes {list(data.labels)}' if data.labels else ''}, and nothing trains one for"
@@ -121,7 +121,7 @@ def _check_pruning(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> None
         structure = find_structure(model, stage.prune.ignore)
         keep: Keep | None = stage.prune.keep
         pruned_before = any(before.prune for before in recipe.chain(stage.id)[1:])
-        text = recipe.model.task not in ("image-classification", "audio-classification")
+        text = recipe.model.kind.unit == "tokens"
         # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
         if keep is None or keep.latency is not None or (keep.macs is not None and not text) or pruned_before:
             return

@@ -33,7 +33,7 @@ from mptrain.compress.structure.shrink import linear_slices, shrink
 from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.core.disk import read_json, write_json
-from mptrain.data.load import TaskData
+from mptrain.data.load import Task
 from mptrain.models import artifact
 from mptrain.models.load import load_model
 from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
@@ -54,7 +54,7 @@ class Context:
     """What every phase needs."""
 
     recipe: Recipe
-    data: TaskData
+    data: Task
     processor: Any
     folder: Path
     plan: dict[str, list[Phase]]
@@ -188,7 +188,7 @@ def _distiller(context: Context, stage: Stage) -> Distiller | None:
         if teacher != "model":
             spec = spec.model_copy(update={"path": teacher, "modeling": None})
         model = load_model(spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False)
-    return Distiller(model, stage.distill, causal=recipe.model.task == "causal-lm")
+    return Distiller(model, stage.distill, term=context.data.distillation, targets=context.data.kind.targets)
 
 
 def _pruner(context: Context, stage: Stage, phase: Phase, model: nn.Module) -> Pruner:

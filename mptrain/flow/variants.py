@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,10 +22,9 @@ from mptrain.core.disk import read_json, write_json
 from mptrain.core.errors import ModelError
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.base import Batch
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import Measure, Score
 from mptrain.export.formats import Format, Source, format_of
 from mptrain.flow.stage import Context
-from mptrain.measure import floor
 from mptrain.measure import latency as measure
 from mptrain.models import artifact
 from mptrain.recipe.plan import Planned, variants
@@ -90,7 +88,12 @@ class Variants:
         begun = time.monotonic()
         model = self._torch_model(self._planned[variant])
         runner = self._runner(variant, facts)
-        facts["parity"] = parity.compare(model, runner, self.data.calibration(PARITY_EXAMPLES, 16))
+        facts["parity"] = parity.compare(
+            model,
+            runner,
+            self.data.calibration(PARITY_EXAMPLES, self.data.batch_size("train", 16)),
+            self.data.agreement,
+        )
         facts["runtime"] = self._format(variant).facts(runner) | facts.pop("written")
         return self._keep(facts, "verify", begun)
 
@@ -101,13 +104,13 @@ class Variants:
             return variant
         begun = time.monotonic()
         runner = self._runner(variant, facts)
-        scores = self.data.evaluate(runner, "test", progress=f"test {variant}")
-        facts["scores"] = _kept(scores)
+        scores = self.data.evaluate(runner, "test", self.recipe.evaluate.batch_size, f"test {variant}")
+        facts["scores"] = [score.kept() for score in scores]
         log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
         facts["multiple_choice"] = {}
         for task in self.questions:
             found = task.evaluate(runner, progress=f"{task.name} {variant}")
-            facts["multiple_choice"][task.name] = _kept(found)
+            facts["multiple_choice"][task.name] = [score.kept() for score in found]
             log.info("%s: %s %s", variant, task.name, ", ".join(f"{s.name} {s.value:.4f}" for s in found))
         return self._keep(facts, "evaluate", begun)
 
@@ -123,7 +126,7 @@ class Variants:
                 lambda variant, threads: self._runner(variant, facts[variant], threads),
                 self.data.example,
                 self.recipe.evaluate.latency,
-                has_length=self.recipe.model.task != "image-classification",
+                has_length=self.recipe.model.kind.unit is not None,
             )
             write_json(latency_file, {"latency_ms": found, "wall_s": time.monotonic() - begun})
         measured = read_json(latency_file)
@@ -131,16 +134,14 @@ class Variants:
         for f in facts.values():
             for step, seconds in f["wall_s"].items():
                 self._seconds[step] = self._seconds.get(step, 0.0) + seconds
-        return [_variant(facts[i], measured["latency_ms"].get(i, {})) for i in ids]
+        return [_variant(facts[i], measured["latency_ms"].get(i, {}), self.data.measures) for i in ids]
 
     def wall_s(self) -> dict[str, float]:
         return {k: round(v, 3) for k, v in self._seconds.items()}
 
     def floor(self) -> Score | None:
-        """TF-IDF + logistic regression, where there are texts and it is wanted."""
-        if self.data.texts is None or not self.recipe.evaluate.floor:
-            return None
-        return floor.floor(self.data.texts, self.recipe.seed)
+        """The score without a network, where the task has such a floor and it is wanted."""
+        return self.data.floor(self.recipe.seed) if self.recipe.evaluate.floor else None
 
     def _keep(self, facts: dict[str, Any], step: str, begun: float) -> str:
         facts.setdefault("wall_s", {})[step] = time.monotonic() - begun
@@ -149,7 +150,8 @@ class Variants:
 
     def _calibration(self, stage: str) -> list[Batch]:
         """Training examples: some drawn, and those with the largest activations that training saw."""
-        return self.data.calibration(PARITY_EXAMPLES, 16) + peaks.batches(self.context.phase_folders(stage))
+        size = self.data.batch_size("train", 16)
+        return self.data.calibration(PARITY_EXAMPLES, size) + peaks.batches(self.context.phase_folders(stage))
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
@@ -184,19 +186,12 @@ def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
     return {"params": params, "macs": sum(row["macs"] for row in rows)}
 
 
-def _kept(scores: list[Score]) -> list[dict[str, Any]]:
-    return [
-        {"name": s.name, "stats": s.stats.tolist(), "reduce": s.reduce, "higher": s.higher_is_better} for s in scores
-    ]
+def _variant(facts: dict[str, Any], latency_ms: dict[str, Any], measures: Mapping[str, Measure]) -> Variant:
+    def scores(kept: list[dict[str, Any]]) -> list[Score]:
+        return [Score.from_kept(score, measures) for score in kept]
 
-
-def _scores(kept: list[dict[str, Any]]) -> list[Score]:
-    return [Score(s["name"], np.array(s["stats"]), s["reduce"], s["higher"]) for s in kept]
-
-
-def _variant(facts: dict[str, Any], latency_ms: dict[str, Any]) -> Variant:
-    chosen = {task: _scores(kept) for task, kept in facts.get("multiple_choice", {}).items()}
+    chosen = {task: scores(kept) for task, kept in facts.get("multiple_choice", {}).items()}
     keys = ("id", "stage", "format", "precision", "path", "size_bytes", "params", "macs", "runtime", "parity")
     return Variant(
-        **{k: facts[k] for k in keys}, scores=_scores(facts["scores"]), multiple_choice=chosen, latency_ms=latency_ms
+        **{k: facts[k] for k in keys}, scores=scores(facts["scores"]), multiple_choice=chosen, latency_ms=latency_ms
     )

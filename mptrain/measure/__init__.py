@@ -1,1 +1,1 @@
-"""Numbers: latency side by side, the floor that any model must beat, intervals."""
+"""Numbers: latency side by side, and intervals."""

@@ -9,9 +9,9 @@ only the variant gets right, c only the baseline, it holds every Δ with
 It excludes zero exactly when McNemar's test rejects, keeps its coverage where few pairs
 disagree (b = c = 0 still gives a width), and never leaves [−1, 1].
 
-Everything else (F1, loss, perplexity): percentile bootstrap over examples, seeded. Every
-reduction of a Score is a function of the column means, so a resample costs its means only.
-Differences resample the same examples on both sides.
+Everything else (F1, loss, AUC, a correlation): percentile bootstrap over examples, seeded. Where a
+measure is a function of the column means, a resample costs its means only; one of all rows is computed
+anew, of fewer resamples the more rows there are. Differences resample the same examples on both sides.
 
 All intervals treat examples as independent.
 """
@@ -21,15 +21,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isnan, sqrt
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 
 Z = NormalDist().inv_cdf(0.975)
 RESAMPLES = 5_000
+WHOLE_RESAMPLES = (200, 1_000)
+"""least and most resamples of a measure that is computed of all rows"""
+_WHOLE_ROWS = 20_000_000  # rows in all resamples of such a measure: bounds the time
 _CHUNK = 2_000_000  # gathered rows at a time: bounds the memory, not the result
 
 
@@ -58,7 +60,8 @@ def interval(score: Score, seed: int = 0) -> tuple[float, float]:
         return wilson(int(score.stats[:, 0].sum()), score.n)
     if score.n == 0 or not np.isfinite(score.stats).all():
         return float("nan"), float("nan")
-    return _percentiles(_values(score, _resampled_means(score.stats, seed)))
+    (values,) = _resampled(seed, score)
+    return _percentiles(values)
 
 
 def paired_difference(variant: Score, baseline: Score, seed: int = 0) -> Difference:
@@ -67,22 +70,19 @@ def paired_difference(variant: Score, baseline: Score, seed: int = 0) -> Differe
     Tango's score interval when both are 0/1, else a paired percentile bootstrap.
     Raises ValueError when the scores are not of the same metric and examples.
     """
-    if (variant.name, variant.reduce, variant.n) != (baseline.name, baseline.reduce, baseline.n):
+    if (variant.name, variant.of.name, variant.n) != (baseline.name, baseline.of.name, baseline.n):
         raise ValueError(
             f"a paired difference needs one metric on the same examples, got {variant.name} with {variant.n}"
             f" and {baseline.name} with {baseline.n}"
         )
     value = variant.value - baseline.value
-    both = np.hstack([variant.stats, baseline.stats])
-    if variant.n == 0 or not np.isfinite(both).all():
+    if variant.n == 0 or not (np.isfinite(variant.stats).all() and np.isfinite(baseline.stats).all()):
         return Difference(value, float("nan"), float("nan"))
     if _zero_one(variant) and _zero_one(baseline):
         gain = variant.stats[:, 0] - baseline.stats[:, 0]
         return Difference(value, *tango(int((gain > 0).sum()), int((gain < 0).sum()), variant.n))
-    means = _resampled_means(both, seed)
-    columns = variant.stats.shape[1]
-    resampled = _values(variant, means[:, :columns]) - _values(baseline, means[:, columns:])
-    return Difference(value, *_percentiles(resampled))
+    ours, theirs = _resampled(seed, variant, baseline)
+    return Difference(value, *_percentiles(ours - theirs))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -119,7 +119,7 @@ def tango(b: int, c: int, n: int) -> tuple[float, float]:
 
 
 def _zero_one(score: Score) -> bool:
-    return score.reduce == "mean" and bool(np.isin(score.stats[:, 0], (0.0, 1.0)).all())
+    return score.of is MEAN and bool(np.isin(score.stats[:, 0], (0.0, 1.0)).all())
 
 
 def _resampled_means(stats: np.ndarray, seed: int) -> np.ndarray:
@@ -134,10 +134,23 @@ def _resampled_means(stats: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-def _values(score: Score, means: np.ndarray) -> np.ndarray:
-    return np.array([score.value_of(row[None]) for row in means])
+def _resampled(seed: int, *scores: Score) -> list[np.ndarray]:
+    """The values of each score on resamples, of the same examples for all of them."""
+    if not scores[0].of.whole:
+        means = _resampled_means(np.hstack([score.stats for score in scores]), seed)
+        ends = np.cumsum([score.stats.shape[1] for score in scores])[:-1]
+        parts = np.split(means, ends, axis=1)
+        return [np.array([score.of.of(row) for row in part]) for score, part in zip(scores, parts)]
+    n, rng = scores[0].n, np.random.default_rng(seed)
+    least, most = WHOLE_RESAMPLES
+    draws = [rng.integers(0, n, size=n) for _ in range(max(least, min(most, _WHOLE_ROWS // n)))]
+    return [np.array([score.of(score.stats[rows]) for rows in draws]) for score in scores]
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Of the resamples that have a value: a resample of one class alone has no AUC."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

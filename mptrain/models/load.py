@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
-    AutoModelForAudioClassification,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -40,16 +34,8 @@ from mptrain.core.errors import ModelError
 from mptrain.core.hooks import is_quantized
 from mptrain.data.sources import packaged
 from mptrain.models.head import fit_head
-from mptrain.recipe import Model
+from mptrain.recipe import Checkpoint, Model, TaskSpec
 
-HEADS: dict[str, Any] = {
-    "text-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "image-classification": AutoModelForImageClassification,
-    "audio-classification": AutoModelForAudioClassification,
-    "causal-lm": AutoModelForCausalLM,
-}
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, SafetensorError)
@@ -59,18 +45,20 @@ _LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeE
 def load_processor(spec: Model, allow_code: bool = False) -> Any:
     """The tokenizer, image processor or feature extractor of the model. Raises ModelError."""
     path, options = _locate(spec, allow_code)
+    if spec.kind.processor is None:
+        return None
     try:
         with _quiet():
-            if spec.task == "image-classification":
-                return _image_processor(path, options)
-            if spec.task == "audio-classification":
-                return AutoFeatureExtractor.from_pretrained(path, **options)
-            # Byte-level tokenizers refuse words that are already split unless told that a space comes before them.
-            prefix = {"add_prefix_space": True} if spec.task == "token-classification" else {}
-            tokenizer = AutoTokenizer.from_pretrained(path, **prefix, **options)
-            tokenizer.model_input_names = _accepted(spec, path, options, tokenizer.model_input_names)
+            return PROCESSORS[spec.kind.processor](spec, path, options)
     except _LOADING as error:
         raise _unloadable(spec, "processor (tokenizer, image processor or feature extractor)", error) from error
+
+
+def _tokenizer(spec: Model, path: str, options: dict[str, Any]) -> Any:
+    # Byte-level tokenizers refuse words that are already split unless told that a space comes before them.
+    prefix = {"add_prefix_space": True} if spec.kind.words else {}
+    tokenizer = AutoTokenizer.from_pretrained(path, **prefix, **options)
+    tokenizer.model_input_names = _accepted(spec, path, options, tokenizer.model_input_names)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # transformers makes an empty tokenizer when it finds no files.
         raise ModelError(
@@ -88,9 +76,23 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
     return tokenizer
 
 
+PROCESSORS: dict[str, Callable[[Model, str, dict[str, Any]], Any]] = {
+    "tokenizer": _tokenizer,
+    "image": lambda spec, path, options: _image_processor(path, options),
+    "audio": lambda spec, path, options: AutoFeatureExtractor.from_pretrained(path, **options),
+}
+
+
+def head_class(kind: TaskSpec) -> Any:
+    """The class of transformers that loads a task's models. Raises ModelError for a task without one."""
+    if kind.head is None:
+        raise ModelError(f"model.task: transformers has no model for {kind.name}; give one as model.modeling.")
+    return getattr(transformers, kind.head)
+
+
 def _accepted(spec: Model, path: str, options: dict[str, Any], names: list[str]) -> list[str]:
     """The inputs that the model takes: a tokenizer of a general class makes token_type_ids for every model."""
-    cls = HEADS[spec.task]._model_mapping.get(type(AutoConfig.from_pretrained(path, **options)), None)
+    cls = head_class(spec.kind)._model_mapping.get(type(AutoConfig.from_pretrained(path, **options)), None)
     forward = getattr(cls, "forward", None)
     if spec.modeling is not None or forward is None:
         return names
@@ -103,7 +105,7 @@ def load_model(
     """The model in float32 and eval mode, with the task's head.
 
     Args:
-        labels: class names by index (`TaskData.labels`); None for tasks without classes.
+        labels: class names by index (`Task.labels`); None for tasks without classes.
         seed: draws the weights of a new head; the global generator is left as it was.
         allow_code: permit spec.trust_remote_code and spec.modeling.
         new_head: False for a teacher: a head that is not trained for `labels` is an error.
@@ -131,7 +133,7 @@ def _load(
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            cls = HEADS[spec.task] if spec.modeling is None else _model_class(Path(spec.modeling), path)
+            cls = head_class(spec.kind) if spec.modeling is None else _model_class(Path(spec.modeling), path)
             config = _config(spec, cls, path, options)
             if spec.modeling is not None:
                 options.pop("trust_remote_code")
@@ -158,8 +160,8 @@ def _load(
     return model.eval(), trained
 
 
-def read_config(spec: Model, allow_code: bool = False) -> PreTrainedConfig:
-    """The model's config alone; spec.task does not matter. Raises ModelError."""
+def read_config(spec: Checkpoint, allow_code: bool = False) -> PreTrainedConfig:
+    """The model's config alone. Raises ModelError."""
     path, options = _locate(spec, allow_code)
     try:
         with _quiet():
@@ -172,12 +174,12 @@ def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) ->
     """The model without weights, on torch's meta device. Raises ModelError where the task has no such model."""
     try:
         with torch.device("meta"):
-            return HEADS[spec.task].from_config(config, trust_remote_code=spec.trust_remote_code and allow_code)
+            return head_class(spec.kind).from_config(config, trust_remote_code=spec.trust_remote_code and allow_code)
     except _LOADING as error:
         raise _unloadable(spec, "model", error) from error
 
 
-def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
+def _locate(spec: Checkpoint, allow_code: bool) -> tuple[str, dict[str, Any]]:
     """A folder or hub name, and the options that every from_pretrained gets."""
     for option, value in (("trust_remote_code", spec.trust_remote_code), ("modeling", spec.modeling)):
         if value and not allow_code:
@@ -204,17 +206,17 @@ def _locate(spec: Model, allow_code: bool) -> tuple[str, dict[str, Any]]:
     return spec.path, {"local_files_only": False, "trust_remote_code": spec.trust_remote_code}
 
 
-def _attention(spec: Model) -> str | None:
+def _attention(spec: Checkpoint) -> str | None:
     """What the recipe says; if it says nothing, sdpa where the architecture has it (Swin has not)."""
     return spec.attn if "attn" in spec.model_fields_set else None
 
 
-def _unloadable(spec: Model, what: str, error: Exception) -> ModelError:
+def _unloadable(spec: Checkpoint, what: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())
     if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", reason):
         return ModelError(
-            f"model.task: transformers has no {spec.task} head for the architecture of {spec.path} ({found[1]})."
-            " Choose another model or task."
+            f"model.task: transformers has no {getattr(spec, 'task', 'such')} head for the architecture of {spec.path}"
+            f" ({found[1]}). Choose another model or task."
         )
     if "does not support an attention implementation" in reason:
         return ModelError(
@@ -260,7 +262,7 @@ def _config(spec: Model, cls: Any, path: str, options: dict[str, Any]) -> PreTra
         config = AutoConfig.from_pretrained(path, **options)
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
-    if spec.task == "text-classification" and getattr(config, "pad_token_id", None) is None:
+    if spec.kind.finds_end and getattr(config, "pad_token_id", None) is None:
         # Decoders classify at the last token that is not padding, so they must know the token that pads.
         config.pad_token_id = load_processor(spec, allow_code=True).pad_token_id
     return config
@@ -279,7 +281,7 @@ def _check_missing(spec: Model, model: PreTrainedModel, missing: set[str], new_h
     """Only a head may be missing, with the pooler that feeds it and the masks that only pretraining uses."""
     prefix = model.base_model_prefix
     lost = sorted(missing)
-    if new_head and spec.task != "causal-lm" and prefix and hasattr(model, prefix):
+    if new_head and spec.kind.new_head and prefix and hasattr(model, prefix):
         lost = [n for n in lost if n.startswith(f"{prefix}.") and ".pooler." not in n and "masked_spec_embed" not in n]
     if lost:
         raise ModelError(

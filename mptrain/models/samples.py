@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.core.errors import DownloadError, ModelError, UserError
@@ -19,20 +18,11 @@ from mptrain.data.sources.film_reviews import read_film_reviews
 from mptrain.data.sources.tables import check_unicode, read_table
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.text import examples_of, pad, tokenize
-from mptrain.models.load import HEADS, load_model, load_processor, read_config
-from mptrain.recipe import Model, Task
+from mptrain.models.load import head_class, load_model, load_processor, read_config
+from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
 
 BATCH = 8
-_SOUND = 16_000  # samples of a made-up sound
-_TASK_OF_HEAD: dict[str, Task] = {
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification",
-    "ForAudioClassification": "audio-classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-}
-MEDIA: tuple[Task, ...] = ("image-classification", "audio-classification")
+_TOKENS, _SAMPLES = 128, 16_000  # of a made-up text, and sound
 
 
 @dataclass(frozen=True)
@@ -48,14 +38,14 @@ class Loaded:
     """A model that a command was given by name, with inputs to run it on. processor: None where it has none."""
 
     model: PreTrainedModel
-    task: Task
+    task: str
     samples: Samples
     processor: Any
 
 
 def load_with_inputs(
     path: str,
-    task: Task | None = None,
+    task: str | None = None,
     attn: str | None = None,
     data: str | None = None,
     samples: int = 32,
@@ -73,7 +63,7 @@ def load_with_inputs(
 
         recipe = file.read(data, []).recipe
         task = task or recipe.model.task
-    task = task or guess_task(read_config(Model(**given, task="causal-lm"), allow_code))
+    task = task or guess_task(read_config(Checkpoint(**given), allow_code))
     spec = Model(**given, task=task)
     model = load_model(spec, None, seed=0, allow_code=allow_code).eval()
     if hasattr(model.config, "use_cache"):
@@ -88,57 +78,70 @@ def load_with_inputs(
         if data is not None:
             raise
         processor = None
-    if task in MEDIA:
+    if spec.kind.processor != "tokenizer":
         if data is not None:
             raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
-        return Loaded(model, task, made_up(model, task, samples, length), processor)
+        return Loaded(model, task, made_up(model, spec.kind, samples), processor)
     texts = texts_for(data) if processor is not None else None
     limit = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     if texts is None or processor is None:
-        return Loaded(model, task, made_up(model, task, samples, limit), processor)
-    return Loaded(model, task, tokenized(*texts, processor, task, samples, limit), processor)
+        return Loaded(model, task, made_up(model, spec.kind, samples, limit), processor)
+    return Loaded(model, task, tokenized(*texts, processor, spec.kind, samples, limit), processor)
 
 
-def guess_task(config: PreTrainedConfig) -> Task:
+def guess_task(config: PreTrainedConfig) -> str:
     """What a model does, from its head, else from the heads that transformers has for it. Raises ModelError."""
     head = (config.architectures or [""])[0]
-    for ending, task in _TASK_OF_HEAD.items():
-        if head.endswith(ending):
-            return task
-    order: tuple[Task, ...] = (*MEDIA, "text-classification", "causal-lm")
-    for task in order:
-        if type(config) in HEADS[task]._model_mapping:
-            return task
-    raise ModelError(f"--task: none is known for {head or config.model_type}; give one of {', '.join(HEADS)}.")
+    named = [kind for kind in TASKS.values() if head.endswith(kind.endings)]
+    found = [kind for kind in named if _has_head(config, kind)] or named
+    found = found or [kind for kind in TASKS.values() if kind.assumed and _has_head(config, kind)]
+    if not found:
+        raise ModelError(f"--task: none is known for {head or config.model_type}; give one of {', '.join(TASKS)}.")
+    return found[0].name
 
 
-def made_up(model: PreTrainedModel, task: Task, samples: int, length: int) -> Samples:
-    """Random inputs of the kind that the model takes. Text has padding, of a causal LM also on the left."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+def _has_head(config: PreTrainedConfig, kind: TaskSpec) -> bool:
+    return kind.head is not None and type(config) in head_class(kind)._model_mapping
+
+
+def made_up(model: PreTrainedModel, kind: TaskSpec, samples: int, length: int | None = None) -> Samples:
+    """Random inputs of the kind that the model takes. Text has padding, of a causal LM also on the left.
+
+    length: tokens (default 128) or samples (default 16,000); pictures have the model's size.
+    """
+    if kind.processor is None:
+        raise UserError(f"--data: for {kind.name} give a recipe, whose `data:` is then used")
     generator = torch.Generator().manual_seed(0)
+    make = _MADE_UP[kind.processor]
+    sizes = [min(BATCH, samples - start) for start in range(0, samples, BATCH)]
+    batches = [make(model, size, length, generator) for size in sizes]
+    return Samples(_with_left_padding(batches) if kind.causal else batches, "made up at random")
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
 
-    batches: list[Batch] = []
-    for start in range(0, samples, BATCH):
-        size = min(BATCH, samples - start)
-        if task == "image-classification":
-            side = config.image_size
-            height, width = side if isinstance(side, (list, tuple)) else (side, side)
-            batches.append({"pixel_values": normal(size, config.num_channels, height, width)})
-        elif task == "audio-classification":
-            shape: tuple[int, ...] = (_SOUND,)
-            if hasattr(config, "num_mel_bins"):
-                frames = getattr(config, "max_length", None) or 2 * config.max_source_positions
-                time_first = model.main_input_name == "input_values"
-                shape = (frames, config.num_mel_bins) if time_first else (config.num_mel_bins, frames)
-            batches.append({model.main_input_name: normal(size, *shape)})
-        else:
-            ids = torch.randint(config.vocab_size, (size, length), generator=generator)
-            lengths = torch.randint(max(1, length // 2), length + 1, (size, 1), generator=generator)
-            batches.append({"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()})
-    return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, "made up at random")
+def _text(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:
+    config, length = model.config.get_text_config(), length or _TOKENS
+    ids = torch.randint(config.vocab_size, (size, length), generator=generator)
+    lengths = torch.randint(max(1, length // 2), length + 1, (size, 1), generator=generator)
+    return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()}
+
+
+def _picture(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:
+    side = model.config.image_size
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return {"pixel_values": torch.randn(size, model.config.num_channels, height, width, generator=generator)}
+
+
+def _sound(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:
+    config = model.config
+    shape: tuple[int, ...] = (length or _SAMPLES,)
+    if hasattr(config, "num_mel_bins"):
+        frames = getattr(config, "max_length", None) or 2 * config.max_source_positions
+        time_first = model.main_input_name == "input_values"
+        shape = (frames, config.num_mel_bins) if time_first else (config.num_mel_bins, frames)
+    return {model.main_input_name: torch.randn(size, *shape, generator=generator)}
+
+
+_MADE_UP = {"tokenizer": _text, "image": _picture, "audio": _sound}
 
 
 def texts_for(data: str | None) -> tuple[list[str], str] | None:
@@ -172,13 +175,13 @@ def texts_for(data: str | None) -> tuple[list[str], str] | None:
     return texts, path.name
 
 
-def tokenized(texts: Sequence[str], source: str, tokenizer: Any, task: Task, samples: int, length: int) -> Samples:
+def tokenized(texts: Sequence[str], source: str, tokenizer: Any, kind: TaskSpec, samples: int, length: int) -> Samples:
     """Texts drawn at random and padded to the longest of their batch, of a causal LM also on the left."""
     chosen = random.Random(0).sample(list(texts), min(samples, len(texts)))
     examples = examples_of(tokenize(tokenizer, chosen, truncation=True, max_length=length), tokenizer)
-    side: Literal["right"] | None = "right" if task == "causal-lm" else None
+    side: Literal["right"] | None = "right" if kind.causal else None
     batches = [pad(examples[start : start + BATCH], tokenizer, side=side) for start in range(0, len(examples), BATCH)]
-    return Samples(_with_left_padding(batches) if task == "causal-lm" else batches, source)
+    return Samples(_with_left_padding(batches) if kind.causal else batches, source)
 
 
 def _with_left_padding(batches: list[Batch]) -> list[Batch]:

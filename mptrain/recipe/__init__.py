@@ -1,10 +1,11 @@
 """The recipe: one strict YAML file that describes a whole run. Light: no torch.
 
 The schema (recipe, stage, train, data, precision, prune, weights, exports) is the documentation of the format;
+`tasks` has a row to each task;
 `file` reads a file (line numbers, duplicate keys, `--set`), `plan` says what a recipe will do, in phases and variants.
 """
 
-from mptrain.recipe.data import Calibration, Data, Model, Split, Task, Train
+from mptrain.recipe.data import Calibration, Checkpoint, Data, Model, Split, TaskName, Train
 from mptrain.recipe.exports import EXPORTS, CoreAi, CoreMl, Export, OpenVino
 from mptrain.recipe.exports.base import ExportSpec
 from mptrain.recipe.exports.coreml import CoreMlShapes, CoreMlTarget
@@ -13,11 +14,15 @@ from mptrain.recipe.precision import LossScaling, MixedPrecision, ShortPrecision
 from mptrain.recipe.prune import Fisher, Keep, Magnitude, Movement, Schedule
 from mptrain.recipe.recipe import Evaluate, Gates, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import Distill, Stage
+from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
 from mptrain.recipe.weights import Palettize, Ptq, Qat, TableTraining, WeightOnly
 
 __all__ = [
     "EXPORTS",
+    "TASKS",
     "Calibration",
+    "Checkpoint",
+    "ColumnField",
     "CoreAi",
     "CoreMl",
     "CoreMlShapes",
@@ -49,7 +54,8 @@ __all__ = [
     "Split",
     "Stage",
     "TableTraining",
-    "Task",
+    "TaskName",
+    "TaskSpec",
     "Train",
     "WeightOnly",
 ]

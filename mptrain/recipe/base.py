@@ -22,6 +22,11 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """What a file may write here."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
 
 class OneOf:
     """In Annotated[Base, OneOf(field, members)]: one of the members, whichever the field names.

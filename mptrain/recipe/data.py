@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from mptrain.recipe import tasks
 from mptrain.recipe.base import Strict
+from mptrain.recipe.tasks import TASKS, TaskSpec
 
-Task = Literal[
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "image-classification",
-    "audio-classification",
-    "causal-lm",
+
+def _known(task: str) -> str:
+    if task not in TASKS:
+        *names, last = map(repr, TASKS)
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(names)} or {last}"}
+        )
+    return task
+
+
+TaskName = Annotated[
+    str, AfterValidator(_known), Field(json_schema_extra=lambda schema: schema.update(enum=list(TASKS)))
 ]
 
 
-class Model(Strict):
+class Checkpoint(Strict):
+    """A model as it is saved, whatever it is for."""
+
     path: str = Field(description="packaged:NAME, a local folder, or a hub name")
-    task: Task = Field(description="what the model does; decides the head, the metric and the data columns")
     attn: Literal["sdpa", "eager"] = "sdpa"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="replaces every dropout probability of the model's config"
     )
     trust_remote_code: bool = Field(False, description="also needs --allow-code on the command line")
     modeling: str | None = Field(None, description="a local .py file with the model class; also needs --allow-code")
+
+
+class Model(Checkpoint):
+    """A model, and what it does."""
+
+    task: TaskName = Field(description="what the model does; decides the head, the metric and the data columns")
+
+    @property
+    def kind(self) -> TaskSpec:
+        return TASKS[self.task]
 
 
 class Calibration(Strict):
@@ -42,7 +61,18 @@ class Split(Strict):
     group: str | None = Field(None, description="column whose values never cross splits, e.g. the film of a review")
 
 
+def _with_columns(schema: dict[str, Any]) -> None:
+    for name in tasks.columns():
+        schema["properties"][name] = {"type": "string", "title": name, "description": Data.about(name)}
+    schema["additionalProperties"] = False
+
+
 class Data(Strict):
+    """Beside these fields, those that name the columns of the task."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_with_columns)
+    __pydantic_extra__: dict[str, str | None]
+
     source: str | None = Field(
         None, description="packaged:NAME, a `datasets` folder or a hub name; then train/validation/test are split names"
     )
@@ -51,21 +81,9 @@ class Data(Strict):
     validation: str | None = Field(None, description="like train; without it `split` cuts it off")
     test: str | None = Field(None, description="like train; without it `split` cuts it off")
     split: Split = Split()
-    text: str | None = Field(None, description="column of the text (text classification, causal LM); default: text")
-    text_pair: str | None = Field(None, description="column of the second text of a pair; default: there is none")
-    label: str | None = Field(None, description="column of the class: a word or number; default: label")
     labels: list[str | int] | None = Field(
         None, description="class names by index, where a class may lack in train; default: those of the training split"
     )
-    tokens: str | None = Field(None, description="column of the words, lists; default: tokens")
-    tags: str | None = Field(None, description="column of their tags, lists (IOB2: B-PER, I-PER, O); default: tags")
-    question: str | None = Field(None, description="column; default: question")
-    context: str | None = Field(None, description="column; default: context")
-    answers: str | None = Field(
-        None, description='column of {"text": [...], "answer_start": [...]}, as in SQuAD; default: answers'
-    )
-    image: str | None = Field(None, description="column of picture files or their bytes; default: image")
-    audio: str | None = Field(None, description="column of sound files, their bytes or samples; default: audio")
     max_length: Annotated[int, Field(gt=0)] = Field(128, description="tokens; audio: samples at the model's rate")
     stride: Annotated[int, Field(gt=0)] | None = Field(
         None,
@@ -75,13 +93,42 @@ class Data(Strict):
     max_samples: Annotated[int, Field(gt=0)] | None = Field(None, description="cap on each split, for trying out")
     calibration: Calibration = Calibration()
 
+    @model_validator(mode="after")
+    def _known_columns(self):
+        """Columns of other tasks are an error of their own (data/load.py), which says what the task reads."""
+        given, known = self.__pydantic_extra__, tasks.columns()
+        if unknown := [name for name in given if name not in known]:
+            raise ValidationError.from_exception_data(
+                "Data", [InitErrorDetails(type="extra_forbidden", loc=(name,), input=given[name]) for name in unknown]
+            )
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that the recipe names, by field."""
+        return {name: column for name, column in self.__pydantic_extra__.items() if column is not None}
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [*super().field_names(), *tasks.columns()]
+
+    @staticmethod
+    def about(name: str) -> str:
+        """What the field that names a column is for."""
+        uses = tasks.columns()[name]
+        holds = "; ".join(dict.fromkeys(column.holds for _, column in uses))
+        default = next((column.default for _, column in uses), None)
+        return f"column of {holds}; {f'default: {default}' if default else 'default: there is none'}"
+
 
 class Train(Strict):
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
     batch_size: Annotated[int, Field(gt=0)] = Field(32, description="per process and micro-step")
     accumulation: Annotated[int, Field(gt=0)] = Field(1, description="micro-steps to one optimizer step")
-    eval_batch_size: Annotated[int, Field(gt=0)] = 64
+    eval_batch_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="of the validation; default: 64, or as many as keep their outputs below 512 MB"
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="fraction of the stage's steps")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

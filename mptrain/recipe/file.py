@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import Recipe
-from mptrain.recipe.base import OneOf
+from mptrain.recipe.base import OneOf, Strict
 from mptrain.recipe.plan import variants
 
 _LISTS_BY_ID = ("stages", "export")
@@ -223,7 +223,7 @@ def _set_hint(keys: list[str], data: dict[str, Any]) -> str:
 
 
 def _names(model: type[BaseModel]) -> list[str]:
-    return [f.alias or n for n, f in model.model_fields.items()]
+    return model.field_names() if issubclass(model, Strict) else list(model.model_fields)
 
 
 def _explain(item: Any, data: Any, source: str, lines: dict[Path_, int]) -> str:

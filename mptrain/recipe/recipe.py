@@ -17,6 +17,7 @@ from mptrain.recipe.data import Data, Model
 from mptrain.recipe.exports import Export
 from mptrain.recipe.precision import MixedPrecision, ShortPrecision
 from mptrain.recipe.stage import Stage
+from mptrain.recipe.tasks import causal
 from mptrain.recipe.weights import WeightOnly
 
 
@@ -29,7 +30,12 @@ class Latency(Strict):
 
 class Evaluate(Strict):
     latency: Latency = Latency()
-    floor: bool = Field(True, description="text classification: also score TF-IDF + logistic regression")
+    batch_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="test examples scored at a time; default: 64, or as many as keep their outputs below 512 MB"
+    )
+    floor: bool = Field(
+        True, description="where the task has one, also score a model without a network: TF-IDF + logistic regression"
+    )
     multiple_choice: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="causal LM: paths of multiple_choice task files of lm-eval, scored on every exported variant"
     )
@@ -52,7 +58,8 @@ class Gates(Strict):
     )
     agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
         0.9,
-        description="share of decisions (argmax) that every other export has in common with its torch model",
+        description="share of decisions (of classifiers the class; else the order of the examples, or what the task"
+        " takes for it) that every other export has in common with its torch model",
     )
     fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = Field(
         "all", description="attention layers that every OpenVINO variant must compute in one fused operation"
@@ -95,8 +102,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _references(self):
-        if self.evaluate.multiple_choice and self.model.task != "causal-lm":
-            raise ValueError(f"evaluate.multiple_choice: is for task causal-lm, not for {self.model.task}; drop it")
+        if self.evaluate.multiple_choice and not self.model.kind.causal:
+            raise ValueError(f"evaluate.multiple_choice: is for task {causal()}, not for {self.model.task}; drop it")
         seen: list[str] = []
         for index, stage in enumerate(self.stages):
             where = f"stages.{stage.id}"
@@ -156,7 +163,7 @@ class Recipe(Strict):
 
     def _check_speedups(self) -> None:
         latency = self.evaluate.latency
-        lengths = [""] if self.model.task == "image-classification" else [f"_s{n}" for n in latency.length]
+        lengths = [""] if self.model.kind.unit is None else [f"_s{n}" for n in latency.length]
         settings = [f"b{b}{s}_t{t}" for b in latency.batch for s in lengths for t in latency.threads]
         for setting in self.gates.min_speedup:
             if setting not in settings:
@@ -168,8 +175,8 @@ class Recipe(Strict):
                 )
 
     def _check_cache(self, where: str, tokens: int) -> None:
-        if self.model.task != "causal-lm":
-            raise ValueError(f"{where}: is for task causal-lm, not for {self.model.task}; drop it")
+        if not self.model.kind.causal:
+            raise ValueError(f"{where}: is for task {causal()}, not for {self.model.task}; drop it")
         if tokens < self.data.max_length:
             raise ValueError(
                 f"{where}: {tokens} tokens are fewer than data.max_length, {self.data.max_length}, by which the"

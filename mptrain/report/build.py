@@ -18,6 +18,7 @@ from mptrain.measure.intervals import interval, paired_difference
 from mptrain.recipe import EXPORTS, Recipe, plan
 from mptrain.recipe.exports import spec_of
 from mptrain.report import gates, recommend
+from mptrain.report.upgrade import about
 
 if TYPE_CHECKING:
     from mptrain.data.tasks.metrics import Score
@@ -69,14 +70,15 @@ def build(
     """The report as JSON data: plain types, no NaN or infinity (they become null).
 
     The baseline is `baseline_fp32`, else the first variant of `recipe.baseline`, else the first variant.
-    Keys: schema, name, task, metric, created, host, versions, recipe, wall_s, variants, baseline,
-    comparisons (one per other variant), floor, structure, compressed, gates, recommendation, data,
+    Keys: schema, name, task, about_task (what its row of TASKS says), metric, created, host, versions, recipe,
+    wall_s, variants, baseline, comparisons (one per other variant), floor, structure, compressed, gates,
+    recommendation, data,
     multiple_choice (facts by task; scores and differences are with the variants and comparisons), training
     (optimizer steps per stage), history, checkpoints, on_hub (whether model and
     data names are names on the Hugging Face hub), notes.
 
     Args:
-        floor: score of the TF-IDF floor on the same test examples as the variants.
+        floor: score of the task's floor on the same test examples as the variants.
         history: training log rows {"stage", "phase", "step", "loss", ...}; step counts optimizer
             steps from the start of the stage.
         structure: {"stage", "family", "layers": [{"layer", "heads", "heads_total", "ffn",
@@ -92,6 +94,7 @@ def build(
         "schema": SCHEMA,
         "name": recipe.name,
         "task": recipe.model.task,
+        "about_task": about(recipe.model.kind),
         "metric": _metric(base.scores[0]) if base else None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host,
@@ -101,7 +104,7 @@ def build(
         "variants": rows,
         "baseline": base.id if base else None,
         "comparisons": comparisons,
-        "floor": _floor(floor, base.scores[0] if base else None) if floor else None,
+        "floor": _floor(recipe.model.kind.floor, floor, base.scores[0] if base else None) if floor else None,
         "structure": structure,
         "compressed": compressed or {},
         "gates": gates.check(recipe.gates, rows, comparisons, len(structure["layers"]) if structure else None),
@@ -121,8 +124,8 @@ def build(
     }
     if base:
         report["recommendation"] = recommend.recommend(
-            recipe.model.task,
-            base.scores[0].name,
+            recipe.model.kind.unit,
+            base.scores[0].unit,
             next(row for row in rows if row["id"] == base.id),
             rows,
             comparisons,
@@ -169,24 +172,24 @@ def _variant(v: Variant) -> Row:
 
 
 def _measured(score: Score) -> Row:
-    return {"value": score.value, "n": score.n, "ci95": list(interval(score))}
+    return {"value": score.value, "unit": score.unit, "n": score.n, "ci95": list(interval(score))}
 
 
 def _metric(score: Score) -> Row:
-    return {"name": score.name, "higher_is_better": score.higher_is_better}
+    return {"name": score.name, "unit": score.unit, "higher_is_better": score.higher_is_better}
 
 
 def _compare(v: Variant, base: Variant) -> Row:
     score, reference = v.scores[0], base.scores[0]
     difference = paired_difference(score, reference)
-    # Points for fractions; relative for losses and perplexity, whose scale has no meaning of its own.
-    lost = -difference.value
-    if not score.higher_is_better:
-        lost = difference.value / reference.value if reference.value else math.nan
+    lost = -difference.value if score.higher_is_better else difference.value
+    if score.unit == "number":  # relative: its scale has no meaning of its own
+        lost = lost / abs(reference.value) if reference.value else math.nan
     return {
         "id": v.id,
         "vs": base.id,
         "metric": score.name,
+        "unit": score.unit,
         f"{score.name}_delta": difference.value,
         f"{score.name}_delta_ci95": [difference.low, difference.high],
         "verdict": difference.verdict(score.higher_is_better),
@@ -217,9 +220,9 @@ def _paired(score: Score, reference: Score) -> Row:
     }
 
 
-def _floor(floor: Score, baseline: Score | None) -> Row:
+def _floor(name: str | None, floor: Score, baseline: Score | None) -> Row:
     """The floor with the baseline's lead over it, when both scored the same examples."""
-    row: Row = {"name": "TF-IDF + logistic regression", "metrics": {floor.name: _measured(floor)}, "lead": None}
+    row: Row = {"name": name or "floor", "metrics": {floor.name: _measured(floor)}, "lead": None}
     if baseline and (baseline.name, baseline.n) == (floor.name, floor.n):
         lead = paired_difference(baseline, floor)
         row["lead"] = {

@@ -81,16 +81,16 @@ def tiles(report: Row) -> list[Tile]:
         tone: Tone = "good" if small["size_ratio"] > 1 else "warn"
         found.append(Tile("Smaller", words.ratio(small["size_ratio"]), detail, tone))
     if fast and key:
-        detail = f"{fast['id']}: {words.setting_words(key, report['task'])}"
+        detail = f"{fast['id']}: {words.setting_words(key, report['about_task']['unit'])}"
         tone = "good" if fast["speedup"][key] > 1 else "warn"
         found.append(Tile("Faster", words.ratio(fast["speedup"][key]), detail, tone))
     shown = small or min(report["comparisons"], key=_by_drop, default=None)
     if shown:
-        name = shown["metric"]
-        value = words.signed(name, shown[f"{name}_delta"]) + words.unit(name)
-        range_ = words.signed_range(name, *shown[f"{name}_delta_ci95"])
+        name, unit = shown["metric"], shown["unit"]
+        value = words.signed(unit, shown[f"{name}_delta"]) + words.points(unit)
+        range_ = words.signed_range(unit, *shown[f"{name}_delta_ci95"])
         detail = f"{shown['id']}: {_verdict(shown)}, 95% interval {range_}"
-        found.append(Tile(words.metric_name(name).capitalize(), value, detail, _tone(shown)))
+        found.append(Tile(words.heading(name), value, detail, _tone(shown)))
     if report["gates"]:
         passed = sum(g["passed"] for g in report["gates"])
         every = passed == len(report["gates"])
@@ -102,13 +102,13 @@ def tiles(report: Row) -> list[Tile]:
 
 def accuracy_words(report: Row, comparison: Row) -> str:
     """ "accuracy 82.53% against 82.96% (−0.43 points, 95% interval −1.31 to +0.45: tied)"."""
-    name = comparison["metric"]
+    name, unit = comparison["metric"], comparison["unit"]
     value = {v["id"]: v["metrics"][name]["value"] for v in report["variants"]}
     delta, (low, high) = comparison[f"{name}_delta"], comparison[f"{name}_delta_ci95"]
     return (
-        f"{words.metric_name(name)} {words.metric(name, value[comparison['id']])} against"
-        f" {words.metric(name, value[comparison['vs']])} ({words.signed(name, delta)}{words.unit(name)},"
-        f" 95% interval {words.signed_range(name, low, high)}: {_verdict(comparison)})"
+        f"{words.metric_name(name)} {words.metric(unit, value[comparison['id']])} against"
+        f" {words.metric(unit, value[comparison['vs']])} ({words.signed(unit, delta)}{words.points(unit)},"
+        f" 95% interval {words.signed_range(unit, low, high)}: {_verdict(comparison)})"
     )
 
 
@@ -137,10 +137,9 @@ def _compression(report: Row) -> list[Claim]:
     small, fast, key = smallest(report), fastest(report), setting(report)
     if small is None:
         best = min(report["comparisons"], key=_by_drop)
-        name = best["metric"]
         return [
             Claim(
-                f"No compressed variant stays within {words.drop(name, max_drop(report))} of {best['vs']}."
+                f"No compressed variant stays within {words.drop(best['unit'], max_drop(report))} of {best['vs']}."
                 f" The closest is {best['id']}: {accuracy_words(report, best)}.",
                 "bad",
             )
@@ -162,7 +161,7 @@ def _compression(report: Row) -> list[Claim]:
             Claim(
                 f"{fast['id']} is {words.ratio(speed)} {verb} {fast['vs']} on this host"
                 f" ({words.milliseconds(times[fast['id']])} ms instead of {words.milliseconds(times[fast['vs']])} ms"
-                f" at {words.setting_words(key, report['task'])}), with {accuracy}.",
+                f" at {words.setting_words(key, report['about_task']['unit'])}), with {accuracy}.",
                 _tone(fast) if speed > 1 else "warn",
             )
         )
@@ -170,13 +169,13 @@ def _compression(report: Row) -> list[Claim]:
 
 
 def _floor(report: Row) -> Claim:
-    floor, name = report["floor"], report["metric"]["name"]
+    floor, name, unit = report["floor"], report["metric"]["name"], report["metric"]["unit"]
     lead = floor["lead"]
     verb = {"better": "beats", "worse": "is worse than"}.get(lead["verdict"], "is tied with")
     return Claim(
-        f"The baseline {verb} {floor['name']} ({words.metric(name, floor['metrics'][name]['value'])}):"
-        f" {words.signed(name, lead['value'])}{words.unit(name)},"
-        f" 95% interval {words.signed_range(name, *lead['ci95'])}.",
+        f"The baseline {verb} {floor['name']} ({words.metric(unit, floor['metrics'][name]['value'])}):"
+        f" {words.signed(unit, lead['value'])}{words.points(unit)},"
+        f" 95% interval {words.signed_range(unit, *lead['ci95'])}.",
         "plain" if lead["verdict"] == "better" else "warn",
     )
 
@@ -189,14 +188,16 @@ def _choices(report: Row) -> list[Claim]:
 
 def _choice(report: Row, task: str, name: str, base: Row) -> Claim:
     """Which variants are worse; nothing where the baseline is no better than luck, for nothing could be lost there."""
-    value = f"{words.metric(name, base['value'])}, 95% interval {words.metric_range(name, *base['ci95'])}"
+    unit = base["unit"]
+    value = f"{words.metric(unit, base['value'])}, 95% interval {words.metric_range(unit, *base['ci95'])}"
     luck = report["multiple_choice"][task]["guessing"]
     if base["ci95"][0] is None or base["ci95"][0] <= luck:
-        text = f"the baseline ({value}) is not above guessing ({words.metric(name, luck)})"
+        text = f"the baseline ({value}) is not above guessing ({words.metric(unit, luck)})"
         return Claim(f"{task} {name}: {text}, so what compression costs does not show there.", "warn")
     rows = {c["id"]: c["multiple_choice"][task][name] for c in report["comparisons"]}
     worse = [
-        f"{variant} ({words.signed(name, row['delta'])} points, {words.signed_range(name, *row['delta_ci95'])})"
+        f"{variant} ({words.signed(unit, row['delta'])}{words.points(unit)},"
+        f" {words.signed_range(unit, *row['delta_ci95'])})"
         for variant, row in rows.items()
         if row["verdict"] == "worse"
     ]

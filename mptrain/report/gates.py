@@ -76,7 +76,7 @@ def _parity(limit: float, variants: Sequence[Row]) -> Row:
 
 def _agreement(limit: float, variants: Sequence[Row]) -> Row:
     """The least of all quantized variants; one without a number is the least."""
-    values = [((v["parity"] or {}).get("argmax_agreement"), v["id"]) for v in variants]
+    values = [((v["parity"] or {}).get("agreement"), v["id"]) for v in variants]
     value, variant = min(values, key=lambda pair: -1.0 if pair[0] is None else pair[0])
     return _row("agreement", value, limit, value is not None and value >= limit, variant)
 

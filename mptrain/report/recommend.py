@@ -18,8 +18,8 @@ INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 def recommend(
-    task: str,
-    metric: str,
+    length: str | None,
+    unit: str,
     baseline: Row,
     variants: Sequence[Row],
     comparisons: Sequence[Row],
@@ -31,6 +31,7 @@ def recommend(
     """{id, setting, by_setting, smallest, reason, warnings}, or None when nothing was timed besides the baseline.
 
     Args:
+        length: what the lengths of settings count, e.g. tokens. unit: of the main metric.
         max_drop: the accuracy limit; without one, a variant counts unless it is worse than the
             baseline by its paired interval.
         setting: the one that decides `id`; default: the smallest batch, longest input and
@@ -42,7 +43,7 @@ def recommend(
     candidates = [v for v in variants if v["id"] == baseline["id"] or v["id"] in inside]
     limit = "not worse than the baseline by the paired interval"
     if max_drop is not None:
-        limit = f"inside the limit (at most {drop(metric, max_drop)} below the baseline)"
+        limit = f"inside the limit (at most {drop(unit, max_drop)} below the baseline)"
     by_setting = {}
     for key, time in baseline["latency_ms"].items():
         fastest = min((v for v in candidates if key in v["latency_ms"]), key=lambda v: v["latency_ms"][key]["median"])
@@ -56,8 +57,8 @@ def recommend(
         "setting": main,
         "by_setting": by_setting,
         "smallest": smallest,
-        "reason": _reason(task, limit, chosen, baseline["id"], main, by_setting),
-        "warnings": _warnings(task, variants, host),
+        "reason": _reason(length, limit, chosen, baseline["id"], main, by_setting),
+        "warnings": _warnings(length, variants, host),
     }
 
 
@@ -72,18 +73,20 @@ def main_setting(settings: Sequence[str]) -> str:
     return min(settings, key=rank)
 
 
-def _reason(task: str, limit: str, chosen: str, baseline: str, main: str, by_setting: dict[str, Row]) -> str:
+def _reason(length: str | None, limit: str, chosen: str, baseline: str, main: str, by_setting: dict[str, Row]) -> str:
     if chosen == baseline:
-        return f"No compressed variant {limit} was faster than {baseline} at {setting_words(main, task)} on this host."
+        return (
+            f"No compressed variant {limit} was faster than {baseline} at {setting_words(main, length)} on this host."
+        )
     wins = sum(row["id"] == chosen for row in by_setting.values())
     return (
-        f"{chosen} was the fastest variant {limit} at {setting_words(main, task)} on this host,"
+        f"{chosen} was the fastest variant {limit} at {setting_words(main, length)} on this host,"
         f" {ratio(by_setting[main]['speedup'])} the speed of {baseline};"
         f" it was the fastest in {wins} of {len(by_setting)} measured settings."
     )
 
 
-def _warnings(task: str, variants: Sequence[Row], host: Row) -> list[str]:
+def _warnings(length: str | None, variants: Sequence[Row], host: Row) -> list[str]:
     warnings = []
     quantized = [v for v in variants if v["precision"].startswith("int8")]
     accelerated = any(flag in host["cpu_flags"] for flag in INT8_FLAGS)
@@ -106,6 +109,6 @@ def _warnings(task: str, variants: Sequence[Row], host: Row) -> list[str]:
                 warnings.append(
                     f"{small['id']} is slower than {plain['id']}, the same structure in fp32, in {len(slower)} of"
                     f" {len(small['latency_ms'])} settings ({ratio(slower[worst])} its speed at"
-                    f" {setting_words(worst, task)})."
+                    f" {setting_words(worst, length)})."
                 )
     return warnings

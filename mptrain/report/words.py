@@ -2,57 +2,69 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 NONE = "n/a"
 MINUS = "−"
-_FRACTIONS = ("accuracy", "f1", "exact_match", "acc", "acc_norm")
-_METRICS = {"f1": "F1", "exact_match": "exact match"}
+_ABBREVIATIONS = {"auc": "AUC", "f1": "F1", "mae": "MAE", "map": "mAP", "mrr": "MRR", "mse": "MSE", "ndcg": "NDCG"}
+"""names of metrics that are written in another case than words"""
 
 
 def metric_name(name: str) -> str:
-    return _METRICS.get(name, name)
+    """ "exact_match" as "exact match", "micro_f1" as "micro F1"."""
+    return " ".join(re.sub(r"^[a-z0-9]+", lambda m: _ABBREVIATIONS.get(m[0], m[0]), part) for part in name.split("_"))
 
 
-def metric(name: str, value: float | None) -> str:
-    """A score: "82.96%" for fractions, "12.34" for a loss or perplexity."""
+def heading(name: str) -> str:
+    """Of a metric, with a capital where it is a word."""
+    shown = metric_name(name)
+    return shown[:1].upper() + shown[1:] if shown.islower() else shown
+
+
+def metric(unit: str, value: float | None) -> str:
+    """A score: "82.96%" for a fraction, "0.8296" for a coefficient, "12.34" for a number such as a loss."""
     if value is None:
         return NONE
-    return f"{100 * value:.2f}%" if name in _FRACTIONS else f"{value:.4g}"
+    if unit == "fraction":
+        return f"{100 * value:.2f}%"
+    return f"{value:.4f}" if unit == "coefficient" else f"{value:.4g}"
 
 
-def metric_range(name: str, low: float | None, high: float | None) -> str:
+def metric_range(unit: str, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return NONE
-    if name in _FRACTIONS:
+    if unit == "fraction":
         return f"{100 * low:.1f} to {100 * high:.1f}%"
-    return f"{low:.4g} to {high:.4g}"
+    return f"{metric(unit, low)} to {metric(unit, high)}"
 
 
-def signed(name: str, delta: float | None) -> str:
-    """A difference of scores: "−0.43" in points for fractions, in the metric's unit else."""
+def signed(unit: str, delta: float | None) -> str:
+    """A difference of scores: "−0.43" in points for fractions, in the metric's own unit else."""
     if delta is None:
         return NONE
-    text = f"{100 * delta:+.2f}" if name in _FRACTIONS else f"{delta:+.4g}"
+    text = {"fraction": f"{100 * delta:+.2f}", "coefficient": f"{delta:+.4f}"}.get(unit, f"{delta:+.4g}")
     return text.replace("-", MINUS)
 
 
-def signed_range(name: str, low: float | None, high: float | None) -> str:
+def signed_range(unit: str, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return NONE
-    return f"{signed(name, low)} to {signed(name, high)}"
+    return f"{signed(unit, low)} to {signed(unit, high)}"
 
 
-def unit(name: str) -> str:
-    return " points" if name in _FRACTIONS else ""
+def points(unit: str) -> str:
+    return " points" if unit == "fraction" else ""
 
 
-def drop(name: str, value: float | None) -> str:
-    """A drop as gates know it: points for fractions, relative for a loss or perplexity."""
+def drop(unit: str, value: float | None) -> str:
+    """A drop as gates know it: points for fractions, the difference for coefficients, relative for a number."""
     if value is None:
         return NONE
+    if unit == "coefficient":
+        return f"{value:.4f}".replace("-", MINUS)
     text = f"{100 * value:.2f}".replace("-", MINUS)
-    return f"{text} points" if name in _FRACTIONS else f"{text}%"
+    return f"{text} points" if unit == "fraction" else f"{text}%"
 
 
 def smaller(size_ratio: float | None) -> str:
@@ -105,16 +117,15 @@ def small(value: float | None) -> str:
     return NONE if value is None else f"{value:.2g}".replace("e-0", "e-")
 
 
-def setting_words(key: str, task: str) -> str:
-    """ "b1_s128_t1" as "batch 1, 128 tokens, 1 thread"; an unknown key as it is."""
-    length = "samples" if task == "audio-classification" else "tokens"
+def setting_words(key: str, length: str | None) -> str:
+    """ "b1_s128_t1" as "batch 1, 128 tokens, 1 thread"; an unknown key as it is. length: what lengths count."""
     words = []
     for part in key.split("_"):
         kind, count = part[:1], part[1:]
         if kind == "b" and count.isdigit():
             words.append(f"batch {count}")
         elif kind == "s" and count.isdigit():
-            words.append(f"{count} {length}")
+            words.append(f"{count} {length or 'long'}")
         elif kind == "t" and (count.isdigit() or count == "all"):
             words.append(f"{count} thread" + ("" if count == "1" else "s"))
         else:

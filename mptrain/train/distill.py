@@ -1,18 +1,16 @@
 """Distillation: the student learns the teacher's outputs.
 
-    loss = (1 - w) * task + w * T^2 * mean_positions KL(softmax(t / T) || softmax(s / T))
+    loss = (1 - w) * task + w * term
            + hidden * mean_layers MSE(h_s, h_t) + attention * mean_layers MSE(mean_heads a_s, mean_heads a_t)
 
-The factor T^2 keeps the gradient of the KL term at the scale of the task's (Hinton et al.
-2015). A position counts where its label does (label != -100); causal models compare the
-logits that predict the next label. Heads of a pruned student differ in number from the
-teacher's, so attention maps are compared as averages over heads (Jiao et al. 2020 compare
-them one by one).
+The term says what is learned of the outputs; a task has its own, logits are compared as `divergence` says. Heads of a
+pruned student differ in number from the teacher's, so attention maps are compared as averages over heads (Jiao et
+al. 2020 compare them one by one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptrain.core.errors import ModelError
+from mptrain.data.tasks.divergence import of_logits
 from mptrain.recipe import Distill
 
-LOGITS = ("logits", "start_logits", "end_logits")
-LABELS = ("labels", "start_positions", "end_positions")
+TARGETS = ("labels", "start_positions", "end_positions")
+Term = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Tensor], float], Tensor]
+"""(outputs of the student, of the teacher, the batch with targets, temperature) to a scalar"""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,17 @@ class Terms:
 class Distiller:
     """Runs the teacher beside the student and mixes the losses.
 
-    The teacher is put in eval mode, its parameters are frozen.
+    The teacher is put in eval mode, its parameters are frozen. term: what is learned of its outputs (default: the
+    logits; of a causal model give partial(divergence.of_logits, causal=True), or its task's `distillation`).
+    targets: entries of a batch that it does not get.
     """
 
-    def __init__(self, teacher: nn.Module, config: Distill, *, causal: bool = False) -> None:
+    def __init__(
+        self, teacher: nn.Module, config: Distill, *, term: Term = of_logits, targets: Sequence[str] = TARGETS
+    ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
-        self.causal = causal
+        self.term, self.targets = term, targets
 
     def extra_outputs(self) -> dict[str, bool]:
         """Arguments the student's forward needs, so that it returns what is compared."""
@@ -59,9 +63,9 @@ class Distiller:
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Any], task: Tensor) -> Terms:
         """inputs: the batch with labels; outputs: the student's logits [batch, (length,) classes]; task: its loss."""
         with torch.no_grad():
-            plain = {k: v for k, v in inputs.items() if k not in LABELS}
+            plain = {k: v for k, v in inputs.items() if k not in self.targets}
             expected = self.teacher(**plain, **self.extra_outputs())
-        distill = self._logits(inputs, outputs, expected)
+        distill = self.term(outputs, expected, inputs, self.config.temperature)
         total = (1 - self.config.weight) * task + self.config.weight * distill
         mask = inputs.get("attention_mask")
         if self.config.hidden:
@@ -69,34 +73,6 @@ class Distiller:
         if self.config.attention:
             total = total + self.config.attention * _attention(outputs["attentions"], expected["attentions"])
         return Terms(total, task.detach(), distill.detach())
-
-    def _logits(self, inputs: Mapping[str, Tensor], outputs: Mapping, expected: Mapping) -> Tensor:
-        names = [n for n in LOGITS if n in outputs]
-        terms = []
-        for name in names:
-            student, teacher = outputs[name], expected[name]
-            if student.shape != teacher.shape:
-                raise ModelError(
-                    f"distill: the student's {name} have shape {tuple(student.shape)}, the teacher's"
-                    f" {tuple(teacher.shape)}. Give a teacher trained on the same labels (and tokenizer)."
-                )
-            labels = inputs.get("labels")
-            if self.causal:
-                student, teacher = student[:, :-1], teacher[:, :-1]
-                labels = labels[:, 1:] if labels is not None else None
-            if student.dim() == 3 and labels is not None:
-                keep = labels != -100
-                student, teacher = student[keep], teacher[keep]
-            terms.append(kl_divergence(student, teacher, self.config.temperature))
-        return torch.stack(terms).mean()
-
-
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) of logits [..., classes], averaged over all but the last axis; float32 inside."""
-    log_s = F.log_softmax(student.float() / temperature, -1)
-    log_t = F.log_softmax(teacher.float() / temperature, -1)
-    per_row = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
-    return per_row.mean() * temperature**2
 
 
 def _hidden(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptrain.core.hooks import HOOKS
-from mptrain.data.tasks.base import TARGETS, Batch
+from mptrain.core.signature import Batch
 
 FILES = "peaks-*.safetensors"  # one to each process
 KEPT = 16
@@ -62,7 +62,7 @@ class Peaks:
         return hook
 
     def step(self, inputs: Mapping[str, Tensor]) -> None:
-        """After a forward in training on `inputs`."""
+        """After a forward in training on `inputs`, which are those of the model, without targets."""
         rows = len(next(iter(inputs.values())))
         seen = {name: value for name, value in self._seen.items() if len(value) == rows}
         self._seen = {}
@@ -78,7 +78,7 @@ class Peaks:
                     examples[int(row)] = {
                         key: given[int(row)].detach().cpu().clone()
                         for key, given in inputs.items()
-                        if key not in TARGETS and len(given) == rows
+                        if len(given) == rows
                     }
                 self._examples[name] = examples[int(row)]
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, set_seed
 
 from mptrain.compress.base import Compressor
 from mptrain.core.errors import TrainingError
-from mptrain.data.load import TaskData
+from mptrain.data.load import Task
 from mptrain.data.tasks.metrics import Score
 from mptrain.recipe import MixedPrecision, Train
 from mptrain.recipe.plan import Phase
@@ -69,7 +69,7 @@ class PhaseTrainer(Trainer):
         *,
         phase: Phase,
         train: Train,
-        data: TaskData,
+        data: Task,
         folder: Path,
         seed: int,
         stop: Callable[[], bool],
@@ -79,7 +79,7 @@ class PhaseTrainer(Trainer):
         peaks: Peaks | None = None,
     ) -> None:
         self.peaks = peaks
-        self.phase, self.settings, self.task_data, self.folder = phase, train, data, folder
+        self.phase, self.settings, self.task, self.folder = phase, train, data, folder
         self.best: dict[str, Any] | None = None
         self._bad_epochs = 0
         self._progress = TrainingProgress(phase)
@@ -146,7 +146,7 @@ class PhaseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return LengthGroupedSampler(
-            self.task_data.train.lengths,
+            self.task.train.lengths,
             self.settings.batch_size,
             self.args.seed,
             group=self.settings.group_by_length,
@@ -168,10 +168,18 @@ class PhaseTrainer(Trainer):
 
     # -- checks and validation
 
+    def task_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> tuple[torch.Tensor, Any]:
+        if not self.task.computes_loss():
+            return super().task_loss(model, inputs, num_items_in_batch)
+        outputs = model(**self.task.without_targets(inputs))
+        loss = self.task.loss(outputs, inputs)
+        assert loss is not None
+        return loss, outputs
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.peaks is not None:
-            self.peaks.step(inputs)
+            self.peaks.step(self.task.without_targets(inputs))
         # with masters such a step is skipped, and repeated ones end with the diagnosis of MasterWeights
         if self.master_weights is None and not torch.isfinite(loss):
             raise TrainingError(self._diagnosis(float(loss)))
@@ -195,7 +203,7 @@ class PhaseTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.model.eval()
         forward = model_forward(self.model, self.args.device)
-        scores = self.task_data.evaluate(forward, "validation", self.settings.eval_batch_size)
+        scores = self.task.evaluate(forward, "validation", self.settings.eval_batch_size)
         self.model.train()
         metrics = {f"eval_{s.name}": s.value for s in scores}
         self.log(dict(metrics))
@@ -311,7 +319,7 @@ def train_phase(
     *,
     phase: Phase,
     train: Train,
-    data: TaskData,
+    data: Task,
     folder: Path,
     seed: int,
     stop: Callable[[], bool],

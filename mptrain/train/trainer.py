@@ -144,14 +144,20 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.distiller is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = self.task_loss(model, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
         # in a copy: with label smoothing transformers takes the labels out
-        task, outputs = super().compute_loss(model, {**inputs, **self.distiller.extra_outputs()}, return_outputs=True)
+        task, outputs = self.task_loss(model, {**inputs, **self.distiller.extra_outputs()})
         terms = self.distiller(inputs, outputs, task)
         self._note("task_loss", terms.task)
         self._note("distill_loss", terms.distill)
         self._term_count += 1
         return (terms.total, outputs) if return_outputs else terms.total
+
+    def task_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> tuple[torch.Tensor, Any]:
+        """The loss before distillation, and the outputs; for subclasses."""
+        found: Any = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        return found
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._gradients_ready()

@@ -10,31 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
+from mptrain.core.signature import Batch, Outputs
+from mptrain.data.tasks.agreement import decisions
 
+Agreement = Callable[[Outputs, Outputs, Batch], np.ndarray]
+"""(expected, got, inputs) to a number in 0..1 for each decision"""
 Forward = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 
 
 @torch.no_grad()
-def compare(model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
+def compare(
+    model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Tensor]], agreement: Agreement | None = None
+) -> dict[str, Any]:
     """Differences over all outputs of all batches.
 
     model: torch model, evaluated as it is on its device. runner: the exported model, a function from
-    inputs by name to arrays by name. batches: inputs without labels, padded.
-    Returns {"max_abs_diff", "mean_abs_diff", "argmax_agreement", "examples"}. Positions that
-    the attention mask leaves out are not compared. Agreement is over the argmax of the last axis;
-    for quantized models it says more than the differences.
+    inputs by name to arrays by name. batches: inputs without labels, padded. agreement: of the task, default
+    whether the argmax of the last axis is the same, or, of outputs without one, the order of the examples.
+    Returns {"max_abs_diff", "mean_abs_diff", "agreement", "examples"}. Positions that the attention mask leaves out
+    are not compared. For quantized models agreement says more than the differences.
     Raises ExportError when an output has another shape or values that are not finite.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     largest = total = 0.0
-    values = agreeing = decisions = examples = 0
+    values = examples = 0
+    alike: list[np.ndarray] = []
     for batch in batches:
         ours = model(**{name: value.to(device) for name, value in batch.items()})
         theirs = runner(batch)
+        whole = {name: ours[name].float().cpu().numpy() for name in theirs}
         for name, array in theirs.items():
-            expected = ours[name].float().cpu().numpy()
+            expected = whole[name]
             if array.shape != expected.shape:
                 raise ExportError(f"output {name}: the exported model gives {array.shape}, the model {expected.shape}")
             kept = _kept(expected, batch)
@@ -47,16 +55,16 @@ def compare(model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Te
             largest = max(largest, float(difference.max(initial=0.0)))
             total += float(difference.sum())
             values += difference.size
-            agree = array.argmax(-1) == expected.argmax(-1)
-            agree = agree[kept] if agree.shape == kept.shape else agree
-            agreeing += int(agree.sum())
-            decisions += agree.size
+            if agreement is None:
+                alike.append(decisions({name: expected[kept]}, {name: array[kept]}))
+        if agreement is not None:
+            alike.append(agreement(whole, theirs, dict(batch)))
         examples += len(next(iter(batch.values())))
     model.train(training)
     return {
         "max_abs_diff": largest,
         "mean_abs_diff": total / max(values, 1),
-        "argmax_agreement": agreeing / max(decisions, 1),
+        "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,
     }
 

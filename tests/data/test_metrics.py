@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from mptrain.data.tasks.metrics import Score, answer_scores, entities, normalize_answer, span_counts
+from mptrain.data.tasks.metrics import (
+    EXP_RATIO,
+    F1,
+    MEAN,
+    RATIO,
+    Score,
+    answer_scores,
+    entities,
+    normalize_answer,
+    span_counts,
+)
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -47,29 +57,29 @@ def test_entity_f1_is_micro_averaged():
     guess = ["B-PER", "O", "O", "B-LOC"], ["B-LOC", "B-PER"]
     stats = np.array([span_counts(g, t) for g, t in zip(guess, gold)], dtype=np.float64)
     assert stats.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert Score("f1", stats, "f1").value == pytest.approx(2 * 2 / (2 * 2 + 2 + 1))
+    assert Score("f1", stats, F1).value == pytest.approx(2 * 2 / (2 * 2 + 2 + 1))
     # Of single words, it is the binary F1 of scikit-learn.
     truth, found = np.random.default_rng(0).integers(0, 2, (2, 50))
     rows = [span_counts(["B-X" if f else "O"], ["B-X" if t else "O"]) for f, t in zip(found, truth)]
-    assert Score("f1", np.array(rows, dtype=np.float64), "f1").value == pytest.approx(f1_score(truth, found))
+    assert Score("f1", np.array(rows, dtype=np.float64), F1).value == pytest.approx(f1_score(truth, found))
 
 
 def test_values_of_every_reduction_and_of_resamples():
     stats = np.array([[1.0, 2.0], [3.0, 4.0], [0.0, 1.0]])
-    assert Score("accuracy", stats[:, :1], "mean").value == pytest.approx(4 / 3)
-    assert Score("loss", stats, "ratio", False).value == pytest.approx(4 / 7)
-    perplexity = Score("perplexity", stats, "exp_ratio", False)
+    assert Score("accuracy", stats[:, :1], MEAN).value == pytest.approx(4 / 3)
+    assert Score("loss", stats, RATIO, "number", False).value == pytest.approx(4 / 7)
+    perplexity = Score("perplexity", stats, EXP_RATIO, "number", False)
     assert perplexity.value == pytest.approx(np.exp(4 / 7))
-    assert perplexity.value_of(stats[[0, 0]]) == pytest.approx(np.exp(0.5))
-    assert perplexity.value_of(stats.mean(axis=0)[None]) == pytest.approx(perplexity.value)
+    assert perplexity.of(stats[[0, 0]]) == pytest.approx(np.exp(0.5))
+    assert perplexity.of(stats.mean(axis=0)[None]) == pytest.approx(perplexity.value)
     assert (perplexity.n, perplexity.higher_is_better) == (3, False)
 
 
 def test_values_at_the_edges():
-    assert np.isnan(Score("accuracy", np.zeros((0, 1)), "mean").value)
-    assert Score("f1", np.zeros((4, 3)), "f1").value == 0.0
-    assert np.isnan(Score("loss", np.zeros((2, 2)), "ratio").value)
-    assert Score("perplexity", np.array([[1e6, 1.0]]), "exp_ratio").value == float("inf")
+    assert np.isnan(Score("accuracy", np.zeros((0, 1)), MEAN).value)
+    assert Score("f1", np.zeros((4, 3)), F1).value == 0.0
+    assert np.isnan(Score("loss", np.zeros((2, 2)), RATIO).value)
+    assert Score("perplexity", np.array([[1e6, 1.0]]), EXP_RATIO).value == float("inf")
 
 
 @pytest.mark.parametrize(

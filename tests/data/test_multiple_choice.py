@@ -108,7 +108,7 @@ def test_log_likelihoods_and_accuracies_are_those_of_one_token_at_a_time(family,
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4 if exported else 2e-6)
     acc, norm = questions.evaluate(forward)
-    assert (acc.name, norm.name, acc.reduce, acc.higher_is_better) == ("acc", "acc_norm", "mean", True)
+    assert (acc.name, norm.name, acc.of.name, acc.higher_is_better) == ("acc", "acc_norm", "mean", True)
     assert acc.stats[:, 0].tolist() == [float(e.argmax() == r["label"]) for e, r in zip(expected, ROWS)]
     by_length = [e / [len(o) for o in r["options"]] for e, r in zip(expected, ROWS)]
     assert norm.stats[:, 0].tolist() == [float(e.argmax() == r["label"]) for e, r in zip(by_length, ROWS)]

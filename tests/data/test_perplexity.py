@@ -10,7 +10,7 @@ from kit.tiny import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from mptrain.data.load import load_data
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import EXP_RATIO, Score
 from mptrain.export.openvino.convert import Runner, export_openvino
 from mptrain.recipe import Data
 from mptrain.report.render.card import card
@@ -86,7 +86,7 @@ def test_the_report_states_window_and_stride(tmp_path):
     stats = np.abs(np.random.default_rng(0).normal(20, 1, (30, 2)))
     variants = sample.variants()
     for variant in variants:
-        variant.scores = [Score("perplexity", stats, "exp_ratio", False)]
+        variant.scores = [Score("perplexity", stats, EXP_RATIO, "number", False)]
     recipe = sample.recipe(model={"path": "packaged:opt", "task": "causal-lm"})
     report = sample.report(recipe=recipe, variants=variants, floor=None, data_facts=data.facts)
     assert report["data"]["perplexity"] == {"window": LENGTH, "stride": 5}

@@ -303,7 +303,7 @@ def test_rows_of_a_class_without_an_output_count_as_errors(tmp_path, caplog):
     assert whole.hash != data.hash
     other = str(write_jsonl(tmp_path / "o.jsonl", [*rows[:2], ("fine film", "other"), rows[3]]))
     assert load(tmp_path, train=train, validation=train, test=other).hash != data.hash
-    with pytest.raises(DataError, match=r"data.labels: the task causal-lm has no classes"):
+    with pytest.raises(DataError, match=r"data.labels: the task causal-lm does not use it"):
         load(tmp_path, "causal-lm", train=train, labels=["a", "b"])
 
 

@@ -156,8 +156,8 @@ def test_calibration_is_drawn_from_train_by_the_seed(reviews):
     for batch in batches:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
             assert tuple(ids[mask.bool()].tolist()) in train
-    again = load_data(data.spec, data.task, tokenizer(), seed=3).calibration(20, 8)
-    other = load_data(data.spec, data.task, tokenizer(), seed=4).calibration(20, 8)
+    again = load_data(data.spec, data.kind.name, tokenizer(), seed=3).calibration(20, 8)
+    other = load_data(data.spec, data.kind.name, tokenizer(), seed=4).calibration(20, 8)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again))
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, other))
     assert sum(len(b["input_ids"]) for b in data.calibration(10**6, 64)) == len(data.train)

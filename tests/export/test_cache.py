@@ -145,7 +145,7 @@ def test_pruned_heads_have_a_smaller_cache(format_, family, tmp_path):
     assert (shapes["key_0"], shapes["key_1"]) == ([1, 1, 20, 8], [1, heads, 20, 8])
     batch = {"input_ids": IDS, "attention_mask": MASK}
     found = parity.compare(model, Texts(runner, tokens=1 if format_ == "coreai" else 20, max_length=20), [batch])
-    assert found["max_abs_diff"] < 1e-5 and found["argmax_agreement"] == 1.0
+    assert found["max_abs_diff"] < 1e-5 and found["agreement"] == 1.0
 
 
 def test_texts_are_what_the_mask_leaves():
@@ -277,7 +277,7 @@ def test_layers_that_attend_to_a_window_keep_the_whole_text(format_, tmp_path):
         runner = Runner(to_coreai(model, tmp_path / "out", max_length=20).asset)
     texts_of = Texts(runner, tokens=1 if format_ == "coreai" else 20, max_length=20)
     found = parity.compare(model, texts_of, [{"input_ids": IDS, "attention_mask": MASK}])
-    assert found["max_abs_diff"] < 1e-4 and found["argmax_agreement"] == 1.0
+    assert found["max_abs_diff"] < 1e-4 and found["agreement"] == 1.0
 
 
 def test_a_model_that_is_wrong_with_such_a_cache_is_refused(tmp_path):
@@ -334,7 +334,7 @@ def test_the_search_keeps_a_cached_package_right_in_fp16(tmp_path):
     for exported in (plain, done):
         runner = Texts(Interpreter(exported.package), tokens=20, max_length=20)
         try:
-            agreement[exported.folder.name] = parity.compare(model, runner, [batch])["argmax_agreement"]
+            agreement[exported.folder.name] = parity.compare(model, runner, [batch])["agreement"]
         except ExportError:
             agreement[exported.folder.name] = 0.0  # not finite
     assert plain.half is None and agreement["plain"] < 0.5 and agreement["searched"] > 0.95

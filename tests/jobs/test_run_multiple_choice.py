@@ -13,7 +13,7 @@ from rich.console import Console
 
 import mptrain
 from mptrain.data.lm_eval.questions import MultipleChoice
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.models.load import load_processor
 from mptrain.recipe import Model
@@ -60,14 +60,14 @@ def test_every_variant_is_scored_and_compared(done):
     assert report["multiple_choice"]["moods"]["guessing"] == pytest.approx(1 / 3)
     kept = {i: json.loads((folder / "run" / "export" / f"{i}.json").read_text()) for i in ids}
     scores = {
-        i: {s["name"]: Score(s["name"], np.array(s["stats"]), "mean") for s in facts["multiple_choice"]["moods"]}
+        i: {s["name"]: Score(s["name"], np.array(s["stats"]), MEAN) for s in facts["multiple_choice"]["moods"]}
         for i, facts in kept.items()
     }
     for v in report["variants"]:
         for name in ("acc", "acc_norm"):
             score = scores[v["id"]][name]
             measured = v["multiple_choice"]["moods"][name]
-            assert measured == {"value": score.value, "n": 30, "ci95": list(interval(score))}
+            assert measured == {"value": score.value, "unit": "fraction", "n": 30, "ci95": list(interval(score))}
     for c in report["comparisons"]:
         for name in ("acc", "acc_norm"):
             expected = paired_difference(scores[c["id"]][name], scores["baseline_fp32"][name])

@@ -62,7 +62,7 @@ def check_variants(report, case):
         if v["precision"] == "fp32":
             assert v["parity"]["max_abs_diff"] < 1e-4
         else:
-            assert v["parity"]["argmax_agreement"] > 0.95
+            assert v["parity"]["agreement"] > 0.95
         assert len(v["latency_ms"]) == 1
 
 

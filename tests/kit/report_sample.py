@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.recipe import Recipe
 from mptrain.report.build import Variant, build
 
@@ -52,7 +52,7 @@ def score(right: float, seed: int, like: Score | None = None, disagree: float = 
     hits = rng.random(N) < right
     if like is not None:
         hits = np.where(rng.random(N) < disagree, hits, like.stats[:, 0] == 1)
-    return Score("accuracy", hits.astype(np.float64)[:, None], "mean")
+    return Score("accuracy", hits.astype(np.float64)[:, None], MEAN)
 
 
 def times(factor: float, seed: int) -> dict[str, dict[str, float | int]]:
@@ -80,8 +80,8 @@ def variants(int8_speed: float = 1.95) -> list[Variant]:
     runtime = {"fused_attention": 6, "attention_layers": 6, "inference_precision": "f32"}
     plain = {**runtime, "int8_layers": [], "fp32_layers": linears()}
     int8 = {**runtime, "int8_layers": linears(), "fp32_layers": ["bert.pooler.dense", "classifier"]}
-    exact = {"max_abs_diff": 2.4e-6, "mean_abs_diff": 3e-7, "argmax_agreement": 1.0, "examples": 128}
-    close = {"max_abs_diff": 0.17, "mean_abs_diff": 0.02, "argmax_agreement": 0.992, "examples": 128}
+    exact = {"max_abs_diff": 2.4e-6, "mean_abs_diff": 3e-7, "agreement": 1.0, "examples": 128}
+    close = {"max_abs_diff": 0.17, "mean_abs_diff": 0.02, "agreement": 0.992, "examples": 128}
     return [
         Variant("baseline_fp32", "dense", "openvino", "fp32", ir("baseline_fp32"), 90_860_000, 22_713_986,
                 [base], 1_360_000_000, times(1.0, 1), {**plain, "weight_types": {"f32": 90_700_000}}, exact),

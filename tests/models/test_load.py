@@ -36,8 +36,8 @@ from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ModelError
 from mptrain.models import artifact
 from mptrain.models.head import fit_head
-from mptrain.models.load import HEADS, load_model, load_processor, set_dropout
-from mptrain.recipe import Model
+from mptrain.models.load import head_class, load_model, load_processor, set_dropout
+from mptrain.recipe import TASKS, Model
 
 LABELS = ["fresh", "rotten"]
 TASK = "text-classification"
@@ -249,7 +249,7 @@ def test_every_kind_of_classifier_gets_as_many_outputs_as_there_are_labels(tmp_p
         ),
     }  # fmt: skip
     for task, config in configs.items():
-        HEADS[task].from_config(config).base_model.save_pretrained(tmp_path / task)
+        head_class(TASKS[task]).from_config(config).base_model.save_pretrained(tmp_path / task)
         tokenizer().save_pretrained(tmp_path / task)
         model = load_model(spec(tmp_path / task, task), ["x", "y", "z"], seed=0)
         last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kit import report_sample as sample
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import EXP_RATIO, MEAN, Score
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.report.build import SCHEMA
 from mptrain.report.recommend import main_setting
@@ -37,7 +37,7 @@ def test_keys_and_plain_types(report):
     assert report["recipe"]["schema"] == "mptrain/v1"
     row = report["variants"][0]
     assert {"id", "format", "precision", "metrics", "size_bytes", "params", "latency_ms"} <= set(row)
-    assert set(row["metrics"]["accuracy"]) == {"value", "n", "ci95"}
+    assert set(row["metrics"]["accuracy"]) == {"value", "unit", "n", "ci95"}
     assert set(row["latency_ms"]["b1_s128_t1"]) == {"median", "min", "runs"}
     assert set(report["gates"][0]) == {"name", "value", "limit", "passed", "variant"}
 
@@ -57,6 +57,7 @@ def test_comparisons_are_ratios_and_differences_to_the_baseline(report):
     measured = report["variants"][2]["metrics"]["accuracy"]
     assert measured == {
         "value": variants[2].scores[0].value,
+        "unit": "fraction",
         "n": sample.N,
         "ci95": list(interval(variants[2].scores[0])),
     }
@@ -65,7 +66,7 @@ def test_comparisons_are_ratios_and_differences_to_the_baseline(report):
 def test_floor_has_the_baselines_lead(report):
     lead = paired_difference(sample.variants()[0].scores[0], sample.score(0.76, 9))
     assert report["floor"]["lead"] == {"value": lead.value, "ci95": [lead.low, lead.high], "verdict": "better"}
-    other = Score("accuracy", np.ones((5, 1)), "mean")
+    other = Score("accuracy", np.ones((5, 1)), MEAN)
     assert sample.report(floor=other)["floor"]["lead"] is None
 
 
@@ -78,10 +79,11 @@ def test_training_steps_follow_the_stages(report):
 
 def test_numbers_that_json_lacks_become_null_and_pass_nothing():
     variants = sample.variants()
-    broken = Score("accuracy", np.full((sample.N, 1), nan), "mean")
+    broken = Score("accuracy", np.full((sample.N, 1), nan), MEAN)
     variants = [variants[0], *(replace(v, scores=[broken], parity={"max_abs_diff": inf}) for v in variants[1:])]
     report = strict(sample.report(variants=variants, wall_s={"total": np.float32(nan)}))
-    assert report["variants"][1]["metrics"]["accuracy"] == {"value": None, "n": sample.N, "ci95": [None, None]}
+    measured = {"value": None, "unit": "fraction", "n": sample.N, "ci95": [None, None]}
+    assert report["variants"][1]["metrics"]["accuracy"] == measured
     comparison = report["comparisons"][0]
     assert comparison["accuracy_delta"] is comparison["drop"] is comparison["verdict"] is None
     passed = {gate["name"]: gate["passed"] for gate in report["gates"]}
@@ -101,7 +103,7 @@ def perplexity(factor: float) -> Score:
     rng = np.random.default_rng(0)
     tokens = rng.integers(20, 60, 100).astype(float)
     losses = tokens * (rng.normal(3, 0.1, 100) + factor)
-    return Score("perplexity", np.stack([losses, tokens], 1), "exp_ratio", False)
+    return Score("perplexity", np.stack([losses, tokens], 1), EXP_RATIO, "number", False)
 
 
 def test_perplexity_is_compared_by_its_own_name_and_drops_relatively():

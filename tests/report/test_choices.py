@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kit import report_sample as sample
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.report.claims import claims
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown
@@ -19,7 +19,7 @@ FACTS = {"file": "t.yaml", "split": "test", "questions": 400, "num_fewshot": 5, 
 def answers(right, lost=0):
     hits = np.zeros((400, 1))
     hits[: right - lost] = 1
-    return [Score("acc", hits, "mean")]
+    return [Score("acc", hits, MEAN)]
 
 
 def report(name, *scores):

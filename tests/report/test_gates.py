@@ -76,9 +76,9 @@ def test_parity_is_the_worst_fp32_variant():
 
 
 def test_agreement_is_that_of_the_worst_quantized_variant():
-    rows = [variant("a", parity={"argmax_agreement": 0.1})]
+    rows = [variant("a", parity={"agreement": 0.1})]
     assert "agreement" not in run({"agreement": 0.9}, rows)
-    rows += [variant(n, "int8", parity={"argmax_agreement": a}) for n, a in (("i", 0.97), ("j", 0.92))]
+    rows += [variant(n, "int8", parity={"agreement": a}) for n, a in (("i", 0.97), ("j", 0.92))]
     gate = run({"agreement": 0.9}, rows)["agreement"]
     assert gate == {"name": "agreement", "value": 0.92, "limit": 0.9, "passed": True, "variant": "j"}
     assert not run({"agreement": 0.95}, rows)["agreement"]["passed"]

@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import EXP_RATIO, F1, MEAN, RATIO, Score
 from mptrain.measure import intervals
 from mptrain.measure.intervals import Difference, interval, paired_difference, tango, wilson
 
 
 def zero_one(hits: np.ndarray) -> Score:
-    return Score("accuracy", hits.astype(np.float64)[:, None], "mean")
+    return Score("accuracy", hits.astype(np.float64)[:, None], MEAN)
 
 
 def entity_f1(rng: np.random.Generator, n: int) -> Score:
-    return Score("f1", rng.poisson((2.0, 0.6, 0.8), size=(n, 3)).astype(float), "f1")
+    return Score("f1", rng.poisson((2.0, 0.6, 0.8), size=(n, 3)).astype(float), F1)
 
 
 def perplexity(rng: np.random.Generator, n: int) -> Score:
     tokens = rng.integers(5, 60, n).astype(float)
-    return Score("perplexity", np.stack([tokens * rng.normal(3, 0.4, n), tokens], 1), "exp_ratio", False)
+    return Score("perplexity", np.stack([tokens * rng.normal(3, 0.4, n), tokens], 1), EXP_RATIO, "number", False)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 7), (83, 100), (2100, 2553)])
@@ -91,13 +91,13 @@ def test_bootstrap_is_that_of_resampled_examples(make, monkeypatch):
     monkeypatch.setattr(intervals, "RESAMPLES", 200)
     score = make(np.random.default_rng(3), 60)
     rng = np.random.default_rng(7)
-    resampled = [score.value_of(score.stats[rng.integers(0, 60, 60)]) for _ in range(200)]
+    resampled = [score.of(score.stats[rng.integers(0, 60, 60)]) for _ in range(200)]
     assert interval(score, seed=7) == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])), rel=1e-12)
 
 
 def test_bootstrap_agrees_with_scipys():
     values = np.random.default_rng(0).exponential(size=300)
-    score = Score("loss", np.stack([values, np.ones(300)], 1), "ratio", False)
+    score = Score("loss", np.stack([values, np.ones(300)], 1), RATIO, "number", False)
     reference = stats.bootstrap(
         (values,), np.mean, method="percentile", n_resamples=20_000, random_state=1
     ).confidence_interval
@@ -116,10 +116,10 @@ def test_paired_bootstrap_resamples_both_sides_alike(make, monkeypatch):
     monkeypatch.setattr(intervals, "RESAMPLES", 150)
     rng = np.random.default_rng(5)
     base = make(rng, 80)
-    variant = Score(base.name, base.stats * rng.uniform(0.95, 1.1, base.stats.shape), base.reduce)
+    variant = Score(base.name, base.stats * rng.uniform(0.95, 1.1, base.stats.shape), base.of)
     rng = np.random.default_rng(2)
     rows = [rng.integers(0, 80, 80) for _ in range(150)]
-    resampled = [variant.value_of(variant.stats[r]) - base.value_of(base.stats[r]) for r in rows]
+    resampled = [variant.of(variant.stats[r]) - base.of(base.stats[r]) for r in rows]
     found = paired_difference(variant, base, seed=2)
     assert found.value == pytest.approx(variant.value - base.value)
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])), rel=1e-9)
@@ -161,7 +161,7 @@ def test_verdict(low, high, higher, verdict):
 
 
 def test_what_is_not_a_number_has_no_interval():
-    broken = Score("perplexity", np.array([[nan, 1.0], [2.0, 1.0]]), "exp_ratio", False)
+    broken = Score("perplexity", np.array([[nan, 1.0], [2.0, 1.0]]), EXP_RATIO, "number", False)
     assert np.isnan(interval(broken)).all()
     assert paired_difference(broken, broken).verdict(False) is None
     assert np.isnan(interval(zero_one(np.zeros(0)))).all()

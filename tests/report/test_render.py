@@ -24,7 +24,7 @@ from rich.console import Console
 
 from mptrain.core.disk import write_json
 from mptrain.core.errors import UserError
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import EXP_RATIO, F1, MEAN, RATIO, Score
 from mptrain.report import words
 from mptrain.report.render import files
 from mptrain.report.render.card import card
@@ -307,16 +307,16 @@ def test_every_task_renders():
     rng = np.random.default_rng(0)
     scores = {
         "question-answering": [
-            Score("f1", rng.random((50, 1)), "mean"),
-            Score("exact_match", (rng.random((50, 1)) < 0.5).astype(float), "mean"),
+            Score("f1", rng.random((50, 1)), MEAN),
+            Score("exact_match", (rng.random((50, 1)) < 0.5).astype(float), MEAN),
         ],
-        "token-classification": [Score("f1", rng.poisson(2.0, (50, 3)).astype(float), "f1")],
+        "token-classification": [Score("f1", rng.poisson(2.0, (50, 3)).astype(float), F1)],
         "causal-lm": [
-            Score("perplexity", rng.random((50, 2)) + 1, "exp_ratio", False),
-            Score("loss", rng.random((50, 2)) + 1, "ratio", False),
+            Score("perplexity", rng.random((50, 2)) + 1, EXP_RATIO, "number", False),
+            Score("loss", rng.random((50, 2)) + 1, RATIO, "number", False),
         ],
-        "image-classification": [Score("accuracy", np.ones((50, 1)), "mean")],
-        "audio-classification": [Score("accuracy", np.ones((50, 1)), "mean")],
+        "image-classification": [Score("accuracy", np.ones((50, 1)), MEAN)],
+        "audio-classification": [Score("accuracy", np.ones((50, 1)), MEAN)],
     }
     for task, measured in scores.items():
         recipe = sample.recipe(model={"path": "packaged:x", "task": task}, gates={"max_drop": 0.01})

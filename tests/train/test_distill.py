@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from mptrain.core.errors import ModelError
+from mptrain.data.tasks.divergence import kl_divergence, of_logits
 from mptrain.recipe import Distill
-from mptrain.train.distill import Distiller, kl_divergence
+from mptrain.train.distill import Distiller
 
 
 def test_kl_divergence_is_the_definition():
@@ -58,7 +60,7 @@ def test_only_labelled_positions_count():
 def test_causal_models_compare_the_logits_that_predict_the_next_label():
     student, teacher = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
     labels = torch.tensor([[-100, -100, 3, 4]])
-    terms = Distiller(Fixed(logits=teacher), Distill(weight=1, temperature=1), causal=True)(
+    terms = Distiller(Fixed(logits=teacher), Distill(weight=1, temperature=1), term=partial(of_logits, causal=True))(
         {"labels": labels}, {"logits": student}, torch.tensor(0.0)
     )
     assert float(terms.total) == pytest.approx(float(kl_divergence(student[:, 1:3], teacher[:, 1:3], 1.0)))

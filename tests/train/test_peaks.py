@@ -41,7 +41,7 @@ def batch(*rows):
 
 def seen(watch, model, inputs):
     model(inputs["x"])
-    watch.step(inputs)
+    watch.step({"x": inputs["x"]})
 
 
 def test_each_module_keeps_its_largest_output_and_the_example_that_gave_it(tmp_path):

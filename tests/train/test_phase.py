@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.train.phase import PhaseTrainer
 from mptrain.train.progress import TrainingProgress
 
@@ -22,7 +22,7 @@ def best_step(epochs, higher=True):
     for step, values in enumerate(epochs, 1):
         phase.state = SimpleNamespace(global_step=step)
         rows = zip(("accuracy", "loss"), values, (higher, False))
-        PhaseTrainer._keep_best(phase, [Score(n, np.array([[v]]), "mean", h) for n, v, h in rows])
+        PhaseTrainer._keep_best(phase, [Score(n, np.array([[v]]), MEAN, "number", h) for n, v, h in rows])
     return phase.best["step"]
 
 

@@ -36,7 +36,7 @@ from mptrain.core.errors import DataError, MptrainError
 from mptrain.data.lm_eval.rows import read_rows
 from mptrain.data.lm_eval.task_file import Row, TaskFile, read_task
 from mptrain.data.tasks.base import Batch, Outputs
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.data.tasks.text import pad, tokenize
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class MultipleChoice:
             for logs, question in zip(likelihoods, self.questions, strict=True):
                 worth = logs / [len(c) for c in question.choices] if metric == "acc_norm" else logs
                 right.append([float(int(np.argmax(worth)) in question.gold)])
-            scores.append(Score(metric, np.array(right), "mean"))
+            scores.append(Score(metric, np.array(right), MEAN))
         return scores
 
     def _request(self, context: str, choice: str) -> Request:

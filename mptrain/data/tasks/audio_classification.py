@@ -18,14 +18,13 @@ from mptrain.core.errors import DataError
 from mptrain.core.progress import track
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import sounds
-from mptrain.data.tasks.base import Batch, Example, Examples, without_targets
-from mptrain.data.tasks.classification import ClassificationData
+from mptrain.data.tasks.base import Batch, Example, Examples
+from mptrain.data.tasks.classification import Classification
+from mptrain.recipe import TASKS
 
 
-class AudioClassificationData(ClassificationData):
-    task = "audio-classification"
-    columns = {"audio": "audio", "label": "label"}
-    inputs = ("audio",)
+class AudioClassification(Classification):
+    kind = TASKS["audio-classification"]
 
     @classmethod
     def identity(cls, table: Table) -> list[str]:
@@ -80,4 +79,4 @@ class AudioClassificationData(ClassificationData):
                 f" and {self.min_length} the least. For sound, evaluate.latency.length counts samples: set it, e.g. to"
                 f" [{self.processor.sampling_rate}]."
             )
-        return without_targets(self._features([np.resize(e["samples"], length) for e in self._longest(batch)]))
+        return self.without_targets(self._features([np.resize(e["samples"], length) for e in self._longest(batch)]))

@@ -1,7 +1,9 @@
 """What all tasks share: encoded examples, calibration batches, evaluation and the content hash.
 
-A task is a subclass of TaskData that says how rows become examples (`encode`), how examples become a
-batch (`collate`), what to keep of a model's output per example (`read`) and what that is worth (`score`).
+A task is a row of TASKS and a subclass of Task, which says how rows become examples (`encode`), how examples become
+a batch (`collate`), what to keep of a model's output per example (`read`) and what that is worth (`score`). Where
+the answer of all others does not fit it, it also says what its loss is (`loss`), when two models agree
+(`agreement`) and what a student learns of a teacher (`distillation`).
 """
 
 from __future__ import annotations
@@ -11,31 +13,34 @@ import json
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mptrain.core.errors import MptrainError
+from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature
 from mptrain.data.sources.splits import SPLITS, sample
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.metrics import Score
-from mptrain.recipe import Calibration, Data
+from mptrain.data.tasks import agreement, divergence
+from mptrain.data.tasks.divergence import IGNORED
+from mptrain.data.tasks.metrics import Measure, Score
+from mptrain.recipe import Calibration, Data, TaskSpec
 
-TARGETS = ("labels", "start_positions", "end_positions")
-IGNORED = -100
-"""target of positions that count neither in the loss nor in a score"""
+__all__ = ["IGNORED", "Batch", "Example", "Examples", "Outputs", "Task", "finite", "stack"]
+
+BATCH_BYTES = 512 * 2**20
+"""the most that the outputs of a batch may take where the recipe says no batch size; a runtime holds them twice"""
+BATCH_SIZE = 64
 
 GROUP, IDENTITY = "split.group", "identity"
 """columns beside the fields of a task: the value that may not cross splits, and what makes inputs the same"""
 
 Example = dict[str, Any]
-Batch = dict[str, Tensor]
-Outputs = Mapping[str, Any]
 
 
 class Examples(Dataset):
@@ -52,8 +57,8 @@ class Examples(Dataset):
         return self._get(index)
 
 
-class TaskData(ABC):
-    """The three splits of one task, ready for a model.
+class Task(ABC):
+    """One task with its three splits, ready for a model.
 
     Attributes:
         train, validation, test: Examples.
@@ -61,18 +66,15 @@ class TaskData(ABC):
         unseen: names of classes that only validation or test has, whose indices follow.
         hash: sha256 of what is used: inputs, targets and which split each row is in; not of paths.
         facts: JSON facts for the report, see `load_data`.
-        texts: {split: (texts, class indices)} for text classification, else None.
     """
 
-    task: ClassVar[str]
-    columns: ClassVar[dict[str, str | None]]
-    """fields of `data:` that mean something here, with their default column (None: only if given)"""
-    inputs: ClassVar[tuple[str, ...]]
-    """the fields a model sees; the others are targets"""
+    kind: ClassVar[TaskSpec]
+    """its row of TASKS"""
     in_order: ClassVar[bool] = False
     """rows are running text, so missing splits are cut off its end instead of drawn from all over"""
+    measures: ClassVar[Mapping[str, Measure]] = {}
+    """what its scores are functions of, beside `metrics.MEASURES`: a run folder keeps their names"""
 
-    texts: dict[str, tuple[list[str], list[int]]] | None = None
     unseen: list[str] = []
     min_length = 1
     """of `example`"""
@@ -104,7 +106,7 @@ class TaskData(ABC):
     # -- what a task defines
 
     def index_labels(self, tables: Mapping[str, Table]) -> list[str] | None:
-        """Replace labels by class indices in all tables and return the class names, if the task has classes."""
+        """Replace labels by class indices in all tables and return the names of the model's outputs, if it has such."""
         return None
 
     @abstractmethod
@@ -123,6 +125,10 @@ class TaskData(ABC):
         """Scores from what `read` returned, given in data-set order."""
 
     @abstractmethod
+    def outputs(self) -> tuple[Port, ...]:
+        """What its models give, of which `read` needs all."""
+
+    @abstractmethod
     def example(self, batch: int, length: int) -> Batch:
         """`batch` real examples at exactly `length` tokens or samples, without targets.
 
@@ -132,25 +138,99 @@ class TaskData(ABC):
     @classmethod
     def identity(cls, table: Table) -> list[str]:
         """What makes two inputs the same, one string per row."""
-        fields = [table[name] for name in cls.inputs if name in table.columns]
+        fields = [table[name] for name in cls.inputs() if name in table.columns]
         return [json.dumps(row, ensure_ascii=False, default=str) for row in zip(*fields)]
 
+    # -- what a task may define
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor | None:
+        """The loss of a batch with targets, a scalar; None where models compute it, from the targets, themselves.
+
+        A model is given no targets by a task that computes its loss.
+        """
+        return None
+
+    @classmethod
+    def agreement(cls, expected: Outputs, got: Outputs, batch: Batch) -> np.ndarray:
+        """How far two models decide alike on a batch of inputs: a number in 0..1 to each decision.
+
+        Here: whether they choose the same class (of each token, in a task per token), or, of models with one
+        output, how far they put the examples in the same order.
+        """
+        return agreement.decisions(expected, got, batch if cls.kind.per_token else None)
+
+    def distillation(
+        self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor], temperature: float
+    ) -> Tensor:
+        """What a student is taught beside the task's loss, a scalar. batch: with targets. Here: of the logits."""
+        names = [port.name for port in self.outputs()]
+        return divergence.of_logits(student, teacher, batch, temperature, names=names, causal=self.kind.causal)
+
+    def floor(self, seed: int) -> Score | None:
+        """The main score, on test, of the model without a network that `kind.floor` names; None without one."""
+        return None
+
+    def example_bytes(self, length: int) -> int:
+        """Of the outputs of an example, as far as the task knows their sizes."""
+        sizes = {BATCH: 1, str(self.kind.unit): length}
+        known = [[axis if isinstance(axis, int) else sizes.get(axis, 1) for axis in p.axes] for p in self.outputs()]
+        return sum(4 * int(np.prod(axes)) for axes in known)
+
     # -- what all tasks have
+
+    @classmethod
+    def inputs(cls) -> list[str]:
+        """The fields of `data:` that a model sees; the others are targets."""
+        return [name for name, column in cls.kind.columns.items() if not column.target]
+
+    @classmethod
+    def without_targets(cls, batch: Batch) -> Batch:
+        return {name: value for name, value in batch.items() if name not in cls.kind.targets}
+
+    @classmethod
+    def computes_loss(cls) -> bool:
+        """Whether `loss` does it, and not the models."""
+        return cls.loss is not Task.loss
+
+    def model_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a model on a batch with targets, a scalar with its graph."""
+        if not self.computes_loss():
+            return model(**batch).loss
+        loss = self.loss(model(**self.without_targets(batch)), batch)
+        assert loss is not None
+        return loss
+
+    def signature(self, accepted: Collection[str] | None = None) -> Signature:
+        """What its models take and give. accepted: the inputs of a model that does not take all of them."""
+        small, large = (self.example(n, n * self.min_length) for n in (1, 2))
+        inputs = []
+        for name, value in small.items():
+            grows = [a != b for a, b in zip(value.shape[1:], large[name].shape[1:])]
+            axes = [str(self.kind.unit) if free else size for free, size in zip(grows, value.shape[1:])]
+            if accepted is None or name in accepted:
+                inputs.append(Port(name, (BATCH, *axes), str(value.dtype).removeprefix("torch.")))
+        return Signature(tuple(inputs), self.outputs())
+
+    def batch_size(self, split: str, most: int = BATCH_SIZE) -> int:
+        """Examples to score at a time so that their outputs stay below BATCH_BYTES, `most` at most."""
+        longest = max(self._splits[split].lengths, default=1)
+        return max(1, min(most, BATCH_BYTES // max(1, self.example_bytes(longest))))
 
     def evaluate(
         self,
         forward: Callable[[Batch], Outputs],
         split: str,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         progress: str | None = None,
     ) -> list[Score]:
         """Score `forward`, a function from model inputs to named outputs (tensors or arrays), on a split.
 
         Batches are of similar length, longest first; statistics come back in data-set order. The first
-        score is the main one. `progress` labels a bar, shown when stderr is a terminal. Raises MptrainError
-        when an output is not finite.
+        score is the main one. batch_size: default what the method of that name finds. `progress` labels a bar,
+        shown when stderr is a terminal. Raises MptrainError when an output is not finite.
         """
         examples = self._splits[split]
+        batch_size = batch_size or self.batch_size(split)
         order = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])
         found: list[Any] = [None] * len(examples)
         hidden = progress is None or not sys.stderr.isatty()
@@ -158,7 +238,7 @@ class TaskData(ABC):
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 batch = self.collate([examples[i] for i in indices])
-                outputs = forward(without_targets(batch))
+                outputs = forward(self.without_targets(batch))
                 for index, value in zip(indices, self.read(outputs, batch, split, indices), strict=True):
                     found[index] = value
                 bar.update(len(indices))
@@ -166,7 +246,7 @@ class TaskData(ABC):
 
     def calibration(self, samples: int, batch_size: int) -> list[Batch]:
         """Model inputs of `samples` training examples drawn by the seed, batched by length."""
-        return [without_targets(batch) for batch in self._drawn(samples, batch_size)]
+        return [self.without_targets(batch) for batch in self._drawn(samples, batch_size)]
 
     def labelled(self, calibration: Calibration) -> list[Batch]:
         """The same batches with their targets, for gradients."""
@@ -191,15 +271,11 @@ class TaskData(ABC):
         digest = hashlib.sha256(json.dumps(classes).encode())
         for name in SPLITS:
             table = tables[name]
-            targets = [table[column] for column in table.columns if column not in (*self.inputs, GROUP, IDENTITY)]
+            targets = [table[column] for column in table.columns if column not in (*self.inputs(), GROUP, IDENTITY)]
             for row in zip(table[IDENTITY], *targets):
                 line = json.dumps([name, *row], ensure_ascii=False, sort_keys=True, default=str)
                 digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
         return digest.hexdigest()
-
-
-def without_targets(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name not in TARGETS}
 
 
 def finite(outputs: Outputs, name: str = "logits") -> np.ndarray:

@@ -20,19 +20,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mptrain.core.errors import DataError, MptrainError
+from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.splits import sample
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, TaskData, without_targets
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, Task
+from mptrain.data.tasks.metrics import EXP_RATIO, RATIO, Score
 from mptrain.data.tasks.text import check_length, pad, texts_of, tokenize
+from mptrain.recipe import TASKS
 
 
-class CausalLmData(TaskData):
+class CausalLm(Task):
     """Examples are windows; scores are loss (nats per token), then perplexity."""
 
-    task = "causal-lm"
-    columns = {"text": "text"}
-    inputs = ("text",)
+    kind = TASKS["causal-lm"]
     in_order = True
 
     def encode(self, split: str, table: Table) -> Examples:
@@ -59,7 +59,13 @@ class CausalLmData(TaskData):
         return pad(examples, self.processor, side="right")  # a causal model never sees what comes after
 
     def example(self, batch: int, length: int) -> Batch:
-        return without_targets(pad(self._longest(batch), self.processor, length, "right"))
+        return self.without_targets(pad(self._longest(batch), self.processor, length, "right"))
+
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("logits", (BATCH, "tokens", "vocabulary")),)
+
+    def example_bytes(self, length: int) -> int:
+        return 4 * length * len(self.processor)
 
     def read(self, outputs: Outputs, batch: Batch, split: str, indices: Sequence[int]) -> list[tuple[float, int]]:
         """(summed nll, predicted tokens) of each window."""
@@ -77,8 +83,8 @@ class CausalLmData(TaskData):
     def score(self, split: str, found: list[tuple[float, int]]) -> list[Score]:
         stats = np.array(found, dtype=np.float64)
         return [
-            Score("loss", stats, "ratio", higher_is_better=False),
-            Score("perplexity", stats, "exp_ratio", higher_is_better=False),
+            Score("loss", stats, RATIO, "number", higher_is_better=False),
+            Score("perplexity", stats, EXP_RATIO, "number", higher_is_better=False),
         ]
 
 

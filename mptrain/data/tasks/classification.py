@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.base import Batch, Outputs, TaskData, finite
+from mptrain.data.tasks.base import Batch, Outputs, Task, finite
 from mptrain.data.tasks.labels import Column, classes_of
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, RATIO, Score
 
 
-class ClassificationData(TaskData):
+class Classification(Task):
     """Any number of classes; scores are accuracy, then loss (mean cross-entropy in nats)."""
 
     labels: list[str]
@@ -35,6 +36,9 @@ class ClassificationData(TaskData):
         self._targets[split] = np.asarray(table["label"], dtype=np.int64)
         return table["label"]
 
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("logits", (BATCH, len(self.labels))),)
+
     def read(self, outputs: Outputs, batch: Batch, split: str, indices: Sequence[int]) -> list[np.ndarray]:
         return list(finite(outputs))
 
@@ -47,8 +51,8 @@ class ClassificationData(TaskData):
         loss = np.where(known, np.log(np.exp(shifted).sum(axis=1)) - chosen, 0.0)
         counted = np.stack([loss, known], axis=1).astype(np.float64)
         return [
-            Score("accuracy", right[:, None].astype(np.float64), "mean"),
-            Score("loss", loss[:, None], "mean", higher_is_better=False)
+            Score("accuracy", right[:, None].astype(np.float64), MEAN),
+            Score("loss", loss[:, None], MEAN, "number", higher_is_better=False)
             if known.all()
-            else Score("loss", counted, "ratio", higher_is_better=False),
+            else Score("loss", counted, RATIO, "number", higher_is_better=False),
         ]

@@ -6,14 +6,13 @@ import torch
 
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import pictures
-from mptrain.data.tasks.base import Batch, Example, Examples, stack, without_targets
-from mptrain.data.tasks.classification import ClassificationData
+from mptrain.data.tasks.base import Batch, Example, Examples, stack
+from mptrain.data.tasks.classification import Classification
+from mptrain.recipe import TASKS
 
 
-class ImageClassificationData(ClassificationData):
-    task = "image-classification"
-    columns = {"image": "image", "label": "label"}
-    inputs = ("image",)
+class ImageClassification(Classification):
+    kind = TASKS["image-classification"]
 
     @classmethod
     def identity(cls, table: Table) -> list[str]:
@@ -37,4 +36,4 @@ class ImageClassificationData(ClassificationData):
 
     def example(self, batch: int, length: int) -> Batch:
         """pixel_values [batch, channels, height, width]; `length` means nothing for pictures."""
-        return without_targets(self.collate(self._longest(batch)))
+        return self.without_targets(self.collate(self._longest(batch)))

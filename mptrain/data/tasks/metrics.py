@@ -1,6 +1,7 @@
 """Scores that keep what every example contributed, so that intervals and paired differences can be drawn.
 
-A metric is a function of the column means of `stats` [n, k], one row per example:
+A score is a measure of `stats` [n, k], one row per example. A measure is any function of all the rows, or, which
+makes resamples cheap, of their column means:
     mean       accuracy, exact match, answer F1      c0
     f1         entity F1, micro-averaged             2·tp / (2·tp + fp + fn),  columns tp, fp, fn
     ratio      loss per token                        Σc0 / Σc1
@@ -12,11 +13,56 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from mptrain.core.errors import MptrainError
+
+Unit = Literal["fraction", "coefficient", "number"]
+"""How a score reads, and what a drop of it means: a fraction in percent, and points of it; a coefficient of a fixed
+scale, such as a correlation or an area, and the difference; a number of any scale, such as a loss, and the difference
+relative to the baseline's."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A function of stats by the name under which a run folder keeps it."""
+
+    name: str
+    of: Callable[[np.ndarray], float]
+    """column means [k] to the value; or, where `whole`, the rows [n, k]"""
+    whole: bool = False
+
+    def __call__(self, stats: np.ndarray) -> float:
+        """The value for rows [n, k], which may be drawn with replacement; nan without rows."""
+        if len(stats) == 0:
+            return float("nan")
+        return float(self.of(stats if self.whole else stats.mean(axis=0)))
+
+
+def _f1(mean: np.ndarray) -> float:
+    true, spurious, missed = mean
+    whole = 2 * true + spurious + missed
+    return 2 * true / whole if whole else 0.0
+
+
+def _ratio(mean: np.ndarray) -> float:
+    return mean[0] / mean[1] if mean[1] else float("nan")
+
+
+def _exp_ratio(mean: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # a broken model has perplexity inf, which is the answer
+        return float(np.exp(_ratio(mean)))
+
+
+MEAN = Measure("mean", lambda mean: mean[0])
+F1 = Measure("f1", _f1)
+RATIO = Measure("ratio", _ratio)
+EXP_RATIO = Measure("exp_ratio", _exp_ratio)
+MEASURES = {measure.name: measure for measure in (MEAN, F1, RATIO, EXP_RATIO)}
 
 
 @dataclass(frozen=True)
@@ -26,33 +72,36 @@ class Score:
     name: str
     stats: np.ndarray
     """float64 [n, k], one row per example, in data-set order"""
-    reduce: Literal["mean", "f1", "ratio", "exp_ratio"]
+    of: Measure
+    unit: Unit = "fraction"
     higher_is_better: bool = True
 
     @property
     def value(self) -> float:
-        return self.value_of(self.stats)
+        return self.of(self.stats)
 
     @property
     def n(self) -> int:
         """Number of examples."""
         return len(self.stats)
 
-    def value_of(self, stats: np.ndarray) -> float:
-        """The metric of other examples (a bootstrap resample), stats [m, k]; nan without examples."""
-        if len(stats) == 0:
-            return float("nan")
-        # Means, not sums: a bootstrap may pass the column means as a single row.
-        mean = stats.mean(axis=0)
-        if self.reduce == "mean":
-            return float(mean[0])
-        if self.reduce == "f1":
-            true, spurious, missed = mean
-            whole = 2 * true + spurious + missed
-            return float(2 * true / whole) if whole else 0.0
-        ratio = mean[0] / mean[1] if mean[1] else float("nan")
-        with np.errstate(over="ignore"):  # a broken model has perplexity inf, which is the answer
-            return float(np.exp(ratio) if self.reduce == "exp_ratio" else ratio)
+    def kept(self) -> dict[str, Any]:
+        """As JSON; `from_kept` reads it."""
+        facts = {"of": self.of.name, "unit": self.unit, "higher": self.higher_is_better}
+        return {"name": self.name, "stats": self.stats.tolist(), **facts}
+
+    @classmethod
+    def from_kept(cls, kept: Mapping[str, Any], measures: Mapping[str, Measure]) -> Score:
+        """measures: of the task, beside those that all tasks share. Raises MptrainError for a measure of neither."""
+        name = kept["of"] if "of" in kept else kept["reduce"]  # as runs before kept it
+        unit = kept.get("unit", "fraction" if kept["higher"] else "number")
+        measure = {**MEASURES, **measures}.get(name)
+        if measure is None:
+            raise MptrainError(
+                f"the score {kept['name']} of this run was computed by {name!r}, which its task no longer has: run the"
+                " recipe again with --fresh."
+            )
+        return cls(kept["name"], np.array(kept["stats"], dtype=np.float64), measure, unit, kept["higher"])
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:

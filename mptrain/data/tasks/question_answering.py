@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from mptrain.core.errors import DataError
+from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, TaskData, finite, without_targets
-from mptrain.data.tasks.metrics import Score, answer_scores
+from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, Task, finite
+from mptrain.data.tasks.metrics import MEAN, Score, answer_scores
 from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
+from mptrain.recipe import TASKS
 
 LONGEST_ANSWER = 30
 """tokens, as in SQuAD's reference implementations"""
@@ -40,12 +42,10 @@ class Window:
     """int32 [s, 2], first character and last + 1 in the context; -1 for tokens outside it"""
 
 
-class QuestionAnsweringData(TaskData):
+class QuestionAnswering(Task):
     """Examples are windows, scores are per question: F1 over words, then exact match."""
 
-    task = "question-answering"
-    columns = {"question": "question", "context": "context", "answers": "answers"}
-    inputs = ("question", "context")
+    kind = TASKS["question-answering"]
 
     def index_labels(self, tables: Mapping[str, Table]) -> None:
         for table in tables.values():
@@ -102,7 +102,10 @@ class QuestionAnsweringData(TaskData):
         return batch
 
     def example(self, batch: int, length: int) -> Batch:
-        return without_targets(pad(self._longest(batch), self.processor, length))
+        return self.without_targets(pad(self._longest(batch), self.processor, length))
+
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("start_logits", (BATCH, "tokens")), Port("end_logits", (BATCH, "tokens")))
 
     def read(
         self, outputs: Outputs, batch: Batch, split: str, indices: Sequence[int]
@@ -132,7 +135,7 @@ class QuestionAnsweringData(TaskData):
             text = "" if self._unanswerable and none > score else context[first:last]
             stats.append(answer_scores(text, [answer["text"] for answer in answers]))
         columns = np.array(stats, dtype=np.float64)
-        return [Score("f1", columns[:, :1], "mean"), Score("exact_match", columns[:, 1:], "mean")]
+        return [Score("f1", columns[:, :1], MEAN), Score("exact_match", columns[:, 1:], MEAN)]
 
 
 def _best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray) -> tuple[float, int, int]:

@@ -14,28 +14,28 @@ from typing import Any
 import numpy as np
 
 from mptrain.core.errors import DataError
+from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.tables import Table, check_unicode
-from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, TaskData, finite, without_targets
+from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, Task, finite
 from mptrain.data.tasks.labels import Column, classes_of
-from mptrain.data.tasks.metrics import Score, span_counts
+from mptrain.data.tasks.metrics import F1, RATIO, Score, span_counts
 from mptrain.data.tasks.text import check_length, examples_of, pad, tokenize
+from mptrain.recipe import TASKS
 
 OUTSIDE = "O"
 
 
-class TokenClassificationData(TaskData):
+class TokenClassification(Task):
     """Scores are entity F1 (micro-averaged over spans), then accuracy over words."""
 
-    task = "token-classification"
-    columns = {"tokens": "tokens", "tags": "tags"}
-    inputs = ("tokens",)
+    kind = TASKS["token-classification"]
     labels: list[str]
 
     def index_labels(self, tables: Mapping[str, Table]) -> list[str]:
         self._tags: dict[str, list[list[int]]] = {}
         self._tagged: dict[str, list[np.ndarray]] = {}
         for table in tables.values():
-            for field in self.columns:
+            for field in self.kind.columns:
                 table.columns[field] = [_items(cell, field, row, table) for row, cell in enumerate(table[field])]
             for row, (words, tags) in enumerate(zip(table["tokens"], table["tags"])):
                 if len(words) != len(tags):
@@ -91,7 +91,10 @@ class TokenClassificationData(TaskData):
         return pad(examples, self.processor)
 
     def example(self, batch: int, length: int) -> Batch:
-        return without_targets(pad(self._longest(batch), self.processor, length))
+        return self.without_targets(pad(self._longest(batch), self.processor, length))
+
+    def outputs(self) -> tuple[Port, ...]:
+        return (Port("logits", (BATCH, "tokens", len(self.labels))),)
 
     def read(self, outputs: Outputs, batch: Batch, split: str, indices: Sequence[int]) -> list[np.ndarray]:
         best = finite(outputs).argmax(axis=-1)
@@ -108,8 +111,8 @@ class TokenClassificationData(TaskData):
             spans.append(span_counts(predicted, gold))
             words.append((sum(a == b for a, b in zip(predicted, gold)), len(gold)))
         return [
-            Score("f1", np.array(spans, dtype=np.float64), "f1"),
-            Score("accuracy", np.array(words, dtype=np.float64), "ratio"),
+            Score("f1", np.array(spans, dtype=np.float64), F1),
+            Score("accuracy", np.array(words, dtype=np.float64), RATIO),
         ]
 
 

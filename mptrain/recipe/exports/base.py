@@ -83,18 +83,30 @@ class Use:
     path: str
     folder: str
     pipeline: str
-    processor: str
-    optimum: str
+    processor: str | None
+    """None for a model that takes numbers as they are"""
+    optimum: str | None
+    """None where it has no class for the task"""
     input: str
     """what the processor is called on, as code"""
     cut: int | None = None
     """tokens at which longer texts were cut when the model was scored"""
 
     @property
-    def processed(self) -> str:
-        """The call that makes inputs, as code."""
+    def imports(self) -> list[str]:
+        """The line that imports the processor, where there is one."""
+        return [] if self.processor is None else [f"from transformers import {self.processor}"]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Lines that make `inputs`, arrays by name; without a processor they are the user's own."""
+        if self.processor is None:
+            return []
         cut = "" if self.cut is None else f", truncation=True, max_length={self.cut}"
-        return f'processor({self.input}{cut}, return_tensors="np")'
+        return [
+            f"processor = {self.processor}.from_pretrained({self.folder!r})",
+            f'inputs = processor({self.input}{cut}, return_tensors="np")',
+        ]
 
 
 class ExportSpec(Strict):

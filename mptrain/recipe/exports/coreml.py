@@ -90,11 +90,10 @@ class CoreMl(ExportSpec):
         return [
             "import coremltools as ct",
             "import numpy as np",
-            f"from transformers import {use.processor}",
+            *use.imports,
             "",
             f"model = ct.models.MLModel({use.path!r})  # runs on macOS; in an app, add the package to Xcode",
-            f"processor = {use.processor}.from_pretrained({use.folder!r})",
-            f"inputs = {use.processed}",
+            *use.inputs,
             "names = [port.name for port in model.get_spec().description.input]",
             "types = {'i': np.int32, 'f': np.float32}",
             "outputs = model.predict({name: inputs[name].astype(types[inputs[name].dtype.kind]) for name in names})",

@@ -70,13 +70,24 @@ class OpenVino(ExportSpec):
 
     @classmethod
     def loading(cls, use: Use) -> list[str]:
+        hint = "# as it was measured; left to itself, OpenVINO computes in bf16 on CPUs with AMX"
+        if use.optimum is None or use.processor is None:
+            return [
+                "import openvino",
+                *use.imports,
+                "",
+                hint,
+                f'model = openvino.compile_model({use.path!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})',
+                *use.inputs,
+                "outputs = model({port.any_name: inputs[port.any_name] for port in model.inputs})",
+            ]
         argument = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
         lines = [
             f"from optimum.intel import {use.optimum}",
             f"from transformers import {use.processor}, pipeline",
             "",
             f"folder = {use.folder!r}",
-            "# as it was measured; left to itself, OpenVINO computes in bf16 on CPUs with AMX",
+            hint,
             f'model = {use.optimum}.from_pretrained(folder, ov_config={{"INFERENCE_PRECISION_HINT": "f32"}})',
             f"processor = {use.processor}.from_pretrained(folder)",
             f"run = pipeline({use.pipeline!r}, model=model, {argument.get(use.processor, 'tokenizer')}=processor)",

@@ -18,16 +18,12 @@ from mptrain.report.tables import choices, results
 
 Row = dict[str, Any]
 
-_PIPELINES = {"causal-lm": "text-generation"}
-_CLASSES = {
-    "text-classification": ("OVModelForSequenceClassification", "AutoTokenizer"),
-    "token-classification": ("OVModelForTokenClassification", "AutoTokenizer"),
-    "question-answering": ("OVModelForQuestionAnswering", "AutoTokenizer"),
-    "image-classification": ("OVModelForImageClassification", "AutoImageProcessor"),
-    "audio-classification": ("OVModelForAudioClassification", "AutoFeatureExtractor"),
-    "causal-lm": ("OVModelForCausalLM", "AutoTokenizer"),
+_PROCESSORS = {
+    "tokenizer": ("AutoTokenizer", '"…"'),
+    "image": ("AutoImageProcessor", "image"),
+    "audio": ("AutoFeatureExtractor", "sound"),
 }
-_INPUTS = {"AutoTokenizer": '"…"', "AutoImageProcessor": "image", "AutoFeatureExtractor": "sound"}
+"""by kind: the class that loads it, and what it is called on"""
 
 
 def card(report: Row) -> str:
@@ -47,7 +43,7 @@ def _front_matter(report: Row) -> str:
     recipe, metric = report["recipe"], report["metric"]
     libraries = list(dict.fromkeys(spec_of(v["format"]).library for v in report["variants"]))
     facts: Row = {"library_name": libraries[0]} if libraries and libraries[0] else {}
-    facts["pipeline_tag"] = _PIPELINES.get(report["task"], report["task"])
+    facts["pipeline_tag"] = report["about_task"]["pipeline"]
     precisions = {v["precision"] for v in report["variants"]}
     names = {
         "prune": "pruning",
@@ -72,7 +68,7 @@ def _results(report: Row) -> list[Row]:
     """Every variant's main metric, in the form of the hub's model index."""
     data, name = report["recipe"]["data"], report["metric"]["name"]
     source = _short(data["source"] or data["test"] or data["train"] or "custom")
-    kind = _PIPELINES.get(report["task"], report["task"])
+    kind = report["about_task"]["pipeline"]
     return [
         {
             "task": {"type": kind},
@@ -119,10 +115,10 @@ def _loading(report: Row, exported: list[Row]) -> list[str]:
     """The code that loads the recommended variant of a format, else its last; none for a format unknown here."""
     advice = report["recommendation"] or {}
     chosen = next((v for v in exported if v["id"] == advice.get("id")), exported[-1])
-    task: str = report["task"]
-    model, processor = _CLASSES[task]
-    cut = report["recipe"]["data"]["max_length"] if task == "text-classification" else None
-    use = Use(chosen["path"], _folder(chosen), _PIPELINES.get(task, task), processor, model, _INPUTS[processor], cut)
+    about = report["about_task"]
+    processor, inputs = _PROCESSORS.get(about.get("processor"), (None, "inputs"))
+    cut = report["recipe"]["data"]["max_length"] if about.get("cuts") else None
+    use = Use(chosen["path"], _folder(chosen), about["pipeline"], processor, about.get("optimum"), inputs, cut)
     return spec_of(chosen["format"]).loading(use)
 
 

@@ -13,6 +13,7 @@ from mptrain.report.build import SCHEMA
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown
 from mptrain.report.render.page import page
+from mptrain.report.upgrade import upgraded
 
 FILE = "report.json"
 _KEYS: tuple[str, ...] = (
@@ -68,4 +69,4 @@ def read(folder: Path) -> dict[str, Any]:
             f"{path}: it lacks {', '.join(missing)}, for another version of mptrain wrote it. Run the recipe again, or"
             " print it with the version that its `versions` name."
         )
-    return report
+    return upgraded(report)

@@ -131,14 +131,14 @@ _VALIDATION = "Scores on the validation split, which chooses checkpoints; the te
 def _tradeoff(report: Row) -> Figure | None:
     if len(report["variants"]) < 2:
         return None
-    key, metric = claims.setting(report), report["metric"]["name"]
+    key, metric, unit = claims.setting(report), report["metric"]["name"], report["metric"]["unit"]
     panels: list[tuple[str, Callable[[Row], float | None]]] = [("Size (MB)", lambda v: v["size_bytes"] / 1e6)]
     if key:
-        title = f"Latency (ms; {words.setting_words(key, report['task'])})"
+        title = f"Latency (ms; {words.setting_words(key, report['about_task']['unit'])})"
         panels.append((title, lambda v: v["latency_ms"].get(key, {}).get("median")))
     figure = Figure(figsize=(11.4, 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    scale = 100 if words.unit(metric) else 1
+    scale = 100 if unit == "fraction" else 1
     for ax, (label, cost) in zip(axes, panels, strict=True):
         for i, v in enumerate(report["variants"]):
             measured, x = v["metrics"][metric], cost(v)
@@ -162,8 +162,8 @@ def _difference(report: Row) -> Figure | None:
     rows = [c for c in report["comparisons"] if c[f"{c['metric']}_delta_ci95"][0] is not None]
     if not rows:
         return None
-    metric = rows[0]["metric"]
-    scale = 100 if words.unit(metric) else 1
+    metric, unit = rows[0]["metric"], rows[0]["unit"]
+    scale = 100 if unit == "fraction" else 1
     figure = Figure(figsize=(11.4, 0.7 + 0.3 * len(rows)), layout="constrained")
     ax = figure.subplots()
     for i, c in enumerate(rows):
@@ -175,9 +175,9 @@ def _difference(report: Row) -> Figure | None:
         )  # fmt: skip
     ax.axvline(0, color=_INK, linewidth=0.9)
     limit = claims.max_drop(report)
-    if limit is not None and scale == 100:
-        ax.axvline(-100 * limit, color=_SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
-        ax.annotate("max_drop", (-100 * limit, 1), (3, -1), xycoords=("data", "axes fraction"),
+    if limit is not None and unit != "number":  # of a number the limit is relative
+        ax.axvline(-scale * limit, color=_SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
+        ax.annotate("max_drop", (-scale * limit, 1), (3, -1), xycoords=("data", "axes fraction"),
                     textcoords="offset points", va="top", fontsize=8, color=_MUTED)  # fmt: skip
     ax.set_yticks(range(len(rows)), [_label(c["id"]) for c in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
@@ -205,7 +205,7 @@ def _validation(report: Row) -> Figure | None:
         return None
     metric = report["metric"]["name"]
     figure = _lines(report, {f"eval/{metric}": words.metric_name(metric)}, words.metric_name(metric), marker="o")
-    if figure is not None and words.unit(metric):
+    if figure is not None and report["metric"]["unit"] == "fraction":
         figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     return figure
 

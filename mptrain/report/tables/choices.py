@@ -24,13 +24,15 @@ def table(report: Row) -> Table | None:
     for v in report["variants"]:
         cells = [Cell(v["id"])]
         for task, metric in names:
+            measured = v["multiple_choice"][task][metric]
             row = compared[v["id"]][task][metric] if v["id"] in compared else None
-            cells.append(score(metric, v["multiple_choice"][task][metric]))
-            cells.append(difference(metric, row["delta"], row["delta_ci95"], row["verdict"]) if row else _BASELINE)
+            unit = measured["unit"]
+            cells.append(score(measured))
+            cells.append(difference(unit, row["delta"], row["delta_ci95"], row["verdict"]) if row else _BASELINE)
         rows.append(cells)
     guessing = [Cell("guessing", "all choices alike")]
-    for task, metric in names:
-        guessing += [Cell(words.metric(metric, tasks[task]["guessing"])), Cell("–", tone="quiet")]
+    for task, _ in names:
+        guessing += [Cell(words.metric("fraction", tasks[task]["guessing"])), Cell("–", tone="quiet")]
     return Table("Multiple choice", columns, [*rows, guessing], " ".join([_MEANING, *map(_scored, tasks.items())]))
 
 

@@ -55,7 +55,7 @@ def runtime(report: Row) -> Table | None:
         facts, parity = v["runtime"], v["parity"] or {}
         fused, layers = facts.get("fused_attention"), facts.get("attention_layers")
         stored = ", ".join(f"{kind} {words.megabytes(size)}" for kind, size in facts.get("weight_types", {}).items())
-        agreement = parity.get("argmax_agreement")
+        agreement = parity.get("agreement")
         rows.append(
             [
                 Cell(v["id"]),

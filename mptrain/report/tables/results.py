@@ -42,11 +42,11 @@ def results(report: Row) -> Table | None:
     comparisons = {c["id"]: c for c in report["comparisons"]}
     largest = max(v["size_bytes"] for v in report["variants"])
     slowest = max((v["latency_ms"][key]["median"] for v in report["variants"] if key in v["latency_ms"]), default=1)
-    columns = ["Variant", *(words.metric_name(name).capitalize() for name in names), "Difference", "Size", "Parameters"]
+    columns = ["Variant", *(words.heading(name) for name in names), "Difference", "Size", "Parameters"]
     rows = []
     for v in report["variants"]:
         c = comparisons.get(v["id"])
-        cells = [Cell(v["id"], _role(report, v)), *(score(name, v["metrics"].get(name)) for name in names)]
+        cells = [Cell(v["id"], _role(report, v)), *(score(v["metrics"].get(name)) for name in names)]
         cells.append(_difference(c) if c else Cell("baseline", tone="quiet"))
         cells.append(
             Cell(
@@ -66,7 +66,7 @@ def results(report: Row) -> Table | None:
                 cells.append(Cell("not timed", tone="quiet"))
         rows.append(cells)
     if report["floor"]:
-        scores = [score(name, report["floor"]["metrics"].get(name)) for name in names]
+        scores = [score(report["floor"]["metrics"].get(name)) for name in names]
         empty = [Cell("–", tone="quiet")] * (len(columns) - len(names) - 1 + bool(key))
         rows.append([Cell(report["floor"]["name"], "floor"), *scores, *empty])
     note = (
@@ -75,7 +75,7 @@ def results(report: Row) -> Table | None:
     )
     if key:
         columns.append("Latency")
-        note += f" Latency at {words.setting_words(key, report['task'])}."
+        note += f" Latency at {words.setting_words(key, report['about_task']['unit'])}."
     examples = {m["n"] for v in report["variants"] for m in v["metrics"].values() if m["n"]}
     windows = report["data"].get("perplexity")
     scored = "windows" if windows else "examples"
@@ -94,7 +94,7 @@ def sweep(found: Row) -> Table:
     """The compressed variants of every point of a sweep, against the point's own baseline."""
     keys = list(found["points"][0]["values"])
     columns = [*(key.rpartition(".")[2] for key in keys), "Variant"]
-    columns += [found["points"][0]["variants"][0]["metric"].capitalize(), "Difference", "Size", "Latency", "Gates"]
+    columns += [words.heading(found["points"][0]["variants"][0]["metric"]), "Difference", "Size", "Latency", "Gates"]
     rows = []
     for point in found["points"]:
         compared = {c["id"]: c for c in point["comparisons"]}
@@ -107,7 +107,7 @@ def sweep(found: Row) -> Table:
                 [
                     *(Cell(str(point["values"][k])) for k in keys),
                     Cell(v["id"]),
-                    score(v["metric"], v),
+                    score(v),
                     _difference(c) if c else Cell("baseline", tone="quiet"),
                     Cell(words.megabytes(v["size_bytes"]), words.smaller(c["size_ratio"]) if c else ""),
                     Cell(
@@ -131,7 +131,7 @@ def latency(report: Row) -> Table | None:
     best = {key: row["id"] for key, row in ((report["recommendation"] or {}).get("by_setting") or {}).items()}
     rows = []
     for key in dict.fromkeys(key for v in timed for key in v["latency_ms"]):
-        cells = [Cell(words.setting_words(key, report["task"]))]
+        cells = [Cell(words.setting_words(key, report["about_task"]["unit"]))]
         for v in timed:
             time = v["latency_ms"].get(key)
             ratio = speed.get(v["id"], {}).get(key)
@@ -228,28 +228,30 @@ def _role(report: Row, variant: Row) -> str:
     return ", ".join(found)
 
 
-def score(name: str, measured: Row | None) -> Cell:
+def score(measured: Row | None) -> Cell:
     if measured is None:
         return Cell("–", tone="quiet")
-    return Cell(words.metric(name, measured["value"]), words.metric_range(name, *measured["ci95"]))
+    unit = measured["unit"]
+    return Cell(words.metric(unit, measured["value"]), words.metric_range(unit, *measured["ci95"]))
 
 
 def _difference(comparison: Row) -> Cell:
     name = comparison["metric"]
-    return difference(name, comparison[f"{name}_delta"], comparison[f"{name}_delta_ci95"], comparison["verdict"])
+    delta, interval = comparison[f"{name}_delta"], comparison[f"{name}_delta_ci95"]
+    return difference(comparison["unit"], delta, interval, comparison["verdict"])
 
 
-def difference(name: str, delta: float | None, interval: list[float | None], verdict: str | None) -> Cell:
+def difference(unit: str, delta: float | None, interval: list[float | None], verdict: str | None) -> Cell:
     tones: dict[str | None, Literal["good", "warn", "bad"]] = {"tied": "good", "better": "good", "worse": "warn"}
-    range_ = words.signed_range(name, *interval)
-    return Cell(words.signed(name, delta), f"{verdict or 'not comparable'}: {range_}", tones.get(verdict, "bad"))
+    range_ = words.signed_range(unit, *interval)
+    return Cell(words.signed(unit, delta), f"{verdict or 'not comparable'}: {range_}", tones.get(verdict, "bad"))
 
 
 def _gate_value(report: Row, kind: str, value: float | None) -> str:
     if value is None:
         return words.NONE
     if kind == "max_drop" and report["metric"]:
-        return words.drop(report["metric"]["name"], value)
+        return words.drop(report["metric"]["unit"], value)
     if kind in ("min_size_ratio", "min_speedup"):
         return words.ratio(value)
     if kind == "agreement":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mptrain.measure import floor as module
-from mptrain.measure.floor import floor
+from mptrain.data.tasks import floor as module
+from mptrain.data.tasks.floor import tfidf_classifier as floor
 
 
 def reviews(n: int, seed: int, noise: float = 0.1) -> tuple[list[str], list[int]]:
@@ -25,7 +25,7 @@ def texts():
 
 def test_score_is_per_example_accuracy_on_test(texts):
     score = floor(texts)
-    assert (score.name, score.reduce, score.n, score.higher_is_better) == ("accuracy", "mean", 200, True)
+    assert (score.name, score.of.name, score.n, score.higher_is_better) == ("accuracy", "mean", 200, True)
     assert score.value > 0.8
     clean = reviews(200, 2, noise=0)[1]
     agreement = (np.array(clean) == np.array(texts["test"][1])) == (score.stats[:, 0] == 1)

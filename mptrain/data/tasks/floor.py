@@ -13,14 +13,14 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from mptrain.data.tasks.metrics import Score
+from mptrain.data.tasks.metrics import MEAN, Score
 
 _STRENGTHS = (1.0, 4.0, 16.0)  # inverse regularization
 _MAX_ROWS = 200_000
 _MAX_TERMS = 1_000_000
 
 
-def floor(texts: Mapping[str, tuple[Sequence[str], Sequence[int]]], seed: int = 0) -> Score | None:
+def tfidf_classifier(texts: Mapping[str, tuple[Sequence[str], Sequence[int]]], seed: int = 0) -> Score | None:
     """Accuracy on "test" of the model fitted on "train" and tuned on "validation".
 
     Args:
@@ -43,4 +43,4 @@ def floor(texts: Mapping[str, tuple[Sequence[str], Sequence[int]]], seed: int = 
     fitted = [LogisticRegression(C=c, max_iter=2000, random_state=seed).fit(features, classes) for c in _STRENGTHS]
     best = max(fitted, key=lambda model: (model.predict(held_out) == held_out_classes).mean())
     right = best.predict(words.transform(texts["test"][0])) == np.asarray(texts["test"][1])
-    return Score(name="accuracy", stats=right.astype(np.float64)[:, None], reduce="mean", higher_is_better=True)
+    return Score("accuracy", right.astype(np.float64)[:, None], MEAN)

@@ -1,0 +1,200 @@
+"""What is known of a task without its data and without torch: one row of TASKS to a task.
+
+Schema, loading, plan, preflight, dry run, report and card ask the row; what needs batches is in the task's own
+file, the class that `home` names. A task from outside gets its row by `mptrain.extend.register_task`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from mptrain.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class ColumnField:
+    """A field of `data:` that names a column. default: None for one that is read only where the recipe names it."""
+
+    default: str | None
+    holds: str
+    target: bool = False
+    """what the model has to find, and does not see"""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    name: str
+    home: str
+    """module:Class of its `mptrain.data.tasks.base.Task`"""
+    columns: Mapping[str, ColumnField]
+    head: str | None
+    """class of transformers that loads its models"""
+    processor: Literal["tokenizer", "image", "audio"] | None
+    unit: Literal["tokens", "samples"] | None
+    """what lengths count; None where all inputs have one size"""
+    pipeline: str
+    """as transformers and the hub call it"""
+    targets: tuple[str, ...] = ("labels",)
+    """entries of a batch that are no inputs of an exported model"""
+    options: tuple[str, ...] = ()
+    """further fields of `data:` that mean something here, and not for all tasks"""
+    causal: bool = False
+    """reads from left to right, and predicts the next token"""
+    per_token: bool = False
+    """its outputs have a row for each token"""
+    new_head: bool = True
+    """its head may be drawn anew, on an encoder that comes without one"""
+    problem: str | None = None
+    """`problem_type` in the config of its models"""
+    endings: tuple[str, ...] = ()
+    """of the names of model classes that are for it"""
+    assumed: bool = False
+    """of an architecture that has its head, when the model's config names none"""
+    finds_end: bool = False
+    """its head may read the last token that is no padding, and has to know which token pads"""
+    words: bool = False
+    """its texts are lists of words"""
+    floor: str | None = None
+    """the model without a network that it is compared with"""
+    optimum: str | None = None
+    """class of optimum-intel that runs its OpenVINO exports"""
+    cuts: bool = False
+    """its pipeline cuts longer texts where it is told to"""
+
+
+_LABEL = ColumnField("label", "the class: a word or number", target=True)
+
+TASKS: dict[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        TaskSpec(
+            "text-classification",
+            "mptrain.data.tasks.text_classification:TextClassification",
+            columns={
+                "text": ColumnField("text", "the text"),
+                "text_pair": ColumnField(None, "the second text of a pair"),
+                "label": _LABEL,
+            },
+            head="AutoModelForSequenceClassification",
+            processor="tokenizer",
+            unit="tokens",
+            pipeline="text-classification",
+            options=("labels",),
+            problem="single_label_classification",
+            endings=("ForSequenceClassification",),
+            assumed=True,
+            finds_end=True,
+            floor="TF-IDF + logistic regression",
+            optimum="OVModelForSequenceClassification",
+            cuts=True,
+        ),
+        TaskSpec(
+            "token-classification",
+            "mptrain.data.tasks.token_classification:TokenClassification",
+            columns={
+                "tokens": ColumnField("tokens", "the words: lists"),
+                "tags": ColumnField("tags", "their tags: lists (IOB2: B-PER, I-PER, O)", target=True),
+            },
+            head="AutoModelForTokenClassification",
+            processor="tokenizer",
+            unit="tokens",
+            pipeline="token-classification",
+            options=("labels",),
+            per_token=True,
+            problem="single_label_classification",
+            endings=("ForTokenClassification",),
+            words=True,
+            optimum="OVModelForTokenClassification",
+        ),
+        TaskSpec(
+            "question-answering",
+            "mptrain.data.tasks.question_answering:QuestionAnswering",
+            columns={
+                "question": ColumnField("question", "the question"),
+                "context": ColumnField("context", "the text that holds the answer"),
+                "answers": ColumnField("answers", '{"text": [...], "answer_start": [...]}, as in SQuAD', target=True),
+            },
+            head="AutoModelForQuestionAnswering",
+            processor="tokenizer",
+            unit="tokens",
+            pipeline="question-answering",
+            targets=("start_positions", "end_positions"),
+            options=("stride",),
+            per_token=True,
+            endings=("ForQuestionAnswering",),
+            optimum="OVModelForQuestionAnswering",
+        ),
+        TaskSpec(
+            "image-classification",
+            "mptrain.data.tasks.image_classification:ImageClassification",
+            columns={"image": ColumnField("image", "picture files or their bytes"), "label": _LABEL},
+            head="AutoModelForImageClassification",
+            processor="image",
+            unit=None,
+            pipeline="image-classification",
+            options=("labels",),
+            problem="single_label_classification",
+            endings=("ForImageClassification",),
+            assumed=True,
+            optimum="OVModelForImageClassification",
+        ),
+        TaskSpec(
+            "audio-classification",
+            "mptrain.data.tasks.audio_classification:AudioClassification",
+            columns={"audio": ColumnField("audio", "sound files, their bytes or samples"), "label": _LABEL},
+            head="AutoModelForAudioClassification",
+            processor="audio",
+            unit="samples",
+            pipeline="audio-classification",
+            options=("labels",),
+            problem="single_label_classification",
+            endings=("ForAudioClassification", "ForSequenceClassification"),
+            assumed=True,
+            optimum="OVModelForAudioClassification",
+        ),
+        TaskSpec(
+            "causal-lm",
+            "mptrain.data.tasks.causal_lm:CausalLm",
+            columns={"text": ColumnField("text", "running text")},
+            head="AutoModelForCausalLM",
+            processor="tokenizer",
+            unit="tokens",
+            pipeline="text-generation",
+            options=("stride",),
+            causal=True,
+            per_token=True,
+            new_head=False,
+            endings=("ForCausalLM", "LMHeadModel"),
+            assumed=True,
+            optimum="OVModelForCausalLM",
+        ),
+    )
+}
+
+
+def options() -> set[str]:
+    """Fields of `data:` that some tasks read and others do not, but for columns."""
+    return {option for spec in TASKS.values() for option in spec.options}
+
+
+def columns() -> dict[str, list[tuple[str, ColumnField]]]:
+    """Every field that names a column: the tasks that read it, and what it is for each."""
+    found: dict[str, list[tuple[str, ColumnField]]] = {}
+    for spec in TASKS.values():
+        for name, column in spec.columns.items():
+            found.setdefault(name, []).append((spec.name, column))
+    return found
+
+
+def check(task: str, option: str) -> str:
+    """The task. option: where it was given. Raises UserError for a name of no task."""
+    if task not in TASKS:
+        raise UserError(f"{option} must be one of {', '.join(TASKS)}, got {task!r}")
+    return task
+
+
+def causal() -> str:
+    """Names of the tasks that predict the next token, for error messages."""
+    return " or ".join(spec.name for spec in TASKS.values() if spec.causal)

@@ -1,0 +1,44 @@
+"""Reports of before, as reports are now: what a task and its scores say of themselves was known by name then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mptrain.recipe import TASKS
+from mptrain.recipe.tasks import TaskSpec
+
+Row = dict[str, Any]
+_FRACTIONS = ("accuracy", "f1", "exact_match", "acc", "acc_norm")
+
+
+def about(kind: TaskSpec) -> Row:
+    """What a report says of its task, so that it can be rendered where the task is not known."""
+    return {name: getattr(kind, name) for name in ("pipeline", "optimum", "processor", "unit", "cuts", "floor")}
+
+
+def upgraded(report: Row) -> Row:
+    """The report with `about_task`, `unit` beside every score and `agreement`; changed in place."""
+    if "about_task" in report:
+        return report
+    kind = TASKS.get(report["task"])
+    report["about_task"] = about(kind) if kind else {"pipeline": report["task"], "unit": "tokens"}
+    if report["metric"]:
+        report["metric"]["unit"] = _unit(report["metric"]["name"])
+    for variant in report["variants"]:
+        for name, row in variant["metrics"].items():
+            row["unit"] = _unit(name)
+        for scores in (variant.get("multiple_choice") or {}).values():
+            for name, row in scores.items():
+                row["unit"] = _unit(name)
+        if variant["parity"] and "argmax_agreement" in variant["parity"]:
+            variant["parity"]["agreement"] = variant["parity"].pop("argmax_agreement")
+    for comparison in report["comparisons"]:
+        comparison["unit"] = _unit(comparison["metric"])
+    if report.get("floor"):
+        for name, row in report["floor"]["metrics"].items():
+            row["unit"] = _unit(name)
+    return report
+
+
+def _unit(name: str) -> str:
+    return "fraction" if name in _FRACTIONS else "number"
