@@ -10,7 +10,6 @@ drift in half precision: running statistics (batch norm) and the ranges of fake 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS
+from mptrain.recipe.precision import LossScale
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NORMS = "norms"
@@ -32,61 +32,6 @@ Master = Literal["fp32", "split"]
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class LossScale:
-    """Loss scale: with `interval`, times `growth` after that many good steps in a row; without, static.
-
-    An overflow multiplies it by `backoff` once `hysteresis` overflows were seen since it last
-    grew, never below `floor`. Training is stopped after `patience` overflows in a row at the floor.
-    """
-
-    init: float = 2.0**16
-    growth: float = 2.0
-    backoff: float = 0.5
-    interval: int | None = 2000
-    floor: float = 1.0
-    ceiling: float = 2.0**24
-    hysteresis: int = 1
-    patience: int = 10
-
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise UserError(f"loss_scale.{name} must be {rule}, got {getattr(self, name)!r}; see LossScale")
-
-        for name in ("init", "growth", "backoff", "floor", "ceiling"):
-            check(is_number(getattr(self, name)) and math.isfinite(getattr(self, name)), name, "a finite number")
-        for name in ("interval", "hysteresis", "patience"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            check(whole or (name == "interval" and value is None), name, "a whole number")
-        check(self.floor > 0, "floor", "above 0")
-        check(self.ceiling >= self.floor, "ceiling", f"at least the floor ({self.floor:g})")
-        check(self.floor <= self.init <= self.ceiling, "init", f"from floor {self.floor:g} to ceiling {self.ceiling:g}")
-        check(self.growth > 1, "growth", "above 1")
-        check(0 < self.backoff < 1, "backoff", "between 0 and 1")
-        check(self.interval is None or self.interval >= 1, "interval", "at least 1, or None for a static scale")
-        check(self.hysteresis >= 1, "hysteresis", "at least 1")
-        check(self.patience >= 1, "patience", "at least 1")
-
-    @classmethod
-    def static(cls, scale: float, patience: int = 10) -> LossScale:
-        return cls(init=scale, floor=scale, ceiling=scale, interval=None, patience=patience)
-
-    @classmethod
-    def of(cls, value: LossScale | Literal["dynamic"] | float | None, compute: Compute) -> LossScale:
-        """The setting a user wrote; None is dynamic for fp16 and 1 for bf16, whose range is that of fp32."""
-        if isinstance(value, LossScale):
-            return value
-        if value == "dynamic" or (value is None and compute == "fp16"):
-            return cls()
-        if value is None:
-            return cls.static(1.0)
-        if is_number(value) and 0 < value < math.inf:
-            return cls.static(float(value))
-        raise UserError(f"loss_scale must be 'dynamic', a positive number or a LossScale, got {value!r}")
 
 
 @dataclass(frozen=True)

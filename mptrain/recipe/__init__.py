@@ -10,7 +10,7 @@ from mptrain.recipe.exports import EXPORTS, CoreAi, CoreMl, Export, OpenVino
 from mptrain.recipe.exports.base import ExportSpec
 from mptrain.recipe.exports.coreml import CoreMlShapes, CoreMlTarget
 from mptrain.recipe.exports.openvino import Precision
-from mptrain.recipe.precision import LossScaling, MixedPrecision, ShortPrecision
+from mptrain.recipe.precision import LossScale, MixedPrecision, ShortPrecision
 from mptrain.recipe.prune import Fisher, Keep, Magnitude, Movement, Schedule
 from mptrain.recipe.recipe import Evaluate, Gates, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import Distill, Stage
@@ -36,7 +36,7 @@ __all__ = [
     "Gates",
     "Keep",
     "Latency",
-    "LossScaling",
+    "LossScale",
     "Magnitude",
     "MixedPrecision",
     "Model",

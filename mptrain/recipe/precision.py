@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PositiveFloat, ValidationError, model_validator
+from pydantic_core import CoreSchema, ErrorDetails
 
+from mptrain.core.errors import UserError
 from mptrain.recipe.base import Strict
 
 
-class LossScaling(Strict):
+class LossScale(Strict):
     """`dynamic`, a number (a static scale), or these fields.
 
     Times `growth` after `interval` good steps in a row, times `backoff` at an overflow; the step is skipped.
@@ -21,16 +24,58 @@ class LossScaling(Strict):
     interval: Annotated[int, Field(gt=0)] | None = Field(2000, description="null: static")
     floor: Annotated[float, Field(gt=0)] = 1.0
     ceiling: Annotated[float, Field(gt=0)] = 16777216.0
-    hysteresis: Annotated[int, Field(gt=0)] = Field(1, description="overflows before it backs off")
+    hysteresis: Annotated[int, Field(gt=0)] = Field(1, description="overflows since it last grew, before it backs off")
     patience: Annotated[int, Field(gt=0)] = Field(
         10, description="overflows in a row at the floor that end the run, with a diagnosis"
     )
 
+    def __init__(self, **settings: Any) -> None:
+        """Raises UserError that names the setting; within a recipe pydantic's errors say where it stands."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise UserError("; ".join(map(_said, error.errors()))) from None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        inner: Any = schema
+        while inner["type"] != "model":
+            inner = inner["schema"]
+        inner["custom_init"] = False  # __init__ is for those who write it in Python
+        return schema
+
     @model_validator(mode="after")
     def _ordered(self):
+        if self.ceiling < self.floor:
+            raise ValueError(f"ceiling must be at least the floor ({self.floor:g}), got {self.ceiling:g}")
         if not self.floor <= self.init <= self.ceiling:
-            raise ValueError(f"init ({self.init:g}) must be from floor ({self.floor:g}) to ceiling ({self.ceiling:g})")
+            raise ValueError(f"init must be from floor {self.floor:g} to ceiling {self.ceiling:g}, got {self.init:g}")
         return self
+
+    @classmethod
+    def static(cls, scale: float, patience: int = 10) -> LossScale:
+        return cls(init=scale, floor=scale, ceiling=scale, interval=None, patience=patience)
+
+    @classmethod
+    def of(cls, value: LossScale | Literal["dynamic"] | float | None, compute: Literal["fp16", "bf16"]) -> LossScale:
+        """The setting a user wrote; None is dynamic for fp16 and 1 for bf16, whose range is that of fp32."""
+        if isinstance(value, LossScale):
+            return value
+        if value == "dynamic" or (value is None and compute == "fp16"):
+            return cls()
+        if value is None:
+            return cls.static(1.0)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
+            return cls.static(float(value))
+        raise UserError(f"loss_scale must be 'dynamic', a positive number or a LossScale, got {value!r}")
+
+
+def _said(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if not error["loc"]:
+        return f"loss_scale.{message}"
+    return f"loss_scale.{error['loc'][0]} {message}, got {error['input']!r}; see LossScale"
 
 
 def _loss_scale(value: Any) -> Any:
@@ -38,7 +83,7 @@ def _loss_scale(value: Any) -> Any:
         return {}
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
         return {"init": value, "floor": value, "ceiling": value, "interval": None}
-    if isinstance(value, (dict, LossScaling)):
+    if isinstance(value, (dict, LossScale)):
         return value
     raise ValueError(f"must be 'dynamic', a positive number or a mapping, got {value!r}")
 
@@ -58,8 +103,8 @@ class MixedPrecision(Strict):
     )
     loss_scale: (
         Annotated[
-            LossScaling,
-            BeforeValidator(_loss_scale, json_schema_input_type=Literal["dynamic"] | PositiveFloat | LossScaling),
+            LossScale,
+            BeforeValidator(_loss_scale, json_schema_input_type=Literal["dynamic"] | PositiveFloat | LossScale),
         ]
         | None
     ) = Field(None, description="default: dynamic for fp16, 1 for bf16")

@@ -10,7 +10,7 @@ import transformers
 from pydantic import ValidationError
 
 from mptrain.core.errors import UserError
-from mptrain.recipe import LossScaling, MixedPrecision, ShortPrecision
+from mptrain.recipe import LossScale, MixedPrecision, ShortPrecision
 
 HELP = (
     "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, fp32, or the mapping of a recipe's"
@@ -58,7 +58,7 @@ def parse(value: Any) -> MixedPrecision:
 def _explain(error: Any) -> str:
     where = ".".join(["precision", *(str(key) for key in error["loc"])])
     if error["type"] == "extra_forbidden":
-        fields = LossScaling.model_fields if error["loc"][0] == "loss_scale" else MixedPrecision.model_fields
+        fields = LossScale.model_fields if error["loc"][0] == "loss_scale" else MixedPrecision.model_fields
         return f"{where}: unknown field; fields are {', '.join(fields)}, see docs/recipes.md"
     if error["type"] == "missing":
         return f"{where} is missing, in {error['input']!r}; see docs/recipes.md"

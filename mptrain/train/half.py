@@ -13,21 +13,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptrain.core.errors import UserError
-from mptrain.precision import LossScale, MasterWeights
+from mptrain.precision import MasterWeights
 from mptrain.recipe import MixedPrecision
 
 
 def build(model: nn.Module, optimizer: torch.optim.Optimizer, precision: MixedPrecision) -> MasterWeights:
     """Masters as the recipe's `precision` says; compute is not fp32."""
     assert precision.compute != "fp32"
-    scale = None if precision.loss_scale is None else LossScale(**precision.loss_scale.model_dump())
     return MasterWeights(
         model,
         optimizer,
         precision.compute,
         precision.master,
         keep_fp32=precision.keep_fp32,
-        loss_scale=scale,
+        loss_scale=precision.loss_scale,
     )
 
 
