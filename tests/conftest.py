@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no network, no hub."""
+"""Shared by all tests: one thread, no network, no hub, no deadlines."""
 
 import os
 
@@ -7,8 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("mptrain", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("mptrain")
 
 
 @pytest.fixture(autouse=True)
