@@ -7,6 +7,8 @@
 so a sync is one `half.copy_(master)`, whatever the number of parameters, and a step walks
 contiguous memory. Parameters kept in fp32 live in a Flat of dtype fp32, whose master they
 view directly. The trained parameters come first, in the optimizer's order, then the frozen.
+A view that others get to see has a storage of its own over that memory: who takes "same storage" for
+"same tensor" (safetensors, Accelerate) finds no ties, and a file of one tensor holds one.
 
 Setting up moves the weights: each parameter is copied into the master and its own storage is
 freed when its view replaces it, before the half buffer exists. So the peak is twice the fp32
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from mptrain.precision.split import join, split
 
@@ -101,13 +104,13 @@ class Flat:
             self.low = torch.zeros(self.numel, dtype=torch.int16, device=self.device)
             for entry in self.entries:
                 self._write_split(entry, entry.parameter.detach())
-                entry.parameter.data = self.view(self.half, entry)
+                entry.parameter.data = self.tensor(self.half, entry)
                 stand_in = torch.zeros((), device=self.device).expand(entry.parameter.shape)
                 entry.master = nn.Parameter(stand_in, entry.parameter.requires_grad)
             return
         self.master = torch.zeros(self.numel, device=self.device)
         for entry in self.entries:
-            view = self.view(self.master, entry)
+            view = self.tensor(self.master, entry)
             view.copy_(entry.parameter)
             entry.parameter.data = view
             entry.master = entry.parameter
@@ -117,11 +120,19 @@ class Flat:
         self.half.copy_(self.master)
         for entry in self.entries:
             entry.master = nn.Parameter(entry.parameter.detach(), entry.parameter.requires_grad)
-            entry.parameter.data = self.view(self.half, entry)
+            entry.parameter.data = self.tensor(self.half, entry)
 
     def view(self, buffer: Tensor, entry: Entry) -> Tensor:
         """The part of a buffer that belongs to an entry, in the parameter's shape."""
         return buffer.as_strided(entry.shape, entry.stride, entry.offset)
+
+    def tensor(self, buffer: Tensor, entry: Entry) -> Tensor:
+        """The same with a storage of its own over the same memory, where the device has DLPack: for others to keep."""
+        view = self.view(buffer, entry)
+        if view.device.type not in ("cpu", "cuda"):
+            return view
+        # DLPack normalises the strides of axes of one
+        return from_dlpack(to_dlpack(view)).as_strided(entry.shape, entry.stride)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -137,10 +148,22 @@ class Flat:
         return [self.master.view(torch.int32)]
 
     def read_master(self, entry: Entry) -> Tensor:
-        """fp32 values of one parameter: a view of the master, or joined when split."""
+        """fp32 values of one parameter: the master's own memory, or joined when split."""
         if self.split:
             return join(self.view(self.half, entry), self.view(self.low, entry))
-        return self.view(self.master, entry)
+        return self.tensor(self.master, entry)
+
+    def explain(self, entry: Entry, present: Tensor) -> Tensor:
+        """fp32 values of a parameter that was copied, cast or resized from outside to `present`.
+
+        Where that still is the half weight, or the same in its new dtype, it came from there, so it is the master.
+        """
+        old = self.view(self.master if self.half is None else self.half, entry)
+        values = present.float().clone()
+        overlap = tuple(slice(0, min(a, b)) for a, b in zip(values.shape, old.shape))
+        same = present[overlap] == old[overlap].to(present.dtype)
+        values[overlap] = torch.where(same, self.read_master(entry)[overlap], values[overlap])
+        return values
 
     @torch.no_grad()
     def write_master(self, entry: Entry, values: Tensor) -> None:

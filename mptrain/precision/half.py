@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from mptrain.precision.casting import add_casts
+from mptrain.precision.casting import Casts
 from mptrain.precision.master import slots
 from mptrain.precision.policy import Compute, Policy, kept_in_fp32
 
@@ -27,7 +27,7 @@ def in_half(model: nn.Module, keep_fp32: Sequence[str], compute: Compute = "fp16
     for p in half.parameters():
         if p.is_floating_point() and id(p) not in kept.parameters:
             p.data = p.data.to(policy.dtype)
-    add_casts(half, kept, policy.dtype)
+    Casts(half, kept, policy.dtype).install()
     return half
 
 
@@ -47,11 +47,10 @@ def computing_in(model: nn.Module, keep_fp32: Sequence[str], compute: Compute) -
     swapped = [slot for slot in slots(model) if id(slot[2]) in stand_ins]
     for module, name, parameter in swapped:
         module._parameters[name] = stand_ins[id(parameter)]
-    casts = add_casts(model, kept, policy.dtype)
+    casts = Casts(model, kept, policy.dtype).install()
     try:
         yield
     finally:
-        for cast in casts:
-            cast.remove()
+        casts.remove()
         for module, name, parameter in swapped:
             module._parameters[name] = parameter

@@ -138,10 +138,8 @@ class Masters:
     def changes(self) -> list[Changed]:
         """Parameters that were replaced, resized or cast while half (`resize_token_embeddings`, `float`).
 
-        Where a new value equals the old half weight, or that in its new dtype, it came from there, so the master's is
-        restored. One that
-        was merely copied elsewhere (Accelerate's `model.to("cpu:0")`) is put back into the buffer at once; with
-        its dtype unchanged that is safe also under DDP.
+        Their values are those that `Flat.explain` finds. One that was merely copied elsewhere (Accelerate's
+        `model.to("cpu:0")`) is put back into the buffer at once; with its dtype unchanged that is safe also under DDP.
         """
         now = dict(self.model.named_parameters())
         found = []
@@ -150,14 +148,11 @@ class Masters:
             old = flat.view(flat.master if flat.half is None else flat.half, entry)
             if present is entry.parameter and present.data_ptr() == old.data_ptr():
                 continue
-            values = present.detach().float().clone()
-            overlap = tuple(slice(0, min(a, b)) for a, b in zip(values.shape, old.shape))
-            same = present.detach()[overlap] == old[overlap].to(present.dtype)
-            values[overlap] = torch.where(same, flat.read_master(entry)[overlap], values[overlap])
+            values = flat.explain(entry, present.detach())
             kind = (present.shape, present.dtype, present.device)
             if present is entry.parameter and kind == (old.shape, old.dtype, flat.device):
                 flat.write_master(entry, values)
-                present.data = old
+                present.data = flat.tensor(flat.master if flat.half is None else flat.half, entry)
                 continue
             found.append(Changed(entry, present, values))
         return found

@@ -20,7 +20,7 @@ from mptrain.precision.step import AdamRule, Rule
 def link(optimizer: torch.optim.Optimizer, flat: Flat, entries: Iterable[Entry], names: Iterable[str]) -> None:
     """Point the state of entries at the flat buffers; after their first update."""
     for entry in entries:
-        state: dict[str, Any] = {name: flat.view(flat.state(name), entry) for name in names}
+        state: dict[str, Any] = {name: flat.tensor(flat.state(name), entry) for name in names}
         if "exp_avg" in state:
             state["step"] = flat.steps[entry.index]
         optimizer.state[entry.master] = state

@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,34 +21,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.core.errors import ResumeError, UserError
 from mptrain.precision import accumulate, moments, rounded
-from mptrain.precision.casting import add_casts
+from mptrain.precision.casting import Casts
 from mptrain.precision.cpp_kernel import native_kernel
 from mptrain.precision.flat import Flat
+from mptrain.precision.link import Link
 from mptrain.precision.master import Changed, Masters
 from mptrain.precision.policy import Policy
 from mptrain.precision.step import Kernel, Run, TorchKernel, rule_of
+from mptrain.precision.whole import Whole, answer_for, forget, refuse_tracing
 
 log = logging.getLogger(__name__)
 
 FORMAT = "mptrain.masters/v1"
 
 KernelChoice = Literal["auto", "native", "torch"]
-
-
-class _Link:
-    """A hook of the model that belongs to its masters: a copy of the model (EMA, a teacher) must not take it along."""
-
-    __slots__ = ("_act",)  # no __dict__, which torch would copy into its own wrapper
-
-    def __init__(self, act: Callable[..., None] | None) -> None:
-        self._act = act
-
-    def __call__(self, *args: Any) -> None:
-        if self._act is not None:
-            self._act(*args)
-
-    def __deepcopy__(self, memo: Any) -> _Link:
-        return _Link(None)
 
 
 class MasterOptimizer(torch.optim.Optimizer):
@@ -96,20 +82,9 @@ class MasterOptimizer(torch.optim.Optimizer):
         for parameter in self.model.parameters():
             parameter.grad = None
         rounded.tell_of([p for group in optimizer.param_groups for p in group["params"]])
+        self._whole = Whole(self.model, lambda: self.masters, self.exposed)
         self._build()
-        self._loading = contextlib.ExitStack()
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._refuse_direct_step),
-            self.model.register_load_state_dict_pre_hook(_Link(self._before_load)),
-            self.model.register_load_state_dict_post_hook(_Link(self._after_load)),
-        ]
-
-    def _before_load(self, _module: nn.Module, state: dict[str, Any], prefix: str = "", *_: Any) -> None:
-        rounded.keep_masters(self.model, self.masters, state, prefix)
-        self._loading.enter_context(self.exposed(write=True))
-
-    def _after_load(self, *_: Any) -> None:
-        self._loading.close()
+        self._refusal = optimizer.register_step_pre_hook(self._refuse_direct_step)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -153,7 +128,10 @@ class MasterOptimizer(torch.optim.Optimizer):
         groups = self.optimizer.param_groups
         trained = [(p, index) for index, group in enumerate(groups) for p in group["params"]]
         self.masters = Masters(self.model, self.policy, trained)
-        self._casts = add_casts(self.model, self.masters.kept, self.policy.dtype)
+        self._casts = Casts(self.model, self.masters.kept, self.policy.dtype).install()
+        self._refuse_tracing()
+        self._whole.follow()
+        answer_for(self.masters)
         for flat in self.flats:
             for entry in flat.entries:
                 if entry.group is not None:
@@ -165,6 +143,7 @@ class MasterOptimizer(torch.optim.Optimizer):
         """fp32 parameters again in the model and the optimizer; `changed` ones with their new values."""
         self._remove_casts()
         self.zero_grad()
+        forget(self.masters)
         self.masters.dismantle(changed)
         now = {id(c.entry): c.parameter for c in changed}
         for flat in self.flats:
@@ -172,10 +151,12 @@ class MasterOptimizer(torch.optim.Optimizer):
                 if entry.group is not None:
                     moments.move(self.optimizer, entry.master, now.get(id(entry), entry.parameter))
 
+    def _refuse_tracing(self) -> None:
+        self._tracing = self.model.register_forward_pre_hook(Link(refuse_tracing), prepend=True)
+
     def _remove_casts(self) -> None:
-        for cast in self._casts:
-            cast.remove()
-        self._casts = []
+        self._casts.remove()
+        self._tracing.remove()
 
     def _settle(self) -> None:
         """Take over what was done to the model's parameters from outside."""
@@ -196,8 +177,8 @@ class MasterOptimizer(torch.optim.Optimizer):
     def release(self) -> nn.Module:
         """The model with fp32 parameters of its own, and the optimizer on them; this object is done."""
         self._dismantle()
-        for hook in self._hooks:
-            hook.remove()
+        self._whole.remove()
+        self._refusal.remove()
         return self.model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -243,7 +224,8 @@ class MasterOptimizer(torch.optim.Optimizer):
                 yield self.model
         finally:
             self._exposed = False
-            self._casts = add_casts(self.model, self.masters.kept, self.policy.dtype)
+            self._casts.install()
+            self._refuse_tracing()
             self._rebuild(changed)
 
     # -- a step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -233,7 +234,9 @@ def test_saved_models_are_the_masters_and_half_ones_say_so(tmp_path, precision):
     assert all(torch.equal(tensors[n], m) and tensors[n].dtype == m.dtype for n, m in masters(t).items())
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "fp32")
     assert loaded.dtype == torch.float32
-    t.model.save_pretrained(tmp_path / "half")  # the weights that compute
+    t.model.save_pretrained(tmp_path / "same")
+    assert same(load_file(tmp_path / "same" / "model.safetensors"), tensors)
+    copy.deepcopy(t.model).to(DTYPES[precision]).save_pretrained(tmp_path / "half")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "half")
     assert again.dtype == DTYPES[precision]
     assert f"torch.{json.loads((tmp_path / 'half' / 'config.json').read_text())['dtype']}" == str(DTYPES[precision])
