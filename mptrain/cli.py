@@ -8,13 +8,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from mptrain.core.errors import MptrainError, UserError
+from mptrain.commands.options import add_model_options, check_model_options, json_target
+from mptrain.core.errors import MptrainError
 
 EXIT = (
     """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
 )
 
-COMMANDS = ("recipe", "list", "show", "copy", "validate", "schema", "report")
+COMMANDS = ("recipe", "list", "show", "copy", "validate", "schema", "report", "doctor")
 """a module of mptrain.commands each: HELP, add(parser), run(options) -> exit status"""
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="fp32, fp16-master, bf16-master or bf16-split (may be repeated; default: all)",
     )
-    _add_model_options(inspect)
+    add_model_options(inspect)
     inspect.set_defaults(call=_inspect)
 
     verify = commands.add_parser(
@@ -128,22 +129,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="causal LM: generate with a key-value cache of N tokens, where the format keeps one",
     )
-    _add_model_options(export)
+    add_model_options(export)
     export.set_defaults(call=_export)
 
     parser.add_argument("--version", action="version", version=_version())
     return parser
-
-
-def _add_model_options(command: argparse.ArgumentParser) -> None:
-    """Of the commands that take a model and run it on inputs."""
-    command.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
-    command.add_argument("--task", help="what the model does; default: from its head")
-    command.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
-    command.add_argument("--samples", type=int, default=32, help="inputs to run on (default 32)")
-    command.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
-    command.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
-    command.add_argument("--allow-code", action="store_true", help="run code that comes with the model")
 
 
 def _version() -> str:
@@ -155,27 +145,8 @@ def _version() -> str:
         return "mptrain (not installed)"
 
 
-def _check_model_options(options: argparse.Namespace) -> Path | None:
-    """Returns the path of --json."""
-    from mptrain.recipe import tasks
-
-    if options.task is not None:
-        tasks.check(options.task, "--task")
-    for name in ("samples", "max_length"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    return _json_target(options)
-
-
-def _json_target(options: argparse.Namespace) -> Path | None:
-    target = Path(options.json) if options.json else None
-    if target is not None and not target.absolute().parent.is_dir():
-        raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
-    return target
-
-
 def _export(options: argparse.Namespace) -> int:
-    target = _check_model_options(options)
+    target = check_model_options(options)
     from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
@@ -223,7 +194,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    target = _check_model_options(options)
+    target = check_model_options(options)
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
@@ -251,7 +222,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    target = _json_target(options)
+    target = json_target(options)
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()

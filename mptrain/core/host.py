@@ -18,6 +18,13 @@ _FLAGS = {
     "arm": "neon asimd asimdhp asimddp i8mm bf16 sve sve2 svei8mm svebf16 sme sme2",
 }
 
+_FAST = {
+    "int8": ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"),
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16", "svebf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+"""one of these, and the CPU computes in that type at a gain"""
+
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
 _MAC_FLAGS = {
@@ -57,6 +64,11 @@ def host() -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
+
+
+def fast(flags: list[str]) -> dict[str, bool]:
+    """Whether a CPU of these flags has instructions for "int8" dot products, "bf16" and "fp16"."""
+    return {kind: any(flag in flags for flag in needed) for kind, needed in _FAST.items()}
 
 
 def _cpu() -> tuple[str, list[str]]:

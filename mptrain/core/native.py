@@ -97,6 +97,14 @@ def _compile(compiler: list[str], source: Path, flags: Sequence[str], link: Sequ
         os.replace(linked, library)
 
 
+def compiler_name(suffix: str) -> str | None:
+    """The command that compiles such files here, None where there is none."""
+    try:
+        return shlex.join(_compiler(suffix))
+    except BuildError:
+        return None
+
+
 def _compiler(suffix: str) -> list[str]:
     language, variable, names = COMPILERS[suffix]
     chosen = shlex.split(os.environ.get(variable, ""))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mptrain.core.host import fast
 from mptrain.report.gates import within
 from mptrain.report.words import drop, ratio, setting_words
 
 Row = dict[str, Any]
 _NOISE = 0.98  # a ratio of medians above it is no slower
-INT8_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 def recommend(
@@ -89,8 +89,7 @@ def _reason(length: str | None, limit: str, chosen: str, baseline: str, main: st
 def _warnings(length: str | None, variants: Sequence[Row], host: Row) -> list[str]:
     warnings = []
     quantized = [v for v in variants if v["precision"].startswith("int8")]
-    accelerated = any(flag in host["cpu_flags"] for flag in INT8_FLAGS)
-    if quantized and not accelerated:
+    if quantized and not fast(host["cpu_flags"])["int8"]:
         warnings.append(
             "This CPU has no int8 dot products (VNNI, AMX, DotProd): int8 makes models smaller here,"
             " not necessarily faster. On a CPU that has them the order can differ; measure there."
