@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from mptrain.mil.constants import CONSTANTS
 from mptrain.mil.interpreter import LIMITS
-from mptrain.mil.layout import CONSTANTS
 from mptrain.mil.program import FLOATS, Name, Program, is_float
 
 _BITS = {"FLOAT32": 32, "FLOAT16": 16, "INT32": 32, "UINT32": 32, "INT16": 16, "UINT16": 16, "INT8": 8, "UINT8": 8}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mptrain.core.errors import ExportError, UserError
-from mptrain.mil.layout import CONSTANTS, LAYOUT
+from mptrain.mil.constants import CONSTANTS
+from mptrain.mil.layout import LAYOUT
 from mptrain.mil.math import MATH
 from mptrain.mil.program import Block, Name, Operation, Program, Value, as_tensor, read_program
 

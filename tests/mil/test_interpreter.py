@@ -11,9 +11,10 @@ from coremltools.converters.mil import Builder as mb
 from kit.mil import program, save
 
 from mptrain.core.errors import ExportError, UserError
+from mptrain.mil.constants import blockwise_shift_scale, lut_to_dense
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import OPERATIONS, Interpreter
-from mptrain.mil.layout import blockwise_shift_scale, lut_to_dense, slice_by_index
+from mptrain.mil.layout import slice_by_index
 from mptrain.mil.math import MATH
 from mptrain.mil.padded import Padded
 from mptrain.mil.program import read_program
