@@ -21,7 +21,8 @@ from mptrain.flow import preflight
 from mptrain.flow.identity import identity, versions
 from mptrain.flow.reuse import check_reuse, take_stages
 from mptrain.flow.run_folder import check_identity, clear, locked
-from mptrain.flow.stage import Context, compressed_facts, keep_start, run_phase, structure_facts
+from mptrain.flow.stage import Context, keep_start, method_facts, run_phase
+from mptrain.flow.stage_inputs import inputs_of
 from mptrain.flow.variants import Variants
 from mptrain.models.load import load_processor, read_config
 from mptrain.recipe import Recipe
@@ -87,13 +88,14 @@ def _steps(
         return files.read(folder)
 
     plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
-    context = Context(recipe, data, processor, folder, plan, peers, allow_code)
-    keep_start(context)
+    context = Context(inputs_of(recipe), data, processor, folder, plan, peers, allow_code)
+    if recipe.baseline == "model":
+        keep_start(context, recipe.model, recipe.seed)
     trained = [(phase, run_phase(context, phase)) for stage in recipe.stages for phase in plan[stage.id]]
     if not peers.is_main_process:
         return {}
 
-    made = Variants(context, questions)
+    made = Variants(context, recipe, questions)
     exported = [made.export(v) for v in made.wanted()]
     verified = [made.verify(v) for v in exported]
     measured = made.measure([made.evaluate(v) for v in verified])
@@ -105,8 +107,7 @@ def _steps(
         variants=measured,
         floor=made.floor(),
         history=[row for _, facts in trained for row in facts["history"]],
-        structure=structure_facts(context),
-        compressed=compressed_facts(context),
+        methods=method_facts(context),
         data_facts=data.facts,
         multiple_choice={task.name: task.facts for task in questions},
         checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},

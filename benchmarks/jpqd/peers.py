@@ -117,7 +117,10 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         kept = kept_of(structure, {n: p.detach() for n, p in model.named_parameters()}, pruned)
         facts = costs.describe(structure, kept)
         artifact.save(shrink(model, structure, kept).eval(), phase / "model", processor)
-        write_json(phase / "done.json", {"history": [], "wall_s": time.monotonic() - begun, "structure": facts})
+        write_json(
+            phase / "done.json",
+            {"history": [], "wall_s": time.monotonic() - begun, "methods": {"prune": {"structure": facts}}},
+        )
     report = run(recipe_file.validate(described, point))
     return curve.line(point, report, folder, begun)
 

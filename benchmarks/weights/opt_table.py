@@ -156,11 +156,11 @@ class Bench:
                 target = log_softmax(teacher(input_ids=ids).logits, -1)
             given = log_softmax(model(input_ids=ids).logits, -1)
             kl_div(given.flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True).backward()
-            trainer.gradients_ready()
+            trainer.gradients(True)
             optimizer.step()
             trainer.updated(step + 1)
             schedule.step()
-        trainer.finalize(model)
+        records.attach(model, trainer.records())
 
     # -- coremltools
 

@@ -94,7 +94,7 @@ def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
     total = 0.0
     for stage in recipe.stages:
         for phase in phases(stage, rows):
-            seconds = _seconds(stage, phase.prune, phase.steps, outlook, speed)
+            seconds = _seconds(stage, "prune" in phase.methods, phase.steps, outlook, speed)
             total += seconds
             does = _does(recipe.precision.compute, stage, phase)
             table.add_row(stage.id, phase.name, f"{phase.start}–{phase.end}", does, _minutes(seconds))
@@ -104,17 +104,9 @@ def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
 
 def _does(compute: str, stage: Stage, phase: Any) -> str:
     parts = ["train" if compute == "fp32" else f"train in {compute}"] if phase.steps else []
-    if phase.prune and stage.prune:
-        parts.append(f"prune ({stage.prune.method})")
-    if stage.quantize and (phase.quantize_at_start or phase.name == "finetune"):
-        parts.append(f"quantize ({stage.quantize.mode})")
-    if stage.palettize and phase.palettize:
-        trained = ", tables trained" if stage.palettize.finetune and phase.steps else ""
-        how, budget = stage.palettize, stage.palettize.size_budget
-        bits = f"{how.bits} bits" if budget is None else f"{budget:g} bits a weight"
-        parts.append(f"palettize ({how.method}, {bits}{trained})")
+    parts += [method.words() for method in stage.methods if method.field in phase.methods]
     if stage.distill and phase.steps:
-        parts.append(f"distil from {stage.teacher}")
+        parts.append(stage.distill.words(stage.teacher))
     return " + ".join(parts)
 
 

@@ -1,70 +1,192 @@
-"""What a training-time compressor is.
+"""What a method is: something that a stage does to a model, and that makes it smaller or faster.
 
-A phase is one optimizer, one DDP wrap, one checkpoint series. A compressor never changes
-the identity of a parameter inside a phase; at the boundary after it, `finalize` may.
+A stage is one or two *phases*; a phase is one optimizer, one DDP wrap, one series of checkpoints. A method never
+changes the identity of a parameter inside a phase, only where a phase begins and where it ends (the boundary).
 
-    prepare(model)            once, when the phase starts (also before a resume)
-    loop:  forward, backward
-           gradients_ready()  gradients are averaged over ranks and micro-steps, not yet clipped
-           optimizer step
-           updated(step)      `step` optimizer steps are done now
-    finalize(model)           the boundary: returns the model for the next phase
+    check(config, skeleton, site)      before anything is trained, by run and dry run: on the model without weights
+    outlook(config, skeleton, sizes)   what a dry run predicts
+    prepare(model, tools)              the phase begins (also before a resume); the highest `order` first
+        training()                     what acts in its steps, a `TrainingMethod`, if anything does
+    finalize(model, tools)             the phase ends; the lowest `order` first: structure, then integers, then records
+    facts()                            for the report, as JSON
 
-`at(step)` is pure: it tells the settings for a step without touching state.
+What the settings say without a model (words for the report, needs, when it acts) is `recipe/method.py`;
+`methods.py` says which method takes which settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from mptrain.precision import MasterWeights
+from mptrain.compress.calibrate.ranks import ALONE, Ranks
+from mptrain.core.errors import UserError
+from mptrain.recipe.method import MethodConfig
+
+Batch = dict[str, Tensor]
+Config = TypeVar("Config", bound=MethodConfig)
+
+PRUNE, QUANTIZE, RECORDS = 0, 1, 2
+"""orders at a boundary: what changes shapes, what rounds, what stores weights for good"""
 
 
-class Compressor(Protocol):
-    """A method that acts on a model while it trains. Tensors in states are detached CPU copies."""
+def _nothing() -> Any:
+    raise UserError("this method needs calibration data: give inputs, labelled or example to Tools, or other settings")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a method may use of the run or script it acts in.
+
+    inputs: batches of model inputs to calibrate on. labelled: the same with labels. example: one input of `length`
+    tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer steps of the phase; 0, it does
+    not train. lr: of the phase. widths: bits of the tables that all targets store; None, any. threads: of the latency
+    that counts; None, torch's. once(name, make): what `make` measured, made by one process only, once for all
+    attempts at the phase.
+    """
+
+    inputs: Callable[[], list[Batch]] = _nothing
+    labelled: Callable[[], list[Batch]] = _nothing
+    example: Callable[[], Batch] = _nothing
+    length: int = 128
+    seed: int = 0
+    steps: int = 0
+    steps_per_epoch: int = 1
+    lr: float = 0.0
+    widths: tuple[int, ...] | None = None
+    threads: int | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    ranks: Ranks = ALONE
+    once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where settings stand and what is known there before training.
+
+    field: of the stage, for errors. length: tokens of an input; None where inputs are not tokens. exact: whether the
+    skeleton has the shapes that the method will meet; False after a stage that prunes.
+    """
+
+    field: str
+    length: int | None = None
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model as a dry run predicts it; a method's `outlook` returns what it makes of it.
+
+    layers, embeddings, other: parameters of the attention and FFN blocks, of embeddings, of all else. macs: of the
+    blocks, for one input. layer_bytes, embedding_bytes: of a parameter of (layers and all else, embeddings), as the
+    method stores it; None, as floats of the target's precision. stored: bytes and number of the weights that the
+    method stores as tables. step: the time of a training step against a plain one.
+    """
+
+    layers: float
+    embeddings: float
+    other: float
+    macs: float
+    layer_bytes: float | None = None
+    embedding_bytes: float | None = None
+    tables: tuple[float, float] | None = None
+    step: float = 1.0
+    known: bool = True
+
+    @property
+    def params(self) -> float:
+        return self.layers + self.embeddings + self.other
+
+    def kept(self, fraction: float | None) -> Sizes:
+        """With that part of the blocks; None: only training tells."""
+        if fraction is None:
+            return replace(self, known=False)
+        return replace(self, layers=self.layers * fraction, macs=self.macs * fraction)
+
+
+class TrainingMethod(Protocol):
+    """What acts in the steps of a phase. Tensors in states are detached CPU copies.
+
+    forward, backward
+    gradients(usable)  averaged over ranks and micro-steps, not yet clipped
+    optimizer step     none where they were not usable
+    updated(step)      `step` optimizer steps are done now
+    """
 
     @property
     def name(self) -> str:
         """Names its file in a checkpoint."""
         ...
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Attach to the model of this phase and return the model to train."""
-        ...
-
-    def at(self, step: int) -> Mapping[str, float]:
-        """Settings that rule the forward pass after `step` optimizer steps; pure."""
-        ...
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Extra optimizer groups, e.g. scores with their own lr. Not parameters of the model."""
         ...
 
-    def gradients_ready(self) -> None: ...
-
-    def gradients_unusable(self) -> None:
-        """Instead of `gradients_ready` when a half gradient overflowed: the optimizer step is skipped."""
+    def gradients(self, usable: bool) -> None:
+        """usable: False when a half gradient overflowed: the optimizer step is skipped."""
         ...
 
-    def follow(self, masters: MasterWeights | None) -> None:
+    def follow(self, masters: MasterView | None) -> None:
         """The model's weights are half copies of these masters from now on; None: they are fp32 again."""
         ...
 
     def updated(self, step: int) -> None: ...
 
-    def finalize(self, model: nn.Module) -> nn.Module: ...
-
     def logs(self) -> dict[str, float]:
         """Scalars for the training log, e.g. {"compress/sparsity": 0.41}."""
         ...
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything `at` does not determine; flat names, tensors only."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resume needs besides `prepare`; flat names, tensors only."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class MasterView(Protocol):
+    """fp32 masters behind half parameters (precision/loop.py)."""
+
+    def master(self, parameter: nn.Parameter) -> Tensor: ...
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None: ...
+
+
+class Method(Generic[Config]):
+    """A method with its settings. A subclass overrides what it does; here nothing is done.
+
+    The same model, settings and tools give the same bits. Methods raise UserError and its kinds, naming the field.
+    """
+
+    order: ClassVar[int]
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @classmethod
+    def check(cls, config: Config, skeleton: nn.Module, site: Site) -> None:
+        """Raises UserError for settings that cannot be meant for this model. skeleton: on the meta device."""
+
+    @classmethod
+    def outlook(cls, config: Config, skeleton: nn.Module, sizes: Sizes) -> Sizes:
+        """sizes: of the model as the stage gets it."""
+        return sizes
+
+    def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
+        """The model to train, or to finalize at once; it may be another object."""
+        return model
+
+    def training(self) -> TrainingMethod | None:
+        """What acts in the steps of the phase, after `prepare`."""
+        return None
+
+    def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
+        """The model of the next phase. model: on the CPU, as training left it."""
+        return model
+
+    def facts(self) -> dict[str, Any]:
+        """What it did, after `finalize`, in JSON types. `structure` and `compressed` have tables in the report."""
+        return {}

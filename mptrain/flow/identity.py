@@ -20,8 +20,12 @@ from mptrain.core.errors import ModelError
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.load import Task
 from mptrain.data.sources import packaged
+from mptrain.flow.stage_inputs import inputs_of
 from mptrain.models.load import read_config
 from mptrain.recipe import EXPORTS, Recipe
+
+FORMAT = 2
+"""of the folders of stages: a run of another one is neither continued nor reused"""
 
 _READ = (".safetensors", ".json", ".txt", ".model", ".py", ".jinja")
 """endings of the files in a model folder that loading it may read"""
@@ -41,7 +45,9 @@ def identity(
     """For run.json. `machine` is what only the last bits of a result depend on. Raises ModelError."""
     described = recipe.model_dump(mode="json", by_alias=True, exclude={"output": True, "description": True})
     found = {
+        "format": FORMAT,
         "recipe": described,
+        "stages": {stage: inputs.key() for stage, inputs in inputs_of(recipe).items()},
         "data_hash": data.hash,
         "models": models(recipe, allow_code),
         "versions": versions(),

@@ -70,7 +70,7 @@ def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
         data.example(1, length)
     for stage in recipe.stages:
         for phase in phases(stage, len(data.train), processes):
-            if phase.prune and stage.prune is not None:
+            if stage.prune is not None and stage.prune.field in phase.methods:
                 with _named(stage):
                     Warmup.of(stage.prune.schedule, phase_steps=phase.steps, steps_per_epoch=phase.steps_per_epoch)
     longest = max(length for split in (data.train, data.test) for length in split.lengths)

@@ -83,13 +83,18 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
         return
     before, now = read_json(path), json.loads(json.dumps(identity))
-    for key in ("models", "machine"):  # runs of versions that did not write them
-        if key not in before:
-            now.pop(key, None)
-    machine = list(_differences(before.pop("machine", None), now.pop("machine", None), "machine"))
+    if before.get("format") != now.get("format"):
+        raise ResumeError(
+            f"{folder} holds a run of another version of mptrain (its stages have format {before.get('format', 1)},"
+            f" here it is {now['format']}), which cannot be continued. Its report can still be printed: mptrain report"
+            f" {folder}. Delete that run and start again with --fresh, or keep both with --set output.dir=DIR."
+        )
+    for facts in (before, now):
+        facts.pop("stages", None)  # made from the recipe
+    machine = list(differences(before.pop("machine", None), now.pop("machine", None), "machine"))
     if machine:
         log.warning("%s; the last bits of the result may depend on it.", "; ".join(machine))
-    changes = list(_differences(before, now, ""))
+    changes = list(differences(before, now, ""))
     if changes:
         raise ResumeError(
             f"{folder} holds a run that differs: {'; '.join(changes[:5])}{' …' if len(changes) > 5 else ''}."
@@ -98,13 +103,14 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+def differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    """Where two JSON values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in list(old) + [k for k in new if k not in old]:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new)):
             name = b.get("id", index) if isinstance(b, dict) else index
-            yield from _differences(a, b, f"{path}.{name}")
+            yield from differences(a, b, f"{path}.{name}")
     elif old != new:
         yield f"{path} was {old!r} and is {new!r}"

@@ -1,7 +1,6 @@
-"""Running the phases of a stage, and the boundary where a model changes shape.
+"""Running the phases of a stage: prepare the methods, train, finalize the methods, keep the model.
 
-At a boundary the order is: resolve masks, detach quantizers, shrink, attach the quantizers
-again with their ranges sliced (or calibrate anew). Between phases a model goes through its
+What a method does is its own (compress/base.py); a phase knows none by name. Between phases a model goes through its
 folder on disk, in a run that was never interrupted as well, so that both do the same.
 """
 
@@ -11,32 +10,25 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 
+from mptrain.compress.base import Method, Tools
 from mptrain.compress.calibrate.ranks import Ranks
-from mptrain.compress.prune import rescale
-from mptrain.compress.prune.base import Pruner
-from mptrain.compress.prune.fisher import FisherPruner
-from mptrain.compress.prune.magnitude import MagnitudePruner
-from mptrain.compress.prune.movement import MovementPruner
-from mptrain.compress.quantize import quantizers
-from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Structure, find_structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
-from mptrain.compress.weights import palettize, records, weight_only
-from mptrain.compress.weights.table_training import TableTrainer
+from mptrain.compress.methods import methods_of
 from mptrain.core.disk import read_json, write_json
+from mptrain.core.host import thread_count
 from mptrain.data.load import Task
+from mptrain.flow.stage_inputs import StageInputs
 from mptrain.models import artifact
 from mptrain.models.load import load_model
-from mptrain.recipe import Fisher, Magnitude, Movement, Qat, Recipe, Stage, WeightOnly
+from mptrain.recipe import Model
 from mptrain.recipe.plan import Phase
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
@@ -46,14 +38,12 @@ log = logging.getLogger(__name__)
 DONE = "done.json"
 MODEL = "model"
 
-PRUNERS: dict[type, type[Pruner]] = {Movement: MovementPruner, Fisher: FisherPruner, Magnitude: MagnitudePruner}
-
 
 @dataclass(frozen=True)
 class Context:
-    """What every phase needs."""
+    """What every phase needs. inputs: of each stage. data, processor: as `inputs` say, loaded."""
 
-    recipe: Recipe
+    inputs: dict[str, StageInputs]
     data: Task
     processor: Any
     folder: Path
@@ -72,211 +62,142 @@ class Context:
         return self.folder / self.plan[stage_id][-1].folder / MODEL
 
     def phase_folders(self, stage_id: str) -> list[Path]:
-        """Of the stage and of those it starts from."""
-        chain = self.recipe.chain(stage_id)
-        return [self.folder / phase.folder for stage in chain for phase in reversed(self.plan[stage.id])]
+        """Of the stage and of those it starts from, the last first."""
+        found: list[Path] = []
+        while stage_id != "model":
+            found += [self.folder / phase.folder for phase in reversed(self.plan[stage_id])]
+            stage_id = self.inputs[stage_id].start
+        return found
 
 
-def keep_start(context: Context) -> None:
-    """Save the model that the recipe starts from, where it is exported."""
-    recipe = context.recipe
+@dataclass
+class Trained:
+    """rows: of the training log. before_s: what earlier, killed attempts trained. stopped: the user asked to stop."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    before_s: float = 0.0
+    stopped: bool = False
+
+
+def keep_start(context: Context, spec: Model, seed: int) -> None:
+    """Save the model that the recipe starts from."""
     folder = context.model_folder("model")
-    if context.peers.is_main_process and recipe.baseline == "model" and not folder.is_dir():
-        model = load_model(recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
+    if context.peers.is_main_process and not folder.is_dir():
+        model = load_model(spec, context.data.labels, seed=seed, allow_code=context.allow_code)
         artifact.save(model.eval(), folder, context.processor)
 
 
 def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     """Run a phase unless it is done.
 
-    Returns {"history": rows, "wall_s": seconds, "structure": …, "compressed": rows}.
+    Returns {"history": rows, "wall_s": seconds, "methods": {field of the stage: facts}}.
     """
-    folder = context.folder / phase.folder
+    folder, inputs = context.folder / phase.folder, context.inputs[phase.stage]
     if (folder / DONE).is_file():
         return read_json(folder / DONE)
     begun = time.monotonic()
-    stage = context.recipe.stage(phase.stage)
-    model = _starting_model(context, stage, phase)
-    pruner = _pruner(context, stage, phase, model) if phase.prune else None
-    if phase.quantize_at_start and stage.quantize is not None:
-        if isinstance(stage.quantize, WeightOnly):
-            labelled = context.data.labelled(context.recipe.data.calibration) if stage.quantize.size_budget else ()
-            model.to(context.peers.device)
-            weight_only.compress(model, stage.quantize, _calibration(context), labelled, context.ranks)
-        else:
-            model = quantizers.quantize(model, stage.quantize, _calibration(context))
-    model.to(context.peers.device)
-    tables = _table_trainer(context, stage, phase, model)
-    if tables is not None:
-        tables.prepare(model)
-    history: list[dict[str, Any]] = []
-    trained_s = 0.0
-    if pruner is not None:
-        pruner.prepare(model)
-        if phase.steps == 0:
-            pruner.collect(model, context.data.labelled(context.recipe.data.calibration))
-    begun_training, asked_to_stop = time.monotonic(), False
-    if phase.steps and stage.train is not None:
-        with _graceful_stop(context.peers) as stop:
-            history, trained_s = training.train_phase(
-                model,
-                phase=phase,
-                train=stage.train,
-                data=context.data,
-                folder=folder,
-                seed=context.recipe.seed,
-                stop=stop,
-                precision=context.recipe.precision,
-                compressors=[c for c in (pruner, tables) if c is not None],
-                distiller=_distiller(context, stage),
-                watch=any("fp16" in export.precision for export in context.recipe.export),
-            )
-            asked_to_stop = stop()  # in the last step or evaluation, after which no checkpoint stops the training
-        # what an earlier, killed attempt trained; the rest is in begun
-        trained_s -= time.monotonic() - begun_training
+    methods = methods_of(getattr(inputs.stage, field) for field in phase.methods)
+    tools = _tools(context, inputs, phase)
+    model = _starting_model(context, inputs, phase)
+    for method in reversed(methods):
+        model = method.prepare(model, tools)
+    trained = _train(context, inputs, phase, model.to(context.peers.device), methods) if phase.steps else Trained()
     model.to("cpu")
-    structure = None
-    if pruner is not None:
-        structure = costs.describe(pruner.structure, pruner.kept())
-        model = _boundary(context, stage, model, pruner)
-    if tables is not None:
-        tables.finalize(model)
-    elif phase.palettize:
-        records.attach(model, _palettized(context, stage, model))
-        model.to("cpu")
+    for method in methods:
+        model = method.finalize(model, tools)
     if context.peers.is_main_process:
         artifact.save(model.eval(), folder / MODEL, context.processor)
-        wall = time.monotonic() - begun + trained_s
-        compressed = records.describe(records.of(model))
-        facts = {"history": history, "wall_s": round(wall, 3), "structure": structure, "compressed": compressed}
-        write_json(folder / DONE, facts)
+        wall = time.monotonic() - begun + trained.before_s
+        done = {method.config.field: method.facts() for method in methods}
+        write_json(folder / DONE, {"history": trained.rows, "wall_s": round(wall, 3), "methods": done})
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
-        (folder / "best.safetensors").unlink(missing_ok=True)
+        (folder / training.BEST).unlink(missing_ok=True)
     context.peers.wait_for_everyone()
-    if asked_to_stop:
+    if trained.stopped:
         raise KeyboardInterrupt
     return read_json(folder / DONE)
 
 
-def _starting_model(context: Context, stage: Stage, phase: Phase) -> nn.Module:
-    recipe = context.recipe
-    if phase.index:
-        folder = context.folder / context.plan[stage.id][phase.index - 1].folder / MODEL
-        return artifact.load(folder, allow_code=context.allow_code)
-    start = recipe.start_of(stage)
-    if start != "model":
-        return artifact.load(context.model_folder(start), allow_code=context.allow_code)
-    return load_model(recipe.model, context.data.labels, seed=recipe.seed, allow_code=context.allow_code)
+def method_facts(context: Context) -> dict[str, dict[str, Any]]:
+    """What the methods of each stage did, by the field of the stage; for the report."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage, phases in context.plan.items():
+        done = [read_json(context.folder / phase.folder / DONE)["methods"] for phase in phases]
+        found[stage] = {field: facts for phase in done for field, facts in phase.items()}
+    return found
 
 
-def _calibration(context: Context) -> list[dict[str, Any]]:
-    calibration = context.recipe.data.calibration
-    return context.data.calibration(calibration.samples, calibration.batch_size)
-
-
-def _distiller(context: Context, stage: Stage) -> Distiller | None:
-    if stage.distill is None or stage.teacher is None:
-        return None
-    recipe, teacher = context.recipe, stage.teacher
-    if teacher == "self":
-        teacher = recipe.start_of(stage)
-    if teacher in context.plan:
-        model = artifact.load(context.model_folder(teacher), allow_code=context.allow_code)
-    else:
-        spec = recipe.model
-        if teacher != "model":
-            spec = spec.model_copy(update={"path": teacher, "modeling": None})
-        model = load_model(spec, context.data.labels, seed=recipe.seed, allow_code=context.allow_code, new_head=False)
-    return Distiller(model, stage.distill, term=context.data.distillation, targets=context.data.kind.targets)
-
-
-def _pruner(context: Context, stage: Stage, phase: Phase, model: nn.Module) -> Pruner:
-    config, length = stage.prune, context.recipe.data.max_length
-    assert config is not None
-    structure = find_structure(model, config.ignore)
-    extents: costs.Length = length
-    if config.keep is not None and (config.keep.macs or config.keep.latency):
-        extents = costs.measure_extents(model, structure, context.data.example(1, length))
-    table = None
-    if config.keep is not None and config.keep.latency:
-        table = _latency_table(context, phase, structure, extents)
-    return PRUNERS[type(config)](
-        config,
-        structure=structure,
-        phase_steps=phase.steps,
+def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
+    data, calibration, train = context.data, inputs.data.calibration, inputs.stage.train
+    return Tools(
+        inputs=lambda: data.calibration(calibration.samples, calibration.batch_size),
+        labelled=lambda: data.labelled(calibration),
+        example=lambda: data.example(1, inputs.data.max_length),
+        length=inputs.data.max_length,
+        seed=inputs.seed,
+        steps=phase.steps,
         steps_per_epoch=phase.steps_per_epoch,
-        lr=stage.train.lr if stage.train else 0.0,
-        length=extents,
-        latency=table,
+        lr=train.lr if train else 0.0,
+        widths=inputs.widths,
+        threads=None if inputs.threads is None else thread_count(inputs.threads),
+        device=context.peers.device,
+        ranks=context.ranks,
+        once=lambda name, make: _once(context, context.folder / phase.folder / f"{name}.json", make),
     )
 
 
-def _latency_table(context: Context, phase: Phase, structure: Structure, extents: costs.Length) -> Any:
-    """Measured once by one process and kept: a resumed run and every rank must see the same numbers."""
-    path = context.folder / phase.folder / "latency.json"
+def _once(context: Context, path: Path, make: Callable[[], Any]) -> Any:
+    """Measured by one process and kept: a resumed run and every rank must see the same numbers."""
     if context.peers.is_main_process and not path.is_file():
-        from mptrain.compress.structure.latency import measure_latency
-        from mptrain.core.host import thread_count
-
-        threads = thread_count(context.recipe.evaluate.latency.threads[0])
-        write_json(path, measure_latency(structure, extents, threads=threads))
+        write_json(path, make())
     context.peers.wait_for_everyone()
     return read_json(path)
 
 
-def _palettized(context: Context, stage: Stage, model: nn.Module) -> dict[str, records.Palettized]:
-    """Records of the weights; what a stage before made of them is forgotten."""
-    assert stage.palettize is not None
-    records.forget(model)
-    model.to(context.peers.device)
-    how, calibration = stage.palettize, context.recipe.data.calibration
-    batches = context.data.labelled(calibration) if how.method == "skm" or how.size_budget is not None else None
-    exported = [export.widths() for export in context.recipe.export if stage.id in export.of]
-    widths = [bits for bits in palettize.WIDTHS if all(bits in known for known in exported)]
-    return palettize.palettize(model, how, batches, seed=context.recipe.seed, widths=widths, ranks=context.ranks)
+def _starting_model(context: Context, inputs: StageInputs, phase: Phase) -> nn.Module:
+    if phase.index:
+        folder = context.folder / context.plan[phase.stage][phase.index - 1].folder / MODEL
+        return artifact.load(folder, allow_code=context.allow_code)
+    if inputs.start != "model":
+        return artifact.load(context.model_folder(inputs.start), allow_code=context.allow_code)
+    return load_model(inputs.model, context.data.labels, seed=inputs.seed, allow_code=context.allow_code)
 
 
-def _table_trainer(context: Context, stage: Stage, phase: Phase, model: nn.Module) -> TableTrainer | None:
-    if not (phase.palettize and phase.steps and stage.palettize and stage.palettize.finetune and stage.train):
+def _train(
+    context: Context, inputs: StageInputs, phase: Phase, model: nn.Module, methods: Sequence[Method[Any]]
+) -> Trained:
+    assert inputs.stage.train is not None
+    with _graceful_stop(context.peers) as stop:
+        rows, before_s = training.train_phase(
+            model,
+            phase=phase,
+            train=inputs.stage.train,
+            data=context.data,
+            folder=context.folder / phase.folder,
+            seed=inputs.seed,
+            stop=stop,
+            precision=inputs.precision,
+            compressors=[acting for method in methods if (acting := method.training()) is not None],
+            distiller=_distiller(context, inputs),
+            watch=inputs.peaks,
+        )
+        # the user may ask in the last step or evaluation, after which no checkpoint stops the training
+        return Trained(rows, before_s, stop())
+
+
+def _distiller(context: Context, inputs: StageInputs) -> Distiller | None:
+    stage, teacher = inputs.stage, inputs.teacher
+    if stage.distill is None or teacher is None:
         return None
-    return TableTrainer(_palettized(context, stage, model), stage.palettize.finetune, lr=stage.train.lr)
-
-
-def _boundary(context: Context, stage: Stage, model: nn.Module, pruner: Pruner) -> nn.Module:
-    """Cut what is masked for good; the quantizers follow."""
-    pruner.restore_dense()
-    kept, structure = pruner.kept(), pruner.structure
-    state: tuple[dict[str, Any], dict[str, Tensor]] | None = None
-    if quantizers.is_quantized(model):
-        model, config, tensors = quantizers.detach(model)
-        state = config, tensors
-    if isinstance(stage.prune, Fisher) and stage.prune.rescale:
-        rescale.refit(model, structure, kept, _calibration(context))
-    slices = linear_slices(structure, kept)
-    shrink(model, structure, kept)
-    if state is None:
-        return model
-    assert isinstance(stage.quantize, Qat)
-    if stage.quantize.carry == "recalibrate":
-        return quantizers.quantize(model, stage.quantize, _calibration(context))
-    config, tensors = quantizers.slice_quantizers(*state, slices)
-    return quantizers.attach(model, config, tensors)
-
-
-def structure_facts(context: Context) -> dict[str, Any] | None:
-    """Heads, channels and parameters kept per layer at the last stage that prunes, for the report."""
-    pruned = [s for s in context.recipe.stages if s.prune is not None]
-    if not pruned:
-        return None
-    folder = context.folder / context.plan[pruned[-1].id][0].folder
-    return {"stage": pruned[-1].id, **read_json(folder / DONE)["structure"]}
-
-
-def compressed_facts(context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Rows of `records.describe` by stage, of the stages that end with compressed weights."""
-    last = {s.id: context.folder / context.plan[s.id][-1].folder / DONE for s in context.recipe.stages}
-    return {stage: rows for stage, done in last.items() if (rows := read_json(done)["compressed"])}
+    if teacher in context.plan:
+        model = artifact.load(context.model_folder(teacher), allow_code=context.allow_code)
+    else:
+        spec = inputs.model
+        if teacher != "model":
+            spec = spec.model_copy(update={"path": teacher, "modeling": None})
+        model = load_model(spec, context.data.labels, seed=inputs.seed, allow_code=context.allow_code, new_head=False)
+    return Distiller(model, stage.distill, term=context.data.distillation, targets=context.data.kind.targets)
 
 
 @contextmanager

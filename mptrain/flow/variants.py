@@ -27,6 +27,7 @@ from mptrain.export.formats import Format, Source, format_of
 from mptrain.flow.stage import Context
 from mptrain.measure import latency as measure
 from mptrain.models import artifact
+from mptrain.recipe import Recipe
 from mptrain.recipe.plan import Planned, variants
 from mptrain.report.build import Variant
 from mptrain.train import peaks
@@ -41,10 +42,10 @@ TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound 
 class Variants:
     """Steps over the variants of a run; each step of each variant is done once."""
 
-    def __init__(self, context: Context, questions: Sequence[MultipleChoice] = ()) -> None:
-        self.context = context
+    def __init__(self, context: Context, recipe: Recipe, questions: Sequence[MultipleChoice] = ()) -> None:
+        self.context, self.recipe = context, recipe
         self.questions = questions
-        self.recipe, self.data = context.recipe, context.data
+        self.data = context.data
         self.folder = context.folder / "export"
         self._planned = {planned.id: planned for planned in variants(self.recipe)}
         self._seconds: dict[str, float] = {}

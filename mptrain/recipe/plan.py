@@ -13,6 +13,7 @@ from typing import Any
 
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import ExportSpec, Ptq, Qat, Recipe, Schedule, Stage, Train
+from mptrain.recipe.method import MethodConfig
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,8 @@ class Phase:
     end: int
     total: int
     steps_per_epoch: int
-    quantize_at_start: bool
-    prune: bool
-    palettize: bool = False
+    methods: tuple[str, ...]
+    """fields of the stage whose methods are prepared when it begins and finalized when it ends"""
 
     @property
     def steps(self) -> int:
@@ -49,23 +49,20 @@ def phases(stage: Stage, rows: int, world_size: int = 1) -> list[Phase]:
     """The phases of a stage for a training split of `rows` examples. Raises RecipeError for a longer warm-up."""
     per_epoch = steps_per_epoch(rows, stage.train, world_size) if stage.train else 1
     total = max(1, round(stage.train.epochs * per_epoch)) if stage.train else 0
-    qat = stage.quantize if isinstance(stage.quantize, Qat) else None
-    quantize, palettize = stage.quantize is not None, stage.palettize is not None
 
-    def phase(index: int, name: str, start: int, end: int, **flags: bool) -> Phase:
-        return Phase(stage.id, index, name, start, end, total, per_epoch, **flags)
+    def phase(index: int, name: str, start: int, end: int, methods: list[MethodConfig]) -> Phase:
+        return Phase(stage.id, index, name, start, end, total, per_epoch, tuple(method.field for method in methods))
 
     if stage.prune is None:
-        name = "train" if stage.train else "quantize" if quantize else "palettize"
-        return [phase(0, name, 0, total, quantize_at_start=quantize, prune=False, palettize=palettize)]
-    joint = qat is not None and qat.start == "joint"
+        name = "train" if stage.train else stage.methods[0].field
+        return [phase(0, name, 0, total, stage.methods)]
     end = _end_of_warmup(stage.id, stage.prune.schedule, total, per_epoch)
-    name, last = "warmup" if end else "prune", not stage.train
-    first = phase(0, name, 0, end, quantize_at_start=joint, prune=True, palettize=palettize and last)
-    if last:
-        return [first]
-    late = qat is not None and not joint
-    return [first, phase(1, "finetune", end, total, quantize_at_start=late, prune=False, palettize=palettize)]
+    name = "warmup" if end else "prune"
+    if not stage.train:
+        return [phase(0, name, 0, end, stage.methods)]
+    early = [method for method in stage.methods if method.early()]
+    late = [method for method in stage.methods if not method.early()]
+    return [phase(0, name, 0, end, early), phase(1, "finetune", end, total, late)]
 
 
 def _end_of_warmup(stage_id: str, schedule: Schedule, total: int, per_epoch: int) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Fraction, Strict
+from mptrain.recipe.method import MethodConfig, Need
 
 
 class Schedule(Strict):
@@ -45,7 +46,13 @@ class Keep(Strict):
         return self
 
 
-class _Prune(Strict):
+class PruneConfig(MethodConfig):
+    """Whole heads and FFN channels are cut; masks close on `schedule`."""
+
+    field = "prune"
+    by = "method"
+    tag = "pruning"
+
     schedule: Schedule = Schedule(end=0)
     min_heads: Annotated[int, Field(ge=1)] = Field(1, description="kept in every layer")
     min_ffn: Annotated[int, Field(ge=1)] = Field(8, description="channels kept in every layer")
@@ -54,8 +61,35 @@ class _Prune(Strict):
         [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
     )
 
+    def budget(self) -> Keep | None:
+        """What to keep; None where training alone decides."""
+        return getattr(self, "keep", None)
 
-class Movement(_Prune):
+    def words(self) -> str:
+        budget = self.budget()
+        parts = {} if budget is None else budget.model_dump(exclude_none=True)
+        return " ".join([super().words(), *(f"(keep {100 * v:g}% of {n.replace('_', ' ')})" for n, v in parts.items())])
+
+    def reads(self) -> frozenset[Literal["threads", "widths"]]:
+        budget = self.budget()
+        return frozenset({"threads"} if budget is not None and budget.latency is not None else ())
+
+    def early(self) -> bool:
+        return True
+
+    def why_train(self) -> str:
+        return "prune.schedule needs train; without train use end: 0" if self.schedule.end > 0 else ""
+
+    def why_not_split(self) -> str:
+        if self.schedule.end == 0:
+            return ""
+        return (
+            "schedule: masks act on the compute weights, and with precision.master split those"
+            " are half of the master: use precision.master fp32, or prune at once (end: 0)"
+        )
+
+
+class Movement(PruneConfig):
     """Movement sparsity (Sanh et al. 2020) as NNCF 2.x defined it, or driven by a target."""
 
     method: Literal["movement"]
@@ -77,15 +111,19 @@ class Movement(_Prune):
         return self
 
 
-class Fisher(_Prune):
+class Fisher(PruneConfig):
     """Fisher mask search (Kwon et al. 2022), at once or gradually during the warm-up."""
 
     method: Literal["fisher"]
     keep: Keep
     rescale: bool = Field(False, description="least-squares refit of the kept columns at the boundary")
 
+    def needs(self) -> frozenset[Need]:
+        asked: dict[Need, bool] = {"labels": self.schedule.end == 0, "inputs": self.rescale}
+        return frozenset(need for need, wanted in asked.items() if wanted)
 
-class Magnitude(_Prune):
+
+class Magnitude(PruneConfig):
     """Baseline: L2 norm of the weights of a head or channel."""
 
     method: Literal["magnitude"]

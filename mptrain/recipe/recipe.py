@@ -18,7 +18,6 @@ from mptrain.recipe.exports import Export
 from mptrain.recipe.precision import MixedPrecision, ShortPrecision
 from mptrain.recipe.stage import Stage
 from mptrain.recipe.tasks import causal
-from mptrain.recipe.weights import WeightOnly
 
 
 class Latency(Strict):
@@ -114,9 +113,8 @@ class Recipe(Strict):
             if stage.start is not None and stage.start not in ["model", *seen]:
                 raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
             start = self.start_of(stage)
-            before = self.stage(start) if start != "model" else stage
-            palettized = before is not stage and before.palettize and not stage.palettize
-            if palettized or (before is not stage and isinstance(before.quantize, WeightOnly)):
+            before = self.stage(start)
+            if any(m.last and not (m.again and getattr(stage, m.field)) for m in before.methods):
                 raise ValueError(
                     f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
                     " start from the stage before it"
@@ -124,16 +122,9 @@ class Recipe(Strict):
             self._check_teacher(f"{where}.teacher", stage, seen)
             if stage.teacher == "self" and index == 0 and stage.start is None:
                 raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
-            if self.precision.master == "split" and stage.prune and stage.prune.schedule.end > 0:
-                raise ValueError(
-                    f"{where}.prune.schedule: masks act on the compute weights, and with precision.master split those"
-                    " are half of the master: use precision.master fp32, or prune at once (end: 0)"
-                )
-            if self.precision.master == "split" and stage.palettize and stage.palettize.finetune:
-                raise ValueError(
-                    f"{where}.palettize.finetune: table entries stand in the compute weights, and with precision.master"
-                    " split those are half of the master: use precision.master fp32"
-                )
+            for method in stage.methods if self.precision.master == "split" else ():
+                if reason := method.why_not_split():
+                    raise ValueError(f"{where}.{method.field}.{reason}")
             seen.append(stage.id)
         self._check_speedups()
         ids = [e.id for e in self.export]

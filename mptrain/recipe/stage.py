@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Name, Strict
 from mptrain.recipe.data import Train
+from mptrain.recipe.method import MethodConfig
 from mptrain.recipe.prune import Prune
-from mptrain.recipe.weights import Palettize, Ptq, Qat, Quantize, WeightOnly
+from mptrain.recipe.weights import Palettize, Quantize
 
 
 class Distill(Strict):
@@ -21,6 +22,11 @@ class Distill(Strict):
     attention: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the error of attention maps, head average; needs attn: eager"
     )
+    tag: ClassVar[str] = "distillation"
+
+    @staticmethod
+    def words(teacher: str | None) -> str:
+        return f"distillation from {teacher}"
 
 
 class Stage(Strict):
@@ -41,25 +47,39 @@ class Stage(Strict):
             raise ValueError("distill needs a teacher: give teacher: STAGE, PATH or self")
         if self.teacher and not self.distill:
             raise ValueError("teacher is given but distill is not: add distill: {weight: 0.9} or drop teacher")
-        if not (self.train or self.prune or self.quantize or self.palettize):
+        if not (self.train or self.methods):
             raise ValueError("the stage does nothing: give train, prune, quantize or palettize")
         if self.palettize and self.quantize:
             raise ValueError("a weight is an integer or a table entry: give quantize or palettize, or two stages")
-        if self.palettize and self.palettize.finetune and not self.train:
-            raise ValueError("palettize.finetune needs train: give epochs and lr, or drop finetune")
         if self.distill and not self.train:
             raise ValueError("distill needs train")
-        if isinstance(self.quantize, Qat) and not self.train:
-            raise ValueError("quantize mode qat needs train; mode ptq does not")
-        if isinstance(self.quantize, Ptq | WeightOnly) and (self.train or self.prune):
-            raise ValueError(f"quantize mode {self.quantize.mode} goes in a stage of its own, without train and prune")
-        if self.prune:
+        for method in self.methods:
+            if not self.train and (reason := method.why_train()):
+                raise ValueError(reason)
+            if method.alone and (self.train or self.prune):
+                raise ValueError(
+                    f"{method.field} {method.by} {method.name} goes in a stage of its own, without train and prune"
+                )
+        if self.prune and self.train and self.prune.schedule.unit == "epoch":
             end = self.prune.schedule.end
-            if end > 0 and not self.train:
-                raise ValueError("prune.schedule needs train; without train use end: 0")
-            if self.train and self.prune.schedule.unit == "epoch" and end >= self.train.epochs:
+            if end >= self.train.epochs:
                 raise ValueError(
                     f"prune.schedule.end ({end:g} epochs) must be before train.epochs ({self.train.epochs:g}):"
                     " the shrunk model needs fine-tuning"
                 )
         return self
+
+    @property
+    def methods(self) -> list[MethodConfig]:
+        """The settings of what it does besides training, in the order of its fields."""
+        found = (getattr(self, name, None) for name in type(self).model_fields)  # a bare Stage lacks most fields
+        return [value for value in found if isinstance(value, MethodConfig)]
+
+    def tags(self) -> list[str]:
+        """What it does, as a model card says it."""
+        return [*(method.tag for method in self.methods), *([self.distill.tag] if self.distill else [])]
+
+    def words(self) -> list[str]:
+        """What it does besides fine-tuning, for report and card."""
+        distilled = [self.distill.words(self.teacher)] if self.distill else []
+        return [*(method.words() for method in self.methods), *distilled]

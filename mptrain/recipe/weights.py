@@ -7,11 +7,20 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mptrain.recipe.base import Strict
+from mptrain.recipe.method import MethodConfig, Need
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
 
 
-class Qat(Strict):
+class QuantizeConfig(MethodConfig):
+    """Integers in place of floats."""
+
+    field = "quantize"
+    by = "mode"
+    tag = "quantization"
+
+
+class Qat(QuantizeConfig):
     """Quantization-aware training through nncf.quantize on the torch model."""
 
     mode: Literal["qat"]
@@ -28,9 +37,23 @@ class Qat(Strict):
         "slice", description="at the boundary, slice the learned ranges per channel or calibrate anew"
     )
 
+    def words(self) -> str:
+        return "int8 quantization-aware training"
 
-class Ptq(Strict):
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
+
+    def early(self) -> bool:
+        return self.start == "joint"
+
+    def why_train(self) -> str:
+        return "quantize mode qat needs train; mode ptq does not"
+
+
+class Ptq(QuantizeConfig):
     """Post-training quantization through nncf.quantize, with calibration data."""
+
+    alone = True
 
     mode: Literal["ptq"]
     preset: Literal["performance", "mixed"] = Field(
@@ -41,6 +64,12 @@ class Ptq(Strict):
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
     smooth_quant: bool = True
     fast_bias_correction: bool = True
+
+    def words(self) -> str:
+        return "int8 post-training quantization"
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
 
 
 Method = Literal["rtn", "scale", "gptq"]
@@ -57,8 +86,11 @@ class WeightOverride(Strict):
     symmetric: bool | None = None
 
 
-class WeightOnly(Strict):
+class WeightOnly(QuantizeConfig):
     """int4 or int8 weights, float activations; no training. Exports store these very integers."""
+
+    alone = True
+    last = True
 
     mode: Literal["weight_only"]
     method: Method = Field(
@@ -77,6 +109,15 @@ class WeightOnly(Strict):
     lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
     overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
     ignore: list[str] = Field([], description=KEPT)
+
+    def words(self) -> str:
+        unit = f"block of {self.block_size}" if self.granularity == "block" else self.granularity
+        return f"int{self.bits} weights ({self.method}, per {unit})"
+
+    def needs(self) -> frozenset[Need]:
+        methods = {self.method, *(override.method for override in self.overrides.values())}
+        asked: dict[Need, bool] = {"inputs": not methods <= {"rtn", None}, "labels": self.size_budget is not None}
+        return frozenset(need for need, wanted in asked.items() if wanted)
 
 
 Quantize = Annotated[Qat | Ptq | WeightOnly, Field(discriminator="mode")]
@@ -106,7 +147,17 @@ class TableTraining(Strict):
     lr: Annotated[float, Field(gt=0)] | None = Field(None, description="of the table entries; default: the stage's lr")
 
 
-class Palettize(Strict):
+class PalettizeConfig(MethodConfig):
+    """Weights as entries of tables."""
+
+    field = "palettize"
+    by = "method"
+    tag = "palettization"
+    last = True
+    again = True
+
+
+class Palettize(PalettizeConfig):
     """Weights as indices into tables of 2^bits entries (k-means)."""
 
     method: Literal["kmeans", "skm"] = Field(
@@ -135,3 +186,26 @@ class Palettize(Strict):
     )
     overrides: dict[str, TableOverride] = Field({}, description="by module pattern; a later one wins")
     finetune: TableTraining | None = Field(None, description="train the tables; needs `train`")
+
+    def words(self) -> str:
+        how = {"kmeans": "k-means", "skm": "sensitive k-means"}[self.method]
+        size = "" if self.size_budget is None else f", at most {self.size_budget:g} bits a weight"
+        bits = f"{self.bits}-bit" if self.size_budget is None else "mixed-bit"
+        return f"{bits} palettization ({how}{size}{', tables trained' * (self.finetune is not None)})"
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset(["labels"] if self.method == "skm" or self.size_budget is not None else [])
+
+    def reads(self) -> frozenset[Literal["threads", "widths"]]:
+        return frozenset({"widths"} if self.size_budget is not None else ())
+
+    def why_train(self) -> str:
+        return "" if self.finetune is None else "palettize.finetune needs train: give epochs and lr, or drop finetune"
+
+    def why_not_split(self) -> str:
+        if self.finetune is None:
+            return ""
+        return (
+            "finetune: table entries stand in the compute weights, and with precision.master"
+            " split those are half of the master: use precision.master fp32"
+        )

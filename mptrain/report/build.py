@@ -60,8 +60,7 @@ def build(
     variants: Sequence[Variant],
     floor: Score | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    structure: Mapping[str, Any] | None = None,
-    compressed: Mapping[str, Sequence[Row]] | None = None,
+    methods: Mapping[str, Mapping[str, Row]] | None = None,
     data_facts: Mapping[str, Any] | None = None,
     multiple_choice: Mapping[str, Mapping[str, Any]] | None = None,
     checkpoints: Mapping[str, str] | None = None,
@@ -71,7 +70,8 @@ def build(
 
     The baseline is `baseline_fp32`, else the first variant of `recipe.baseline`, else the first variant.
     Keys: schema, name, task, about_task (what its row of TASKS says), metric, created, host, versions, recipe,
-    wall_s, variants, baseline, comparisons (one per other variant), floor, structure, compressed, gates,
+    wall_s, variants, baseline, comparisons (one per other variant), floor, methods (by stage: words, tags, facts),
+    structure, compressed, gates,
     recommendation, data,
     multiple_choice (facts by task; scores and differences are with the variants and comparisons), training
     (optimizer steps per stage), history, checkpoints, on_hub (whether model and
@@ -81,13 +81,16 @@ def build(
         floor: score of the task's floor on the same test examples as the variants.
         history: training log rows {"stage", "phase", "step", "loss", ...}; step counts optimizer
             steps from the start of the stage.
-        structure: {"stage", "family", "layers": [{"layer", "heads", "heads_total", "ffn",
-            "ffn_total", "params", "params_total"}]} of the pruned stage.
-        compressed: rows of `records.describe` by stage: the weights that are integers or table entries.
+        methods: facts of the methods of each stage, by the field of the stage. Two of them have tables:
+            `structure`, {"family", "layers": [{"layer", "heads", "heads_total", "ffn", "ffn_total", "params",
+            "params_total"}]}, of the last stage that has it; `compressed`, rows of `records.describe`: the weights
+            that are integers or table entries.
         checkpoints: folders that `mptrain.load` reads, by stage, relative to the run folder.
     """
     base = next((v for v in variants if v.id == "baseline_fp32"), None)
     base = base or next((v for v in variants if v.stage == recipe.baseline), variants[0] if variants else None)
+    facts = methods or {}
+    structure, compressed = _structure(facts), _compressed(facts)
     rows = _finite([_variant(v) for v in variants])
     comparisons = _finite([_compare(v, base) for v in variants if base is not None and v is not base])
     report: Row = {
@@ -105,8 +108,9 @@ def build(
         "baseline": base.id if base else None,
         "comparisons": comparisons,
         "floor": _floor(recipe.model.kind.floor, floor, base.scores[0] if base else None) if floor else None,
+        "methods": _methods(recipe, facts),
         "structure": structure,
-        "compressed": compressed or {},
+        "compressed": compressed,
         "gates": gates.check(recipe.gates, rows, comparisons, len(structure["layers"]) if structure else None),
         "recommendation": None,
         "data": data_facts or {},
@@ -119,7 +123,7 @@ def build(
             *notes,
             *_unlearned(rows, base.id if base else "", data_facts or {}),
             *_unchecked(recipe, rows),
-            *_expanded(recipe, compressed or {}, rows),
+            *_expanded(recipe, compressed, rows),
         ],
     }
     if base:
@@ -149,6 +153,32 @@ def _training(recipe: Recipe, history: Sequence[Mapping[str, Any]]) -> list[Row]
         for stage in recipe.stages
         if stage.id in steps
     ]
+
+
+def _methods(recipe: Recipe, facts: Mapping[str, Mapping[str, Row]]) -> Row:
+    """What each stage does in words, as tags of a card, and what it did, but for what has a place of its own."""
+    shown = ("structure", "compressed")
+    return {
+        stage.id: {
+            "words": stage.words(),
+            "tags": stage.tags(),
+            "facts": {
+                field: {name: value for name, value in found.items() if name not in shown}
+                for field, found in facts.get(stage.id, {}).items()
+            },
+        }
+        for stage in recipe.stages
+    }
+
+
+def _structure(facts: Mapping[str, Mapping[str, Row]]) -> Row | None:
+    found = [{"stage": s, **f["structure"]} for s, of in facts.items() for f in of.values() if f.get("structure")]
+    return found[-1] if found else None
+
+
+def _compressed(facts: Mapping[str, Mapping[str, Row]]) -> dict[str, list[Row]]:
+    found = {stage: [row for f in of.values() for row in f.get("compressed", ())] for stage, of in facts.items()}
+    return {stage: rows for stage, rows in found.items() if rows}
 
 
 def _variant(v: Variant) -> Row:

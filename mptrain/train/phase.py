@@ -21,7 +21,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from mptrain.compress.base import Compressor
+from mptrain.compress.base import TrainingMethod
 from mptrain.core.errors import TrainingError
 from mptrain.data.load import Task
 from mptrain.data.tasks.metrics import Score
@@ -74,7 +74,7 @@ class PhaseTrainer(Trainer):
         seed: int,
         stop: Callable[[], bool],
         precision: MixedPrecision,
-        compressors: Sequence[Compressor] = (),
+        compressors: Sequence[TrainingMethod] = (),
         distiller: Distiller | None = None,
         peaks: Peaks | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class PhaseTrainer(Trainer):
         self.best: dict[str, Any] | None = None
         self._bad_epochs = 0
         self._progress = TrainingProgress(phase)
-        self._elapsed_before = 0.0
+        self.before_s = 0.0
         self._unlogged: dict[str, Any] | None = None
         self._started = time.monotonic()
         on_cpu = not torch.cuda.is_available()
@@ -253,7 +253,7 @@ class PhaseTrainer(Trainer):
     def resume_facts(self, folder: Path) -> None:
         facts = checkpoint.facts(folder)
         self.best, self._bad_epochs = facts["best"], facts["bad_epochs"]
-        self._elapsed_before = facts["elapsed_s"]
+        self.before_s = facts["elapsed_s"]
         self._unlogged = facts["unlogged"]
 
     def restore_unlogged(self) -> None:
@@ -265,7 +265,7 @@ class PhaseTrainer(Trainer):
             self._term_count = self._unlogged["count"]
 
     def elapsed(self) -> float:
-        return self._elapsed_before + time.monotonic() - self._started
+        return self.before_s + time.monotonic() - self._started
 
 
 class _Checkpoints(TrainerCallback):
@@ -324,16 +324,16 @@ def train_phase(
     seed: int,
     stop: Callable[[], bool],
     precision: MixedPrecision,
-    compressors: Sequence[Compressor] = (),
+    compressors: Sequence[TrainingMethod] = (),
     distiller: Distiller | None = None,
     watch: bool = False,
 ) -> tuple[list[dict[str, Any]], float]:
     """Train in place, from the newest whole checkpoint if there is one.
 
     watch: keep the examples with the largest activations, see peaks.py.
-    Returns the training log as rows for the report, and the seconds of training over all
-    attempts. Raises Stopped after a checkpoint when `stop()` turns true, TrainingError on
-    a loss that is not finite.
+    Returns the training log as rows for the report, and the seconds that earlier, killed
+    attempts trained. Raises Stopped after a checkpoint when `stop()` turns true,
+    TrainingError on a loss that is not finite.
     """
     seed = phase_seed(seed, phase)
     set_seed(seed)
@@ -370,7 +370,7 @@ def train_phase(
     trainer.release()
     trainer.accelerator.wait_for_everyone()
     rows = history_rows(trainer.state.log_history, phase)
-    return rows, trainer.elapsed()
+    return rows, trainer.before_s
 
 
 def history_rows(log_history: list[dict[str, Any]], phase: Phase) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from mptrain.compress.base import Compressor
+from mptrain.compress.base import TrainingMethod
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.precision import MasterWeights
@@ -52,7 +52,7 @@ class Trainer(transformers.Trainer):
     lr_scheduler: Any
 
     def __init__(
-        self, *args: Any, compressors: Sequence[Compressor] = (), distiller: Distiller | None = None, **kwargs: Any
+        self, *args: Any, compressors: Sequence[TrainingMethod] = (), distiller: Distiller | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         _check_kinds(compressors, distiller)
@@ -72,7 +72,7 @@ class Trainer(transformers.Trainer):
                 " (configs/accelerate-ddp-2gpu.yaml), or use mixed_precision: bf16 of FSDP instead of precision"
             )
         if self.compressors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
+            raise UserError(
                 "pruning masks act on whole weight matrices and cannot run on sharded parameters:"
                 " launch with a DDP config (configs/accelerate-ddp-2gpu.yaml) instead of FSDP or DeepSpeed"
             )
@@ -182,7 +182,7 @@ class Trainer(transformers.Trainer):
         if usable and self.master_weights is not None:
             self.master_weights.unscale_gradients()
         for compressor in self.compressors:
-            compressor.gradients_ready() if usable else compressor.gradients_unusable()
+            compressor.gradients(usable)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         found = super().prediction_step(*args, **kwargs)
@@ -349,7 +349,7 @@ class Trainer(transformers.Trainer):
 
 def _check_kinds(compressors: Sequence[Any], distiller: Any) -> None:
     for compressor in compressors:
-        if not hasattr(compressor, "gradients_ready"):
+        if not hasattr(compressor, "gradients"):
             raise TypeError(
                 f"compressors takes objects that act on the model, such as mptrain.compress.prune.fisher.FisherPruner,"
                 f" already prepared on it; got {type(compressor).__name__}"

@@ -13,7 +13,6 @@ from kit.jobs import run
 
 from mptrain.commands.sweep import points
 from mptrain.core.errors import RecipeError
-from mptrain.flow.reuse import take_stages
 
 KEEP = "stages.jpqd.prune.keep.encoder_params"
 
@@ -67,88 +66,6 @@ def test_a_wrong_grid_is_an_error_before_any_run(recipe, tmp_path, axes, expecte
     with pytest.raises(RecipeError, match=expected):
         points(str(recipe), [], axes)
     assert not list(tmp_path.glob("run*"))
-
-
-def evaluate(*threads, **more):
-    return {"latency": {"threads": list(threads), **more}}
-
-
-def openvino(*precision):
-    return {"id": "ov", "format": "openvino", "of": ["a", "b"], "precision": list(precision)}
-
-
-def core_ml(target, of="b"):
-    return {"id": "ml", "format": "coreml", "of": [of], "precision": ["fp32"], "minimum_deployment_target": target}
-
-
-def identity(**changes):
-    recipe = {"model": "m", "data": "d", "seed": 1, "gates": {}, "stages": [{"id": "a"}, {"id": "b", "x": 1}]}
-    recipe |= {"evaluate": evaluate(1), "export": [openvino("fp32")]}
-    described = {"recipe": recipe, "data_hash": "h", "versions": {"torch": "2"}, "processes": 1}
-    for key, value in changes.items():
-        (recipe if key in recipe else described)[key] = value
-    return described
-
-
-@pytest.mark.parametrize(
-    ("changes", "taken"),
-    [
-        ({}, ["a", "b"]),
-        ({"gates": {"max_drop": 1}}, ["a", "b"]),
-        ({"stages": [{"id": "a"}, {"id": "b", "x": 2}]}, ["a"]),
-        ({"stages": [{"id": "a", "y": 1}, {"id": "b", "x": 1}]}, []),
-        ({"seed": 2}, []),
-        ({"data_hash": "other"}, []),
-        ({"processes": 2}, []),
-        ({"versions": {"torch": "3"}}, []),
-    ],
-)
-def test_only_stages_with_the_same_past_are_taken(tmp_path, changes, taken):
-    other, folder = tmp_path / "other", tmp_path / "this"
-    folder.mkdir()
-    for stage in "ab":
-        (other / "stages" / stage).mkdir(parents=True)
-        (other / "stages" / stage / "done.json").write_text("{}")
-    (other / "run.json").write_text(json.dumps(identity()))
-    take_stages(folder, identity(**changes), [other])
-    assert sorted(p.name for p in folder.glob("stages/*")) == taken
-    assert all((folder / "stages" / stage / "done.json").is_file() for stage in taken)
-
-
-LATENCY = {"id": "b", "prune": {"keep": {"latency": 0.5}}}
-PLAIN = {"id": "b", "prune": {"keep": {"macs": 0.5}}, "palettize": {"bits": 4, "size_budget": None}}
-TRAINED = {"id": "b", "train": {"epochs": 1}, "prune": None, "palettize": None}
-BUDGET = {"id": "b", "palettize": {"size_budget": 3}}
-
-
-@pytest.mark.parametrize(
-    ("stage", "before", "now", "taken"),
-    [
-        (LATENCY, {"evaluate": evaluate(1, 2)}, {"evaluate": evaluate(2, 1)}, ["a"]),
-        (LATENCY, {"evaluate": evaluate(1, 2)}, {"evaluate": evaluate(1, runs=9)}, ["a", "b"]),
-        (PLAIN, {"evaluate": evaluate(1, 2)}, {"evaluate": evaluate(2, 1)}, ["a", "b"]),
-        (TRAINED, {}, {"export": [openvino("fp32", "fp16")]}, ["a"]),
-        (TRAINED, {"export": [openvino("fp16")]}, {}, ["a"]),
-        (TRAINED, {"export": [openvino("fp16")]}, {"export": [openvino("fp32", "fp16")]}, ["a", "b"]),
-        (TRAINED, {}, {"export": [openvino("fp32"), core_ml("iOS16")]}, ["a", "b"]),
-        (PLAIN, {}, {"export": [openvino("fp16")]}, ["a", "b"]),
-        (BUDGET, {"export": [core_ml("iOS18")]}, {"export": [core_ml("iOS16")]}, ["a"]),
-        (BUDGET, {"export": [core_ml("iOS17")]}, {"export": [openvino("fp32")]}, ["a"]),
-        (BUDGET, {"export": [core_ml("iOS18")]}, {"export": [openvino("fp32")]}, ["a", "b"]),
-        (BUDGET, {"export": [core_ml("iOS17")]}, {"export": [core_ml("iOS16")]}, ["a", "b"]),
-        (BUDGET, {"export": [core_ml("iOS18", of="a")]}, {"export": [core_ml("iOS16", of="a")]}, ["a", "b"]),
-        (PLAIN, {"export": [core_ml("iOS18")]}, {"export": [core_ml("iOS16")]}, ["a", "b"]),
-    ],
-)
-def test_a_stage_is_taken_when_what_it_reads_of_evaluate_and_export_is_the_same(tmp_path, stage, before, now, taken):
-    other, folder = tmp_path / "other", tmp_path / "this"
-    folder.mkdir()
-    for name in "ab":
-        (other / "stages" / name).mkdir(parents=True)
-    stages = {"stages": [{"id": "a"}, stage]}
-    (other / "run.json").write_text(json.dumps(identity(**stages, **before)))
-    take_stages(folder, identity(**stages, **now), [other])
-    assert sorted(p.name for p in folder.glob("stages/*")) == taken
 
 
 def test_a_sweep_runs_every_point_once_and_trains_the_shared_stage_once(recipe, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kit.tiny_models import FAMILIES, inputs, logits, tiny, train
 
+from mptrain.compress.boundary import cut
 from mptrain.compress.prune.fisher import DECAY, FisherPruner, rearrange
 from mptrain.compress.prune.rescale import refit
 from mptrain.compress.structure.blocks import Kept, find_structure
@@ -86,7 +87,7 @@ def test_at_once(keep):
     kept = ours.kept()
     assert keep - 0.02 < ours.budget.fraction(kept)["encoder_params"] <= keep
     assert ours.kept() == kept
-    shrunk = ours.finalize(model)
+    shrunk = cut(model, ours)
     assert [a.units for a in find_structure(shrunk).attention] == [len(kept.heads[i]) for i in range(2)]
 
 
@@ -153,7 +154,7 @@ def test_running_sum_is_of_mask_gradients_also_for_masked_units():
         batch = inputs("bert", labels=True, seed=step)
         model.zero_grad()
         model(**batch).loss.backward()
-        ours.gradients_ready()
+        ours.gradients(True)
         for key, g in gate_gradients(twin, ours.structure, batch, alive).items():
             expected[key] = DECAY * expected[key] + g**2
         ours.masked.take_update()
@@ -187,7 +188,7 @@ def test_warm_up_reaches_the_budget():
     assert left[:2] == [1.0, 1.0] and left == sorted(left, reverse=True)
     masked = logits(model, inputs("bert"))
     assert 0.37 < ours.budget.fraction(ours.kept())["encoder_params"] <= 0.4
-    torch.testing.assert_close(logits(ours.finalize(model), inputs("bert")), masked, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(cut(model, ours), inputs("bert")), masked, rtol=0, atol=1e-6)
 
 
 def test_resume_is_exact():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
+from mptrain.compress.boundary import cut
 from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.blocks import find_structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
 from mptrain.recipe import Distill, Fisher, Qat, Schedule
 from mptrain.train.distill import Distiller
 from mptrain.train.trainer import Trainer
@@ -94,12 +94,7 @@ def test_at_the_boundary_the_shrunk_quantized_model_is_the_masked_quantized_mode
     with torch.no_grad():
         masked = model(**inputs).logits
     ranges = {n: t.clone() for n, t in model.state_dict().items() if "nncf" in n}
-    pruner.restore_dense()
-    kept = pruner.kept()
-    plain, config, tensors = quantizers.detach(model)
-    slices = linear_slices(pruner.structure, kept)
-    shrink(plain, pruner.structure, kept)
-    shrunk = quantizers.attach(plain, *quantizers.slice_quantizers(config, tensors, slices)).eval()
+    shrunk = cut(model, pruner).eval()
     with torch.no_grad():
         assert (shrunk(**inputs).logits - masked).abs().max() <= 1e-5
     assert sum(p.numel() for p in shrunk.parameters()) < sum(p.numel() for p in bert().parameters())

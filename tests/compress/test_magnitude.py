@@ -2,6 +2,7 @@ import pytest
 import torch
 from kit.tiny_models import FAMILIES, inputs, logits, tiny, train
 
+from mptrain.compress.boundary import cut
 from mptrain.compress.prune.magnitude import MagnitudePruner
 from mptrain.compress.structure.blocks import find_structure
 from mptrain.recipe import Magnitude
@@ -67,7 +68,7 @@ def test_gradually_follows_the_weights_and_resumes_exactly():
     assert ours.kept() == after.kept()
     assert 0.37 < ours.budget.fraction(ours.kept())["encoder_params"] <= 0.4
     masked = logits(whole, inputs("bert"))
-    torch.testing.assert_close(logits(ours.finalize(whole), inputs("bert")), masked, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(cut(whole, ours), inputs("bert")), masked, rtol=0, atol=1e-6)
 
 
 def test_ignored_layers_stay_whole():
@@ -76,6 +77,6 @@ def test_ignored_layers_stay_whole():
     plain = {"method": "magnitude", "keep": {"encoder_params": 0.7}}
     ours = MagnitudePruner(Magnitude.model_validate(plain), structure=structure, phase_steps=0, steps_per_epoch=1)
     ours.prepare(model)
-    shrunk = ours.finalize(model)
+    shrunk = cut(model, ours)
     assert shrunk.config.mptrain_structure["layers"]["0"] == {"heads": 4, "ffn": 48}
     assert ours.budget.fraction(ours.kept())["encoder_params"] <= 0.7

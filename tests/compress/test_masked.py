@@ -12,6 +12,7 @@ from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.blocks import find_structure
 from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.core.hooks import HOOKS
 from mptrain.recipe import Movement, Qat
 
 NAMES = [
@@ -106,11 +107,11 @@ def test_acts_under_fake_quantizers(score):
     )
     ours.prepare(model)
     optimizer = torch.optim.AdamW([{"params": list(model.parameters())}, *ours.parameter_groups()], lr=0.01)
-    ranges = {name: model.get_parameter(name).detach().clone() for name in quantizers.quantizer_parameter_names(model)}
+    ranges = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if HOOKS in name}
     for step in range(6):
         optimizer.zero_grad()
         model(**inputs("bert", labels=True, seed=step)).loss.backward()
-        ours.gradients_ready()
+        ours.gradients(True)
         optimizer.step()
         ours.updated(step + 1)
     assert 0.3 < ours.sparsity() < 0.7

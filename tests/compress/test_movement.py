@@ -9,6 +9,7 @@ from kit import tiny_models
 from kit.tiny_models import inputs, logits, tiny
 from torch.func import functional_call
 
+from mptrain.compress.boundary import cut
 from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.prune.scores import Group, quantile
 from mptrain.compress.structure import costs
@@ -161,7 +162,7 @@ def test_regularizer_by_hand():
     set_scores(ours, "bert.encoder.layer.0.output.dense.bias", [math.log(3.0)])  # σ = 3/4
     set_scores(ours, "bert.encoder.layer.0.attention.self.key.weight", [[math.log(4.0)] * 2] + [[0.0] * 2] * 3)
     ours._step = 5
-    ours.gradients_ready()
+    ours.gradients(True)
     # 6 layers; attention: f = 8·16 = 128, f₀ = 8; fc_in: f = 32, f₀ = 1; fc_out: f = 32, f₀ = 32; σ(0) = ½
     key = 0.5 * (128 * (2 * 0.8 + 6 * 0.5) / 8 + 8 * 0.5)
     other = 0.5 * (128 * 0.5 + 8 * 0.5)
@@ -312,7 +313,7 @@ def test_matches_an_autograd_implementation_over_a_warm_up():
             opt.zero_grad()
         loss = model(**batch).loss
         loss.backward()
-        ours.gradients_ready()
+        ours.gradients(True)
         expected, _ = reference.loss(batch, step)
         expected.backward()
         value = loss.item() + ours.logs()["compress/regularization"]
@@ -355,7 +356,7 @@ def test_shared_score_gradient_is_that_of_a_gate(family):
     ours.masked.apply(ours._masks)
     batch = inputs(family, labels=True)
     model(**batch).loss.backward()
-    ours.gradients_ready()
+    ours.gradients(True)
 
     gates, handles = {}, []
     for kind, block in ours.structure.prunable():
@@ -401,7 +402,7 @@ def test_warm_up_and_finalize(name):
         for limit, fraction in ours.budget.fraction(kept).items():
             assert getattr(ours.config.keep, limit) - 0.1 < fraction <= getattr(ours.config.keep, limit)
     dense = {n: d.clone() for n, d in ours.masked.dense.items()}
-    shrunk = ours.finalize(model)
+    shrunk = cut(model, ours)
     assert [a.units for a in find_structure(shrunk).attention] == [len(kept.heads[i]) for i in range(2)]
     assert [f.units for f in find_structure(shrunk).ffn] == [len(kept.ffn[i]) for i in range(2)]
     output = "bert.encoder.layer.0.output.dense.weight"
@@ -412,7 +413,7 @@ def test_a_warm_up_that_ends_with_the_phase_is_resolved():
     model = tiny("bert")
     ours = pruner(target(schedule={"start": 0, "end": 6, "unit": "step"}), model, phase_steps=6)
     train(model, ours, 6)
-    ours.finalize(model)
+    cut(model, ours)
     assert model.config.mptrain_structure["layers"]["0"]["ffn"] < 48
 
 
@@ -443,7 +444,7 @@ def test_after_the_warm_up_the_structure_stays_and_trains(name):
     assert ours.kept() == kept and torch.equal(ours.scores, scores)
     assert not torch.equal(model.bert.encoder.layer[0].output.dense.weight, before)
     masked = logits(model, inputs("bert"))
-    torch.testing.assert_close(logits(ours.finalize(model), inputs("bert")), masked, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(cut(model, ours), inputs("bert")), masked, rtol=0, atol=1e-6)
 
 
 def test_shared_target_masks_are_the_final_structure():
@@ -454,7 +455,7 @@ def test_shared_target_masks_are_the_final_structure():
     masked = logits(model, batch)
     kept = ours.kept()
     assert ours.budget.fraction(kept)["encoder_params"] <= 0.4
-    ours.finalize(model)
+    cut(model, ours)
     torch.testing.assert_close(logits(model, batch), masked, rtol=0, atol=1e-6)
 
 

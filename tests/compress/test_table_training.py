@@ -45,7 +45,7 @@ def test_the_gradient_of_an_entry_is_that_of_all_weights_that_use_it(changes):
     loss = torch.func.functional_call(model, {QUERY: weight}, kwargs=batch).loss
     (expected,) = torch.autograd.grad(loss, table)
     model(**batch).loss.backward()
-    ours.gradients_ready()
+    ours.gradients(True)
     torch.testing.assert_close(ours.tables[QUERY].grad, expected)
 
 
@@ -60,7 +60,7 @@ def test_training_lowers_the_loss_and_the_model_stays_palettized(refresh, change
     for step in range(20):
         opt.zero_grad()
         model(**batch).loss.backward()
-        ours.gradients_ready()
+        ours.gradients(True)
         opt.step()
         ours.updated(step + 1)
         entries = 2 ** ours.records()[QUERY].bits
@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_and_the_model_stays_palettized(refresh, change
     same = [torch.equal(indices, before[name]) for name, indices in ours.indices.items()]
     assert all(same) if refresh == 0 else not all(same)
     trained = model(**batch).logits
-    ours.finalize(model)
+    records.attach(model, ours.records())
     found = records.of(model)[QUERY]
     assert torch.equal(found.lut.half().float(), found.lut)
     torch.testing.assert_close(model(**batch).logits, trained, atol=0.02, rtol=0.02)
@@ -134,11 +134,11 @@ def test_a_tied_weight_trains_one_table():
     for step in range(5):
         opt.zero_grad()
         model(**batch).loss.backward()
-        ours.gradients_ready()
+        ours.gradients(True)
         opt.step()
         ours.updated(step + 1)
     assert model(**batch).loss.item() < first
-    ours.finalize(model)
+    records.attach(model, ours.records())
     assert torch.equal(model.lm_head.weight, model.model.decoder.embed_tokens.weight)
 
 
@@ -170,7 +170,7 @@ def test_half_precision_training_follows_that_in_fp32(tmp_path, refresh):
         run = Trainer(model, arguments, train_dataset=Rows(), compressors=[ours])
         run.train()
         run.release()
-        ours.finalize(model)
+        records.attach(model, ours.records())
         assert model.dtype == torch.float32 and set(records.of(model)) >= set(ours.tables)
         assert not torch.equal(model.bert.embeddings.LayerNorm.weight, start["bert.embeddings.LayerNorm.weight"])
         return {name: table.detach() for name, table in ours.tables.items()}, ours.indices

@@ -13,6 +13,7 @@ from mptrain.core.errors import ResumeError, UserError
 from mptrain.flow.run_folder import check_identity, clear, locked
 
 IDENTITY = {
+    "format": 2,
     "recipe": {"seed": 1, "stages": [{"id": "dense", "train": {"lr": 0.1}}]},
     "data_hash": "abc",
     "versions": {"torch": "2"},
@@ -52,6 +53,12 @@ def test_the_identity_names_what_changed(tmp_path):
         check_identity(tmp_path, changed(versions={"torch": "3"}))
     with pytest.raises(ResumeError, match="processes was 1 and is 2"):
         check_identity(tmp_path, changed(processes=2))
+
+
+def test_a_run_of_another_format_is_not_continued(tmp_path):
+    check_identity(tmp_path, {key: value for key, value in IDENTITY.items() if key != "format"})
+    with pytest.raises(ResumeError, match=r"a run of another version of mptrain \(its stages have format 1"):
+        check_identity(tmp_path, IDENTITY)
 
 
 def test_a_folder_of_somebody_else_is_neither_used_nor_deleted(tmp_path):

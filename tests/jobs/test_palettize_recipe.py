@@ -78,8 +78,8 @@ def test_the_dry_run_shows_bits_and_predicted_sizes(finished, capsys):
     folder, _ = finished
     assert main(["recipe", str(folder / "recipe.yaml"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "palettize (skm, 3 bits)" in said and "Palettized weights" in said
-    assert "palettize (skm, 3 bits, tables trained)" in said
+    assert "3-bit palettization (sensitive k-means)" in said and "Palettized weights" in said
+    assert "3-bit palettization (sensitive k-means, tables trained)" in said
 
 
 def test_a_stopped_training_of_tables_continues_to_the_same_model(finished, tmp_path, monkeypatch):
@@ -154,10 +154,9 @@ def test_a_budget_shows_its_bits_in_report_and_dry_run(tmp_path, capsys):
     assert len({row["bits"] for row in rows}) > 1
     assert 2.5 < 8 * sum(r["bytes"] for r in rows) / sum(r["count"] for r in rows) <= 3.5
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "mixed-bit palettization (sensitive k-means, at most 3.5 bits a weight)" in methods(
-        report["recipe"]["stages"][0]
-    )
+    words = "mixed-bit palettization (sensitive k-means, at most 3.5 bits a weight)"
+    assert methods(report, "mixed") == [words]
     assert all(f"{row['bits']:g} bits" in text for row in rows)
     assert main(["recipe", str(path), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "palettize (skm, 3.5 bits a weight)" in said and "by sensitivity" in said
+    assert words in said and "by sensitivity" in said

@@ -134,7 +134,7 @@ def structure(layers: int = 6) -> dict[str, Any]:
                 "params_total": 12 * 49_152 + 1536 * 768,
             }
         )
-    return {"stage": "jpqd", "family": "bert", "layers": rows}
+    return {"family": "bert", "layers": rows}
 
 
 def host(flags: tuple[str, ...] = ("avx2", "fma", "f16c")) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "variants": variants(),
         "floor": score(0.76, 9),
         "history": history(),
-        "structure": structure(),
+        "methods": {"jpqd": {"prune": {"structure": structure()}}},
         "data_facts": {
             "source": "packaged:film-reviews",
             "rows": {"train": 8926, "validation": 1273, "test": N},

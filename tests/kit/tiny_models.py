@@ -119,7 +119,7 @@ def train(model, ours, steps, start=0, opt=None):
     for step in range(start, start + steps):
         opt.zero_grad()
         model(**inputs("bert", labels=True, seed=step)).loss.backward()
-        ours.gradients_ready()
+        ours.gradients(True)
         opt.step()
         ours.updated(step + 1)
     return opt

@@ -37,14 +37,13 @@ def test_a_pruning_stage_has_two_phases_that_share_one_step_axis():
     first, second = phases(RECIPE.stage("jpqd"), rows=320)
     assert (first.name, first.start, first.end) == ("warmup", 0, 10)
     assert (second.name, second.start, second.end) == ("finetune", 10, second.total)
-    assert first.quantize_at_start and not second.quantize_at_start
-    assert first.prune and not second.prune
+    assert first.methods == ("prune", "quantize") and second.methods == ()
 
 
 def test_sequential_order_quantizes_after_the_boundary():
     recipe = file.read("jpqd-bert", ["stages.jpqd.quantize.start=after_prune"]).recipe
     first, second = phases(recipe.stage("jpqd"), rows=320)
-    assert not first.quantize_at_start and second.quantize_at_start
+    assert first.methods == ("prune",) and second.methods == ("quantize",)
 
 
 def test_one_shot_pruning_has_a_phase_without_steps():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from mptrain.core.errors import RecipeError, TrainingError
 from mptrain.data.load import load_data
 from mptrain.flow import stage
+from mptrain.flow.stage_inputs import inputs_of
 from mptrain.models.load import load_processor
 from mptrain.recipe import file
 from mptrain.recipe.plan import phases
@@ -40,7 +41,7 @@ def run(folder, described, name, stop_at=None, monkeypatch=None):
     processor = load_processor(checked.model, False)
     data = load_data(checked.data, checked.model.task, processor, seed=checked.seed)
     plan = {s.id: phases(s, len(data.train), 1) for s in checked.stages}
-    context = stage.Context(checked, data, processor, folder / name, plan, PartialState(cpu=True), False)
+    context = stage.Context(inputs_of(checked), data, processor, folder / name, plan, PartialState(cpu=True), False)
     calls = iter(range(10_000))
 
     @contextlib.contextmanager

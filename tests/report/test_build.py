@@ -160,7 +160,7 @@ def test_main_setting():
 
 
 def test_a_run_without_exports_still_has_a_report():
-    report = strict(sample.report(variants=[], floor=None, history=[], structure=None))
+    report = strict(sample.report(variants=[], floor=None, history=[], methods={}))
     assert report["variants"] == report["comparisons"] == report["training"] == []
     assert report["baseline"] is report["metric"] is report["recommendation"] is report["structure"] is None
     assert {gate["name"]: gate["passed"] for gate in report["gates"]}["max_drop"] is False

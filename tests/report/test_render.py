@@ -291,7 +291,7 @@ def test_build_and_render_do_not_load_torch():
 
 
 def test_parts_that_a_run_lacks_are_left_out():
-    bare = sample.report(variants=[], floor=None, history=[], structure=None, data_facts={}, wall_s={}, checkpoints={})
+    bare = sample.report(variants=[], floor=None, history=[], methods={}, data_facts={}, wall_s={}, checkpoints={})
     found = Page(page(bare))
     assert "Results" not in found.text and "gates missed" in found.text
     assert "## Results" not in markdown(bare) and "## Use" not in card(bare)
@@ -321,7 +321,7 @@ def test_every_task_renders():
     for task, measured in scores.items():
         recipe = sample.recipe(model={"path": "packaged:x", "task": task}, gates={"max_drop": 0.01})
         variants = [replace(v, scores=measured) for v in sample.variants()]
-        report = sample.report(recipe=recipe, variants=variants, floor=None, history=[], structure=None)
+        report = sample.report(recipe=recipe, variants=variants, floor=None, history=[], methods={})
         found = Page(page(report))
         assert words.metric_name(measured[0].name) in found.text and "tied" in found.text
         assert "from optimum.intel import OVModelFor" in card(report)

@@ -128,13 +128,10 @@ class Recorder:
         self.model, self.calls = m, []
         self.score = nn.Parameter(torch.zeros(3))
 
-    def at(self, step):
-        return {}
-
     def parameter_groups(self):
         return [{"params": [self.score], "lr": 0.5, "weight_decay": 0.0}]
 
-    def gradients_ready(self):
+    def gradients(self, usable):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.calls.append(("gradients", len(grads) > 0))
         self.score.grad = torch.ones(3)

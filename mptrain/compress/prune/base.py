@@ -9,25 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import MasterView
 from mptrain.compress.prune.masked import MaskedWeights
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Block, Kept, Structure, check_not_shared
 from mptrain.compress.structure.budget import Budget, Importance
-from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import UserError
 from mptrain.recipe import Fisher, Keep, Magnitude, Movement, Schedule
 
 REFRESHES = 100
 """Times that unit masks are searched anew during a warm-up, at most."""
-
-if TYPE_CHECKING:
-    from mptrain.precision import MasterWeights
 
 Batch = dict[str, Tensor]
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -70,7 +67,7 @@ class Warmup:
 
 
 class Pruner:
-    """A `Compressor`; subclasses say how important units are.
+    """A `TrainingMethod`; subclasses say how important units are. `boundary.cut` ends what it began.
 
     structure: of the model that `prepare` gets. phase_steps: optimizer steps of the phase;
     the warm-up ends with it at the latest. steps_per_epoch: optimizer steps. lr: the
@@ -126,9 +123,10 @@ class Pruner:
     def masked_parameters(self) -> list[str]:
         return [f"{block.output}.weight" for _, block in self.structure.prunable()]
 
-    # -- Compressor
+    # -- TrainingMethod
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        """Begin to act on a model, on its device; a resume follows with `load_state_dict`."""
         check_not_shared(model, [name for _, block in self.structure.prunable() for name in block.linears])
         self.masked = MaskedWeights({name: model.get_parameter(name) for name in self.masked_parameters()})
         self._step = 0
@@ -136,19 +134,18 @@ class Pruner:
         return model
 
     def at(self, step: int) -> dict[str, float]:
+        """Settings that rule the forward pass after `step` optimizer steps; pure."""
         return {"progress": self.warmup.progress(step), "ease": self.warmup.ease(step)}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
 
-    def gradients_ready(self) -> None:
-        self.observe()
+    def gradients(self, usable: bool) -> None:
+        if usable:
+            self.observe()
         self.masked.gradients_ready()
 
-    def gradients_unusable(self) -> None:
-        self.masked.gradients_ready()
-
-    def follow(self, masters: MasterWeights | None) -> None:
+    def follow(self, masters: MasterView | None) -> None:
         self.masked.follow(masters)
 
     def updated(self, step: int) -> None:
@@ -156,11 +153,6 @@ class Pruner:
         self.masked.take_update()
         self.next_masks(step)
         self.masked.apply(self._masks)
-
-    def finalize(self, model: nn.Module) -> nn.Module:
-        """The boundary for a model without quantizers: survivors dense again, the rest cut."""
-        self.restore_dense()
-        return shrink(model, self.structure, self.kept())
 
     def logs(self) -> dict[str, float]:
         return {"compress/sparsity": self.sparsity()}

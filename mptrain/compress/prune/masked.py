@@ -18,13 +18,11 @@ is only what forward and backward see.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from mptrain.precision import MasterWeights
+from mptrain.compress.base import MasterView
 
 
 class MaskedWeights:
@@ -37,7 +35,7 @@ class MaskedWeights:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.masks: dict[str, Tensor] = {}
-        self._masters: MasterWeights | None = None
+        self._masters: MasterView | None = None
         self.dense = {name: self._read(name).clone() for name in self.parameters}
         self._masked = True  # parameters hold W ⊙ M (here M is all ones)
 
@@ -56,7 +54,7 @@ class MaskedWeights:
         return parameter.grad if self._masters is None else self._masters.gradient(parameter)
 
     @torch.no_grad()
-    def follow(self, masters: MasterWeights | None) -> None:
+    def follow(self, masters: MasterView | None) -> None:
         """From now on W is in masters that were built while the parameters held W ⊙ M; None: in the parameters."""
         self._masters = masters
         if masters is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -172,11 +173,6 @@ def slice_quantizers(
     return {**config, "modules": modules}, cut
 
 
-def quantizer_parameter_names(model: nn.Module) -> set[str]:
-    """Names of the ranges, for no weight decay; empty for a plain model."""
-    return {name for name, _ in model.named_parameters() if name.startswith(f"{HOOKS}.")}
-
-
 def _kept(slices: Mapping[str, LinearSlice], name: str | None, which: str) -> Tensor | None:
     return getattr(slices[name], which) if name is not None and name in slices else None
 
@@ -204,10 +200,14 @@ def _build(entry: Mapping[str, Any], nncf_side: Any) -> nn.Module:
     raise ModelError(f"the quantizer config has a module of kind {entry['kind']!r}, not fake_quantizer or smooth")
 
 
+def check_installed() -> None:
+    """Raises UserError without NNCF, which is an extra: models that are not quantized run without it."""
+    if find_spec("nncf") is None:
+        raise UserError("quantization needs nncf: pip install 'mptrain[openvino]'")
+
+
 def _placement() -> Any:
-    """NNCF is an extra: models that are not quantized run without it."""
-    try:
-        from mptrain.compress.quantize import placement
-    except ModuleNotFoundError as error:
-        raise UserError(f"quantization needs {error.name}: pip install 'mptrain[openvino]'") from None
+    check_installed()
+    from mptrain.compress.quantize import placement
+
     return placement

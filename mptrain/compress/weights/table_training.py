@@ -14,19 +14,16 @@ the assignments of the start stay.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import MasterView
 from mptrain.compress.prune.masked import MaskedWeights
-from mptrain.compress.weights import records
 from mptrain.compress.weights.palettize import as_half
 from mptrain.compress.weights.records import Palettized
 from mptrain.recipe import TableTraining
-
-if TYPE_CHECKING:
-    from mptrain.precision import MasterWeights
 
 
 class _TableWeights(MaskedWeights):
@@ -48,7 +45,7 @@ class _TableWeights(MaskedWeights):
 
 
 class TableTrainer:
-    """A `Compressor` that trains the tables of records that `palettize` made of the model's weights.
+    """A `TrainingMethod`: the tables of records that `palettize` made of the model's weights; `records` ends it.
 
     lr: the stage's, for tables unless config.lr says otherwise. The model holds its dense
     weights when `prepare` gets it.
@@ -73,26 +70,18 @@ class TableTrainer:
         self._show()
         return model
 
-    def at(self, step: int) -> dict[str, float]:
-        return {"refreshes": float(step // self.config.refresh if self.config.refresh else 0)}
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr = self.lr if self.config.lr is None else self.config.lr
         return [{"params": list(self.tables.values()), "lr": lr, "weight_decay": 0.0}]
 
     @torch.no_grad()
-    def gradients_ready(self) -> None:
+    def gradients(self, usable: bool) -> None:
         for name, table in self.tables.items():
-            gradient = self.weights.gradient(name)
+            gradient = self.weights.gradient(name) if usable else None
             table.grad = None if gradient is None else self._table_gradient(name, gradient)
         self.weights.gradients_ready()
 
-    def gradients_unusable(self) -> None:
-        for table in self.tables.values():
-            table.grad = None
-        self.weights.gradients_ready()
-
-    def follow(self, masters: MasterWeights | None) -> None:
+    def follow(self, masters: MasterView | None) -> None:
         self.weights.follow(masters)
 
     def updated(self, step: int) -> None:
@@ -101,12 +90,8 @@ class TableTrainer:
             self._reassign()
         self._show()
 
-    def finalize(self, model: nn.Module) -> nn.Module:
-        """The tables in fp16 numbers, as records on the model."""
-        records.attach(model, self.records())
-        return model
-
     def records(self) -> dict[str, Palettized]:
+        """Of the weights as they are trained now, tables in fp16 numbers; `records.attach` puts them on the model."""
         return {
             name: Palettized(
                 self.indices[name].cpu(),

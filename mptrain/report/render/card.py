@@ -45,14 +45,7 @@ def _front_matter(report: Row) -> str:
     facts: Row = {"library_name": libraries[0]} if libraries and libraries[0] else {}
     facts["pipeline_tag"] = report["about_task"]["pipeline"]
     precisions = {v["precision"] for v in report["variants"]}
-    names = {
-        "prune": "pruning",
-        "quantize": "quantization",
-        "palettize": "palettization",
-        "distill": "distillation",
-    }
-    methods = [name for key, name in names.items() if any(stage.get(key) for stage in recipe["stages"])]
-    facts["tags"] = ["mptrain", *filter(None, libraries), *methods, *sorted(precisions - {"fp32"})]
+    facts["tags"] = ["mptrain", *filter(None, libraries), *results.tags(report), *sorted(precisions - {"fp32"})]
     if report["on_hub"]["model"]:
         facts["base_model"] = recipe["model"]["path"]
     if report["on_hub"]["data"]:
@@ -83,7 +76,8 @@ def _results(report: Row) -> list[Row]:
 def _summary(report: Row) -> str:
     recipe = report["recipe"]
     did = "; ".join(
-        f"stage {stage['id']}: {', '.join(results.methods(stage)) or 'fine-tuning'}" for stage in recipe["stages"]
+        f"stage {stage['id']}: {', '.join(results.methods(report, stage['id'])) or 'fine-tuning'}"
+        for stage in recipe["stages"]
     )
     text = f"{recipe['description'].rstrip('. ')}. " if recipe["description"] else ""
     text += f"Made from {_short(recipe['model']['path'])} for {report['task'].replace('-', ' ')} ({did})."

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mptrain.recipe import Stage
 from mptrain.report import claims, words
 
 Row = dict[str, Any]
@@ -164,11 +165,10 @@ def gates(report: Row) -> Table | None:
 def training(report: Row) -> Table | None:
     if not report["training"]:
         return None
-    stages = {stage["id"]: stage for stage in report["recipe"]["stages"]}
     rows = [
         [
             Cell(row["stage"]),
-            Cell(", ".join(methods(stages.get(row["stage"], {}))) or "fine-tuning"),
+            Cell(", ".join(methods(report, row["stage"])) or "fine-tuning"),
             Cell("pretrained model" if row["from"] == "model" else row["from"]),
             Cell(f"{row['steps']:,}", f"{row['total_steps']:,} in all" if row["total_steps"] != row["steps"] else ""),
         ]
@@ -193,32 +193,22 @@ def environment(report: Row) -> Table:
     return Table("Host and versions", ["Fact", "Value"], rows, text_columns=1)
 
 
-def methods(stage: Row) -> list[str]:
-    """What a stage of the recipe does besides fine-tuning."""
-    found = []
-    if stage.get("prune"):
-        budgets = stage["prune"].get("keep") or {}
-        kept = [f"keep {100 * value:g}% of {name.replace('_', ' ')}" for name, value in budgets.items() if value]
-        found.append(" ".join([f"{stage['prune']['method']} pruning", *(f"({text})" for text in kept)]))
-    if stage.get("quantize"):
-        found.append(_quantization(stage["quantize"]))
-    if stage.get("palettize"):
-        how = {"kmeans": "k-means", "skm": "sensitive k-means"}[stage["palettize"]["method"]]
-        trained = ", tables trained" if stage["palettize"].get("finetune") else ""
-        budget = stage["palettize"].get("size_budget")
-        bits = f"{stage['palettize']['bits']}-bit palettization" if budget is None else "mixed-bit palettization"
-        size = "" if budget is None else f", at most {budget:g} bits a weight"
-        found.append(f"{bits} ({how}{size}{trained})")
-    if stage.get("distill"):
-        found.append(f"distillation from {stage['teacher']}")
-    return found
+def methods(report: Row, stage: str) -> list[str]:
+    """What a stage of the recipe does besides fine-tuning, in words."""
+    if "methods" in report:
+        return report["methods"].get(stage, {}).get("words", [])
+    # of a version that did not write them
+    return Stage.model_validate(next(s for s in report["recipe"]["stages"] if s["id"] == stage)).words()
 
 
-def _quantization(how: Row) -> str:
-    if how["mode"] == "weight_only":
-        unit = f"block of {how['block_size']}" if how["granularity"] == "block" else how["granularity"]
-        return f"int{how['bits']} weights ({how['method']}, per {unit})"
-    return {"qat": "int8 quantization-aware training", "ptq": "int8 post-training quantization"}[how["mode"]]
+def tags(report: Row) -> list[str]:
+    """What the recipe does, as words to search for."""
+    if "methods" in report:
+        found = [tag for stage in report["methods"].values() for tag in stage["tags"]]
+    else:
+        found = [tag for stage in report["recipe"]["stages"] for tag in Stage.model_validate(stage).tags()]
+    order = ("pruning", "quantization", "palettization")
+    return sorted(dict.fromkeys(found), key=lambda tag: order.index(tag) if tag in order else len(order))
 
 
 def _role(report: Row, variant: Row) -> str:

@@ -1,0 +1,52 @@
+"""The boundary after a warm-up: what is masked is cut for good, and quantizers follow.
+
+    resolve      survivors dense again, the units that stay from masks or scores
+    detach       fake quantizers come off, SmoothQuant's factors go into the weights
+    refit        optionally what stays is refitted, so that layers change least (rescale.py)
+    shrink       rows, columns and units leave the model
+    attach       the quantizers are back, per-channel ranges sliced: the shrunk model computes what the masked one did
+
+A run does this at the end of a phase, a script of your own between two trainings: it is the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mptrain.compress.prune import rescale
+from mptrain.compress.quantize import quantizers
+from mptrain.compress.structure.blocks import Kept, Structure
+from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.core.hooks import is_quantized
+
+
+class Resolvable(Protocol):
+    """A pruner, as far as a boundary knows it."""
+
+    structure: Structure
+
+    def restore_dense(self) -> None: ...
+
+    def kept(self) -> Kept: ...
+
+
+def cut(model: nn.Module, pruner: Resolvable, refit: Iterable[dict[str, Tensor]] | None = None) -> nn.Module:
+    """The model that `pruner` acted on, without what it masks; another object where there are quantizers.
+
+    model: as training left it, the one that the pruner was prepared on, out of its DDP wrap. refit: model inputs on
+    which the kept columns are refitted to the dense layer's outputs. Raises ModelError for a model that is not the
+    pruner's.
+    """
+    pruner.restore_dense()
+    kept, structure = pruner.kept(), pruner.structure
+    quantized = is_quantized(model)
+    if quantized:
+        model, config, tensors = quantizers.detach(model)
+    if refit is not None:
+        rescale.refit(model, structure, kept, refit)
+    slices = linear_slices(structure, kept)
+    shrink(model, structure, kept)
+    return quantizers.attach(model, *quantizers.slice_quantizers(config, tensors, slices)) if quantized else model

@@ -1,0 +1,99 @@
+"""Structured pruning as a method of a stage: masks while the warm-up trains, cut at the boundary.
+
+The subclasses say which pruner the settings of a recipe belong to; what a pruner does is in its own file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mptrain.compress import base, boundary
+from mptrain.compress.base import Method, Site, Sizes, Tools, TrainingMethod
+from mptrain.compress.prune.base import Pruner
+from mptrain.compress.prune.fisher import FisherPruner
+from mptrain.compress.prune.magnitude import MagnitudePruner
+from mptrain.compress.prune.movement import MovementPruner
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.blocks import Structure, find_structure
+from mptrain.compress.structure.budget import Budget
+from mptrain.recipe.prune import Keep, PruneConfig
+
+
+class Pruning(Method[PruneConfig]):
+    order = base.PRUNE
+    kind: ClassVar[type[Pruner]]
+
+    @classmethod
+    def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
+        structure = find_structure(skeleton, config.ignore)
+        keep = config.budget()
+        # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
+        if keep is None or keep.latency is not None or (keep.macs is not None and site.length is None):
+            return
+        if site.exact:
+            floors = {name: getattr(config, name) for name in ("min_heads", "min_ffn", "round_ffn")}
+            Budget(structure, keep, length=site.length or 1, **floors)
+
+    @classmethod
+    def outlook(cls, config: PruneConfig, skeleton: nn.Module, sizes: Sizes) -> Sizes:
+        return sizes.kept(_fraction(config.budget()))
+
+    def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
+        model.to(tools.device)
+        config, keep = self.config, self.config.budget()
+        structure = find_structure(model, config.ignore)
+        extents: costs.Length = tools.length
+        if keep is not None and (keep.macs or keep.latency):
+            example = {name: value.to(tools.device) for name, value in tools.example().items()}
+            extents = costs.measure_extents(model, structure, example)
+        self.pruner = self.kind(
+            config,  # type: ignore[arg-type]  # each pruner takes the settings of its own kind
+            structure=structure,
+            phase_steps=tools.steps,
+            steps_per_epoch=tools.steps_per_epoch,
+            lr=tools.lr,
+            length=extents,
+            latency=_latency(structure, extents, tools) if keep is not None and keep.latency else None,
+        )
+        self.pruner.prepare(model)
+        if "labels" in config.needs():
+            self.pruner.collect(model, tools.labelled())
+        self._steps = tools.steps
+        return model
+
+    def training(self) -> TrainingMethod | None:
+        return self.pruner if self._steps else None
+
+    def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
+        self._structure = costs.describe(self.pruner.structure, self.pruner.kept())
+        return boundary.cut(model, self.pruner, tools.inputs() if "inputs" in self.config.needs() else None)
+
+    def facts(self) -> dict[str, Any]:
+        return {"structure": self._structure}
+
+
+class MovementPruning(Pruning):
+    kind = MovementPruner
+
+
+class FisherPruning(Pruning):
+    kind = FisherPruner
+
+
+class MagnitudePruning(Pruning):
+    kind = MagnitudePruner
+
+
+def _fraction(keep: Keep | None) -> float | None:
+    """Of the blocks that stays, roughly: an FFN is about two thirds of a layer. None: only training tells."""
+    if keep is None:
+        return None
+    return keep.encoder_params or keep.macs or keep.latency or ((keep.heads or 1.0) + 2 * (keep.ffn or 1.0)) / 3
+
+
+def _latency(structure: Structure, extents: costs.Length, tools: Tools) -> costs.LatencyTable:
+    from mptrain.compress.structure.latency import measure_latency
+
+    return tools.once("latency", lambda: measure_latency(structure, extents, threads=tools.threads))

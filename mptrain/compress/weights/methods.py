@@ -1,0 +1,104 @@
+"""Weight-only quantization and palettization as methods of a stage: both leave records on the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Generic
+
+from torch import nn
+
+from mptrain.compress import base
+from mptrain.compress.base import Config, Method, Site, Sizes, Tools, TrainingMethod
+from mptrain.compress.structure.scopes import resolve
+from mptrain.compress.weights import palettize, records, weight_only
+from mptrain.compress.weights.records import Palettized
+from mptrain.compress.weights.table_training import TableTrainer
+from mptrain.recipe.weights import Palettize, WeightOnly
+
+
+class _Recording(Method[Config], Generic[Config]):
+    order = base.RECORDS
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._rows: list[dict[str, Any]] = []
+
+    def facts(self) -> dict[str, Any]:
+        return {"compressed": self._rows}
+
+
+class WeightOnlyQuantization(_Recording[WeightOnly]):
+    @classmethod
+    def check(cls, config: WeightOnly, skeleton: nn.Module, site: Site) -> None:
+        names = [name for name, _ in skeleton.named_modules()]
+        resolve(config.ignore, names, "quantize.ignore")
+        resolve(list(config.overrides), names, "quantize.overrides")
+        if site.exact:
+            weight_only.choices(skeleton, config)
+
+    @classmethod
+    def outlook(cls, config: WeightOnly, skeleton: nn.Module, sizes: Sizes) -> Sizes:
+        zero = 0.0 if config.symmetric else config.bits / 8
+        weight = config.bits / 8 + ((2 + zero) / config.block_size if config.granularity == "block" else 0.0)
+        weight = weight if config.size_budget is None else config.size_budget / 8
+        embedding = {"fp32": 4.0, "int8": 1.0, "same": weight}[config.embeddings]
+        return replace(sizes, layer_bytes=weight, embedding_bytes=embedding)
+
+    def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
+        needs = self.config.needs()
+        weight_only.compress(
+            model.to(tools.device),
+            self.config,
+            tools.inputs() if "inputs" in needs else (),
+            tools.labelled() if "labels" in needs else (),
+            tools.ranks,
+        )
+        self._rows = records.describe(records.of(model))
+        return model.to("cpu")
+
+
+class Palettization(_Recording[Palettize]):
+    """Tables at the end of a stage, or with `finetune` at its beginning, and then they train."""
+
+    @classmethod
+    def check(cls, config: Palettize, skeleton: nn.Module, site: Site) -> None:
+        names = [name for name, _ in skeleton.named_modules()]
+        resolve(config.ignore, names, "palettize.ignore")
+        resolve(list(config.overrides), names, "palettize.overrides")
+        if site.exact:
+            palettize.tables(skeleton, config)
+
+    @classmethod
+    def outlook(cls, config: Palettize, skeleton: nn.Module, sizes: Sizes) -> Sizes:
+        tables = palettize.tables(skeleton, config).values()
+        count = sum(t.rows * t.columns for t in tables)
+        size = sum(t.stored_bytes for t in tables) if config.size_budget is None else config.size_budget * count / 8
+        return replace(sizes, tables=(size, count))
+
+    def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
+        self._trainer: TableTrainer | None = None
+        if self.config.finetune is not None and tools.steps:
+            self._trainer = TableTrainer(self._palettized(model, tools), self.config.finetune, lr=tools.lr)
+            self._trainer.prepare(model)
+        return model
+
+    def training(self) -> TrainingMethod | None:
+        return self._trainer
+
+    def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
+        found = self._palettized(model, tools) if self._trainer is None else self._trainer.records()
+        records.attach(model, found)
+        self._rows = records.describe(records.of(model))
+        return model.to("cpu")
+
+    def _palettized(self, model: nn.Module, tools: Tools) -> dict[str, Palettized]:
+        """Records of the weights; what a stage before made of them is forgotten."""
+        records.forget(model)
+        return palettize.palettize(
+            model.to(tools.device),
+            self.config,
+            tools.labelled() if "labels" in self.config.needs() else None,
+            seed=tools.seed,
+            widths=[bits for bits in palettize.WIDTHS if tools.widths is None or bits in tools.widths],
+            ranks=tools.ranks,
+        )

@@ -1,0 +1,76 @@
+"""What the result of a stage depends on: all that `run_phase` gets of a recipe, and the key under which it is reused.
+
+A field that a stage reads is here, or it cannot be read: flow/stage.py sees no recipe. And what is here is in the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from mptrain.recipe import Data, MixedPrecision, Model, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """start, teacher: "model", the id of a stage, or of a teacher also a path; None, there is none.
+
+    peaks: examples with large activations are kept for an fp16 export. threads, widths: see MethodConfig.reads; None
+    where no method of the stage reads them. after: keys of the stages whose models it begins with or learns from.
+    """
+
+    stage: Stage
+    start: str
+    teacher: str | None
+    model: Model
+    data: Data
+    precision: MixedPrecision
+    seed: int
+    peaks: bool
+    threads: int | Literal["all"] | None
+    widths: tuple[int, ...] | None
+    after: dict[str, str]
+
+    def key(self) -> dict[str, Any]:
+        """In JSON types. Stages of one key, on the same data, model files, versions and processes, give one model."""
+        return json.loads(json.dumps({field.name: _plain(getattr(self, field.name)) for field in fields(self)}))
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.key(), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
+
+
+def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
+    """The inputs of every stage, by its id."""
+    found: dict[str, StageInputs] = {}
+    for stage in recipe.stages:
+        start = recipe.start_of(stage)
+        teacher = start if stage.teacher == "self" else stage.teacher
+        reads = {name for method in stage.methods for name in method.reads()}
+        found[stage.id] = StageInputs(
+            stage=stage.model_copy(update={"start": start}),
+            start=start,
+            teacher=teacher,
+            model=recipe.model,
+            data=recipe.data,
+            precision=recipe.precision,
+            seed=recipe.seed,
+            peaks=stage.train is not None and any("fp16" in export.precision for export in recipe.export),
+            threads=recipe.evaluate.latency.threads[0] if "threads" in reads else None,
+            widths=_widths(recipe, stage) if "widths" in reads else None,
+            after={other: found[other].digest() for other in (start, teacher) if other in found},
+        )
+    return found
+
+
+def _widths(recipe: Recipe, stage: Stage) -> tuple[int, ...]:
+    """Bits of the tables that all targets of the stage store."""
+    stored = [export.widths() for export in recipe.export if stage.id in export.of]
+    return tuple(sorted(frozenset(range(1, 9)).intersection(*stored)))
