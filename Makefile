@@ -1,5 +1,6 @@
 # make demo   sets up .venv and runs the main job: prune, quantize and distil a BERT, export, measure, report
 # make test   sets up .venv and runs the tests
+# make docs   builds the site of docs/ into site/
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ TORCH_INDEX ?=
 JOBS ?= 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all lint setup-bench clean
+.PHONY: setup demo test test-all lint docs setup-bench clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +35,14 @@ test: lint
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py --jobs $(JOBS)
 
+.venv-docs/.ready: constraints.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt mkdocs-material mkdocstrings-python
+	@touch $@
+
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -q
+
 .venv-bench/.ready: benchmarks/requirements.txt benchmarks/requirements-gradnas.txt pyproject.toml constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
@@ -46,4 +55,4 @@ test-all: test
 setup-bench: .venv-bench/.ready
 
 clean:
-	rm -rf $(VENV) .venv-bench build dist
+	rm -rf $(VENV) .venv-bench .venv-docs build dist site

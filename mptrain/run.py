@@ -39,7 +39,8 @@ REPORT = "report.json"
 def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse: Sequence[Path] = ()) -> dict[str, Any]:
     """Run a recipe, or what is left of it, in recipe.output.dir.
 
-    reuse: folders of other runs; stages that they have in common with this one are taken over.
+    fresh: delete what is there and start again. allow_code: let the recipe run code that comes with models. reuse:
+    folders of other runs; stages that they have in common with this one are taken over.
     Returns the report. Raises MptrainError and its kinds; a missed gate is GateFailed after the
     report was written.
     """

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
+from inspect import getdoc, isclass, isfunction, signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "README.md"]
@@ -62,3 +65,28 @@ def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and page.name not in index]
     assert not missing
+
+
+def test_every_page_is_on_the_site():
+    nav = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"'{page.name}'" not in nav]
+
+
+API = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", API)
+def test_what_the_api_page_shows_says_what_its_arguments_are(path):
+    try:
+        shown = import_module(path)
+        members = [value for value in vars(shown).values() if isfunction(value) and value.__module__ == path]
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        members = [getattr(import_module(module), name)]
+    for member in members:
+        text = getdoc(member)
+        assert text, member
+        if isclass(member):
+            continue
+        missing = [name for name in signature(member).parameters if not re.search(rf"\b{name}\b", text)]
+        assert not missing, f"{member.__qualname__}: {missing}"

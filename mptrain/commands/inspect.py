@@ -51,7 +51,9 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Facts as JSON values; `mptrain.report.render.inspect` draws them.
 
-    path: a model folder, packaged:NAME or a hub name. data: a file of texts, or a recipe whose `data:` is used.
+    path: a model folder, packaged:NAME or a hub name. task, attn: default: from its head, and the model's own. data: a
+    file of texts, or a recipe whose `data:` is used. samples: inputs to run on; length: tokens of a text, at most.
+    allow_code: run code that comes with the model.
     precisions: of `memory.PRECISIONS`; what needs fp16 is left out when none of them computes in fp16.
     Raises UserError (ModelError, DataError) for a model, data or option that cannot be used.
     """

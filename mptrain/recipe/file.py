@@ -75,7 +75,11 @@ def find(name: str) -> Path:
 
 
 def read(name: str, overrides: list[str] | None = None) -> RecipeFile:
-    """Find, parse and validate a recipe. Raises RecipeError with file, line, value and fix."""
+    """Find, parse and validate a recipe.
+
+    name: of a file, or of a bundled recipe, with or without .yaml. overrides: "KEY=VALUE" as `--set` takes them, later
+    ones win. Raises RecipeError with file, line, value and fix.
+    """
     path = find(name)
     try:
         text = path.read_text(encoding="utf-8")
