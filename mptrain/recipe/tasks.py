@@ -34,8 +34,8 @@ class TaskSpec:
     processor: Literal["tokenizer", "image", "audio"] | None
     unit: Literal["tokens", "samples"] | None
     """what lengths count; None where all inputs have one size"""
-    pipeline: str
-    """as transformers and the hub call it"""
+    tag: str
+    """`pipeline_tag` of the hub"""
     targets: tuple[str, ...] = ("labels",)
     """entries of a batch that are no inputs of an exported model"""
     options: tuple[str, ...] = ()
@@ -58,6 +58,10 @@ class TaskSpec:
     """its texts are lists of words"""
     floor: str | None = None
     """the model without a network that it is compared with"""
+    pipeline: str | None = None
+    """of transformers, that runs it; None: there is none"""
+    call: str | None = None
+    """what its processor is called on, as code; default: one text, image or sound"""
     optimum: str | None = None
     """class of optimum-intel that runs its OpenVINO exports"""
     cuts: bool = False
@@ -80,6 +84,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForSequenceClassification",
             processor="tokenizer",
             unit="tokens",
+            tag="text-classification",
             pipeline="text-classification",
             options=("labels",),
             problem="single_label_classification",
@@ -100,6 +105,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForTokenClassification",
             processor="tokenizer",
             unit="tokens",
+            tag="token-classification",
             pipeline="token-classification",
             options=("labels",),
             per_token=True,
@@ -119,11 +125,12 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForQuestionAnswering",
             processor="tokenizer",
             unit="tokens",
-            pipeline="question-answering",
+            tag="question-answering",
             targets=("start_positions", "end_positions"),
             options=("stride",),
             per_token=True,
             endings=("ForQuestionAnswering",),
+            call='"the question", "the text that holds the answer"',
             optimum="OVModelForQuestionAnswering",
         ),
         TaskSpec(
@@ -133,6 +140,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForImageClassification",
             processor="image",
             unit=None,
+            tag="image-classification",
             pipeline="image-classification",
             options=("labels",),
             problem="single_label_classification",
@@ -147,6 +155,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForAudioClassification",
             processor="audio",
             unit="samples",
+            tag="audio-classification",
             pipeline="audio-classification",
             options=("labels",),
             problem="single_label_classification",
@@ -161,6 +170,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForCausalLM",
             processor="tokenizer",
             unit="tokens",
+            tag="text-generation",
             pipeline="text-generation",
             options=("stride",),
             causal=True,

@@ -13,7 +13,8 @@ _FRACTIONS = ("accuracy", "f1", "exact_match", "acc", "acc_norm")
 
 def about(kind: TaskSpec) -> Row:
     """What a report says of its task, so that it can be rendered where the task is not known."""
-    return {name: getattr(kind, name) for name in ("pipeline", "optimum", "processor", "unit", "cuts", "floor")}
+    names = ("tag", "pipeline", "call", "optimum", "processor", "unit", "cuts", "floor")
+    return {name: getattr(kind, name) for name in names}
 
 
 def upgraded(report: Row) -> Row:
@@ -21,7 +22,7 @@ def upgraded(report: Row) -> Row:
     if "about_task" in report:
         return report
     kind = TASKS.get(report["task"])
-    report["about_task"] = about(kind) if kind else {"pipeline": report["task"], "unit": "tokens"}
+    report["about_task"] = about(kind) if kind else {"tag": report["task"], "unit": "tokens"}
     if report["metric"]:
         report["metric"]["unit"] = _unit(report["metric"]["name"])
     for variant in report["variants"]:

@@ -97,3 +97,27 @@ def test_the_report_states_window_and_stride(tmp_path):
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_samples": 3})})
     report = sample.report(recipe=recipe, variants=variants, floor=None, data_facts=data.facts)
     assert "stride 5; of the windows drawn, every token" in markdown(report)
+
+
+@pytest.mark.parametrize(("vocabulary", "length", "size"), [(49_152, 256, 10), (151_936, 1024, 1), (32_000, 16, 64)])
+def test_a_batch_to_score_holds_as_many_windows_as_512_mb_of_logits(vocabulary, length, size, tmp_path):
+    """64 windows of 256 tokens over 49,152 words took 9.7 GB."""
+
+    class Words:
+        def __len__(self):
+            return vocabulary
+
+    data, _ = stream(tmp_path)
+    rows = len(data.test)
+    words, data.processor = data.processor, Words()
+    data.test.lengths[0] = length
+    assert data.batch_size("test") == size
+    data.processor = words
+    seen = []
+
+    def forward(batch):
+        seen.append(len(batch["input_ids"]))
+        return {"logits": torch.zeros(*batch["input_ids"].shape, len(words))}
+
+    data.evaluate(forward, "test", 3)
+    assert seen == [3] * (rows // 3) + ([rows % 3] if rows % 3 else []), "a size of the recipe counts"

@@ -19,6 +19,8 @@ import transformers as t
 from PIL import Image
 from scipy.io import wavfile
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 FILLERS = "film plot cast the a is was very not so".split()
 GOOD, BAD = ["good", "fine", "great"], ["bad", "poor", "awful"]
@@ -38,12 +40,16 @@ TEXT = {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 64, 
 
 @dataclass(frozen=True)
 class Case:
-    """What a task's run must report: metrics, the main one first; examples in the test split; a score beyond chance."""
+    """What a task's run must report: metrics, the main one first; examples in the test split; a score beyond chance.
+
+    perfect: (the task, a batch with its targets) to the outputs of a model that makes no error.
+    """
 
     make: Callable[[Path], dict[str, Any]]
-    metrics: tuple[str, str]
+    metrics: tuple[str, ...]
     n: int
     learnt: float
+    perfect: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
     precision: tuple[str, ...] = ("fp32", "int8", "int8_emb4")
     length: int = 16
     epochs: float = 6
@@ -189,13 +195,27 @@ def language(folder: Path) -> dict[str, Any]:
 
 SPLIT = {"validation": 0.15, "test": 0.25}
 
+
+def _classes(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": 30.0 * one_hot(batch["labels"].clamp(min=0), len(data.labels)).float()}
+
+
+def _spans(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    length = batch["input_ids"].shape[1]
+    return {f"{end}_logits": 30.0 * one_hot(batch[f"{end}_positions"], length).float() for end in ("start", "end")}
+
+
+def _next_tokens(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": 60.0 * one_hot(batch["input_ids"].roll(-1, 1), len(data.processor)).float()}
+
+
 CASES = {
-    "text-classification": Case(text_pair, ("accuracy", "loss"), 40, learnt=0.6, epochs=12),
-    "token-classification": Case(tagging, ("f1", "accuracy"), 35, learnt=0.8),
-    "question-answering": Case(questions, ("f1", "exact_match"), 40, learnt=0.6, length=24, epochs=16, lr=5e-3),
-    "image-classification": Case(images, ("accuracy", "loss"), 30, learnt=0.6, precision=("fp32", "int8")),
-    "audio-classification": Case(sounds, ("accuracy", "loss"), 30, learnt=0.8, precision=("fp32", "int8"), length=800),
-    "causal-lm": Case(language, ("loss", "perplexity"), 60, learnt=1.6),
+    "text-classification": Case(text_pair, ("accuracy", "loss"), 40, 0.6, _classes, epochs=12),
+    "token-classification": Case(tagging, ("f1", "accuracy"), 35, 0.8, _classes),
+    "question-answering": Case(questions, ("f1", "exact_match"), 40, 0.6, _spans, length=24, epochs=16, lr=5e-3),
+    "image-classification": Case(images, ("accuracy", "loss"), 30, 0.6, _classes, precision=("fp32", "int8")),
+    "audio-classification": Case(sounds, ("accuracy", "loss"), 30, 0.8, _classes, ("fp32", "int8"), length=800),
+    "causal-lm": Case(language, ("loss", "perplexity"), 60, 1.6, _next_tokens),
 }
 
 

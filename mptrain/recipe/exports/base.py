@@ -82,7 +82,8 @@ class Use:
 
     path: str
     folder: str
-    pipeline: str
+    pipeline: str | None
+    """None where transformers has none for the task"""
     processor: str | None
     """None for a model that takes numbers as they are"""
     optimum: str | None

@@ -82,13 +82,17 @@ class OpenVino(ExportSpec):
                 "outputs = model({port.any_name: inputs[port.any_name] for port in model.inputs})",
             ]
         argument = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
+        load = f'model = {use.optimum}.from_pretrained({{}}, ov_config={{{{"INFERENCE_PRECISION_HINT": "f32"}}}})'
+        if use.pipeline is None:
+            imports = [f"from optimum.intel import {use.optimum}", *use.imports, "", hint]
+            return [*imports, load.format(repr(use.folder)), *use.inputs, "outputs = model(**inputs)"]
         lines = [
             f"from optimum.intel import {use.optimum}",
             f"from transformers import {use.processor}, pipeline",
             "",
             f"folder = {use.folder!r}",
             hint,
-            f'model = {use.optimum}.from_pretrained(folder, ov_config={{"INFERENCE_PRECISION_HINT": "f32"}})',
+            load.format("folder"),
             f"processor = {use.processor}.from_pretrained(folder)",
             f"run = pipeline({use.pipeline!r}, model=model, {argument.get(use.processor, 'tokenizer')}=processor)",
         ]

@@ -43,7 +43,7 @@ def _front_matter(report: Row) -> str:
     recipe, metric = report["recipe"], report["metric"]
     libraries = list(dict.fromkeys(spec_of(v["format"]).library for v in report["variants"]))
     facts: Row = {"library_name": libraries[0]} if libraries and libraries[0] else {}
-    facts["pipeline_tag"] = report["about_task"]["pipeline"]
+    facts["pipeline_tag"] = report["about_task"]["tag"]
     precisions = {v["precision"] for v in report["variants"]}
     facts["tags"] = ["mptrain", *filter(None, libraries), *results.tags(report), *sorted(precisions - {"fp32"})]
     if report["on_hub"]["model"]:
@@ -61,7 +61,7 @@ def _results(report: Row) -> list[Row]:
     """Every variant's main metric, in the form of the hub's model index."""
     data, name = report["recipe"]["data"], report["metric"]["name"]
     source = _short(data["source"] or data["test"] or data["train"] or "custom")
-    kind = report["about_task"]["pipeline"]
+    kind = report["about_task"]["tag"]
     return [
         {
             "task": {"type": kind},
@@ -112,7 +112,8 @@ def _loading(report: Row, exported: list[Row]) -> list[str]:
     about = report["about_task"]
     processor, inputs = _PROCESSORS.get(about.get("processor"), (None, "inputs"))
     cut = report["recipe"]["data"]["max_length"] if about.get("cuts") else None
-    use = Use(chosen["path"], _folder(chosen), about["pipeline"], processor, about.get("optimum"), inputs, cut)
+    inputs = about.get("call") or inputs
+    use = Use(chosen["path"], _folder(chosen), about.get("pipeline"), processor, about.get("optimum"), inputs, cut)
     return spec_of(chosen["format"]).loading(use)
 
 
