@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from benchmarks.kit.paired import markdown, write
-from mptrain.compress.structure.blocks import find_structure
 from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.latency import measure_latency
 from mptrain.compress.structure.shrink import shrink
 from mptrain.data.sources import packaged
@@ -55,9 +55,7 @@ def main() -> None:
     structure = find_structure(fresh())
     table = measure_latency(structure, LENGTH, rounds=31)
     random = np.random.default_rng(0)
-    importance = {
-        kind: {b.index: random.random(b.units) for k, b in structure.blocks() if k == kind} for kind in ("heads", "ffn")
-    }
+    importance = {block.name: random.random(block.units) for block in structure.by_kind()}
     with tempfile.TemporaryDirectory() as folder:
         whole = exported(fresh(), Path(folder, "whole"))
         runners = {}

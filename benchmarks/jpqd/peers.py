@@ -33,7 +33,8 @@ from torch import Tensor
 from benchmarks.jpqd import curve
 from benchmarks.jpqd.peer_torch_pruning import prune_with_torch_pruning
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Kept, Structure, find_structure
+from mptrain.compress.structure.blocks import Kept, Structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.disk import write_json
 from mptrain.data.load import load_data
@@ -71,13 +72,11 @@ PEERS: dict[str, Callable[[Path, list[dict[str, Tensor]], int], Weights]] = {
 def kept_of(structure: Structure, dense: Weights, pruned: Weights) -> Kept:
     """The units whose rows the peer left, found by their values: pruning moves rows, it does not change them."""
     kept = Kept()
-    for attention in structure.attention:
-        rows = _rows(dense[f"{attention.q}.weight"], pruned[f"{attention.q}.weight"])
-        kept.heads[attention.index] = sorted({row // attention.head_dim for row in rows})
-        assert len(kept.heads[attention.index]) * attention.head_dim == len(rows), "the peer cut through a head"
-    for ffn in structure.ffn:
-        name = f"{ffn.fc_in[0]}.weight"
-        kept.ffn[ffn.index] = sorted(_rows(dense[name], pruned[name]))
+    for block in structure:
+        first = block.sources[0]
+        rows = set(_rows(dense[first.parameter], pruned[first.parameter]))
+        kept.units[block.name] = [u for u, indices in enumerate(first.indices.tolist()) if rows.intersection(indices)]
+        assert len(kept.units[block.name]) * first.per_unit == len(rows), "the peer cut through a head"
     return kept
 
 
@@ -110,7 +109,7 @@ def run_point(point: str, data: Path | None, work: Path) -> dict[str, Any]:
         (source,) = (folder / "stages" / "dense").glob("*/model")
         model = artifact.load(source)
         structure = find_structure(model)
-        encoder = sum(costs.params(block, block.units) for _, block in structure.blocks())
+        encoder = sum(costs.params(block, block.units) for block in structure)
         total = sum(p.numel() for p in model.parameters())
         params = total - round((1 - int(kept_percent) / 100) * encoder)
         pruned = PEERS[peer](source, list(examples.labelled(calibration)), params)

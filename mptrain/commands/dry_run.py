@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Structure, find_structure
+from mptrain.compress.structure.blocks import Structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.weights import palettize
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.signature import Batch
@@ -150,7 +151,8 @@ def _caches(recipe: Recipe, structure: Structure | None) -> list[str]:
         if structure is None or export.cache is None or export.caches is None:
             continue
         size = {"float16": 2, "float32": 4}[export.caches]
-        values = sum(2 * block.kv_heads * block.head_dim for block in structure.attention)
+        heads = structure.of_kind("heads")  # a unit is a key and a value head
+        values = sum(2 * block.units * costs.head_dim(block) for block in heads)
         lines.append(
             f"{export.id}: keeps a key-value cache of {export.cache:,} tokens, {export.caches} states of"
             f" {values * export.cache * size / 1e6:.3g} MB before any pruning"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mptrain.compress.prune import rescale
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.blocks import Kept, Structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.compress.structure.shrink import shrink, slices_of
 from mptrain.core.hooks import is_quantized
 
 
@@ -47,6 +47,6 @@ def cut(model: nn.Module, pruner: Resolvable, refit: Iterable[dict[str, Tensor]]
         model, config, tensors = quantizers.detach(model)
     if refit is not None:
         rescale.refit(model, structure, kept, refit)
-    slices = linear_slices(structure, kept)
+    slices = slices_of(structure, kept)
     shrink(model, structure, kept)
     return quantizers.attach(model, *quantizers.slice_quantizers(config, tensors, slices)) if quantized else model

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from mptrain.compress.prune.base import Warmup
-from mptrain.compress.structure.blocks import find_structure
 from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.scopes import resolve
 from mptrain.core.errors import DataError, ModelError, UserError
 from mptrain.core.pins import untested
@@ -118,7 +118,7 @@ def _patterns(stage: Stage) -> Iterator[tuple[str, list[str]]]:
 def _check_pruning(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> None:
     assert stage.prune is not None
     with _named(stage):
-        structure = find_structure(model, stage.prune.ignore)
+        structure = find_structure(model, ignore=stage.prune.ignore)
         keep: Keep | None = stage.prune.keep
         pruned_before = any(before.prune for before in recipe.chain(stage.id)[1:])
         text = recipe.model.kind.unit == "tokens"

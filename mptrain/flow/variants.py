@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.errors import ModelError
 from mptrain.data.lm_eval.questions import MultipleChoice
@@ -180,7 +180,7 @@ def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
     plain = quantizers.detach(model)[0] if quantizers.is_quantized(model) else model
     params = sum(p.numel() for p in plain.parameters())
     try:
-        structure = find_structure(plain)
+        structure = find_structure(plain, example)
     except ModelError:
         return {"params": params, "macs": None}
     rows = costs.layer_costs(structure, costs.measure_extents(plain, structure, example))

@@ -1,6 +1,6 @@
 """A model on disk: `save` writes it, `load` reads it back with identical outputs.
 
-config.json             transformers' config plus `mptrain` (format) and `mptrain_structure` (units left per layer)
+config.json             transformers' config plus `mptrain` (format) and `mptrain_structure` (what was cut)
 mptrain.safetensors     weights of a pruned or quantized model; a plain one has model.safetensors
 compressed.safetensors  weights that are integers or tables (records.py), if any; nothing else holds them
 quantizers.json         fake quantizers, if any; their ranges are among the weights
@@ -19,7 +19,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
-from mptrain.compress.structure.blocks import find_structure, kept_from_counts
-from mptrain.compress.structure.families import FAMILIES
-from mptrain.compress.structure.shrink import shrink
+from mptrain.compress.structure import saved
 from mptrain.compress.weights import records
 from mptrain.core.errors import ModelError, MptrainError, UserError
 from mptrain.core.hooks import is_quantized
@@ -66,7 +63,7 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
     tensors, aliases = unique_tensors(model)
     quantizers = _quantizer_config(model)
     compressed = records.distinct(records.of(model))
-    shrunk = getattr(model.config, "mptrain_structure", None) is not None
+    shrunk = saved.of(model) is not None
     special = shrunk or quantizers is not None or bool(compressed)
     config = json.loads(model.config.to_json_string())
     for key in ("transformers_weights", "auto_map") if special else ("transformers_weights",):
@@ -119,7 +116,7 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
             f"{folder}/{CONFIG}: `mptrain.version` must be {VERSION}, got {found!r}. The folder was not written by"
             " this version of mptrain.save; for an ordinary transformers folder use from_pretrained."
         )
-    structure = config.pop("mptrain_structure", None)
+    structure = config.pop(saved.KEY, None)
     quantized = (folder / QUANTIZERS).is_file()
     compressed = records.read(folder / COMPRESSED) if (folder / COMPRESSED).is_file() else {}
     special = quantized or structure is not None or bool(compressed)
@@ -132,9 +129,7 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
     except Exception as error:  # whatever a config made up by hand sets off in transformers
         raise ModelError(f"{folder}/{CONFIG}: a {cls.__name__} cannot be built: {_line(error)}") from None
     if structure is not None:
-        whole = find_structure(model)
-        shrink(model, whole, kept_from_counts(structure, whole))
-        model.config.mptrain_structure = structure
+        saved.apply(model, structure)
     if quantized:
         from mptrain.compress.quantize import quantizers
 
@@ -205,8 +200,7 @@ def _auto_classes(model: PreTrainedModel) -> list[str]:
 
 def _remote_code(base: type, quantized: bool) -> str:
     text = Path(__file__).with_name(f"{CODE}.txt").read_text(encoding="utf-8")
-    families = [asdict(family) for family in FAMILIES.values()]
-    values = {"BASE": base.__name__, "WEIGHTS": WEIGHTS, "QUANTIZED": repr(quantized), "FAMILIES": repr(families)}
+    values = {"BASE": base.__name__, "WEIGHTS": WEIGHTS, "QUANTIZED": repr(quantized)}
     for name, value in values.items():
         text = text.replace(f"@{name}@", value)
     return text

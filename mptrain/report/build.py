@@ -82,9 +82,8 @@ def build(
         history: training log rows {"stage", "phase", "step", "loss", ...}; step counts optimizer
             steps from the start of the stage.
         methods: facts of the methods of each stage, by the field of the stage. Two of them have tables:
-            `structure`, {"family", "layers": [{"layer", "heads", "heads_total", "ffn", "ffn_total", "params",
-            "params_total"}]}, of the last stage that has it; `compressed`, rows of `records.describe`: the weights
-            that are integers or table entries.
+            `structure`, what `compress.structure.costs.describe` says, of the last stage that has it; `compressed`,
+            rows of `records.describe`: the weights that are integers or table entries.
         checkpoints: folders that `mptrain.load` reads, by stage, relative to the run folder.
     """
     base = next((v for v in variants if v.id == "baseline_fp32"), None)

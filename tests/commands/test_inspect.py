@@ -8,13 +8,14 @@ import pytest
 import torch
 import yaml
 from kit import tiny, tiny_models
+from kit.structures import keep
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import mptrain
 from mptrain.cli import main
 from mptrain.compress.quantize import quantizers
-from mptrain.compress.structure.blocks import Kept, find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.models.samples import guess_task
 from mptrain.precision import memory
@@ -218,7 +219,7 @@ def test_a_recipe_gives_the_data(overflowing, tmp_path):
 def test_a_pruned_and_quantized_model_of_a_run(tmp_path):
     model = tiny_models.tiny("bert")
     structure = find_structure(model)
-    shrink(model, structure, Kept({0: [1]}, {1: list(range(0, 48, 2))}))
+    shrink(model, structure, keep(structure, {0: [1]}, {1: list(range(0, 48, 2))}))
     pruned = sum(p.numel() for p in model.parameters())
     mptrain.save(quantizers.quantize(model, Ptq(mode="ptq"), [tiny_models.inputs("bert")]), tmp_path / "model")
     out = tmp_path / "facts.json"

@@ -8,61 +8,56 @@ from kit.tiny_models import tiny
 
 from mptrain.compress.structure import budget as budget_module
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Attention, Ffn, Structure, find_structure
+from mptrain.compress.structure.blocks import Axis, Block, Structure
 from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import UserError
 from mptrain.recipe import Keep
 
 
+def made_up(name, kind, units, cost, fixed, prunable):
+    axis = Axis(f"{name}.o", 1, np.arange(units)[:, None], "sink", units, cost)
+    return Block(name, kind, units, (axis,), name, heads=int(kind == "heads"), fixed_params=fixed, prunable=prunable)
+
+
 def attention(index, units, cost=7, prunable=True):
-    names = {n: f"{index}.{n}" for n in ("layer", "q", "k", "v", "o", "module")}
-    return Attention(
-        **names,
-        index=index,
-        heads=units,
-        kv_heads=units,
-        head_dim=1,
-        hidden=1,
-        unit_params=cost,
-        fixed_params=2,
-        family="bert",
-        prunable=prunable,
-    )
+    return made_up(f"attention.{index}", "heads", units, cost, 2, prunable)
 
 
 def ffn(index, width, cost=3, prunable=True):
-    return Ffn(str(index), index, ("i",), "o", width, 1, unit_params=cost, fixed_params=1, prunable=prunable)
+    return made_up(f"ffn.{index}", "ffn", width, cost, 1, prunable)
+
+
+def of(*blocks):
+    return Structure("bert", blocks)
 
 
 def random_importance(structure, seed=0):
     rng = np.random.default_rng(seed)
-    found = {"heads": {}, "ffn": {}}
-    for kind, block in structure.prunable():
-        found[kind][block.index] = rng.exponential(size=block.units)
-    return found
+    return {block.name: rng.exponential(size=block.units) for block in structure.prunable()}
 
 
 def value(kept, importance):
-    return sum(importance[k][i][u].sum() for k in ("heads", "ffn") for i, u in kept.of(k).items())
+    return sum(importance[name][units].sum() for name, units in kept.units.items())
 
 
 def cost(structure, kept):
-    return sum(costs.params(b, kept.count(k, b)) for k, b in structure.blocks())
+    return sum(costs.params(b, kept.count(b)) for b in structure)
 
 
 def brute_force(structure, importance, limit, floors, step):
     """The best value over all widths of all blocks; with a width the best units are clear."""
     choices = []
-    for kind, block in structure.prunable():
-        scores = np.sort(importance[kind][block.index])[::-1]
-        floor = min(floors[kind], block.units)
+    for block in structure.prunable():
+        scores = np.sort(importance[block.name])[::-1]
+        floor = min(floors[block.kind], block.units)
         allowed = [
             n
             for n in range(1, block.units + 1)
-            if n >= floor and (kind == "heads" or n % step == 0 or n == block.units)
+            if n >= floor and (block.kind == "heads" or n % step == 0 or n == block.units)
         ]
         choices.append([(costs.params(block, n), scores[:n].sum()) for n in allowed])
-    fixed = sum(costs.params(b, b.units) for _, b in structure.blocks() if not b.prunable)
+    fixed = sum(costs.params(b, b.units) for b in structure if not b.prunable)
     return max(
         (sum(v for _, v in pick) for pick in itertools.product(*choices) if fixed + sum(c for c, _ in pick) <= limit),
         default=None,
@@ -82,7 +77,7 @@ def brute_force(structure, importance, limit, floors, step):
 def test_is_the_optimum(heads, widths, unit_costs, keep, floors, step, seed):
     blocks = [attention(i, n, unit_costs[0]) for i, n in enumerate(heads)]
     channels = [ffn(i, n, unit_costs[1 + i]) for i, n in enumerate(widths)]
-    structure = Structure("bert", blocks, channels)
+    structure = of(*blocks, *channels)
     importance = random_importance(structure, seed)
     total = cost(structure, budget_module.Kept())
     best = brute_force(structure, importance, keep * total + 1e-9, {"heads": floors[0], "ffn": floors[1]}, step)
@@ -104,18 +99,18 @@ def test_large_costs_are_near_the_optimum_and_use_the_budget(keep):
     """BERT-base sizes need more cells than there are: checked against the best of all numbers of heads."""
     blocks = [attention(i, 12, cost=196_800) for i in range(12)]
     channels = [ffn(i, 3072, cost=1537) for i in range(12)]
-    structure = Structure("bert", blocks, channels)
+    structure = of(*blocks, *channels)
     importance = random_importance(structure)
     search = Budget(structure, Keep(encoder_params=keep), min_ffn=8, round_ffn=8)
     kept = search.search(importance)
     total = cost(structure, budget_module.Kept())
-    addable = [196_800 if k == "heads" else 8 * 1537 for k, b in structure.blocks() if kept.count(k, b) < b.units]
+    addable = [196_800 if b.kind == "heads" else 8 * 1537 for b in structure if kept.cuts(b)]
     assert 0 <= keep * total - cost(structure, kept) < min(addable)  # nothing that was cut would still fit
 
     # two kinds of equal cost: with k heads given, the best chunks of 8 that fit are the optimum
-    heads = np.sort(np.concatenate([np.sort(importance["heads"][i])[::-1][1:] for i in range(12)]))[::-1]
-    first = sum(importance["heads"][i].max() for i in range(12))
-    chunks = [np.sort(importance["ffn"][i])[::-1].reshape(-1, 8).sum(1) for i in range(12)]
+    heads = np.sort(np.concatenate([np.sort(importance[f"attention.{i}"])[::-1][1:] for i in range(12)]))[::-1]
+    first = sum(importance[f"attention.{i}"].max() for i in range(12))
+    chunks = [np.sort(importance[f"ffn.{i}"])[::-1].reshape(-1, 8).sum(1) for i in range(12)]
     rest = np.sort(np.concatenate([c[1:] for c in chunks]))[::-1].cumsum()
     first += sum(c[0] for c in chunks)
     room = keep * total - 12 * (2 + 1 + 196_800 + 8 * 1537)
@@ -127,18 +122,18 @@ def test_large_costs_are_near_the_optimum_and_use_the_budget(keep):
 
 
 def test_everything_or_nothing_is_special():
-    structure = Structure("bert", [attention(0, 4)], [ffn(0, 13)])
-    importance = {"heads": {0: np.zeros(4)}, "ffn": {0: np.zeros(13)}}
+    structure = of(attention(0, 4), ffn(0, 13))
+    importance = {"attention.0": np.zeros(4), "ffn.0": np.zeros(13)}
     search = Budget(structure, Keep(encoder_params=1.0), min_ffn=4, round_ffn=4)
-    assert search.search(importance).ffn[0] == list(range(13))  # also what is worth nothing, while it fits
+    assert search.search(importance).units["ffn.0"] == list(range(13))  # also what is worth nothing, while it fits
     half = Budget(structure, Keep(encoder_params=0.5), min_ffn=4, round_ffn=4)
-    assert half.search(importance, ease=0.0).heads[0] == [0, 1, 2, 3]
+    assert half.search(importance, ease=0.0).units["attention.0"] == [0, 1, 2, 3]
     kept = half.search(importance)
     assert 0.4 < half.fraction(kept)["encoder_params"] <= 0.5
 
 
 def test_ease_moves_the_budget():
-    structure = Structure("bert", [attention(i, 8) for i in range(2)], [ffn(i, 64) for i in range(2)])
+    structure = of(*(attention(i, 8) for i in range(2)), *(ffn(i, 64) for i in range(2)))
     search = Budget(structure, Keep(encoder_params=0.4))
     importance = random_importance(structure)
     fractions = [search.fraction(search.search(importance, ease))["encoder_params"] for ease in (0, 0.25, 0.5, 1)]
@@ -147,18 +142,18 @@ def test_ease_moves_the_budget():
 
 
 def test_heads_and_ffn_are_two_budgets():
-    structure = Structure("bert", [attention(i, 8) for i in range(2)], [ffn(i, 64) for i in range(2)])
+    structure = of(*(attention(i, 8) for i in range(2)), *(ffn(i, 64) for i in range(2)))
     search = Budget(structure, Keep(heads=0.25, ffn=0.75), round_ffn=8)
     kept = search.search(random_importance(structure))
     assert search.fraction(kept) == {"heads": 0.25, "ffn": 0.75}
-    assert all(len(units) % 8 == 0 for units in kept.ffn.values())
+    assert all(len(units) % 8 == 0 for name, units in kept.units.items() if name.startswith("ffn"))
 
 
 def test_ignored_blocks_count_but_stay():
-    structure = Structure("bert", [attention(0, 4), attention(1, 4, prunable=False)], [ffn(0, 10), ffn(1, 10)])
+    structure = of(attention(0, 4), attention(1, 4, prunable=False), ffn(0, 10), ffn(1, 10))
     search = Budget(structure, Keep(encoder_params=0.6))
     kept = search.search(random_importance(structure))
-    assert set(kept.heads) == {0}
+    assert set(kept.units) == {"attention.0", "ffn.0", "ffn.1"}
     assert cost(structure, kept) <= 0.6 * cost(structure, budget_module.Kept())
     with pytest.raises(UserError, match=r"ignored layers at least 0\.386"):
         Budget(structure, Keep(encoder_params=0.3))
@@ -166,10 +161,10 @@ def test_ignored_blocks_count_but_stay():
 
 def test_macs_weigh_attention_by_length():
     structure = find_structure(tiny("bert"))
-    importance = {"heads": {i: np.ones(4) for i in range(2)}, "ffn": {i: np.ones(48) for i in range(2)}}
+    importance = {block.name: np.ones(block.units) for block in structure}
     short = Budget(structure, Keep(macs=0.5), length=8)
     long = Budget(structure, Keep(macs=0.5), length=4096)
-    channels = [sum(map(len, b.search(importance).ffn.values())) for b in (short, long)]
+    channels = [sum(b.search(importance).count(f) for f in structure.of_kind("ffn")) for b in (short, long)]
     assert channels[0] < channels[1] == 96  # at length 4096 a channel costs next to nothing
     for b, length in ((short, 8), (long, 4096)):
         kept = b.search(importance)
@@ -181,9 +176,9 @@ def test_macs_weigh_attention_by_length():
 def test_latency_from_a_table():
     structure = find_structure(tiny("bert"))
     table = {"attention/32/8/1": {"1": 1.0, "4": 4.0}, "ffn/32/1": {"1": 0.5, "24": 0.4, "48": 6.0}}
-    assert costs.latency(structure.attention[0], 2, table) == 2.0
-    assert costs.latency(structure.ffn[0], 24, table) == 0.5  # never less than for fewer channels
-    assert costs.latency(structure.ffn[0], 36, table) == pytest.approx(3.25)
+    assert costs.latency(structure.of_kind("heads")[0], 2, table) == 2.0
+    assert costs.latency(structure.of_kind("ffn")[0], 24, table) == 0.5  # never less than for fewer channels
+    assert costs.latency(structure.of_kind("ffn")[0], 36, table) == pytest.approx(3.25)
     search = Budget(structure, Keep(latency=0.5), latency=table, round_ffn=8)
     kept = search.search(random_importance(structure))
     assert 0.4 < search.fraction(kept)["latency"] <= 0.5
@@ -192,16 +187,14 @@ def test_latency_from_a_table():
 
 
 def test_round_up():
-    search = Budget(
-        Structure("bert", [attention(0, 4)], [ffn(0, 21)]), Keep(encoder_params=1.0), min_ffn=6, round_ffn=8
-    )
-    _, block = search.structure.blocks()[1]
-    assert [search.round_up("ffn", block, n) for n in (0, 1, 8, 9, 16, 17, 21)] == [8, 8, 8, 16, 16, 21, 21]
+    block = ffn(0, 21)
+    search = Budget(of(attention(0, 4), block), Keep(encoder_params=1.0), min_ffn=6, round_ffn=8)
+    assert [search.round_up(block, n) for n in (0, 1, 8, 9, 16, 17, 21)] == [8, 8, 8, 16, 16, 21, 21]
 
 
 def test_bad_importance_is_refused():
-    structure = Structure("bert", [attention(0, 4)], [ffn(0, 4)])
+    structure = of(attention(0, 4), ffn(0, 4))
     search = Budget(structure, Keep(encoder_params=0.5))
     for bad in (np.ones(3), np.array([1, -1, 1, 1.0]), np.array([1, np.nan, 1, 1])):
         with pytest.raises(ValueError, match="importance"):
-            search.search({"heads": {0: bad}, "ffn": {0: np.ones(4)}})
+            search.search({"attention.0": bad, "ffn.0": np.ones(4)})

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from kit.structures import by_index, keep, sink
 from kit.tiny_models import FAMILIES, inputs, logits, tiny, train
 
 from mptrain.compress.boundary import cut
 from mptrain.compress.prune.fisher import DECAY, FisherPruner, rearrange
 from mptrain.compress.prune.rescale import refit
-from mptrain.compress.structure.blocks import Kept, find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.recipe import Fisher
 
@@ -34,14 +35,14 @@ def batches(family, count=3):
 def gate_gradients(model, structure, batch, alive=None):
     """Autograd to a mask variable on the input of every output projection."""
     gates, handles = {}, []
-    for kind, block in structure.blocks():
-        gate = torch.ones(block.units) if alive is None else alive[kind, block.index].clone()
-        gates[kind, block.index] = gate.requires_grad_()
+    for block in structure:
+        gate = torch.ones(block.units) if alive is None else alive[block.name].clone()
+        gates[block.name] = gate.requires_grad_()
 
-        def hook(module, args, gate=gate, columns=block.columns):
+        def hook(module, args, gate=gate, columns=block.sinks[0].per_unit):
             return (args[0] * gate.repeat_interleave(columns),)
 
-        handles.append(model.get_submodule(block.output).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(sink(block)).register_forward_pre_hook(hook))
     found = torch.autograd.grad(model(**batch).loss, list(gates.values()))
     for handle in handles:
         handle.remove()
@@ -62,9 +63,8 @@ def test_collect_is_the_squared_mask_gradient(family):
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     importance = ours.importance()
-    for (kind, index), value in expected.items():
-        found = torch.from_numpy(importance[kind][index])
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-12)
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.from_numpy(importance[name]), value, rtol=1e-3, atol=1e-12)
 
 
 def test_collect_with_frozen_weights_and_another_loss():
@@ -74,7 +74,7 @@ def test_collect_with_frozen_weights_and_another_loss():
     ours = pruner(model)
     ours.collect(model, batches("bert"), loss_fn=lambda m, b: m(**b).logits.square().sum())
     assert not any(p.requires_grad for p in model.parameters())
-    assert ours.importance()["ffn"][0].sum() > 0
+    assert ours.importance()["bert.encoder.layer.0.ffn"].sum() > 0
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
@@ -88,7 +88,7 @@ def test_at_once(keep):
     assert keep - 0.02 < ours.budget.fraction(kept)["encoder_params"] <= keep
     assert ours.kept() == kept
     shrunk = cut(model, ours)
-    assert [a.units for a in find_structure(shrunk).attention] == [len(kept.heads[i]) for i in range(2)]
+    assert [b.units for b in find_structure(shrunk)] == [kept.count(b) for b in ours.structure]
 
 
 def test_keeps_what_matters():
@@ -100,7 +100,7 @@ def test_keeps_what_matters():
         layer.output.dense.weight[:, 10:20] = 0
     ours = pruner(model, keep=0.5)
     ours.collect(model, batches("bert"))
-    kept = ours.kept()
+    kept = by_index(ours.structure, ours.kept())
     assert 1 not in kept.heads[0]
     assert not set(kept.ffn[0]) & set(range(10, 20))
 
@@ -143,11 +143,12 @@ def test_rearranging_leaves_full_layers_alone():
 def test_running_sum_is_of_mask_gradients_also_for_masked_units():
     model = tiny("bert")
     ours = pruner(model, steps=8)
-    ours._set_kept(Kept({0: [0, 2]}, {1: list(range(0, 48, 2))}))
+    ours._set_kept(keep(ours.structure, {0: [0, 2]}, {1: list(range(0, 48, 2))}))
     ours.masked.apply(ours._masks)
-    alive = {(kind, block.index): torch.ones(block.units) for kind, block in ours.structure.blocks()}
-    alive["heads", 0][[1, 3]] = 0
-    alive["ffn", 1][1::2] = 0
+    alive = {block.name: torch.ones(block.units) for block in ours.structure}
+    heads = "bert.encoder.layer.0.attention"
+    alive[heads][[1, 3]] = 0
+    alive["bert.encoder.layer.1.ffn"][1::2] = 0
     twin = tiny("bert")
     expected = {key: torch.zeros_like(gate) for key, gate in alive.items()}
     for step in range(2):
@@ -160,22 +161,22 @@ def test_running_sum_is_of_mask_gradients_also_for_masked_units():
         ours.masked.take_update()
         ours.masked.apply(ours._masks)
     importance = ours.importance()
-    for (kind, index), value in expected.items():
-        torch.testing.assert_close(torch.from_numpy(importance[kind][index]).float(), value, rtol=1e-3, atol=1e-12)
-    assert (importance["heads"][0][[1, 3]] > 0).all()
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.from_numpy(importance[name]).float(), value, rtol=1e-3, atol=1e-12)
+    assert (importance[heads][[1, 3]] > 0).all()
 
 
 def test_a_masked_unit_comes_back():
     model = tiny("bert")
     ours = pruner(model, steps=8, keep=0.9)
     train(model, ours, 5)
-    ours._set_kept(Kept({0: [0, 1, 2]}))
+    ours._set_kept(keep(ours.structure, {0: [0, 1, 2]}))
     for total in ours._sums.values():
         total.fill_(1e-6)
-    ours._sums["heads", 0][3] = 1.0  # its gradient says that it would help
+    ours._sums["bert.encoder.layer.0.attention"][3] = 1.0  # its gradient says that it would help
     ours.masked.apply(ours._masks)
     train(model, ours, 3, start=5)
-    assert 3 in ours.kept().heads[0]
+    assert 3 in by_index(ours.structure, ours.kept()).heads[0]
 
 
 def test_warm_up_reaches_the_budget():
@@ -217,10 +218,10 @@ def test_refit_is_least_squares(family, monkeypatch):
     monkeypatch.setattr("mptrain.compress.prune.rescale.RIDGE", 1e-9)
     model = tiny(family)
     structure = find_structure(model)
-    kept = Kept({0: [0]}, {1: [1, 5, 7, 30]})
-    block = structure.ffn[1]
+    units = [1, 5, 7, 30]
+    kept = keep(structure, {0: [0]}, {1: units})
     seen = []
-    linear = model.get_submodule(block.fc_out)
+    linear = model.get_submodule(sink(structure.of_kind("ffn")[1]))
     handle = linear.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach().reshape(-1, 48).double()))
     with torch.no_grad():
         for batch in batches(family):
@@ -229,25 +230,25 @@ def test_refit_is_least_squares(family, monkeypatch):
     x = torch.cat(seen)
     target = x @ linear.weight.detach().double().T
     bias = linear.bias is not None
-    design = torch.cat([x[:, kept.ffn[1]], torch.ones(len(x), 1)], 1) if bias else x[:, kept.ffn[1]]
+    design = torch.cat([x[:, units], torch.ones(len(x), 1)], 1) if bias else x[:, units]
     solution = torch.linalg.lstsq(design, target + (linear.bias.detach() if bias else 0)).solution
 
     refit(model, structure, kept, batches(family))
-    found = linear.weight.detach()[:, kept.ffn[1]].double()
-    torch.testing.assert_close(found, solution[: len(kept.ffn[1])].T, rtol=1e-4, atol=1e-5)
+    found = linear.weight.detach()[:, units].double()
+    torch.testing.assert_close(found, solution[: len(units)].T, rtol=1e-4, atol=1e-5)
     if bias:
         torch.testing.assert_close(linear.bias.detach().double(), solution[-1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_refit_brings_outputs_closer(family):
-    kept = Kept({0: [0]}, {0: list(range(0, 32, 2)), 1: list(range(0, 32, 2))})
     data = batches(family, 6)
     dense = [logits(tiny(family), b) for b in data]
     errors = []
     for rescaled in (False, True):
         model = tiny(family)
         structure = find_structure(model)
+        kept = keep(structure, {0: [0]}, {0: list(range(0, 32, 2)), 1: list(range(0, 32, 2))})
         if rescaled:
             refit(model, structure, kept, data)
         shrink(model, structure, kept)
@@ -258,7 +259,8 @@ def test_refit_brings_outputs_closer(family):
 def test_refit_leaves_whole_blocks_and_mode_alone():
     model = tiny("bert").train()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    refit(model, find_structure(model), Kept({0: [0, 1, 2, 3]}, {1: [0, 1]}), batches("bert"))
+    structure = find_structure(model)
+    refit(model, structure, keep(structure, {0: [0, 1, 2, 3]}, {1: [0, 1]}), batches("bert"))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"bert.encoder.layer.1.output.dense.weight", "bert.encoder.layer.1.output.dense.bias"}
     assert model.training and not model.bert.encoder.layer[1].output.dense._forward_pre_hooks

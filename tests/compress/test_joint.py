@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 from mptrain.compress.boundary import cut
 from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.quantize import quantizers
-from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.recipe import Distill, Fisher, Qat, Schedule
 from mptrain.train.distill import Distiller
 from mptrain.train.trainer import Trainer

@@ -4,7 +4,7 @@ from kit.tiny_models import FAMILIES, inputs, logits, tiny, train
 
 from mptrain.compress.boundary import cut
 from mptrain.compress.prune.magnitude import MagnitudePruner
-from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.recipe import Magnitude
 
 
@@ -26,17 +26,12 @@ def pruner(model, keep=0.5, steps=0, **changes):
 def test_importance_is_the_energy_of_the_unit(family):
     model = tiny(family)
     found = pruner(model).importance()
-    for a, f in zip(find_structure(model).attention, find_structure(model).ffn):
-        q, k, v, o = (model.get_parameter(f"{name}.weight").detach().double() for name in a.linears)
-        for u in range(a.units):
-            rows = slice(u * a.columns, (u + 1) * a.columns)
-            keys = slice(u * a.head_dim, (u + 1) * a.head_dim)
-            parts = (q[rows], k[keys], v[keys], o[:, rows])
-            assert found["heads"][a.index][u] == pytest.approx(float(sum((p**2).sum() for p in parts)))
-        channel = f.width // 2
-        rows = sum(model.get_parameter(f"{name}.weight").detach().double()[channel] ** 2 for name in f.fc_in).sum()
-        column = (model.get_parameter(f"{f.fc_out}.weight").detach().double()[:, channel] ** 2).sum()
-        assert found["ffn"][f.index][channel] == pytest.approx(float(rows + column))
+    for block in find_structure(model):
+        for u in range(0, block.units, 1 + block.units // 5):
+            rows = [model.get_parameter(a.parameter).detach()[a.indices[u]] for a in block.sources]
+            columns = model.get_parameter(block.sinks[0].parameter).detach()[:, block.sinks[0].indices[u]]
+            energy = sum(float((part.double() ** 2).sum()) for part in (*rows, columns))
+            assert found[block.name][u] == pytest.approx(energy)
 
 
 @pytest.mark.parametrize("keep", [{"encoder_params": 0.5}, {"macs": 0.4}, {"heads": 0.5, "ffn": 0.25}])
@@ -48,9 +43,10 @@ def test_at_once(keep):
     for name, fraction in ours.budget.fraction(kept).items():
         assert keep[name] - 0.03 < fraction <= keep[name]
     importance = ours.importance()
-    for i in range(2):
-        others = [importance["ffn"][i][j] for j in range(48) if j not in kept.ffn[i]]
-        assert importance["ffn"][i][kept.ffn[i]].min() >= max(others, default=0.0)
+    for block in ours.structure.of_kind("ffn"):
+        scores, units = importance[block.name], kept.of(block)
+        others = [scores[j] for j in range(48) if j not in units]
+        assert scores[units].min() >= max(others, default=0.0)
 
 
 def test_gradually_follows_the_weights_and_resumes_exactly():
@@ -78,5 +74,6 @@ def test_ignored_layers_stay_whole():
     ours = MagnitudePruner(Magnitude.model_validate(plain), structure=structure, phase_steps=0, steps_per_epoch=1)
     ours.prepare(model)
     shrunk = cut(model, ours)
-    assert shrunk.config.mptrain_structure["layers"]["0"] == {"heads": 4, "ffn": 48}
+    left = {block.name: block.units for block in find_structure(shrunk)}
+    assert (left["bert.encoder.layer.0.attention"], left["bert.encoder.layer.0.ffn"]) == (4, 48)
     assert ours.budget.fraction(ours.kept())["encoder_params"] <= 0.7

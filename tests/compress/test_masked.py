@@ -10,8 +10,8 @@ from torch.func import functional_call
 from mptrain.compress.prune.masked import MaskedWeights
 from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.quantize import quantizers
-from mptrain.compress.structure.blocks import find_structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import shrink, slices_of
 from mptrain.core.hooks import HOOKS
 from mptrain.recipe import Movement, Qat
 
@@ -124,6 +124,6 @@ def test_acts_under_fake_quantizers(score):
     ours.restore_dense()
     plain, description, tensors = quantizers.detach(model)
     shrink(plain, structure, kept)
-    sliced = quantizers.slice_quantizers(description, tensors, linear_slices(structure, kept))
+    sliced = quantizers.slice_quantizers(description, tensors, slices_of(structure, kept))
     shrunk = quantizers.attach(plain, *sliced).eval()
     torch.testing.assert_close(logits(shrunk, inputs("bert")), expected, rtol=0, atol=1e-5)

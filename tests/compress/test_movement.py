@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kit import tiny_models
+from kit.structures import by_index, sink
 from kit.tiny_models import inputs, logits, tiny
 from torch.func import functional_call
 
@@ -13,7 +14,7 @@ from mptrain.compress.boundary import cut
 from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.prune.scores import Group, quantile
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import UserError
 from mptrain.recipe import Movement
 
@@ -37,7 +38,7 @@ def target(**changes):
 def pruner(config, model, **arguments):
     found = MovementPruner(
         config,
-        structure=find_structure(model, arguments.pop("ignore", ())),
+        structure=find_structure(model, ignore=arguments.pop("ignore", ())),
         **({"phase_steps": 20, "steps_per_epoch": 10, "lr": 0.01} | arguments),
     )
     found.prepare(model)
@@ -204,7 +205,7 @@ def test_resolution_by_hand_and_rewind():
     ours.next_masks(0)
     ours.masked.apply(ours._masks)
     # scores that are all the same have no element above their own quantile: layer 1 is all dead, floors keep it
-    kept = ours.kept()
+    kept = by_index(ours.structure, ours.kept())
     assert kept.heads == {0: [0, 2, 3], 1: [0]}
     assert kept.ffn == {0: [0, 1, 2], 1: [0]}
     ours.restore_dense()
@@ -227,7 +228,7 @@ def test_floors_take_the_best_of_the_dead_and_round_up():
     set_scores(ours, "bert.encoder.layer.0.attention.self.value.bias", [-1, -1, 1.0, -1])
     set_scores(ours, "bert.encoder.layer.0.attention.self.query.weight", [[-1, -1], [-1, -1], [-1, -1], [-0.9, -0.9]])
     ours._set_masks(ours._alive_by_threshold(-0.5))
-    kept = ours.kept()
+    kept = by_index(ours.structure, ours.kept())
     # channels 5 and 7 are alive (2 of them above the 0.98 quantile); 8 is the next number, filled by score
     assert kept.ffn[0] == [5, 7, 40, 41, 42, 43, 44, 45]
     assert kept.heads[0] == [2, 3]
@@ -359,15 +360,15 @@ def test_shared_score_gradient_is_that_of_a_gate(family):
     ours.gradients(True)
 
     gates, handles = {}, []
-    for kind, block in ours.structure.prunable():
-        units = ours._kept.of(kind)[block.index]
+    for block in ours.structure.prunable():
+        units = ours._kept.of(block)
         gate = torch.zeros(block.units).index_fill_(0, torch.tensor(units), 1.0).requires_grad_()
-        gates[f"{block.output}.weight"] = gate
+        gates[block.name] = gate
 
-        def hook(module, args, gate=gate, columns=block.columns):
+        def hook(module, args, gate=gate, columns=block.sinks[0].per_unit):
             return (args[0] * gate.repeat_interleave(columns),)
 
-        handles.append(model.get_submodule(block.output).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(sink(block)).register_forward_pre_hook(hook))
     loss = model(**batch).loss  # gradients_ready put the dense weights back
     gradients = torch.autograd.grad(loss, list(gates.values()))
     for handle in handles:
@@ -403,10 +404,9 @@ def test_warm_up_and_finalize(name):
             assert getattr(ours.config.keep, limit) - 0.1 < fraction <= getattr(ours.config.keep, limit)
     dense = {n: d.clone() for n, d in ours.masked.dense.items()}
     shrunk = cut(model, ours)
-    assert [a.units for a in find_structure(shrunk).attention] == [len(kept.heads[i]) for i in range(2)]
-    assert [f.units for f in find_structure(shrunk).ffn] == [len(kept.ffn[i]) for i in range(2)]
-    output = "bert.encoder.layer.0.output.dense.weight"
-    assert torch.equal(shrunk.get_parameter(output), dense[output][:, kept.ffn[0]])  # rewound
+    assert [b.units for b in find_structure(shrunk)] == [kept.count(b) for b in ours.structure]
+    output, channels = "bert.encoder.layer.0.output.dense.weight", kept.units["bert.encoder.layer.0.ffn"]
+    assert torch.equal(shrunk.get_parameter(output), dense[output][:, channels])  # rewound
 
 
 def test_a_warm_up_that_ends_with_the_phase_is_resolved():
@@ -414,7 +414,7 @@ def test_a_warm_up_that_ends_with_the_phase_is_resolved():
     ours = pruner(target(schedule={"start": 0, "end": 6, "unit": "step"}), model, phase_steps=6)
     train(model, ours, 6)
     cut(model, ours)
-    assert model.config.mptrain_structure["layers"]["0"]["ffn"] < 48
+    assert model.config.mptrain_structure["blocks"]["bert.encoder.layer.0.ffn"]["units"] < 48
 
 
 def test_the_target_is_reached_gradually():
@@ -436,7 +436,7 @@ def test_after_the_warm_up_the_structure_stays_and_trains(name):
     ours = pruner(CONFIGS[name], model, lr=0.02)
     opt = train(model, ours, 8)
     kept, scores = ours.kept(), ours.scores.detach().clone()
-    left = sum(costs.params(block, kept.count(kind, block)) for kind, block in ours.structure.blocks())
+    left = sum(costs.params(block, kept.count(block)) for block in ours.structure)
     total = sum(row["params"] for row in costs.layer_costs(ours.structure, 1))
     assert ours.sparsity() == pytest.approx(1 - left / total)
     before = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
@@ -493,7 +493,7 @@ def test_eager_and_sdpa_keep_the_same_heads():
         model = tiny("bert", attn)
         ours = pruner(target(score="shared", score_lr=0.02), model)
         train(model, ours, 8)
-        kept.append(ours.kept().heads)
+        kept.append(by_index(ours.structure, ours.kept()).heads)
     assert kept[0] == kept[1]
 
 

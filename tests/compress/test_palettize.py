@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from kit.structures import keep
 from kit.tiny_models import FAMILIES, inputs, logits, tiny
 from torch import nn
 
 from mptrain.compress.calibrate.fisher_information import fisher
-from mptrain.compress.structure.blocks import Kept, find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.compress.weights import records
 from mptrain.compress.weights.kmeans import cluster
@@ -247,7 +248,7 @@ def test_errors_name_the_weight_or_the_field():
 def test_a_pruned_model_is_palettized_and_kept_on_disk(tmp_path):
     model = tiny("bert")
     structure = find_structure(model)
-    shrink(model, structure, Kept(heads={0: [1, 2]}, ffn={0: list(range(10)), 1: list(range(32))}))
+    shrink(model, structure, keep(structure, {0: [1, 2]}, {0: list(range(10)), 1: list(range(32))}))
     records.attach(model, palettize(model, config("skm", bits=4, group_size=8), batches()))
     artifact.save(model, tmp_path / "model")
     loaded = artifact.load(tmp_path / "model")

@@ -9,6 +9,7 @@ import warnings
 import nncf
 import pytest
 import torch
+from kit.structures import keep
 from kit.tiny_models import FAMILIES, inputs, logits, tiny
 from nncf.common.logging import nncf_logger, track_progress
 from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
@@ -17,8 +18,8 @@ from torch import nn
 
 from mptrain.compress.quantize import placement, quantizers
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
-from mptrain.compress.structure.blocks import Kept, find_structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import shrink, slices_of
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS
 from mptrain.core.silence import silenced
@@ -286,19 +287,13 @@ def test_the_shrunk_quantized_model_is_the_masked_quantized_model(family, smooth
     # Quantized while nothing was pruned, as at the start of a warm-up; then what will go is masked.
     model, q = quantized(family, qat(smooth_quant=smooth))
     structure = find_structure(model)
-    kept = Kept({0: [1]}, {f.index: list(range(0, f.width, 3)) for f in structure.ffn})
-    slices = linear_slices(structure, kept)
+    kept = keep(structure, {0: [1]}, {i: list(range(0, 48, 3)) for i in range(2)})
+    slices = slices_of(structure, kept)
     with torch.no_grad():
-        for name, cut in slices.items():
-            linear = q.get_submodule(name)
-            if cut.rows is not None:
-                gone = torch.ones(linear.out_features, dtype=bool).index_fill(0, cut.rows, False)
-                linear.weight[gone] = 0
-                if linear.bias is not None:
-                    linear.bias[gone] = 0
-            if cut.cols is not None:
-                gone = torch.ones(linear.in_features, dtype=bool).index_fill(0, cut.cols, False)
-                linear.weight[:, gone] = 0
+        for name, by_dim in slices.items():
+            for dim, stays in by_dim.items():
+                gone = torch.ones(q.get_parameter(name).shape[dim], dtype=bool).index_fill(0, stays, False)
+                q.get_parameter(name).index_fill_(dim, gone.nonzero().flatten(), 0.0)
     masked = logits(q, inputs(family, seed=5))
     plain, description, tensors = quantizers.detach(q)
     shrink(plain, structure, kept)

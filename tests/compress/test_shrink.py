@@ -1,27 +1,29 @@
 import pytest
 import torch
+from kit.structures import keep
 from kit.tiny_models import FAMILIES, RELATIVES, inputs, logits, tiny
 
 from mptrain.compress.prune.masked import MaskedWeights
-from mptrain.compress.structure.blocks import Kept, find_structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import shrink, slices_of
 from mptrain.core.errors import ModelError
 
 
 def some_kept(structure):
     """Uneven: layer 1 keeps all its heads, every third channel stays, one layer keeps its FFN."""
-    heads = {a.index: list(range(a.units))[1::2] for a in structure.attention if a.index != 1}
-    ffn = {f.index: list(range(0, f.width, 3)) for f in structure.ffn if f.index != 0}
-    return Kept(heads, ffn)
+    heads = {i: list(range(b.units))[1::2] for i, b in enumerate(structure.of_kind("heads")) if i != 1}
+    ffn = {i: list(range(0, b.units, 3)) for i, b in enumerate(structure.of_kind("ffn")) if i != 0}
+    return keep(structure, heads, ffn)
 
 
 def mask(model, structure, kept):
     """Zero the output columns of everything that is not kept."""
     masks = {}
-    for kind, block in structure.blocks():
+    for block in structure:
         alive = torch.zeros(block.units, dtype=torch.bool)
-        alive[kept.of(kind).get(block.index, list(range(block.units)))] = True
-        masks[f"{block.output}.weight"] = alive.repeat_interleave(block.columns)[None]
+        alive[kept.of(block)] = True
+        (axis,) = block.sinks
+        masks[axis.parameter] = alive.repeat_interleave(axis.per_unit)[None]
     masked = MaskedWeights({name: model.get_parameter(name) for name in masks})
     masked.apply(masks)
     return masked
@@ -51,12 +53,12 @@ def test_shrunk_is_masked(family, attn):
 def test_shrinking_again_composes(family):
     once, twice = tiny(family), tiny(family)
     structure = find_structure(once)
-    width = structure.ffn[0].width
-    shrink(once, structure, Kept({0: [1]}, {0: [2, 5]}))
-    shrink(twice, structure, Kept({0: [0, 1]}, {0: list(range(1, width, 1))}))
-    shrink(twice, find_structure(twice), Kept({0: [1]}, {0: [1, 4]}))
+    width = structure.of_kind("ffn")[0].units
+    shrink(once, structure, keep(structure, {0: [1]}, {0: [2, 5]}))
+    shrink(twice, structure, keep(structure, {0: [0, 1]}, {0: list(range(1, width, 1))}))
+    shrink(twice, found := find_structure(twice), keep(found, {0: [1]}, {0: [1, 4]}))
     assert once.config.mptrain_structure == twice.config.mptrain_structure
-    assert once.config.mptrain_structure["layers"]["0"] == {"heads": 1, "ffn": 2}
+    assert once.config.mptrain_structure["blocks"][structure.of_kind("ffn")[0].name]["units"] == 2
     assert torch.equal(logits(once, inputs(family)), logits(twice, inputs(family)))
 
 
@@ -66,8 +68,8 @@ def test_a_shrunk_model_trains(family):
     structure = find_structure(model)
     shrink(model, structure, some_kept(structure)).train()
     model(**inputs(family, labels=True)).loss.backward()
-    for _, block in find_structure(model).blocks():
-        assert model.get_parameter(f"{block.output}.weight").grad.abs().sum() > 0
+    for block in find_structure(model):
+        assert model.get_parameter(block.sinks[0].parameter).grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -75,7 +77,7 @@ def test_a_shrunk_model_trains(family):
 def test_generate_with_different_heads_per_layer(family, cache):
     model = tiny(family)
     structure = find_structure(model)
-    shrink(model, structure, Kept({0: [1]}, {1: [3, 4]}))
+    shrink(model, structure, keep(structure, {0: [1]}, {1: [3, 4]}))
     ids = inputs(family)["input_ids"]
     made = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, cache_implementation=cache)
     for end in range(ids.shape[1], made.shape[1]):  # the cache gives what a whole forward pass gives
@@ -85,16 +87,16 @@ def test_generate_with_different_heads_per_layer(family, cache):
 def test_attributes_and_slices():
     model = tiny("bert")
     structure = find_structure(model)
-    kept = Kept({1: [0, 3]}, {0: [7, 9]})
-    slices = linear_slices(structure, kept)
+    kept = keep(structure, {1: [0, 3]}, {0: [7, 9]})
+    slices = slices_of(structure, kept)
     attention = "bert.encoder.layer.1.attention"
     heads = [*range(8), *range(24, 32)]
-    assert slices[f"{attention}.self.query"].rows.tolist() == heads
-    assert slices[f"{attention}.self.query"].cols is None
-    assert slices[f"{attention}.output.dense"].cols.tolist() == heads
-    assert slices["bert.encoder.layer.0.intermediate.dense"].rows.tolist() == [7, 9]
-    assert slices["bert.encoder.layer.0.output.dense"].cols.tolist() == [7, 9]
-    assert len(slices) == 6
+    found = {name: {dim: stays.tolist() for dim, stays in by_dim.items()} for name, by_dim in slices.items()}
+    assert found[f"{attention}.self.query.weight"] == found[f"{attention}.self.query.bias"] == {0: heads}
+    assert found[f"{attention}.output.dense.weight"] == {1: heads}
+    assert found["bert.encoder.layer.0.intermediate.dense.weight"] == {0: [7, 9]}
+    assert found["bert.encoder.layer.0.output.dense.weight"] == {1: [7, 9]}
+    assert len(found) == 10  # q, k, v, fc_in with biases, and two sinks
 
     query = model.bert.encoder.layer[1].attention.self.query
     weight, bias = query.weight.detach().clone(), query.bias.detach().clone()
@@ -104,21 +106,24 @@ def test_attributes_and_slices():
     assert (query.out_features, query.in_features) == (16, 32)
     module = model.bert.encoder.layer[1].attention.self
     assert (module.num_attention_heads, module.all_head_size) == (2, 16)
-    assert model.config.mptrain_structure["layers"]["1"] == {"heads": 2, "ffn": 48}
+    kind = {"kind": "heads", "units": 2, "of": 4}
+    assert model.config.mptrain_structure["blocks"]["bert.encoder.layer.1.attention"] == kind
+    assert model.config.mptrain_structure["tensors"][f"{attention}.self.query.weight"] == [16, 32]
 
 
 def test_swin_bias_table_and_llama_groups():
     swin = tiny("swin")
     structure = find_structure(swin)
-    module = swin.get_submodule(structure.attention[2].module)
+    module = swin.swin.encoder.layers[1].blocks[0].attention.self
     table = module.relative_position_bias_table.detach().clone()
-    shrink(swin, structure, Kept({2: [1, 3]}))
+    shrink(swin, structure, keep(structure, {2: [1, 3]}))
     assert torch.equal(module.relative_position_bias_table, table[:, [1, 3]])
 
-    slices = linear_slices(find_structure(tiny("llama")), Kept({0: [1]}))
-    assert slices["model.layers.0.self_attn.q_proj"].rows.tolist() == list(range(16, 32))
-    assert slices["model.layers.0.self_attn.k_proj"].rows.tolist() == list(range(8, 16))
-    assert slices["model.layers.0.self_attn.o_proj"].cols.tolist() == list(range(16, 32))
+    structure = find_structure(tiny("llama"))
+    slices = slices_of(structure, keep(structure, {0: [1]}))
+    assert slices["model.layers.0.self_attn.q_proj.weight"][0].tolist() == list(range(16, 32))
+    assert slices["model.layers.0.self_attn.k_proj.weight"][0].tolist() == list(range(8, 16))
+    assert slices["model.layers.0.self_attn.o_proj.weight"][1].tolist() == list(range(16, 32))
 
 
 def test_keeps_dtype_frozen_and_random_state():
@@ -126,7 +131,7 @@ def test_keeps_dtype_frozen_and_random_state():
     model.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
     structure = find_structure(model)
     before = torch.get_rng_state()
-    shrink(model, structure, Kept({0: [0]}, {0: [1]}))
+    shrink(model, structure, keep(structure, {0: [0]}, {0: [1]}))
     assert torch.equal(torch.get_rng_state(), before)
     first = model.bert.encoder.layer[0]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -138,7 +143,7 @@ def test_whole_blocks_are_left_alone():
     model = tiny("bert")
     structure = find_structure(model)
     weight = model.bert.encoder.layer[0].intermediate.dense.weight
-    shrink(model, structure, Kept({0: [0, 1, 2, 3]}, {0: list(range(48))}))
+    shrink(model, structure, keep(structure, {0: [0, 1, 2, 3]}, {0: list(range(48))}))
     assert model.bert.encoder.layer[0].intermediate.dense.weight is weight
 
 
@@ -146,11 +151,11 @@ def test_refuses_quantized_tied_and_wrong():
     model = tiny("bert")
     structure = find_structure(model)
     with pytest.raises(ModelError, match="ascending"):
-        shrink(model, structure, Kept({0: [9]}))
+        shrink(model, structure, keep(structure, {0: [9]}))
     first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer)
     second.weight = first.weight
     with pytest.raises(ModelError, match="shares its weight"):
-        shrink(model, structure, Kept(ffn={0: [1]}))
+        shrink(model, structure, keep(structure, ffn={0: [1]}))
     model.add_module("__nncf_hooks", torch.nn.Module())
     with pytest.raises(ModelError, match="detach"):
-        shrink(model, structure, Kept(ffn={0: [1]}))
+        shrink(model, structure, keep(structure, ffn={0: [1]}))

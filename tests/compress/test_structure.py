@@ -1,12 +1,15 @@
 import pytest
 import torch
 import transformers as t
+from kit.structures import keep
 from kit.tiny_models import FAMILIES, inputs, tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mptrain.compress.structure.blocks import Kept, check_not_shared, counts, find_structure, kept_from_counts
-from mptrain.compress.structure.costs import Extent, describe, layer_costs, measure_extents
+from mptrain.compress.structure.blocks import Kept
+from mptrain.compress.structure.costs import describe, extent, head_dim, layer_costs, measure_extents
+from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import check_not_shared
 from mptrain.core.errors import ModelError, UserError
 
 
@@ -14,23 +17,26 @@ from mptrain.core.errors import ModelError, UserError
 def test_finds_every_layer_of_a_family(family):
     model = tiny(family)
     structure = find_structure(model)
-    assert structure.family == family
-    assert len(structure.attention) == len(structure.ffn) == (3 if family == "swin" else 2)
-    for a in structure.attention:
-        q, k, v, o = (model.get_submodule(name) for name in a.linears)
-        assert q.weight.shape == (a.heads * a.head_dim, a.hidden)
-        assert k.weight.shape == v.weight.shape == (a.kv_heads * a.head_dim, a.hidden)
-        assert o.weight.shape == (a.hidden, a.heads * a.head_dim)
-        assert a.units * a.columns == o.in_features
-    for f in structure.ffn:
-        assert model.get_submodule(f.fc_out).in_features == f.width
-        assert all(model.get_submodule(name).out_features == f.width for name in f.fc_in)
-    assert [a.index for a in structure.attention] == list(range(len(structure.attention)))
+    heads, ffn = structure.of_kind("heads"), structure.of_kind("ffn")
+    assert len(heads) == len(ffn) == (3 if family == "swin" else 2) == len(structure.layers())
+    for block in structure:
+        (sink,) = block.sinks
+        out = model.get_parameter(sink.parameter)
+        assert sink.dim == 1 and out.shape[1] == sink.size == block.units * sink.per_unit
+        for axis in block.sources:
+            weight = model.get_parameter(axis.parameter)
+            assert axis.dim == 0 and weight.shape == (block.units * axis.per_unit, axis.weights)
+            assert axis.indices.flatten().tolist() == list(range(axis.size))
+        biases = sum(name.endswith("bias") for name in block.parameters)
+        assert biases == (0 if family == "llama" else len(block.sources))
+    assert [len(b.sources) for b in heads] == [3] * len(heads)
+    assert [len(b.sources) for b in ffn] == [2 if family == "llama" else 1] * len(ffn)
 
 
 def test_a_key_value_group_is_one_unit():
-    (first, _) = find_structure(tiny("llama")).attention
-    assert (first.heads, first.kv_heads, first.group, first.units, first.head_dim) == (4, 2, 2, 2, 8)
+    first, _ = find_structure(tiny("llama")).of_kind("heads")
+    assert (first.units, first.heads, head_dim(first)) == (2, 2, 8)
+    assert [axis.per_unit for axis in first.axes] == [16, 8, 8, 16]
 
 
 @pytest.mark.parametrize(
@@ -50,16 +56,16 @@ def test_a_key_value_group_is_one_unit():
 def test_any_head(family, cls):
     model = tiny(family, cls=cls)
     structure = find_structure(model)
-    assert len(structure.attention) == 2
-    assert all(isinstance(model.get_submodule(n), nn.Linear) for _, b in structure.blocks() for n in b.linears)
+    assert [b.kind for b in structure] == ["heads", "ffn"] * 2
+    owners = [axis.parameter.rpartition(".")[0] for b in structure for axis in (*b.sources, *b.sinks)]
+    assert all(isinstance(model.get_submodule(name), nn.Linear) for name in owners)
 
 
 def test_ignore_marks_blocks():
     model = tiny("bert")
     structure = find_structure(model, ignore=["encoder.layer.1", "embeddings", r"re:layer\.0\.intermediate"])
-    assert [a.prunable for a in structure.attention] == [True, False]
-    assert [f.prunable for f in structure.ffn] == [False, False]
-    assert [block.layer for _, block in structure.prunable()] == ["bert.encoder.layer.0"]
+    assert [b.prunable for b in structure] == [True, False, False, False]
+    assert [b.name for b in structure.prunable()] == ["bert.encoder.layer.0.attention"]
 
 
 @pytest.mark.parametrize("pattern", ["decoder", "re:layer[", "re:layer\\.7"])
@@ -85,17 +91,16 @@ def test_shared_weights_are_refused():
     first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer)
     second.weight = first.weight
     structure = find_structure(model)
-    names = [name for _, block in structure.blocks() for name in block.linears]
     with pytest.raises(ModelError, match=r"shares its weight with bert\.encoder\.layer\.1\.intermediate\.dense"):
-        check_not_shared(model, names)
-    check_not_shared(tiny("opt"), [n for _, b in find_structure(tiny("opt")).blocks() for n in b.linears])
+        check_not_shared(model, structure)
+    check_not_shared(tiny("opt"), find_structure(tiny("opt")))
 
 
 # -- kept
 
 
 def test_kept_json_round_trip():
-    kept = Kept({0: [1, 3]}, {0: [0], 1: [2, 5]})
+    kept = Kept({"a.attention": [1, 3], "a.ffn": [0]})
     assert Kept.from_json(kept.to_json()) == kept
 
 
@@ -104,13 +109,12 @@ def test_kept_json_round_trip():
     [
         None,
         [],
-        {},
-        {"heads": {}},
-        {"heads": {"0": 3}, "ffn": {}},
-        {"heads": {"a": [1]}, "ffn": {}},
-        {"heads": {"0": [1.0]}, "ffn": {}},
-        {"heads": {"0": [True]}, "ffn": {}},
-        {"heads": {"0": ["1"]}, "ffn": {}},
+        3,
+        {"a": 3},
+        {"a": {"0": [1]}},
+        {"a": [1.0]},
+        {"a": [True]},
+        {"a": ["1"]},
     ],
 )
 def test_kept_from_bad_json(data):
@@ -119,95 +123,68 @@ def test_kept_from_bad_json(data):
 
 
 @pytest.mark.parametrize(
-    "kept",
+    ("block", "units"),
     [
-        Kept({0: []}),
-        Kept({0: [4]}),
-        Kept({0: [-1]}),
-        Kept({0: [1, 0]}),
-        Kept({0: [1, 1]}),
-        Kept({2: [0]}),
-        Kept(ffn={0: [48]}),
+        ("bert.encoder.layer.0.attention", []),
+        ("bert.encoder.layer.0.attention", [4]),
+        ("bert.encoder.layer.0.attention", [-1]),
+        ("bert.encoder.layer.0.attention", [1, 0]),
+        ("bert.encoder.layer.0.attention", [1, 1]),
+        ("bert.encoder.layer.2.attention", [0]),
+        ("bert.encoder.layer.0.ffn", [48]),
     ],
 )
-def test_kept_that_does_not_fit(kept):
+def test_kept_that_does_not_fit(block, units):
     with pytest.raises(ModelError, match="kept"):
-        kept.check(find_structure(tiny("bert")))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda d: d.update(version=2),
-        lambda d: d.update(family="opt"),
-        lambda d: d.update(layers=[]),
-        lambda d: d["layers"].pop("1"),
-        lambda d: d["layers"].update({"7": {"heads": 1, "ffn": 1}}),
-        lambda d: d["layers"].update({"1": 3}),
-        lambda d: d["layers"]["0"].update(heads=0),
-        lambda d: d["layers"]["0"].update(heads=5),
-        lambda d: d["layers"]["0"].update(heads=True),
-        lambda d: d["layers"]["0"].update(ffn="48"),
-        lambda d: d["layers"]["0"].update(ffn=-1),
-        lambda d: d["layers"]["0"].update(ffn=10**30),
-        lambda d: d["layers"]["0"].pop("ffn"),
-    ],
-)
-def test_counts_that_do_not_fit(change):
-    structure = find_structure(tiny("bert"))
-    data = counts(structure)
-    assert kept_from_counts(data, structure) == Kept()
-    change(data)
-    with pytest.raises(ModelError, match="mptrain_structure"):
-        kept_from_counts(data, structure)
-
-
-@pytest.mark.parametrize("data", [None, 3, "x", []])
-def test_counts_of_a_wrong_type(data):
-    with pytest.raises(ModelError, match="mptrain_structure"):
-        kept_from_counts(data, find_structure(tiny("bert")))
+        Kept({block: units}).check(find_structure(tiny("bert")))
 
 
 # -- costs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_params_are_the_params_of_the_linears(family):
+def test_layer_params_are_those_of_its_modules(family):
     model = tiny(family)
     structure = find_structure(model)
-    for a, f, row in zip(structure.attention, structure.ffn, layer_costs(structure, 9)):
-        linears = [model.get_submodule(name) for name in (*a.linears, *f.linears)]
-        expected = sum(p.numel() for m in linears for p in m.parameters())
-        if family == "swin":
-            expected += model.get_submodule(a.module).relative_position_bias_table.numel()
-        assert row["params"] == expected
-        assert (row["heads"], row["ffn"], row["layer"]) == (a.heads, f.width, a.layer)
+    for (layer, blocks), row in zip(structure.layers().items(), layer_costs(structure, 9)):
+        whole = {a.parameter.rpartition(".")[0] for b in blocks for a in b.axes}  # Swin's table is beside its Linears
+        parameters = [p for name in whole for p in model.get_submodule(name).parameters(recurse=False)]
+        assert row["params"] == sum(p.numel() for p in parameters)
+        assert (row["heads"], row["ffn"], row["layer"]) == (blocks[0].units * blocks[0].heads, blocks[1].units, layer)
 
 
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layer_macs_are_what_torch_counts(family):
-    model = tiny(family, "eager")
-    structure = find_structure(model)
-    example = inputs(family, batch=2)
-    extents = measure_extents(model, structure, example)
+def test_layer_macs_are_what_torch_counts(family, attn):
+    structure = find_structure(tiny(family, attn))
+    extents = measure_extents(tiny(family, attn), structure, inputs(family, batch=2))
+    model = tiny(family, "eager")  # torch does not count sdpa's kernel for CPUs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**example)
+        model(**inputs(family, batch=2))
     counted = counter.get_flop_counts()
     for row in layer_costs(structure, extents):
         name = f"{type(model).__name__}.{row['layer']}"
         assert row["macs"] * 2 * 2 == sum(counted[name].values())  # 2 flops a MAC, 2 examples
 
 
+@pytest.mark.parametrize("family", ["bert", "opt", "llama"])
+def test_macs_of_a_length_are_those_of_an_example_of_that_length(family):
+    structure = find_structure(tiny(family))
+    measured = measure_extents(tiny(family), structure, inputs(family))
+    assert all(extent(9, block) == measured[block.name] for block in structure)
+
+
 def test_extents():
     model = tiny("swin")
     structure = find_structure(model)
     found = measure_extents(model, structure, inputs("swin"))
-    assert found == {0: Extent(64, 16), 1: Extent(64, 16), 2: Extent(16, 16)}  # windows of 4×4, then patches merged
+    shapes = [(found[b.name].tokens, found[b.name].keys) for b in structure.of_kind("heads")]
+    assert shapes == [(64, 16), (64, 16), (16, 16)]  # windows of 4×4, then patches merged
 
 
 def test_describe_lists_query_heads():
     structure = find_structure(tiny("llama"))
-    found = describe(structure, Kept({0: [1]}, {1: [0, 2, 5]}))
+    found = describe(structure, keep(structure, {0: [1]}, {1: [0, 2, 5]}))
     first, second = found["layers"]
     assert found["family"] == "llama"
     assert (first["heads"], first["heads_total"], first["ffn"], first["ffn_total"]) == ([2, 3], 4, 48, 48)
@@ -215,3 +192,6 @@ def test_describe_lists_query_heads():
     # a unit: 2 query, 1 key, 1 value and 2 output heads of 8 × 32; a channel: gate, up, down
     assert first["params_total"] - first["params"] == 8 * 32 * 6
     assert second["params_total"] - second["params"] == 45 * 3 * 32
+    assert [(b["kind"], b["kept"], b["total"]) for b in found["blocks"]] == [
+        ("heads", 1, 2), ("ffn", 48, 48), ("heads", 2, 2), ("ffn", 3, 48)
+    ]  # fmt: skip

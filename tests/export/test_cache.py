@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from kit import tiny_tasks
+from kit.structures import keep
 from kit.tiny_models import tiny
 
 import mptrain
 from mptrain.cli import main
-from mptrain.compress.structure.blocks import Kept, find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import DataError, ExportError, RecipeError, UserError
 from mptrain.data.lm_eval.questions import MultipleChoice
@@ -134,14 +135,15 @@ def test_the_command_writes_runs_and_compares(format_, family, precision, tmp_pa
 def test_pruned_heads_have_a_smaller_cache(format_, family, tmp_path):
     """Layers differ in their heads; rows are padded on either side."""
     model = tiny(family)
-    shrink(model, find_structure(model), Kept({0: [1]}, {1: [0, 2, 5]}))
+    structure = find_structure(model)
+    shrink(model, structure, keep(structure, {0: [1]}, {1: [0, 2, 5]}))
     if format_ == "coreml":
         runner = Interpreter(to_coreml(model, tmp_path / "out", max_length=20).package, "fp32")
         shapes = {name: list(result.shape) for name, result in runner.program.states.items()}
     else:
         runner = Runner(to_coreai(model, tmp_path / "out", max_length=20).asset)
         shapes = runner.states
-    heads = find_structure(tiny(family)).attention[0].kv_heads
+    heads = find_structure(tiny(family)).of_kind("heads")[0].units
     assert (shapes["key_0"], shapes["key_1"]) == ([1, 1, 20, 8], [1, heads, 20, 8])
     batch = {"input_ids": IDS, "attention_mask": MASK}
     found = parity.compare(model, Texts(runner, tokens=1 if format_ == "coreai" else 20, max_length=20), [batch])

@@ -6,12 +6,13 @@ import openvino as ov
 import pytest
 import torch
 import transformers as t
+from kit.structures import keep
 from kit.tiny import tokenizer
 from kit.tiny_models import inputs, tiny
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from mptrain.compress.quantize import quantizers
-from mptrain.compress.structure.blocks import Kept, find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ExportError, UserError
 from mptrain.export.openvino.convert import Runner, export_openvino
@@ -120,7 +121,7 @@ def test_a_bfloat16_model_is_exported_in_fp32(tmp_path):
 def test_a_shrunk_model(tmp_path):
     model = tiny("bert")
     structure = find_structure(model)
-    shrink(model, structure, Kept({0: [1, 2]}, {0: list(range(16))}))
+    shrink(model, structure, keep(structure, {0: [1, 2]}, {0: list(range(16))}))
     done = export(model, "bert", tmp_path)
     assert differ(model, Runner(done.xml), longer("bert", 2, 1)) < 1e-5
 

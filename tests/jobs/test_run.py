@@ -236,7 +236,7 @@ def test_a_model_without_attention_is_refused(finished, tmp_path):
     ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2)
     ).save_pretrained(tmp_path / "resnet")
-    from mptrain.compress.structure.blocks import find_structure
+    from mptrain.compress.structure.find import find_structure
     from mptrain.core.errors import ModelError
 
     with pytest.raises(ModelError, match="attention"):

@@ -6,17 +6,20 @@ import textwrap
 import pytest
 import torch
 import transformers as t
+from kit.structures import keep
 from kit.tiny_models import FAMILIES, RELATIVES, inputs, logits, tiny
 from safetensors.torch import load_file, save_file
 
 import mptrain
 from mptrain.compress.quantize import quantizers
-from mptrain.compress.structure.blocks import Kept, find_structure
-from mptrain.compress.structure.shrink import linear_slices, shrink
+from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import shrink, slices_of
 from mptrain.core.errors import ModelError, UserError
 from mptrain.models import artifact
 from mptrain.recipe import Qat
 
+ATTENTION = "bert.encoder.layer.0.attention.self"
+QUERY = f"{ATTENTION}.query.weight"
 AUTO = {
     "vit": t.AutoModelForImageClassification,
     "swin": t.AutoModelForImageClassification,
@@ -42,7 +45,7 @@ def _own_module_cache(tmp_path_factory, monkeypatch):
 def pruned(family, **arguments):
     model = tiny(family, **arguments)
     structure = find_structure(model)
-    kept = Kept({0: [1]}, {f.index: list(range(0, f.width, 3)) for f in structure.ffn})
+    kept = keep(structure, {0: [1]}, {i: list(range(0, f.units, 3)) for i, f in enumerate(structure.of_kind("ffn"))})
     return shrink(model, structure, kept)
 
 
@@ -131,16 +134,17 @@ def test_a_pruned_and_quantized_model(tmp_path):
     model = quantized(tiny("bert"))
     structure = find_structure(model)
     assert structure == find_structure(tiny("bert"))  # hooks do not hide the layers
-    kept = Kept({0: [1, 2]}, {1: list(range(0, 48, 2))})
+    kept = keep(structure, {0: [1, 2]}, {1: list(range(0, 48, 2))})
     plain, description, tensors = quantizers.detach(model)
     shrink(plain, structure, kept)
-    description, tensors = quantizers.slice_quantizers(description, tensors, linear_slices(structure, kept))
+    description, tensors = quantizers.slice_quantizers(description, tensors, slices_of(structure, kept))
     model = quantizers.attach(plain, description, tensors).eval()
     expected = logits(model, inputs("bert"))
     mptrain.save(model, tmp_path / "m")
     loaded = mptrain.load(tmp_path / "m")
     assert torch.equal(logits(loaded, inputs("bert")), expected)
-    assert loaded.config.mptrain_structure["layers"]["0"] == {"heads": 2, "ffn": 48}
+    blocks = loaded.config.mptrain_structure["blocks"]
+    assert blocks["bert.encoder.layer.0.attention"] == {"kind": "heads", "units": 2, "of": 4}
     mptrain.save(loaded, tmp_path / "again")
     assert torch.equal(logits(mptrain.load(tmp_path / "again"), inputs("bert")), expected)
 
@@ -340,11 +344,24 @@ def edit(path, change):
         lambda c: c.pop("mptrain_structure"),
         lambda c: c.update(mptrain_structure=None),
         lambda c: c.update(mptrain_structure="x"),
-        lambda c: c["mptrain_structure"].update(version=2),
-        lambda c: c["mptrain_structure"]["layers"]["0"].update(heads=2),
-        lambda c: c["mptrain_structure"]["layers"]["0"].update(heads=-1),
-        lambda c: c["mptrain_structure"]["layers"]["0"].update(ffn=10**12),
-        lambda c: c["mptrain_structure"]["layers"]["0"].update(ffn="16"),
+        lambda c: c["mptrain_structure"].update(version=3),
+        lambda c: c["mptrain_structure"].pop("tensors"),
+        lambda c: c["mptrain_structure"]["tensors"].pop(QUERY),
+        lambda c: c["mptrain_structure"]["tensors"].update({QUERY: [16, 32]}),
+        lambda c: c["mptrain_structure"]["tensors"].update({QUERY: [-8, 32]}),
+        lambda c: c["mptrain_structure"]["tensors"].update({QUERY: [10**12, 32]}),
+        lambda c: c["mptrain_structure"]["tensors"].update({QUERY: [8]}),
+        lambda c: c["mptrain_structure"]["tensors"].update({QUERY: "8"}),
+        lambda c: c["mptrain_structure"]["tensors"].update({"nowhere.weight": [8]}),
+        lambda c: c["mptrain_structure"]["attributes"].update({"bert.nowhere": {"x": 1}}),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update(num_attention_heads=-1),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update(num_attention_heads=10**12),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update(num_attention_heads=True),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update(num_attention_heads=[1]),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update(forward=1),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update(__class__=1),
+        lambda c: c["mptrain_structure"]["attributes"][ATTENTION].update({"config.vocab_size": "x"}),
+        lambda c: c["mptrain_structure"]["attributes"].update({ATTENTION: 3}),
         lambda c: c["mptrain"].update(attn=7),
         lambda c: c["mptrain"].update(attn="kernels-community/evil"),
     ],

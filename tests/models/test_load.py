@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import torch
 import transformers
+from kit.structures import keep
 from kit.tiny import SPECIAL, WORDS, save_bert, tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -31,7 +32,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from mptrain.compress.structure.blocks import Kept, find_structure
+from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ModelError
 from mptrain.models import artifact
@@ -168,7 +169,7 @@ def same(found, expected):
 def pruned(bert, tmp_path_factory):
     model = BertForSequenceClassification.from_pretrained(bert).eval()
     structure = find_structure(model)
-    shrink(model, structure, Kept(heads={0: [1], 1: [0, 3]}, ffn={0: list(range(8)), 1: list(range(40))}))
+    shrink(model, structure, keep(structure, {0: [1], 1: [0, 3]}, {0: list(range(8)), 1: list(range(40))}))
     folder = tmp_path_factory.mktemp("runs") / "pruned"
     artifact.save(model, folder, tokenizer())
     return folder, logits(model)

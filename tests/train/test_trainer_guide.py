@@ -38,6 +38,6 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     names = {"model": model, "teacher": teacher, "data": data, "batches": batches, "tokenizer": tiny.tokenizer()}
     exec(compile(code, str(GUIDE), "exec"), names)
     loaded = mptrain.load(tmp_path / "out" / "jpqd")
-    assert loaded.config.mptrain_structure["layers"]
+    assert loaded.config.mptrain_structure["blocks"]
     trained = names["trainer"].model.eval()
     assert torch.equal(loaded(**batches[0]).logits, trained(**batches[0]).logits)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank, told
-from mptrain.compress.structure.blocks import find_structure
+from mptrain.compress.structure.naming import layers_of
 from mptrain.core.errors import ModelError
 
 Batch = Mapping[str, Tensor]
@@ -45,7 +45,7 @@ def walk(
     own = [{k: v.to(device) for k, v in batch.items()} for batch in batches[ranks.index :: ranks.count]]
     turns = range(-(-len(batches) // ranks.count))  # as many on every rank; in the last some may have no batch
     with _inference(model):
-        layers = _layers(model, names)
+        layers = layers_of(model, names)
         steps = _chained(model, layers, first, own) if layers else None
         for index, layer in enumerate(layers):
             moments = _Moments(model, {n for n in names if n.startswith(f"{layer}.")}, ranks)
@@ -143,14 +143,6 @@ class _Moments:
         for name, total in self.sums.items():
             total /= max(1, self.counts[name])
         return {name: self.sums[self.owner[name]] for name in self.modules}
-
-
-def _layers(model: nn.Module, names: set[str]) -> list[str]:
-    try:
-        found = list(dict.fromkeys(attention.layer for attention in find_structure(model).attention))
-    except ModelError:
-        return []
-    return [layer for layer in found if any(name.startswith(f"{layer}.") for name in names)] if found else []
 
 
 class _Stop(Exception):

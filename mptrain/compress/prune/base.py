@@ -1,13 +1,13 @@
 """What the pruning methods share: schedule, budget, unit masks, resume.
 
-A *unit mask* cuts only the columns of the output projection that belong to the unit (o for
-a head, fc_out for a channel). That is exactly the network without the unit, and its
+A *unit mask* cuts only the columns of the sinks that belong to the unit (of the attention output
+for a head, of fc_out for a channel). That is exactly the network without the unit, and its
 gradient dL/d(W ⊙ M) still says what the unit would do, so a masked unit can come back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mptrain.compress.base import MasterView
 from mptrain.compress.prune.masked import MaskedWeights
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Block, Kept, Structure, check_not_shared
+from mptrain.compress.structure.blocks import Axis, Block, Kept, Structure
 from mptrain.compress.structure.budget import Budget, Importance
+from mptrain.compress.structure.shrink import check_not_shared
 from mptrain.core.errors import UserError
 from mptrain.recipe import Fisher, Keep, Magnitude, Movement, Schedule
 
@@ -121,13 +122,13 @@ class Pruner:
         """A calibration pass before `kept()`, for methods that need one to prune at once."""
 
     def masked_parameters(self) -> list[str]:
-        return [f"{block.output}.weight" for _, block in self.structure.prunable()]
+        return list(dict.fromkeys(axis.parameter for block in self.structure.prunable() for axis in block.sinks))
 
     # -- TrainingMethod
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Begin to act on a model, on its device; a resume follows with `load_state_dict`."""
-        check_not_shared(model, [name for _, block in self.structure.prunable() for name in block.linears])
+        check_not_shared(model, self.structure.prunable())
         self.masked = MaskedWeights({name: model.get_parameter(name) for name in self.masked_parameters()})
         self._step = 0
         self._set_kept(Kept())
@@ -160,20 +161,13 @@ class Pruner:
     def state_dict(self) -> dict[str, Tensor]:
         state = {"step": torch.tensor(self._step)}
         state |= {f"dense.{name}": dense.detach().cpu().clone() for name, dense in self.masked.dense.items()}
-        for kind in ("heads", "ffn"):
-            for index, units in self._kept.of(kind).items():
-                state[f"kept.{kind}.{index}"] = torch.tensor(units)
-        return state
+        return state | {f"kept.{name}": torch.tensor(units) for name, units in self._kept.units.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue exactly: also puts W ⊙ M into the model's parameters."""
         self._step = int(state["step"])
-        kept = Kept()
-        for name, tensor in state.items():
-            if name.startswith("kept."):
-                _, kind, index = name.split(".")
-                kept.of(kind)[int(index)] = tensor.tolist()
-        self._set_kept(kept)
+        kept = {n.removeprefix("kept."): t.tolist() for n, t in state.items() if n.startswith("kept.")}
+        self._set_kept(Kept(kept))
         self.masked.load_dense({n.removeprefix("dense."): t for n, t in state.items() if n.startswith("dense.")})
         self.masked.apply(self._masks)
 
@@ -200,19 +194,16 @@ class Pruner:
     def _set_kept(self, kept: Kept) -> None:
         """Unit masks that leave `kept`."""
         self._kept, self._masks = kept, {}
-        for kind, block in self.structure.prunable():
-            units = kept.of(kind).get(block.index)
-            if units is not None and len(units) < block.units:
-                name = f"{block.output}.weight"
-                alive = torch.zeros(block.units, dtype=torch.bool)
-                alive[units] = True
-                self._masks[name] = alive.repeat_interleave(block.columns)[None].to(self.masked.dense[name].device)
+        for block in self.structure.prunable():
+            for axis in block.sinks if kept.cuts(block) else ():
+                dense, name = self.masked.dense[axis.parameter], axis.parameter
+                mask = kept_mask(axis, kept.of(block), dense.dim()).to(dense.device)
+                self._masks[name] = self._masks[name] & mask if name in self._masks else mask
 
     def sparsity(self) -> float:
-        """Fraction of the parameters of all attention and FFN blocks that the masks remove."""
-        blocks = self.structure.blocks()
-        left = sum(costs.params(block, self._kept.count(kind, block)) for kind, block in blocks)
-        return 1.0 - left / sum(costs.params(block, block.units) for _, block in blocks)
+        """Fraction of the parameters of all blocks that the masks remove."""
+        left = sum(costs.params(block, self._kept.count(block)) for block in self.structure)
+        return 1.0 - left / sum(costs.params(block, block.units) for block in self.structure)
 
     def restore_dense(self) -> None:
         """Every weight dense again; the masks no longer act."""
@@ -228,9 +219,33 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch).loss
 
 
-def unit_sums(block: Block, columns: Tensor) -> Tensor:
-    """Sum over the columns that each unit owns: [in] -> [units]."""
-    return columns.view(block.units, block.columns).sum(1)
+def kept_mask(axis: Axis, units: Sequence[int], dims: int) -> Tensor:
+    """True where `units` or no unit at all has its place; bool, of size 1 in all but the axis's dimension."""
+    alive = torch.zeros(axis.size, dtype=torch.bool)
+    alive[torch.from_numpy(axis.kept(units))] = True
+    return alive.view([-1 if d == axis.dim else 1 for d in range(dims)])
+
+
+def by_unit(axis: Axis, values: Tensor) -> Tensor:
+    """What each unit has of a tensor of the parameter's shape: [units, elements]."""
+    index = torch.from_numpy(axis.indices).to(values.device)
+    return values.movedim(axis.dim, 0)[index.flatten()].reshape(len(index), -1)
+
+
+def unit_sums(axis: Axis, values: Tensor) -> Tensor:
+    """Sum of what each unit has of a tensor of the parameter's shape: [units]."""
+    along = values.sum([d for d in range(values.dim()) if d != axis.dim]) if values.dim() > 1 else values
+    return along[torch.from_numpy(axis.indices).to(values.device)].sum(1)
+
+
+def sink_sums(block: Block, of: Callable[[str], Tensor | None]) -> Tensor | None:
+    """`unit_sums` over all sinks of a block. of: the values by name of the parameter; None for those that have none."""
+    total = None
+    for axis in block.sinks:
+        if (values := of(axis.parameter)) is not None:
+            sums = unit_sums(axis, values)
+            total = sums if total is None else total + sums.to(total.device)
+    return total
 
 
 def as_numpy(values: Tensor) -> np.ndarray:

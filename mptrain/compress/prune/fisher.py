@@ -4,7 +4,7 @@ With a mask variable m_j on every head and FFN channel, the loss around m = 1 is
 
     L(m) ≈ L(1) + ½ (1 - m)ᵀ F (1 - m),   F = Σ_batches g gᵀ,   g_j = ∂L/∂m_j = Σ_i ∂L/∂W[i,j] · W[i,j]
 
-summed over the columns of the output projection that belong to unit j. The units with the
+summed over the columns of the sinks that belong to unit j. The units with the
 largest diagonal I_j = Σ g_j² stay, as many as the budget allows (budget.py).
 
 At once: `collect` sees calibration batches, and after the search every layer trades units
@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.prune.base import Batch, LossFn, Pruner, as_numpy, model_loss, unit_sums
+from mptrain.compress.prune.base import Batch, LossFn, Pruner, as_numpy, model_loss, sink_sums
 from mptrain.compress.structure.blocks import Kept
 from mptrain.compress.structure.budget import Importance
 
@@ -34,20 +33,18 @@ class FisherPruner(Pruner):
     def prepare(self, model: nn.Module) -> nn.Module:
         super().prepare(model)
         self._sums = {
-            (kind, block.index): torch.zeros(block.units, device=self.masked.dense[f"{block.output}.weight"].device)
-            for kind, block in self.structure.prunable()
+            block.name: torch.zeros(block.units, device=self.masked.dense[block.sinks[0].parameter].device)
+            for block in self.structure.prunable()
         }
-        self._rows: dict[tuple[str, int], Tensor] = {}  # [batches, units] of a calibration pass
+        self._rows: dict[str, Tensor] = {}  # [batches, units] of a calibration pass
         return model
 
     @torch.no_grad()
     def observe(self) -> None:
-        for kind, block in self.structure.prunable():
-            name = f"{block.output}.weight"
-            gradient = self.masked.gradient(name)
-            if gradient is not None:
-                g = unit_sums(block, (gradient.float() * self.masked.dense[name].float()).sum(0))
-                self._sums[kind, block.index].mul_(DECAY).add_(g.square())
+        for block in self.structure.prunable():
+            g = sink_sums(block, self.masked.product)
+            if g is not None:
+                self._sums[block.name].mul_(DECAY).add_(g.square())
 
     def collect(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None = None) -> None:
         """Mask gradients of calibration batches, without dropout; the model is left as it was.
@@ -55,21 +52,23 @@ class FisherPruner(Pruner):
         loss_fn(model, batch): a scalar; by default the loss of the model from labels in the batch.
         """
         blocks = self.structure.prunable()
-        weights = [self.masked.parameters[f"{block.output}.weight"] for _, block in blocks]
+        names = list(dict.fromkeys(axis.parameter for block in blocks for axis in block.sinks))
+        weights = [self.masked.parameters[name] for name in names]
         frozen = [w for w in weights if not w.requires_grad]
         training = model.training
-        rows: dict[tuple[str, int], list[Tensor]] = {(kind, block.index): [] for kind, block in blocks}
+        rows: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
         model.eval()
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
             for batch in batches:
                 loss = (loss_fn or model_loss)(model, {k: v.to(weights[0].device) for k, v in batch.items()})
-                gradients = torch.autograd.grad(loss, weights)
-                for (kind, block), weight, gradient in zip(blocks, weights, gradients):
-                    rows[kind, block.index].append(
-                        unit_sums(block, (gradient.float() * weight.detach().float()).sum(0)).cpu()
-                    )
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+                products = {n: g.float() * w.detach().float() for n, g, w in zip(names, gradients, weights)}
+                for block in blocks:
+                    g = sink_sums(block, products.get)
+                    assert g is not None
+                    rows[block.name].append(g.cpu())
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
@@ -77,30 +76,25 @@ class FisherPruner(Pruner):
         self._rows = {key: torch.stack(found) for key, found in rows.items()}
 
     def importance(self) -> Importance:
-        found: dict[str, dict[int, np.ndarray]] = {"heads": {}, "ffn": {}}
-        for kind, block in self.structure.prunable():
-            key = (kind, block.index)
-            found[kind][block.index] = as_numpy(
-                self._rows[key].double().square().sum(0) if self._rows else self._sums[key]
-            )
-        return found
+        found = {name: rows.double().square().sum(0) for name, rows in self._rows.items()} or self._sums
+        return {name: as_numpy(sums) for name, sums in found.items()}
 
     def resolve(self) -> Kept:
         if not self.warmup.end and not self._rows:
             raise RuntimeError("Fisher pruning without a warm-up needs collect() on calibration batches first")
         kept = super().resolve()
-        for (kind, index), rows in self._rows.items():
-            kept.of(kind)[index] = rearrange(rows, kept.of(kind)[index])
+        for name, rows in self._rows.items():
+            kept.units[name] = rearrange(rows, kept.units[name])
         return kept
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
-        return state | {f"fisher.{k}.{i}": t.detach().cpu().clone() for (k, i), t in self._sums.items()}
+        return state | {f"fisher.{name}": t.detach().cpu().clone() for name, t in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
-        for (kind, index), total in self._sums.items():
-            total.copy_(state[f"fisher.{kind}.{index}"])
+        for name, total in self._sums.items():
+            total.copy_(state[f"fisher.{name}"])
 
 
 def rearrange(rows: Tensor, kept: list[int]) -> list[int]:

@@ -53,6 +53,11 @@ class MaskedWeights:
         parameter = self.parameters[name]
         return parameter.grad if self._masters is None else self._masters.gradient(parameter)
 
+    def product(self, name: str) -> Tensor | None:
+        """dL/d(W ⊙ M) · W by element, float32; None when the parameter got no gradient."""
+        gradient = self.gradient(name)
+        return None if gradient is None else gradient.float() * self.dense[name].float()
+
     @torch.no_grad()
     def follow(self, masters: MasterView | None) -> None:
         """From now on W is in masters that were built while the parameters held W ⊙ M; None: in the parameters."""

@@ -16,8 +16,9 @@ from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.prune.magnitude import MagnitudePruner
 from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Structure, find_structure
+from mptrain.compress.structure.blocks import Structure
 from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.find import find_structure
 from mptrain.recipe.prune import Keep, PruneConfig
 
 
@@ -27,7 +28,7 @@ class Pruning(Method[PruneConfig]):
 
     @classmethod
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
-        structure = find_structure(skeleton, config.ignore)
+        structure = find_structure(skeleton, ignore=config.ignore)
         keep = config.budget()
         # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
         if keep is None or keep.latency is not None or (keep.macs is not None and site.length is None):
@@ -43,10 +44,10 @@ class Pruning(Method[PruneConfig]):
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         model.to(tools.device)
         config, keep = self.config, self.config.budget()
-        structure = find_structure(model, config.ignore)
+        example = {name: value.to(tools.device) for name, value in tools.example().items()}
+        structure = find_structure(model, example, ignore=config.ignore)
         extents: costs.Length = tools.length
         if keep is not None and (keep.macs or keep.latency):
-            example = {name: value.to(tools.device) for name, value in tools.example().items()}
             extents = costs.measure_extents(model, structure, example)
         self.pruner = self.kind(
             config,  # type: ignore[arg-type]  # each pruner takes the settings of its own kind

@@ -31,11 +31,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.prune.base import Pruner, as_numpy, unit_sums
+from mptrain.compress.prune.base import Pruner, as_numpy, by_unit, sink_sums
 from mptrain.compress.prune.scores import layout, quantile
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Block, Kept
@@ -103,16 +102,14 @@ class MovementPruner(Pruner):
             self.scores.grad = None  # optimizers then leave the scores alone
             return
         gradient = torch.zeros_like(self.scores)
-        blocks = {f"{block.output}.weight": block for _, block in self.structure.prunable()}
         for group in self._groups:
-            by_masked = self.masked.gradient(group.parameter)
-            if by_masked is None:
-                continue
-            product = by_masked.float() * self.masked.dense[group.parameter].float()
             if self.config.score == "shared":
-                group.of(gradient).copy_(unit_sums(blocks[group.parameter], product.sum(0)))
+                found = sink_sums(self.structure[group.block], self.masked.product)
             else:
-                group.of(gradient).copy_(group.pool(product))
+                product = self.masked.product(group.parameter)
+                found = None if product is None else group.pool(product)
+            if found is not None:
+                group.of(gradient).copy_(found)
         if self.config.regularization is not None:
             scale = self.at(self._step)["regularization_factor"]
             alive = torch.sigmoid(self.scores.detach())
@@ -158,8 +155,8 @@ class MovementPruner(Pruner):
         """The best scores that hold 1 - ease · (1 - keep) of the elements, per budget; bool, flat."""
         alive = torch.ones(len(self.scores), dtype=torch.bool, device=self.scores.device)
         for limit in self.budget.limits:
-            kinds = {kind for kind, _ in limit.blocks}
-            mine = torch.cat([torch.full((g.numel,), g.kind in kinds) for g in self._groups]).nonzero().flatten()
+            names = {block.name for block in limit.blocks}
+            mine = torch.cat([torch.full((g.numel,), g.block in names) for g in self._groups]).nonzero().flatten()
             mine = mine.to(self.scores.device)
             order = mine[torch.sort(self.scores[mine], descending=True, stable=True).indices]
             elements = self._elements[order].cumsum(0)
@@ -179,12 +176,12 @@ class MovementPruner(Pruner):
 
     def _set_masks(self, alive: Tensor) -> None:
         if self.config.score == "shared":
-            kept = Kept()
-            for (kind, block), group in zip(self.structure.prunable(), self._groups):
-                kept.of(kind)[block.index] = group.of(alive).nonzero().flatten().tolist()
-            self._set_kept(kept)
-        else:
-            self._masks = {group.parameter: group.spread(group.of(alive)) for group in self._groups}
+            self._set_kept(Kept({g.block: g.of(alive).nonzero().flatten().tolist() for g in self._groups}))
+            return
+        self._masks = {}
+        for group in self._groups:
+            mask, name = group.spread(group.of(alive)), group.parameter
+            self._masks[name] = self._masks[name] & mask if name in self._masks else mask
 
     # -- resolution
 
@@ -193,55 +190,52 @@ class MovementPruner(Pruner):
 
     def importance(self) -> Importance:
         """Parameters of a unit times σ of its score, so that under a budget the score alone decides."""
-        found: dict[str, dict[int, np.ndarray]] = {"heads": {}, "ffn": {}}
-        for kind, block in self.structure.prunable():
-            found[kind][block.index] = as_numpy(torch.sigmoid(self._unit_scores(block).double())) * block.unit_params
-        return found
+        return {
+            block.name: as_numpy(torch.sigmoid(self._unit_scores(block).double())) * block.unit_params
+            for block in self.structure.prunable()
+        }
 
     @torch.no_grad()
     def _unit_scores(self, block: Block) -> Tensor:
         """Score of each unit: its own, or the mean over its weights; [units]."""
-        groups = {group.parameter: group for group in self._groups}
+        groups = {group.parameter: group for group in self._groups if group.block == block.name}
         if self.config.score == "shared":
-            return groups[f"{block.output}.weight"].of(self.scores)
+            return groups[block.sinks[0].parameter].of(self.scores)
         total = torch.zeros(block.units, device=self.scores.device)
         count = 0
-        for name in block.linears:
-            group = groups[f"{name}.weight"]
-            scores = group.spread(group.of(self.scores)).expand(self.masked.dense[group.parameter].shape)
-            rows = scores if name != block.output else scores.T
-            total += rows.reshape(block.units, -1).sum(1)
-            count += rows.numel() // block.units
+        for axis in block.of_role("source", "sink"):
+            group = groups[axis.parameter]
+            scores = group.spread(group.of(self.scores)).expand(self.masked.dense[axis.parameter].shape)
+            mine = by_unit(axis, scores)
+            total += mine.sum(1)
+            count += mine.shape[1]
         return total / count
 
     def _survivors(self) -> Kept:
         """Units with any living part, plus the best others up to the floors and the next allowed number."""
         kept = Kept()
-        for kind, block in self.structure.prunable():
-            alive = self._living(kind, block)
-            wanted = self.budget.round_up(kind, block, int(alive.sum()))
+        for block in self.structure.prunable():
+            alive = self._living(block)
+            wanted = self.budget.round_up(block, int(alive.sum()))
             first = alive.double() * 2.0 + torch.sigmoid(self._unit_scores(block).double()).to(alive.device)
             best = torch.sort(first, descending=True, stable=True).indices[:wanted]
-            kept.of(kind)[block.index] = sorted(best.tolist())
+            kept.units[block.name] = sorted(best.tolist())
         return kept
 
-    def _living(self, kind: str, block: Block) -> Tensor:
-        """Pool every mask per unit, then OR over the matrices; bool [units]."""
+    def _living(self, block: Block) -> Tensor:
+        """Pool every mask per unit, then OR over the parameters; bool [units]."""
         if self.config.score == "shared":
             alive = torch.zeros(block.units, dtype=torch.bool)
-            alive[self._kept.of(kind).get(block.index, list(range(block.units)))] = True
+            alive[self._kept.of(block)] = True
             return alive
         alive = torch.zeros(block.units, dtype=torch.bool, device=self.scores.device)
-        for group in self._groups:
-            linear, _, part = group.parameter.rpartition(".")
-            if linear not in block.linears or (part == "bias" and linear == block.output):
-                continue
-            mask = self._masks.get(group.parameter)
-            if mask is None:
-                return torch.ones_like(alive)
-            full = mask.expand(self.masked.dense[group.parameter].shape)
-            rows = full.T if linear == block.output else full
-            alive |= rows.reshape(block.units, -1).any(1)
+        scored = {group.parameter for group in self._groups if group.block == block.name}
+        for axis in block.axes:
+            if axis.parameter in scored:
+                mask = self._masks.get(axis.parameter)
+                if mask is None:
+                    return torch.ones_like(alive)
+                alive |= by_unit(axis, mask.expand(self.masked.dense[axis.parameter].shape)).any(1)
         return alive
 
     # -- log and resume
@@ -252,7 +246,7 @@ class MovementPruner(Pruner):
         cut = sum(
             int((~mask).sum()) * (self.masked.dense[name].numel() // mask.numel()) for name, mask in self._masks.items()
         )
-        return cut / sum(costs.params(block, block.units) for _, block in self.structure.blocks())
+        return cut / sum(costs.params(block, block.units) for block in self.structure)
 
     def logs(self) -> dict[str, float]:
         found = super().logs() | {"compress/score_mean": float(self.scores.detach().mean())}

@@ -1,6 +1,6 @@
 """Least-squares refit of what is kept, so that a layer's output changes least (Kwon et al. 2022, §4.3).
 
-For an output projection (o or fc_out) with inputs X of the dense model, kept columns K:
+For a sink (the Linear after the heads, fc_out) with inputs X of the dense model, kept columns K:
 
     min over W'  ‖X Wᵀ - X_K W'ᵀ‖² + λ ‖W' - W_K‖²   →   W' = (W G[:,K] + λ W_K) (G[K,K] + λ I)⁻¹,  G = XᵀX
 
@@ -11,6 +11,7 @@ folded into the weights: nothing is added to the model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.structure.blocks import Kept, Structure
-from mptrain.compress.structure.shrink import linear_slices
+from mptrain.compress.structure.consumers import Consumer, consumers
+from mptrain.compress.structure.shrink import slices_of
 
 RIDGE = 1e-3
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -29,10 +33,16 @@ def refit(model: nn.Module, structure: Structure, kept: Kept, batches: Iterable[
 
     batches: model inputs; labels may be among them. Padding tokens count like others.
     """
-    slices = linear_slices(structure, kept)
-    names = [name for _, b in structure.blocks() if (name := b.output) in slices and slices[name].cols is not None]
-    moments = {name: _Moments() for name in names}
-    handles = [model.get_submodule(name).register_forward_pre_hook(_reader(moments[name])) for name in names]
+    slices = slices_of(structure, kept)
+    found: dict[str, Consumer] = {}
+    for block in structure:
+        if kept.cuts(block):
+            mine = consumers(model, block)
+            found |= {consumer.module: consumer for consumer in mine}
+            if len(mine) < len(block.sinks):
+                log.warning("prune.rescale: what reads %s is not a Linear; it is left as it is", block.name)
+    moments = {name: _Moments() for name in found}
+    handles = [model.get_submodule(name).register_forward_pre_hook(_reader(moments[name])) for name in found]
     training = model.training
     try:
         model.eval()
@@ -43,8 +53,10 @@ def refit(model: nn.Module, structure: Structure, kept: Kept, batches: Iterable[
         model.train(training)
         for handle in handles:
             handle.remove()
-    for name in names:
-        _solve(model.get_submodule(name), moments[name], slices[name].cols)
+    for name, consumer in found.items():
+        if moments[name].count:
+            columns = slices[consumer.axis.parameter][consumer.axis.dim]
+            _solve(consumer.matrix(model), getattr(model.get_submodule(name), "bias", None), moments[name], columns)
 
 
 class _Moments:
@@ -68,13 +80,13 @@ def _reader(moments: _Moments) -> Any:
     return hook
 
 
-def _solve(linear: nn.Module, moments: _Moments, cols: Tensor | None) -> None:
-    assert isinstance(linear, nn.Linear) and cols is not None
-    weight = linear.weight.double()
+def _solve(matrix: Tensor, bias: Tensor | None, moments: _Moments, cols: Tensor) -> None:
+    """matrix: [out, in], written in place, as is the bias."""
+    weight = matrix.double()
     cols = cols.to(weight.device)
     gram = torch.as_tensor(moments.squares) / moments.count
     mean = torch.as_tensor(moments.total) / moments.count
-    if linear.bias is not None:
+    if bias is not None:
         gram = gram - torch.outer(mean, mean)
     inner = gram[cols][:, cols]
     ridge = RIDGE * float(inner.diagonal().mean())
@@ -83,6 +95,6 @@ def _solve(linear: nn.Module, moments: _Moments, cols: Tensor | None) -> None:
     inner.diagonal().add_(ridge)
     old = weight[:, cols]
     new = torch.linalg.solve(inner, (weight @ gram[:, cols] + ridge * old), left=False)
-    if linear.bias is not None:
-        linear.bias.add_((weight @ mean - new @ mean[cols]).to(linear.bias.dtype))
-    linear.weight[:, cols] = new.to(linear.weight.dtype)
+    if bias is not None:
+        bias.add_((weight @ mean - new @ mean[cols]).to(bias.dtype))
+    matrix[:, cols] = new.to(matrix.dtype)

@@ -1,23 +1,25 @@
 """How movement scores lie over the weights: one flat vector, a slice of it for each weight and bias.
 
-    attention weight [o, i], blocks r×c   [o/r, i/c]    its bias [o/r]
-    fc_in weight [o, i], by row           [o, 1]        its bias [o]
-    fc_out weight [o, i], by column       [1, i]        its bias [1]
-    shared: the output projection         [units]       no bias
+    weight of heads [o, i], blocks r×c    [o/r, i/c]    its bias [o/r]
+    source weight [o, i], by row          [o, 1]        its bias [o]
+    sink weight [o, i], by column         [1, i]        its bias [1]
+    shared: the first sink                [units]       no bias
 
 An element of the weight belongs to exactly one score; a shared score stands for all
-parameters of its unit.
+parameters of its unit. Where a weight is kept as [i, o], or has more dimensions, the same
+holds along its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.structure.blocks import Attention, Structure
+from mptrain.compress.structure.blocks import Axis, Block, Structure
 from mptrain.core.errors import UserError
 from mptrain.recipe import Movement
 
@@ -26,7 +28,7 @@ from mptrain.recipe import Movement
 class Group:
     """Scores of one weight or bias, a slice of the flat score vector."""
 
-    kind: str  # "heads" or "ffn"
+    block: str
     parameter: str
     layer: int  # sparsified layer, for the mean of the regularizer
     start: int
@@ -74,34 +76,48 @@ def layout(model: nn.Module, structure: Structure, config: Movement) -> list[Gro
     groups: list[Group] = []
     layer = 0
 
-    def add(kind: str, parameter: str, shape: tuple[int, ...], size: tuple[int, ...]) -> None:
+    def add(block: Block, parameter: str, shape: Sequence[int], size: Sequence[int]) -> None:
         start = groups[-1].start + groups[-1].numel if groups else 0
-        groups.append(Group(kind, parameter, layer, start, shape, size))
+        groups.append(Group(block.name, parameter, layer, start, tuple(shape), tuple(size)))
 
-    for kind, block in structure.prunable():
+    for block in structure.prunable():
         if config.score == "shared":
-            add(kind, f"{block.output}.weight", (block.units,), (block.unit_params,))
+            add(block, block.sinks[0].parameter, (block.units,), (block.unit_params,))
             layer += 1
             continue
-        for name in block.linears:
-            linear = model.get_submodule(name)
-            rows, columns = model.get_parameter(f"{name}.weight").shape
-            if isinstance(block, Attention):
-                r, c = _attention_block(config, name, rows, columns)
-            else:
-                r, c = (rows, 1) if name == block.output else (1, columns)
-            add(kind, f"{name}.weight", (rows // r, columns // c), (r, c))
-            if linear.bias is not None:
-                add(kind, f"{name}.bias", (rows // r,), (r,))
+        for axis in (*block.sources, *block.sinks):
+            shape = model.get_parameter(axis.parameter).shape
+            size = _score_size(config, block, axis, shape)
+            add(block, axis.parameter, [n // part for n, part in zip(shape, size)], size)
+            rows = size[_output_dim(axis)]
+            if (bias := _bias(model, axis)) is not None:
+                add(block, bias, [shape[_output_dim(axis)] // rows], [rows])
             layer += 1
     return groups
 
 
-def _attention_block(config: Movement, name: str, rows: int, columns: int) -> tuple[int, int]:
-    r, c = config.attention_block
+def _score_size(config: Movement, block: Block, axis: Axis, shape: torch.Size) -> list[int]:
+    """Elements of the parameter to a score, by dimension."""
+    if block.kind != "heads" or len(shape) != 2:
+        return [1 if d == axis.dim else n for d, n in enumerate(shape)]
+    (r, c), out = config.attention_block, _output_dim(axis)
+    rows, columns = shape[out], shape[1 - out]
     if r < 1 or c < 1 or rows % r or columns % c:
         raise UserError(
-            f"prune.attention_block: {r}×{c} does not divide {name} with {rows}×{columns} weights."
+            f"prune.attention_block: {r}×{c} does not divide {axis.parameter.removesuffix('.weight')} with"
+            f" {rows}×{columns} weights."
             f" Choose numbers that do, e.g. [{math.gcd(rows, r) or rows}, {math.gcd(columns, c) or columns}]."
         )
-    return r, c
+    return [r, c] if out == 0 else [c, r]
+
+
+def _output_dim(axis: Axis) -> int:
+    if axis.role == "source":
+        return axis.dim
+    return 1 if axis.dim == 0 else 0
+
+
+def _bias(model: nn.Module, axis: Axis) -> str | None:
+    module, _, name = axis.parameter.rpartition(".")
+    bias = getattr(model.get_submodule(module), "bias", None)
+    return f"{module}.bias" if name == "weight" and isinstance(bias, nn.Parameter) else None

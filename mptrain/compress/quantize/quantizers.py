@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.structure.scopes import resolve
-from mptrain.compress.structure.shrink import LinearSlice
+from mptrain.compress.structure.shrink import Slices
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.core.silence import silenced
@@ -149,32 +149,33 @@ def frozen(model: Model) -> Model:
 
 
 def slice_quantizers(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], slices: Mapping[str, LinearSlice]
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], slices: Slices
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors that fit a model whose Linears, by name, lost rows and columns.
+    """Config and tensors that fit a model whose weights lost indices (`shrink.slices_of`).
 
-    Per-channel weight ranges lose the rows, SmoothQuant factors the columns; ranges of
+    Per-channel weight ranges lose those of their dimension, SmoothQuant factors the inputs of their Linear; ranges of
     activations stay. The shrunk model then computes what the masked one computed.
     """
     modules: list[dict[str, Any]] = []
     cut = dict(tensors)
     for entry in config["modules"]:
-        if entry["kind"] == "smooth":
-            axis, kept = -1, _kept(slices, entry["input_of"], "cols")
-        else:
-            axis, kept = 0, _kept(slices, entry["weight_of"], "rows")
         shape = list(entry["shape"])
-        if kept is not None and len(shape) > 1:
-            for name in entry["at"]:
-                for key in (k for k in cut if k.startswith(f"{name}.")):
-                    cut[key] = cut[key].index_select(axis, kept.to("cpu"))
-            shape[axis] = len(kept)
+        for dim, stays in _stays(entry, slices).items():
+            if len(shape) > 1 and shape[dim] > 1:
+                for name in entry["at"]:
+                    for key in (k for k in cut if k.startswith(f"{name}.")):
+                        cut[key] = cut[key].index_select(dim, stays.to("cpu"))
+                shape[dim] = len(stays)
         modules.append({**entry, "shape": shape})
     return {**config, "modules": modules}, cut
 
 
-def _kept(slices: Mapping[str, LinearSlice], name: str | None, which: str) -> Tensor | None:
-    return getattr(slices[name], which) if name is not None and name in slices else None
+def _stays(entry: Mapping[str, Any], slices: Slices) -> Mapping[int, Tensor]:
+    """What stays of a quantizer's ranges, by their dimension."""
+    if entry["kind"] == "smooth":
+        inputs = slices.get(f"{entry['input_of']}.weight", {}).get(1)
+        return {} if inputs is None else {len(entry["shape"]) - 1: inputs}
+    return slices.get(f"{entry['weight_of']}.weight", {})
 
 
 def _set_bits(model: nn.Module, bits: Mapping[str, int], modules: Mapping[str, set[str]]) -> None:

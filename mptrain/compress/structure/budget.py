@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Block, Kept, Structure
+from mptrain.compress.structure.blocks import Block, Kept, Kind, Structure
 from mptrain.core.errors import UserError
 from mptrain.recipe import Keep
 
 CELLS = 8192
 
-Importance = Mapping[str, Mapping[int, np.ndarray]]
-"""Non-negative importance of every unit: {"heads": {block index: [units]}, "ffn": {…}}."""
+Importance = Mapping[str, np.ndarray]
+"""Non-negative importance of every unit, by name of the block: [units]."""
 
 
 CostOf = Callable[[Block, int], float]
@@ -37,7 +37,6 @@ CostOf = Callable[[Block, int], float]
 class _Choice:
     """A block and how many units it may keep, ascending, with the cost of each choice."""
 
-    kind: str
     block: Block
     counts: np.ndarray  # int64 [choices]
     cost: np.ndarray  # float64 [choices]
@@ -50,13 +49,13 @@ class _Limit:
     name: str
     keep: float
     cost_of: CostOf
-    blocks: list[tuple[str, Block]]
+    blocks: list[Block]
     total: float
     fixed: float  # cost of blocks that may not be pruned
     choices: list[_Choice]
 
     def fraction(self, kept: Kept) -> float:
-        return sum(self.cost_of(block, kept.count(kind, block)) for kind, block in self.blocks) / self.total
+        return sum(self.cost_of(block, kept.count(block)) for block in self.blocks) / self.total
 
 
 class Budget:
@@ -79,22 +78,24 @@ class Budget:
         latency: costs.LatencyTable | None = None,
     ) -> None:
         self.structure = structure
-        self._floors = {"heads": (min_heads, 1), "ffn": (min_ffn, round_ffn)}
+        self._floors: dict[Kind, tuple[int, int]] = {"heads": (min_heads, 1)}
+        self._floors |= {"ffn": (min_ffn, round_ffn), "channels": (min_ffn, round_ffn)}
         if keep.heads is not None and keep.ffn is not None:
-            self.limits = [
-                self._limit("heads", keep.heads, {"heads"}, lambda block, n: n),
-                self._limit("ffn", keep.ffn, {"ffn"}, lambda block, n: n),
+            parts: list[tuple[str, float, list[Block]]] = [
+                ("heads", keep.heads, structure.of_kind("heads")),
+                ("ffn", keep.ffn, structure.of_kind("ffn", "channels")),
             ]
+            self.limits = [self._limit(*part, lambda block, n: n) for part in parts if part[2]]
             return
-        both = {"heads", "ffn"}
+        every = structure.by_kind()
         if keep.encoder_params is not None:
-            limit = self._limit("encoder_params", keep.encoder_params, both, costs.params)
+            limit = self._limit("encoder_params", keep.encoder_params, every, costs.params)
         elif keep.macs is not None:
-            limit = self._limit("macs", keep.macs, both, lambda block, n: costs.macs(block, n, length))
+            limit = self._limit("macs", keep.macs, every, lambda block, n: costs.macs(block, n, length))
         else:
             if latency is None or keep.latency is None:
                 raise UserError("prune.keep.latency needs a latency table measured on this host")
-            limit = self._limit("latency", keep.latency, both, lambda block, n: costs.latency(block, n, latency))
+            limit = self._limit("latency", keep.latency, every, lambda block, n: costs.latency(block, n, latency))
         self.limits = [limit]
 
     def search(self, importance: Importance, ease: float = 1.0) -> Kept:
@@ -106,32 +107,31 @@ class Budget:
         kept = Kept()
         for limit in self.limits:
             budget = (1.0 - ease * (1.0 - limit.keep)) * limit.total - limit.fixed
-            values = [_values(c, importance[c.kind][c.block.index]) for c in limit.choices]
+            values = [_values(c, importance[c.block.name]) for c in limit.choices]
             for choice, picked in zip(limit.choices, _solve(limit.choices, values, budget)):
-                scores = importance[choice.kind][choice.block.index]
+                scores = importance[choice.block.name]
                 best = np.argsort(-scores, kind="stable")[: choice.counts[picked]]
-                kept.of(choice.kind)[choice.block.index] = sorted(best.tolist())
+                kept.units[choice.block.name] = sorted(best.tolist())
         return kept
 
     def fraction(self, kept: Kept) -> dict[str, float]:
         """Cost of `kept` as a fraction of the whole, for each budget."""
         return {limit.name: limit.fraction(kept) for limit in self.limits}
 
-    def round_up(self, kind: str, block: Block, count: int) -> int:
+    def round_up(self, block: Block, count: int) -> int:
         """The smallest allowed number of units that is not below `count`."""
-        allowed = self._allowed(kind, block)
+        allowed = self._allowed(block)
         return int(allowed[np.searchsorted(allowed, count)])
 
-    def _limit(self, name: str, keep: float, kinds: set[str], cost_of: CostOf) -> _Limit:
-        blocks = [(kind, block) for kind, block in self.structure.blocks() if kind in kinds]
-        total = float(sum(cost_of(block, block.units) for _, block in blocks))
-        fixed = float(sum(cost_of(block, block.units) for _, block in blocks if not block.prunable))
+    def _limit(self, name: str, keep: float, blocks: list[Block], cost_of: CostOf) -> _Limit:
+        total = float(sum(cost_of(block, block.units) for block in blocks))
+        fixed = float(sum(cost_of(block, block.units) for block in blocks if not block.prunable))
         choices = []
-        for kind, block in blocks:
+        for block in blocks:
             if block.prunable:
-                counts = self._allowed(kind, block)
+                counts = self._allowed(block)
                 cost = np.array([cost_of(block, int(n)) for n in counts], dtype=np.float64)
-                choices.append(_Choice(kind, block, counts, cost))
+                choices.append(_Choice(block, counts, cost))
         least = (fixed + sum(c.cost[0] for c in choices)) / total
         if least > keep * (1 + 1e-12):
             raise UserError(
@@ -141,8 +141,8 @@ class Budget:
             )
         return _Limit(name, keep, cost_of, blocks, total, fixed, choices)
 
-    def _allowed(self, kind: str, block: Block) -> np.ndarray:
-        floor, step = self._floors[kind]
+    def _allowed(self, block: Block) -> np.ndarray:
+        floor, step = self._floors[block.kind]
         first = math.ceil(min(floor, block.units) / step) * step
         return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
 
@@ -150,7 +150,7 @@ class Budget:
 def _values(choice: _Choice, importance: np.ndarray) -> np.ndarray:
     """Value of every choice: sum of its most important units, float64 [choices]."""
     if importance.shape != (choice.block.units,) or not (importance >= 0).all():
-        raise ValueError(f"{choice.block.layer}: importance must be {choice.block.units} numbers ≥ 0")
+        raise ValueError(f"{choice.block.name}: importance must be {choice.block.units} numbers ≥ 0")
     best = np.cumsum(np.sort(importance.astype(np.float64))[::-1])
     return best[choice.counts - 1]
 

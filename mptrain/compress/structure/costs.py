@@ -1,9 +1,10 @@
 """What a block costs when n of its units stay: parameters, multiply-adds (MACs), latency.
 
-With u units of d columns each, T tokens and K keys that a token looks at:
+With u units, T tokens and K keys that a token looks at:
 
-    parameters   fixed (output bias) + u · (rows and biases of q, k, v or fc_in, columns of o or fc_out)
-    MACs         T · u · (weights of a unit), plus for attention 2 · T · K · (query heads · d)
+    parameters   fixed (the bias of a sink) + u · (elements of every axis to a unit)
+    MACs         u · (T · elements of sources and sinks to a unit, plus for heads 2 · T · K · columns of a sink)
+                 or, with an example, what the matrices and attentions of a forward pass really multiply
     latency      a small table measured on this host (latency.py), between its points linear
 
 MACs leave out biases, norms, softmax and activations, as is usual.
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.structure.blocks import Attention, Block, Kept, Structure
+from mptrain.compress.structure.blocks import Block, Kept, Structure
+from mptrain.compress.structure.counting import Counter
+from mptrain.core.errors import UserError
 
 LatencyTable = dict[str, dict[str, float]]
 """Seconds by block kind and units: {"ffn/384/1": {"192": 0.0011, …}, …}; goes into JSON as it is."""
@@ -27,41 +30,57 @@ LatencyTable = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Extent:
-    """Per example: tokens that go through a block and keys that each of them looks at."""
+    """Per example: tokens that go through a block, keys that each of them looks at, and MACs of one unit."""
 
     tokens: int
     keys: int
+    macs: float
 
 
-Length = int | Mapping[int, Extent]
-"""Sequence length, or the extents of every block index where blocks differ (images, audio)."""
+Length = int | Mapping[str, Extent]
+"""Sequence length, or the extents of every block by name where blocks differ (images, audio, encoder-decoders)."""
 
 
 def extent(length: Length, block: Block) -> Extent:
-    return Extent(length, length) if isinstance(length, int) else length[block.index]
+    if not isinstance(length, int):
+        return length[block.name]
+    weights = sum(axis.per_unit * axis.weights // axis.parts for axis in block.of_role("source", "sink"))
+    columns = sum(axis.per_unit for axis in block.sinks) if block.kind == "heads" else 0
+    return Extent(length, length, length * (weights + 2 * length * columns))
 
 
 @torch.no_grad()
-def measure_extents(model: nn.Module, structure: Structure, example: Mapping[str, Tensor]) -> dict[int, Extent]:
-    """Extents of every layer, read from one forward pass of `example` (any batch size)."""
+def measure_extents(model: nn.Module, structure: Structure, example: Mapping[str, Tensor]) -> dict[str, Extent]:
+    """Extents of every block, counted in one forward pass of `example` (any batch size)."""
     batch = next(iter(example.values())).shape[0]
-    found: dict[int, Extent] = {}
+    shapes: dict[str, torch.Size] = {}
 
-    def reader(index: int) -> Any:
+    def reader(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            shape = inputs[0].shape
-            found[index] = Extent(inputs[0].numel() // shape[-1] // batch, shape[-2])
+            if inputs:
+                shapes.setdefault(name, inputs[0].shape)
 
         return hook
 
-    handles = [model.get_submodule(a.q).register_forward_pre_hook(reader(a.index)) for a in structure.attention]
+    firsts = {block.name: block.sources[0].parameter.rpartition(".")[0] for block in structure}
+    handles = [model.get_submodule(m).register_forward_pre_hook(reader(name)) for name, m in firsts.items()]
     training = model.training
+    counter = Counter(model, {core: block.name for block in structure for core in block.cores})
     try:
-        model.eval()(**example)
+        with counter:
+            model.eval()(**example)
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
+    found = {}
+    for block in structure:
+        shape = shapes.get(block.name, torch.Size((batch, 1, 1)))
+        total = counter.inside[block.name] / block.units
+        for axis in block.of_role("source", "sink"):
+            total += counter.of[axis.parameter] * axis.per_unit / axis.size / axis.parts
+        tokens = shape.numel() // shape[-1] // batch
+        found[block.name] = Extent(tokens, min(tokens, shape[-2]), total / batch)
     return found
 
 
@@ -71,11 +90,7 @@ def params(block: Block, units: int) -> int:
 
 def macs(block: Block, units: int, length: Length) -> int:
     """For one example."""
-    e = extent(length, block)
-    if isinstance(block, Attention):
-        weights = block.head_dim * block.hidden * 2 * (block.group + 1)
-        return e.tokens * units * (weights + 2 * e.keys * block.columns)
-    return e.tokens * units * block.hidden * (len(block.fc_in) + 1)
+    return round(extent(length, block).macs * units)
 
 
 def latency(block: Block, units: int, table: LatencyTable) -> float:
@@ -86,47 +101,67 @@ def latency(block: Block, units: int, table: LatencyTable) -> float:
 
 
 def layer_costs(structure: Structure, length: Length, kept: Kept | None = None) -> list[dict[str, Any]]:
-    """One row per layer: {"layer", "index", "heads" (query heads), "ffn", "params", "macs"}."""
+    """One row per layer: {"layer", "heads" (query heads), "ffn" (channels), "params", "macs"}."""
     kept = kept or Kept()
-    rows = []
-    for a, f in zip(structure.attention, structure.ffn):
-        units, channels = kept.count("heads", a), kept.count("ffn", f)
-        rows.append(
-            {
-                "layer": a.layer,
-                "index": a.index,
-                "heads": units * a.group,
-                "ffn": channels,
-                "params": params(a, units) + params(f, channels),
-                "macs": macs(a, units, length) + macs(f, channels, length),
-            }
-        )
-    return rows
+    return [
+        {
+            "layer": layer,
+            "heads": sum(kept.count(b) * b.heads for b in blocks),
+            "ffn": sum(kept.count(b) for b in blocks if b.kind != "heads"),
+            "params": sum(params(b, kept.count(b)) for b in blocks),
+            "macs": sum(macs(b, kept.count(b), length) for b in blocks),
+        }
+        for layer, blocks in structure.layers().items()
+    ]
 
 
 def describe(structure: Structure, kept: Kept) -> dict[str, Any]:
-    """The `structure` entry of report.json: what stays of each layer of the dense `structure`."""
+    """The `structure` entry of report.json: what stays of the dense `structure`, by layer and by block.
+
+    {"family", "layers": [{"layer", "heads", "heads_total", "ffn", "ffn_total", "params", "params_total"}],
+    "blocks": [{"name", "kind", "layer", "kept", "total", "params", "params_total"}], "refused": [{"what", "reason"}]}.
+    Heads are those of queries: their indices, where a layer has one attention, else how many.
+    """
     layers = []
-    for a, f in zip(structure.attention, structure.ffn):
-        units = kept.heads.get(a.index, list(range(a.units)))
-        heads = [u * a.group + i for u in units for i in range(a.group)]
-        channels = kept.count("ffn", f)
+    for layer, blocks in structure.layers().items():
+        attentions = [b for b in blocks if b.kind == "heads"]
+        heads = [[u * b.heads + i for u in kept.of(b) for i in range(b.heads)] for b in attentions]
         layers.append(
             {
-                "layer": a.layer,
-                "heads": heads,
-                "heads_total": a.heads,
-                "ffn": channels,
-                "ffn_total": f.width,
-                "params": params(a, len(units)) + params(f, channels),
-                "params_total": params(a, a.units) + params(f, f.units),
+                "layer": layer,
+                "heads": heads[0] if len(heads) == 1 else sum(len(h) for h in heads),
+                "heads_total": sum(b.units * b.heads for b in attentions),
+                "ffn": sum(kept.count(b) for b in blocks if b.kind != "heads"),
+                "ffn_total": sum(b.units for b in blocks if b.kind != "heads"),
+                "params": sum(params(b, kept.count(b)) for b in blocks),
+                "params_total": sum(params(b, b.units) for b in blocks),
             }
         )
-    return {"family": structure.family, "layers": layers}
+    rows = [
+        {
+            "name": b.name,
+            "kind": b.kind,
+            "layer": b.layer,
+            "kept": kept.count(b),
+            "total": b.units,
+            "params": params(b, kept.count(b)),
+            "params_total": params(b, b.units),
+        }
+        for b in structure
+    ]
+    refused = [{"what": r.what, "reason": r.reason} for r in structure.refused]
+    return {"family": structure.name, "layers": layers, "blocks": rows, "refused": refused}
 
 
 def kind(block: Block) -> str:
-    """Blocks of one kind take the same time for the same units."""
-    if isinstance(block, Attention):
-        return f"attention/{block.hidden}/{block.head_dim}/{block.group}"
-    return f"ffn/{block.hidden}/{len(block.fc_in)}"
+    """Blocks of one kind take the same time for the same units. Raises UserError for those that cannot be timed."""
+    first = block.sources[0]
+    if block.kind == "heads":
+        return f"attention/{first.weights}/{head_dim(block)}/{block.heads}"
+    if block.kind == "ffn":
+        return f"ffn/{first.weights}/{sum(axis.per_unit for axis in block.sources)}"
+    raise UserError(f"prune.keep.latency: {block.name} holds channels of convolutions, whose time is not measured here")
+
+
+def head_dim(block: Block) -> int:
+    return block.sinks[0].per_unit // block.heads

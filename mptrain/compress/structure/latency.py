@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptrain.compress.structure.blocks import Attention, Block, Ffn, Structure
-from mptrain.compress.structure.costs import Extent, LatencyTable, Length, extent, kind
+from mptrain.compress.structure.blocks import Block, Structure
+from mptrain.compress.structure.costs import Extent, LatencyTable, Length, extent, head_dim, kind
 from mptrain.core.progress import track
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def measure_latency(
     compiled = find_spec("openvino") is not None
     if not compiled:
         log.warning("prune.keep.latency: without OpenVINO blocks are timed in torch; pip install 'mptrain[openvino]'")
-    wanted = {(kind(b), n): (b, n) for _, b in structure.blocks() for n in _points(b.units)}
+    wanted = {(kind(b), n): (b, n) for b in structure for n in _points(b.units)}
     runs: dict[tuple[str, int], Callable[[], Any]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -64,6 +64,10 @@ def measure_latency(
     return table
 
 
+def _hidden(block: Block) -> int:
+    return block.sources[0].weights
+
+
 def _points(units: int, most: int = 9) -> list[int]:
     return sorted({max(1, round(x)) for x in np.linspace(1, units, most)})
 
@@ -71,7 +75,7 @@ def _points(units: int, most: int = 9) -> list[int]:
 def _runner(block: Block, units: int, e: Extent, batch: int, threads: int | None) -> Callable[[], Any]:
     """threads: of OpenVINO; None runs the blocks in torch."""
     stack = nn.Sequential(*(_Residual(block, units) for _ in range(STACK))).eval()
-    x = torch.randn(batch * e.tokens // e.keys, e.keys, block.hidden)
+    x = torch.randn(batch * e.tokens // e.keys, e.keys, _hidden(block))
     if threads is None:
         return lambda: stack(x)
     import openvino as ov
@@ -85,8 +89,8 @@ def _runner(block: Block, units: int, e: Extent, batch: int, threads: int | None
 class _Residual(nn.Module):
     def __init__(self, block: Block, units: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(block.hidden)
-        self.inner = _Attention(block, units) if isinstance(block, Attention) else _Ffn(block, units)
+        self.norm = nn.LayerNorm(_hidden(block))
+        self.inner = _Attention(block, units) if block.kind == "heads" else _Ffn(block, units)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.inner(self.norm(x))
@@ -95,13 +99,13 @@ class _Residual(nn.Module):
 class _Attention(nn.Module):
     """[batch, keys, hidden] to the same; `units` heads, or key-value heads with their queries."""
 
-    def __init__(self, block: Attention, units: int) -> None:
+    def __init__(self, block: Block, units: int) -> None:
         super().__init__()
-        self.size, self.group = block.head_dim, block.group
-        columns = units * block.head_dim
-        self.q = nn.Linear(block.hidden, columns * block.group)
-        self.k, self.v = nn.Linear(block.hidden, columns), nn.Linear(block.hidden, columns)
-        self.o = nn.Linear(columns * block.group, block.hidden)
+        self.size, self.group, hidden = head_dim(block), block.heads, _hidden(block)
+        columns = units * self.size
+        self.q = nn.Linear(hidden, columns * self.group)
+        self.k, self.v = nn.Linear(hidden, columns), nn.Linear(hidden, columns)
+        self.o = nn.Linear(columns * self.group, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -111,10 +115,11 @@ class _Attention(nn.Module):
 
 
 class _Ffn(nn.Module):
-    def __init__(self, block: Ffn, units: int) -> None:
+    def __init__(self, block: Block, units: int) -> None:
         super().__init__()
-        self.up = nn.ModuleList(nn.Linear(block.hidden, units) for _ in block.fc_in)
-        self.down = nn.Linear(units, block.hidden)
+        rows = sum(axis.per_unit for axis in block.sources)  # two with a gate
+        self.up = nn.ModuleList(nn.Linear(_hidden(block), units) for _ in range(rows))
+        self.down = nn.Linear(units, _hidden(block))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(self.up[0](x))

@@ -1,119 +1,85 @@
-"""Cutting units out of a model for good: smaller Linears, same outputs as with the units masked.
-
-q, k, v: rows of the kept heads      o:      columns of the kept heads
-fc_in:   rows of the kept channels   fc_out: columns of the kept channels
-"""
+"""Cutting units out of a model for good: smaller parameters, same outputs as with the units masked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.structure.blocks import (
-    Attention,
-    Block,
-    Kept,
-    Structure,
-    check_not_shared,
-    counts,
-    find_structure,
-)
-from mptrain.compress.structure.families import FAMILIES
+from mptrain.compress.structure import attributes, saved
+from mptrain.compress.structure.blocks import Block, Edit, Kept, Structure
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import is_quantized
 
-
-@dataclass(frozen=True)
-class LinearSlice:
-    """What stays of a Linear: int64 indices of rows (outputs) and columns (inputs); None keeps all."""
-
-    rows: Tensor | None = None
-    cols: Tensor | None = None
+Slices = dict[str, dict[int, Tensor]]
+"""What stays of each parameter that is cut, by name and dimension: ascending int64 indices."""
 
 
-def linear_slices(structure: Structure, kept: Kept) -> dict[str, LinearSlice]:
-    """What stays of every Linear that changes, by module name. Raises ModelError when `kept` does not fit."""
+def slices_of(structure: Structure, kept: Kept) -> Slices:
+    """What stays of every parameter that changes. Raises ModelError when `kept` does not fit."""
     kept.check(structure)
-    slices: dict[str, LinearSlice] = {}
-    for a in structure.attention:
-        if (units := _changed(kept.heads, a)) is not None:
-            queries = _expand(units, a.group * a.head_dim)
-            keys = _expand(units, a.head_dim)
-            slices[a.q] = LinearSlice(rows=queries)
-            slices[a.k] = slices[a.v] = LinearSlice(rows=keys)
-            slices[a.o] = LinearSlice(cols=queries)
-    for f in structure.ffn:
-        if (units := _changed(kept.ffn, f)) is not None:
-            channels = _expand(units, 1)
-            slices |= {name: LinearSlice(rows=channels) for name in f.fc_in}
-            slices[f.fc_out] = LinearSlice(cols=channels)
-    return slices
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for block in structure:
+        for axis in block.axes if kept.cuts(block) else ():
+            stays, by_dim = axis.kept(kept.of(block)), found.setdefault(axis.parameter, {})
+            # blocks may own different columns of one parameter
+            by_dim[axis.dim] = np.intersect1d(by_dim[axis.dim], stays) if axis.dim in by_dim else stays
+    return {name: {dim: torch.from_numpy(stays) for dim, stays in by.items()} for name, by in found.items()}
 
 
 @torch.no_grad()
 def shrink(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     """Cut everything that is not kept, in place, and return the model.
 
-    Modules stay the same objects, cut parameters are new ones. `config.mptrain_structure`
-    then says how many units each block has. Shrinking a shrunk model again is fine.
-    Raises ModelError when `kept` does not fit, a cut weight is tied to another module, or
-    the model carries NNCF quantizers, whose per-channel ranges have the old shapes.
+    Modules stay the same objects, cut parameters are new ones in every module that shares them.
+    `config.mptrain_structure` then says what shapes and attributes differ from what the config builds (saved.py).
+    Shrinking a shrunk model again is fine.
+    Raises ModelError when `kept` does not fit, a cut weight is tied to another module, or the model carries NNCF
+    quantizers, whose per-channel ranges have the old shapes.
     """
     if is_quantized(model):
         raise ModelError("a quantized model cannot be shrunk: detach the quantizers first, then attach the sliced ones")
-    slices = linear_slices(structure, kept)
-    check_not_shared(model, slices)
-    for name, cut in slices.items():
-        _cut(model.get_submodule(name), cut)
-    for a in structure.attention:
-        if (units := _changed(kept.heads, a)) is not None:
-            _update_attention(model, a, units)
-    config: Any = getattr(model, "config", None)
-    if config is not None:
-        config.mptrain_structure = counts(find_structure(model))
+    slices = slices_of(structure, kept)
+    check_not_shared(model, [block for block in structure if kept.cuts(block)])
+    cut(model, slices)
+    edits = [(edit, block.units - kept.count(block)) for block in structure if kept.cuts(block) for edit in block.edits]
+    edit(model, edits)
+    saved.remember(model, structure, kept, slices, [edit for edit, _ in edits])
     return model
 
 
-def _cut(linear: nn.Module, cut: LinearSlice) -> None:
-    assert isinstance(linear, nn.Linear)
-    weight = linear.weight
-    if cut.rows is not None:
-        linear.weight = _parameter(weight[cut.rows.to(weight.device)], weight)
-        if linear.bias is not None:
-            linear.bias = _parameter(linear.bias[cut.rows.to(weight.device)], linear.bias)
-        linear.out_features = len(cut.rows)
-    if cut.cols is not None:
-        linear.weight = _parameter(linear.weight[:, cut.cols.to(weight.device)], weight)
-        linear.in_features = len(cut.cols)
+def cut(model: nn.Module, slices: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Keep these indices of the parameters and buffers, wherever they are used."""
+    for name, by_dim in slices.items():
+        old = attributes.tensor(model, name)
+        new: Tensor = old.detach()
+        for dim, stays in by_dim.items():
+            new = new.index_select(dim, stays.to(new.device))
+        attributes.replace(model, {id(old): new})
 
 
-def _update_attention(model: nn.Module, block: Attention, units: Sequence[int]) -> None:
-    family, module = FAMILIES[block.family], model.get_submodule(block.module)
-    heads = len(units) * block.group
-    if family.heads is not None:
-        setattr(module, family.heads, heads)
-    if family.width is not None:
-        setattr(module, family.width, heads * block.head_dim)
-    if family.bias_table is not None:
-        table = getattr(module, family.bias_table)
-        columns = _expand(units, block.group).to(table.device)
-        setattr(module, family.bias_table, _parameter(table[:, columns], table))
+def edit(model: nn.Module, edits: list[tuple[Edit, int]]) -> None:
+    """Lower attributes by what that many units are of them."""
+    for change, units in edits:
+        module = model.get_submodule(change.module)
+        now = attributes.read(module, change.attribute, change.item)
+        attributes.write(module, change.attribute, change.item, now - change.per_unit * units)
 
 
-def _changed(kept: dict[int, list[int]], block: Block) -> list[int] | None:
-    units = kept.get(block.index)
-    return None if units is None or len(units) == block.units else units
-
-
-def _expand(units: Sequence[int], size: int) -> Tensor:
-    """Indices of `size` neighbours for every unit: [1, 3], 2 -> [2, 3, 6, 7]."""
-    start = torch.tensor(units, dtype=torch.int64)[:, None] * size
-    return (start + torch.arange(size)).flatten()
-
-
-def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.contiguous(), requires_grad=like.requires_grad)
+def check_not_shared(model: nn.Module, blocks: Iterable[Block]) -> None:
+    """Raises ModelError if a parameter of `blocks` is also used elsewhere: cutting one would change the other."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    for block in blocks:
+        for axis in block.axes:
+            owner = axis.parameter.rpartition(".")[0]
+            others = [user for user in users[id(model.get_parameter(axis.parameter))] if user != owner]
+            if others:
+                raise ModelError(
+                    f"{owner} shares its weight with {', '.join(others)}, so units cannot be cut out of one alone."
+                    f" Untie them, or leave the layer alone with prune.ignore: [{owner}]."
+                )

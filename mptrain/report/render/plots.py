@@ -292,25 +292,32 @@ def _structure(report: Row) -> Figure | None:
     if not layers:
         return None
     figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    heads = max(layer["heads_total"] for layer in layers)
+    if heads:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        _heads(top, layers, heads)
+    else:
+        bottom = figure.subplots()
+    x = np.arange(len(layers))
+    bottom.bar(x, [layer["ffn_total"] for layer in layers], color=_LINE, width=0.72)
+    bottom.bar(x, [count(layer["ffn"]) for layer in layers], color=_SERIES[2], width=0.72)
+    bottom.set_ylabel("FFN channels" if heads else "Channels")
+    _layer_axis(bottom, len(layers))
+    return figure
+
+
+def _heads(ax: Axes, layers: list[Row], heads: int) -> None:
     for i, layer in enumerate(layers):
         total = layer["heads_total"]
         chosen = layer["heads"] if isinstance(layer["heads"], list) else range(layer["heads"])
         dropped = [head for head in range(total) if head not in set(chosen)]
         size = max(6.0, min(34.0, 500 / max(total, 2 * len(layers))))
-        top.scatter([i] * len(dropped), dropped, s=size, facecolors="none", edgecolors=_MUTED, linewidths=0.7)
-        top.scatter([i] * len(list(chosen)), list(chosen), s=size, color=_SERIES[0])
-    heads = max(layer["heads_total"] for layer in layers)
-    top.set_ylim(-0.8, heads - 0.2)
-    top.set_ylabel("Head")
-    top.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    top.grid(visible=False)
-    x = np.arange(len(layers))
-    bottom.bar(x, [layer["ffn_total"] for layer in layers], color=_LINE, width=0.72)
-    bottom.bar(x, [count(layer["ffn"]) for layer in layers], color=_SERIES[2], width=0.72)
-    bottom.set_ylabel("FFN channels")
-    _layer_axis(bottom, len(layers))
-    return figure
+        ax.scatter([i] * len(dropped), dropped, s=size, facecolors="none", edgecolors=_MUTED, linewidths=0.7)
+        ax.scatter([i] * len(list(chosen)), list(chosen), s=size, color=_SERIES[0])
+    ax.set_ylim(-0.8, heads - 0.2)
+    ax.set_ylabel("Head")
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.grid(visible=False)
 
 
 def _layer_axis(ax: Axes, layers: int) -> None:

@@ -13,10 +13,15 @@ Row = dict[str, Any]
 
 
 def structure(report: Row) -> Table | None:
-    """Heads, FFN channels and parameters kept, layer by layer."""
-    layers = (report["structure"] or {}).get("layers")
+    """Heads, channels and parameters kept: layer by layer, or block by block where a layer has several of a kind."""
+    facts = report["structure"] or {}
+    layers, blocks = facts.get("layers"), facts.get("blocks", [])
     if not layers:
         return None
+    note = f"Stage {facts['stage']}, family {facts['family']}. Removed physically: the exported model is dense."
+    several = len({(block["layer"], block["kind"] == "heads") for block in blocks}) < len(blocks)
+    if several:
+        return Table("Structure kept", ["Block", "Kind", "Units", "Parameters"], _blocks(blocks), note, text_columns=2)
     rows = []
     for layer in layers:
         heads, ffn = count(layer["heads"]), count(layer["ffn"])
@@ -40,9 +45,21 @@ def structure(report: Row) -> Table | None:
             Cell(f"{total['params']:,}", _share(total["params"], of["params"])),
         ]
     )
-    facts = report["structure"]
-    note = f"Stage {facts['stage']}, family {facts['family']}. Removed physically: the exported model is dense."
     return Table("Structure kept", ["Layer", "Heads", "FFN channels", "Parameters"], rows, note)
+
+
+def _blocks(blocks: list[Row]) -> list[list[Cell]]:
+    rows = [
+        [
+            Cell(block["name"]),
+            Cell(block["kind"]),
+            Cell(f"{block['kept']:,} of {block['total']:,}", bar=block["kept"] / block["total"]),
+            Cell(f"{block['params']:,}", _share(block["params"], block["params_total"])),
+        ]
+        for block in blocks
+    ]
+    left, whole = (sum(block[key] for block in blocks) for key in ("params", "params_total"))
+    return [*rows, [Cell("all blocks"), Cell(""), Cell(""), Cell(f"{left:,}", _share(left, whole))]]
 
 
 def runtime(report: Row) -> Table | None:
