@@ -150,6 +150,7 @@ PINS: dict[str, Pin] = {
             "torch:_C._jit_pass_inline": "export/coreml/convert.py",
             "torch:_C.DisableTorchFunction": "compress/quantize/fake_quant.py",
             "torch._ops:OpOverload@_schema": "verify/programs/aten.py",
+            "torch:UntypedStorage._cdata": "compress/structure/counting.py",
             "torch.utils._python_dispatch:TorchDispatchMode": "verify/programs/aten.py",
             **_in("verify/programs/exported.py", "torch.utils._pytree", "tree_leaves", "tree_map", "tree_map_only"),
             "torch:_foreach_mul_": "precision/sharded.py",

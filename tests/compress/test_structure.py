@@ -174,6 +174,15 @@ def test_macs_of_a_length_are_those_of_an_example_of_that_length(family):
     assert all(extent(9, block) == measured[block.name] for block in structure)
 
 
+def test_a_model_without_weights_has_the_same_extents():
+    with torch.device("meta"):
+        model = t.ViTModel(tiny("vit").config).eval()
+    example = inputs("vit")
+    structure = find_structure(real := t.ViTModel(tiny("vit").config).eval())
+    expected = measure_extents(real, structure, example)
+    assert measure_extents(model, structure, {k: v.to("meta") for k, v in example.items()}) == expected
+
+
 def test_extents():
     model = tiny("swin")
     structure = find_structure(model)

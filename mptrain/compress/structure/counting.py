@@ -23,7 +23,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.of: Numbers[str] = Numbers()
         self.inside: Numbers[str] = Numbers()
-        self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+        self._names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
         self._model, self._modules = model, modules
         self._running: list[str] = []
 
@@ -60,7 +60,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def _count(self, factors: Sequence[Tensor], macs: int) -> None:
-        names = [self._names.get(t.untyped_storage().data_ptr()) for t in factors]
+        names = [self._names.get(t.untyped_storage()._cdata) for t in factors]
         owner = next((name for name in reversed(names) if name is not None), None)  # a looked-up vector times a matrix
         if owner is not None:
             self.of[owner] += macs
