@@ -15,7 +15,7 @@ EXIT = (
     """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
 )
 
-COMMANDS = ("recipe", "list", "show", "copy", "validate", "schema", "report", "doctor")
+COMMANDS = ("recipe", "list", "show", "copy", "validate", "schema", "report", "doctor", "convert-config")
 """a module of mptrain.commands each: HELP, add(parser), run(options) -> exit status"""
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for name in COMMANDS:
-        module = import_module(f"mptrain.commands.{name}")
+        module = import_module(f"mptrain.commands.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP)
         module.add(command)
         command.set_defaults(call=module.run)
