@@ -31,8 +31,7 @@ EXTRAS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return options.call(options)
     except MptrainError as error:
@@ -71,11 +70,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    found = argparse.ArgumentParser(
         prog="mptrain", description="Make trained networks small and fast while training them.", epilog=EXIT
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = found.add_subparsers(required=True, metavar="COMMAND")
 
     for name in COMMANDS:
         module = import_module(f"mptrain.commands.{name.replace('-', '_')}")
@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(export)
     export.set_defaults(call=_export)
 
-    parser.add_argument("--version", action="version", version=_version())
-    return parser
+    found.add_argument("--version", action="version", version=_version())
+    return found
 
 
 def _version() -> str:

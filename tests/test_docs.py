@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import getdoc, isclass, isfunction, signature
 from pathlib import Path
 
 import pytest
 import yaml
+
+import mptrain
+from mptrain import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "README.md"]
@@ -90,3 +96,40 @@ def test_what_the_api_page_shows_says_what_its_arguments_are(path):
             continue
         missing = [name for name in signature(member).parameters if not re.search(rf"\b{name}\b", text)]
         assert not missing, f"{member.__qualname__}: {missing}"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for block in blocks(page, "")
+        for line in block.replace("\\\n", " ").splitlines()
+        if re.match(r"\s*mptrain [a-z]", line)
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_the_pages_are_commands(command):
+    usage = re.search(r"…|\[--", command)  # a synopsis, not to be typed
+    words = shlex.split(command, comments=True)[1:]
+    if not usage:
+        cli.parser().parse_args(words)
+    else:
+        assert words[0] in (*cli.COMMANDS, "inspect", "verify", "export")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_on_the_pages_compiles_and_imports_what_there_is(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = import_module(str(node.module))
+                missing = [a.name for a in node.names if not hasattr(module, a.name)]
+                assert not [name for name in missing if find_spec(f"{node.module}.{name}") is None]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mptrain":
+                assert hasattr(mptrain, node.attr) or find_spec(f"mptrain.{node.attr}"), node.attr
