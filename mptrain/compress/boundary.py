@@ -2,7 +2,7 @@
 
     resolve      survivors dense again, the units that stay from masks or scores
     detach       fake quantizers come off, SmoothQuant's factors go into the weights
-    refit        optionally what stays is refitted, so that layers change least (rescale.py)
+    refit        what stays is changed so that layers change least: by a method that knows how, or by rescale.py
     shrink       rows, columns and units leave the model
     attach       the quantizers are back, per-channel ranges sliced: the shrunk model computes what the masked one did
 
@@ -32,6 +32,10 @@ class Resolvable(Protocol):
 
     def kept(self) -> Kept: ...
 
+    def refit(self, model: nn.Module, kept: Kept) -> None:
+        """Change the dense model's weights that stay, in place; most methods leave them as they are."""
+        ...
+
 
 def cut(model: nn.Module, pruner: Resolvable, refit: Iterable[dict[str, Tensor]] | None = None) -> nn.Module:
     """The model that `pruner` acted on, without what it masks; another object where there are quantizers.
@@ -45,6 +49,7 @@ def cut(model: nn.Module, pruner: Resolvable, refit: Iterable[dict[str, Tensor]]
     quantized = is_quantized(model)
     if quantized:
         model, config, tensors = quantizers.detach(model)
+    pruner.refit(model, kept)
     if refit is not None:
         rescale.refit(model, structure, kept, refit)
     slices = slices_of(structure, kept)

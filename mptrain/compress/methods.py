@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mptrain.recipe.method import MethodConfig
-from mptrain.recipe.prune import Fisher, Magnitude, Movement
+from mptrain.recipe.prune import Curvature, Fisher, Magnitude, Movement
 from mptrain.recipe.weights import Palettize, Ptq, Qat, WeightOnly
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ METHODS: dict[type[MethodConfig], str] = {
     Movement: "mptrain.compress.prune.methods:MovementPruning",
     Fisher: "mptrain.compress.prune.methods:FisherPruning",
     Magnitude: "mptrain.compress.prune.methods:MagnitudePruning",
+    Curvature: "mptrain.compress.prune.methods:CurvaturePruning",
     Qat: "mptrain.compress.quantize.methods:Quantization",
     Ptq: "mptrain.compress.quantize.methods:Quantization",
     WeightOnly: "mptrain.compress.weights.methods:WeightOnlyQuantization",

@@ -11,7 +11,7 @@ from mptrain.recipe.exports.base import ExportSpec
 from mptrain.recipe.exports.coreml import CoreMlShapes, CoreMlTarget
 from mptrain.recipe.exports.openvino import Precision
 from mptrain.recipe.precision import LossScale, MixedPrecision, ShortPrecision
-from mptrain.recipe.prune import Fisher, Keep, Magnitude, Movement, Schedule
+from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, Schedule
 from mptrain.recipe.recipe import Evaluate, Gates, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import Distill, Stage
 from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
@@ -27,6 +27,7 @@ __all__ = [
     "CoreMl",
     "CoreMlShapes",
     "CoreMlTarget",
+    "Curvature",
     "Data",
     "Distill",
     "Evaluate",

@@ -130,4 +130,25 @@ class Magnitude(PruneConfig):
     keep: Keep
 
 
-Prune = Annotated[Movement | Fisher | Magnitude, Field(discriminator="method")]
+class Curvature(PruneConfig):
+    """At once, by the curvature of the loss: units leave one by one, and what stays is refitted after each."""
+
+    method: Literal["curvature"]
+    keep: Keep
+    damping: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="of the covariances, in parts of their mean diagonal; more for few calibration examples"
+    )
+
+    @model_validator(mode="after")
+    def _at_once(self):
+        if self.schedule.end > 0:
+            raise ValueError(
+                f"schedule.end: curvature prunes at once, got {self.schedule.end:g}; drop schedule, or use fisher"
+            )
+        return self
+
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"inputs"})
+
+
+Prune = Annotated[Movement | Fisher | Magnitude | Curvature, Field(discriminator="method")]

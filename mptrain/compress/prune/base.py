@@ -22,7 +22,7 @@ from mptrain.compress.structure.blocks import Axis, Block, Kept, Structure
 from mptrain.compress.structure.budget import Budget, Importance
 from mptrain.compress.structure.shrink import check_not_shared
 from mptrain.core.errors import UserError
-from mptrain.recipe import Fisher, Keep, Magnitude, Movement, Schedule
+from mptrain.recipe import Curvature, Fisher, Keep, Magnitude, Movement, Schedule
 
 REFRESHES = 100
 """Times that unit masks are searched anew during a warm-up, at most."""
@@ -80,7 +80,7 @@ class Pruner:
 
     def __init__(
         self,
-        config: Movement | Fisher | Magnitude,
+        config: Movement | Fisher | Magnitude | Curvature,
         *,
         structure: Structure,
         phase_steps: int,
@@ -120,6 +120,9 @@ class Pruner:
 
     def collect(self, model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn | None = None) -> None:
         """A calibration pass before `kept()`, for methods that need one to prune at once."""
+
+    def refit(self, model: nn.Module, kept: Kept) -> None:
+        """At the boundary, before the cut: change the weights that stay, in place."""
 
     def masked_parameters(self) -> list[str]:
         return list(dict.fromkeys(axis.parameter for block in self.structure.prunable() for axis in block.sinks))

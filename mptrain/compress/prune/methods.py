@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from mptrain.compress import base, boundary
-from mptrain.compress.base import Method, Site, Sizes, Tools, TrainingMethod
+from mptrain.compress.base import Batch, Method, Site, Sizes, Tools, TrainingMethod
 from mptrain.compress.prune.base import Pruner
+from mptrain.compress.prune.curvature import CurvaturePruner, check_readers
 from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.prune.magnitude import MagnitudePruner
 from mptrain.compress.prune.movement import MovementPruner
@@ -59,17 +60,23 @@ class Pruning(Method[PruneConfig]):
             latency=_latency(structure, extents, tools) if keep is not None and keep.latency else None,
         )
         self.pruner.prepare(model)
-        if "labels" in config.needs():
-            self.pruner.collect(model, tools.labelled())
+        self.collect(model, tools)
         self._steps = tools.steps
         return model
+
+    def collect(self, model: nn.Module, tools: Tools) -> None:
+        """A calibration pass, for methods that need one to prune at once."""
+
+    def refit(self, tools: Tools) -> list[Batch] | None:
+        """Inputs on which what stays is refitted to the outputs of the dense layers; None: it is not."""
+        return None
 
     def training(self) -> TrainingMethod | None:
         return self.pruner if self._steps else None
 
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         self._structure = costs.describe(self.pruner.structure, self.pruner.kept())
-        return boundary.cut(model, self.pruner, tools.inputs() if "inputs" in self.config.needs() else None)
+        return boundary.cut(model, self.pruner, self.refit(tools))
 
     def facts(self) -> dict[str, Any]:
         return {"structure": self._structure}
@@ -81,6 +88,29 @@ class MovementPruning(Pruning):
 
 class FisherPruning(Pruning):
     kind = FisherPruner
+
+    def collect(self, model: nn.Module, tools: Tools) -> None:
+        if "labels" in self.config.needs():
+            self.pruner.collect(model, tools.labelled())
+
+    def refit(self, tools: Tools) -> list[Batch] | None:
+        return tools.inputs() if "inputs" in self.config.needs() else None
+
+
+class CurvaturePruning(Pruning):
+    kind = CurvaturePruner
+    pruner: CurvaturePruner
+
+    @classmethod
+    def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
+        super().check(config, skeleton, site)
+        check_readers(skeleton, find_structure(skeleton, config.ignore), f"{site.field}.ignore")
+
+    def collect(self, model: nn.Module, tools: Tools) -> None:
+        self.pruner.look(model, tools.inputs(), seed=tools.seed, ranks=tools.ranks)
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"curvature": self.pruner.facts()}
 
 
 class MagnitudePruning(Pruning):

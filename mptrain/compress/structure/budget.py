@@ -2,7 +2,7 @@
 
 Every block picks how many units n it keeps; with n it keeps its n most important ones:
 
-    maximise   Σ_blocks value_b(n_b),   value_b(n) = sum of the n largest importances of b
+    maximise   Σ_blocks value_b(n_b),   value_b(n) = sum of the n largest importances of b, or minus the loss with n
     subject to Σ_blocks cost_b(n_b) ≤ keep · Σ_blocks cost_b(all)
 
 Solved by dynamic programming over the cost. Whole-number costs with few distinct sums are
@@ -104,15 +104,22 @@ class Budget:
         ease: 0 keeps all, 1 is the budget, between them the fraction 1 - ease · (1 - keep).
         Ties go to the lower unit index; the same input always gives the same result.
         """
-        kept = Kept()
+        counts = self.counts(lambda block: _sums(block, importance[block.name]), ease)
+        order = {name: np.argsort(-importance[name], kind="stable") for name in counts}
+        return Kept({name: sorted(order[name][:count].tolist()) for name, count in counts.items()})
+
+    def counts(self, value: Callable[[Block], np.ndarray], ease: float = 1.0) -> dict[str, int]:
+        """How many units of each block to keep, by name.
+
+        value: of a block [units + 1], by how many units stay; it does not fall with their number.
+        """
+        found = {}
         for limit in self.limits:
             budget = (1.0 - ease * (1.0 - limit.keep)) * limit.total - limit.fixed
-            values = [_values(c, importance[c.block.name]) for c in limit.choices]
+            values = [value(choice.block)[choice.counts] for choice in limit.choices]
             for choice, picked in zip(limit.choices, _solve(limit.choices, values, budget)):
-                scores = importance[choice.block.name]
-                best = np.argsort(-scores, kind="stable")[: choice.counts[picked]]
-                kept.units[choice.block.name] = sorted(best.tolist())
-        return kept
+                found[choice.block.name] = int(choice.counts[picked])
+        return found
 
     def fraction(self, kept: Kept) -> dict[str, float]:
         """Cost of `kept` as a fraction of the whole, for each budget."""
@@ -147,12 +154,11 @@ class Budget:
         return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
 
 
-def _values(choice: _Choice, importance: np.ndarray) -> np.ndarray:
-    """Value of every choice: sum of its most important units, float64 [choices]."""
-    if importance.shape != (choice.block.units,) or not (importance >= 0).all():
-        raise ValueError(f"{choice.block.name}: importance must be {choice.block.units} numbers ≥ 0")
-    best = np.cumsum(np.sort(importance.astype(np.float64))[::-1])
-    return best[choice.counts - 1]
+def _sums(block: Block, importance: np.ndarray) -> np.ndarray:
+    """Sum of the most important units, by their number, float64 [units + 1]."""
+    if importance.shape != (block.units,) or not (importance >= 0).all():
+        raise ValueError(f"{block.name}: importance must be {block.units} numbers ≥ 0")
+    return np.concatenate([[0.0], np.cumsum(np.sort(importance.astype(np.float64))[::-1])])
 
 
 def _solve(choices: list[_Choice], values: list[np.ndarray], budget: float) -> list[int]:

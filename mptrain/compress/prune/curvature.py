@@ -1,0 +1,135 @@
+"""Curvature pruning: units leave one by one at the least loss, and what stays answers for what left.
+
+For the projection W that reads the units of a block (attention output, fc_out), the loss of a change is
+
+    ½ tr(G ΔW H ΔWᵀ)
+
+with H the covariance of its inputs and G the Gram of the gradients at its outputs (calibrate/curvature.py). Units go
+greedily by that loss *with* the best update of the weights that stay (removal.py), so a channel that others can stand
+in for is cheap even when it is large; the Fisher search (fisher.py) prices it as if nothing could. Losses are
+absolute: a knapsack (structure/budget.py) spreads any budget over the blocks. At the boundary the weights that stay
+are those of the ridge regression at the chosen size, and the bias takes up the mean of what left.
+
+At once, without labels. The method for one projection is that of optimal brain surgeon (Hassibi and Stork 1993), for
+whole units that of ZipLM (Kurtic et al. 2023, arXiv 2302.04089), which weighs all outputs alike (G = I); the Kronecker
+factor G is that of The LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.calibrate.curvature import Probe, curvatures, logits
+from mptrain.compress.calibrate.ranks import ALONE, Ranks
+from mptrain.compress.prune.base import Pruner
+from mptrain.compress.prune.removal import Removal, refit, removal
+from mptrain.compress.structure.blocks import Block, Kept, Structure
+from mptrain.compress.structure.consumers import Consumer, consumers
+from mptrain.core.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+def reader(model: nn.Module, block: Block) -> Consumer | None:
+    """The one Linear that reads a block's units and nothing else; None where there is no such Linear."""
+    found = consumers(model, block)
+    if len(found) != 1 or len(block.sinks) != 1 or found[0].columns.numel() != found[0].axis.size:
+        return None
+    return found[0]
+
+
+def check_readers(model: nn.Module, structure: Structure, field: str) -> None:
+    """Raises ModelError for blocks that curvature cannot prune: something else than one Linear reads their units."""
+    others = [block.name for block in structure.prunable() if reader(model, block) is None]
+    if others:
+        raise ModelError(
+            "curvature prunes blocks whose units are the inputs of one Linear, and these are not:"
+            f" {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Leave them alone with {field}, or use method fisher."
+        )
+
+
+class CurvaturePruner(Pruner):
+    name = "curvature"
+
+    def look(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        probe: Probe = logits,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Collect the curvature on calibration batches and order all units; needed before `kept` and `refit`.
+
+        batches: keyword arguments of the model; labels are left out. The model is left as it was. Raises UserError
+        without batches, ModelError for values that are not finite.
+        """
+        check_readers(model, self.structure, "prune.ignore")
+        blocks = {c.module: (b, c) for b in self.structure.prunable() if (c := reader(model, b)) is not None}
+        self._removals: dict[str, Removal] = {}
+        self._moments: dict[str, tuple[Consumer, Tensor, Tensor]] = {}
+        thin: list[str] = []
+        for group in curvatures(model, list(blocks), batches, probe=probe, seed=seed, ranks=ranks):
+            for module, found in group.items():
+                block, consumer = blocks[module]
+                covariance, mean = found.covariance()
+                columns = consumer.columns.flatten().to(covariance.device)
+                width = consumer.columns.shape[1]
+                self._removals[block.name] = removal(
+                    consumer.matrix(model).detach()[:, columns],
+                    covariance[columns][:, columns],
+                    found.gram(),
+                    width,
+                    damping=self._damping,
+                )
+                self._moments[block.name] = (consumer, covariance, mean)
+                self.tokens = int(found.tokens)
+                if found.tokens < len(covariance):
+                    thin.append(block.name)
+        if thin:
+            log.warning(
+                "curvature: %d calibration tokens are fewer than the inputs of %d layers (%s …), so damping decides"
+                " much of their order; raise data.calibration.samples",
+                self.tokens,
+                len(thin),
+                thin[0],
+            )
+
+    def resolve(self) -> Kept:
+        if not getattr(self, "_removals", None):
+            raise RuntimeError("curvature pruning needs look() on calibration batches first")
+        counts = self.budget.counts(lambda block: self._removals[block.name].value())
+        return Kept({name: self._removals[name].kept(count) for name, count in counts.items()})
+
+    @torch.no_grad()
+    def refit(self, model: nn.Module, kept: Kept) -> None:
+        """The best weights on the units that stay; the bias, where there is one, takes up the mean of the others."""
+        for block in self.structure.prunable():
+            if not kept.cuts(block):
+                continue
+            consumer, covariance, mean = self._moments[block.name]
+            units = kept.of(block)
+            columns = consumer.columns[units].flatten().to(covariance.device)
+            weight = consumer.matrix(model)
+            bias = getattr(model.get_submodule(consumer.module), "bias", None)
+            second = covariance if bias is not None else covariance + torch.outer(mean, mean)
+            new = refit(weight.detach(), second, columns, damping=self._damping)
+            if bias is not None:
+                bias += (weight.double() @ mean - new @ mean[columns]).to(bias.dtype)
+            weight[:, columns] = new.to(weight.dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """tokens: real ones that the curvature was taken on. loss: the predicted rise, summed over the blocks."""
+        counts = {b.name: self.kept().count(b) for b in self.structure.prunable()}
+        loss = sum(float(r.loss[len(r.order) - counts[name]]) for name, r in self._removals.items())
+        return {"tokens": self.tokens, "loss": loss}
+
+    @property
+    def _damping(self) -> float:
+        return self.config.damping  # type: ignore[union-attr]
