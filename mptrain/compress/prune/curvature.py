@@ -47,9 +47,10 @@ def check_readers(model: nn.Module, structure: Structure, field: str) -> None:
     """Raises ModelError for blocks that curvature cannot prune: something else than one Linear reads their units."""
     others = [block.name for block in structure.prunable() if reader(model, block) is None]
     if others:
+        listed = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
         raise ModelError(
             "curvature prunes blocks whose units are the inputs of one Linear, and these are not:"
-            f" {', '.join(others[:5])}{' …' if len(others) > 5 else ''}. Leave them alone with {field}, or use method fisher."
+            f" {listed}. Leave them alone with {field}, or use method fisher."
         )
 
 
