@@ -104,7 +104,7 @@ class CurvaturePruning(Pruning):
     @classmethod
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
         super().check(config, skeleton, site)
-        check_readers(skeleton, find_structure(skeleton, config.ignore), f"{site.field}.ignore")
+        check_readers(skeleton, find_structure(skeleton, ignore=config.ignore), f"{site.field}.ignore")
 
     def collect(self, model: nn.Module, tools: Tools) -> None:
         self.pruner.look(model, tools.inputs(), seed=tools.seed, ranks=tools.ranks)
