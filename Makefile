@@ -40,7 +40,9 @@ test-all: test
 	.venv-docs/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt mkdocs-material mkdocstrings-python
 	@touch $@
 
-docs: .venv-docs/.ready
+docs: setup .venv-docs/.ready
+	rm -rf build/recipe-pages
+	$(BIN)/python scripts/recipe_pages.py build/recipe-pages
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -q
 
 .venv-bench/.ready: benchmarks/requirements.txt benchmarks/requirements-gradnas.txt pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: pages and results that lie beside docs/ are part of the site, and links to them stay inside it.
+"""Hooks of mkdocs: pages and results that lie beside docs/ are part of the site, and links to them stay inside it.
 
 docs/index.md says `../benchmarks/README.md`, as the repository's readers need it; on the site the file lies at
 benchmarks/README.md, beside index.md.
@@ -15,6 +15,14 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "benchmarks/README.md"]
 RESULTS = "benchmarks/results"
+RECIPES = ROOT / "build" / "recipe-pages"  # by scripts/recipe_pages.py
+
+
+def on_config(config: Any) -> Any:
+    """The recipes' pages are in the navigation."""
+    pages = [{path.stem: f"bundled/{path.name}"} for path in sorted(RECIPES.glob("*.md"))]
+    config.nav.insert(2, {"Bundled recipes": pages})
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -24,11 +32,15 @@ def on_files(files: Files, config: Any) -> Files:
         # the index of the site is docs/index.md
         source = "about.md" if name == "README.md" else name
         files.append(File.generated(config, source, abs_src_path=str(path)))
+    for path in sorted(RECIPES.glob("*.md")):
+        files.append(File.generated(config, f"bundled/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links as they are from the page's place on the site."""
+    if page.file.src_uri.startswith("bundled/"):
+        return markdown  # written for that place
     return re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", lambda m: f"]({_link(m[1], page.file)}{m[2] or ''})", markdown)
 
 

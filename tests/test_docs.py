@@ -18,6 +18,8 @@ import yaml
 
 import mptrain
 from mptrain import cli
+from mptrain.recipe import file
+from scripts import recipe_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "README.md"]
@@ -133,3 +135,16 @@ def test_python_on_the_pages_compiles_and_imports_what_there_is(page):
                 assert not [name for name in missing if find_spec(f"{node.module}.{name}") is None]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mptrain":
                 assert hasattr(mptrain, node.attr) or find_spec(f"mptrain.{node.attr}"), node.attr
+
+
+@pytest.mark.parametrize("path", file.bundled(), ids=lambda path: path.stem)
+def test_every_recipe_has_a_page_with_the_report_of_its_run(path):
+    text = recipe_pages.page(path)
+    assert path.read_text(encoding="utf-8").rstrip() in text and f"mptrain recipe {path.stem}" in text
+    kept = (ROOT / "benchmarks/results/runs" / f"{path.stem}.json").is_file()
+    assert ("#### Verdict" in text) is kept
+
+
+def test_every_bundled_recipe_is_on_the_page_that_chooses_one():
+    pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/running.md"))
+    assert not [path.stem for path in file.bundled() if f"`{path.stem}`" not in pages]

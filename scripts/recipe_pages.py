@@ -1,0 +1,44 @@
+"""A page of the site to each bundled recipe: what it does, the file, and the report of its run where one is kept.
+
+python scripts/recipe_pages.py FOLDER
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from mptrain.recipe import file
+from mptrain.report.render.files import read
+from mptrain.report.render.markdown import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "benchmarks" / "results" / "runs"
+
+
+def page(recipe: Path) -> str:
+    """In Markdown; the headings of the report go two levels down."""
+    text = recipe.read_text(encoding="utf-8")
+    described = file.read(str(recipe)).recipe.description
+    found = [f"# {recipe.stem}", "", described.capitalize().rstrip(".") + ".", ""]
+    found += ["```", f"mptrain recipe {recipe.stem}", f"mptrain copy {recipe.stem}     # to edit it", "```", ""]
+    found += ["```yaml", text.rstrip(), "```", "", "## Its report", ""]
+    run = RUNS / f"{recipe.stem}.json"
+    if not run.is_file():
+        return "\n".join([*found, "No run of it is kept in the repository; `mptrain recipe` makes one.", ""])
+    report = re.sub(r"^(#+) ", r"\1## ", markdown(read(run)), flags=re.MULTILINE)
+    kept = f"[benchmarks/results/runs/{run.name}](../benchmarks/results/runs/{run.name})"
+    return "\n".join([*found, f"As `mptrain report` draws it from {kept}:", "", report])
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for recipe in file.bundled():
+        (folder / f"{recipe.stem}.md").write_text(page(recipe), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
