@@ -91,7 +91,8 @@ def _columns() -> str:
     for kind in recipe.TASKS.values():
         for name, column in kind.columns.items():
             default = f"`{column.default}`" if column.default else "not read"
-            rows.append(f"| `{kind.name}` | `{name}` | {column.holds} | {default} |")
+            holds = column.holds.replace("|", "\\|")
+            rows.append(f"| `{kind.name}` | `{name}` | {holds} | {default} |")
     return "\n".join(rows) + "\n"
 
 

@@ -45,6 +45,7 @@ def load_data(spec: Data, task: str, processor: Any, *, seed: int) -> Task:
     columns = _columns(spec, kind.kind)
     wanted = [*columns.values(), *([spec.split.group] if spec.split.group else [])]
     source = read_source(spec, wanted)
+    columns = kind.fields(columns, spec, list(source.tables["train"].columns))
     group = spec.split.group or source.group
     given = {
         name: table.choose({**columns, **({GROUP: group} if group else {})}) for name, table in source.tables.items()

@@ -1,4 +1,4 @@
-"""The output layer of a classifier, fitted to the labels of the data.
+"""The output layer of a model, fitted to the labels of the data: classes, or names of numbers.
 
 Three cases: the head is new (the checkpoint is an encoder), the head has other classes than the data
 (replaced by a new one of the right size), or it has the same classes in another order (rows permuted, so
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +20,18 @@ from mptrain.core.errors import ModelError
 log = logging.getLogger(__name__)
 
 
-def fit_head(model: PreTrainedModel, labels: Sequence[str], missing: Collection[str], *, new_head: bool) -> None:
-    """Make output i the class labels[i], in place; sets num_labels, id2label and label2id.
+def fit_head(
+    model: PreTrainedModel,
+    labels: Sequence[str],
+    missing: Collection[str],
+    *,
+    new_head: bool,
+    problem: Any = "single_label_classification",
+) -> None:
+    """Make output i the class labels[i], in place; sets num_labels, id2label, label2id and problem_type.
 
-    missing: parameter names that the checkpoint did not have. Raises ModelError when no output layer
-    is found, or when new_head is False and the head does not already tell these classes apart.
+    missing: parameter names that the checkpoint did not have. problem: as transformers calls it. Raises ModelError
+    when no output layer is found, or when new_head is False and the head does not already tell these classes apart.
     """
     config = model.config
     name, layer = _output_layer(model)
@@ -43,13 +51,13 @@ def fit_head(model: PreTrainedModel, labels: Sequence[str], missing: Collection[
             layer.weight.copy_(layer.weight[order])
             if layer.bias is not None:
                 layer.bias.copy_(layer.bias[order])
-    elif named != wanted and not default and not all(label.isdecimal() for label in wanted):
+    elif len(labels) > 1 and named != wanted and not default and not all(label.isdecimal() for label in wanted):
         # Numbers stand for positions; other names that differ may well stand for other classes.
         _require(new_head, theirs, labels)
         log.warning("model: its classes %s are taken by position for the data's %s", theirs, list(labels))
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = problem
     if hasattr(model, "num_labels"):
         model.num_labels = len(labels)  # type: ignore[assignment]
 

@@ -152,7 +152,7 @@ def _load(
             trained = not any(_of_head(name, model) for name in missing)
             trained = trained and (labels is None or model.config.num_labels == len(labels))
             if labels is not None:
-                fit_head(model, labels, missing, new_head=new_head)
+                fit_head(model, labels, missing, new_head=new_head, problem=spec.kind.problem)
     except _LOADING as error:
         raise _unloadable(spec, "model", error) from error
     # Else save_pretrained renames weights back to what the checkpoint called them (LayerNorm.gamma).

@@ -95,6 +95,8 @@ def guess_task(config: PreTrainedConfig) -> str:
     named = [kind for kind in TASKS.values() if head.endswith(kind.endings)]
     found = [kind for kind in named if _has_head(config, kind)] or named
     found = found or [kind for kind in TASKS.values() if kind.assumed and _has_head(config, kind)]
+    problem = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else None)
+    found.sort(key=lambda kind: kind.problem != problem)  # as transformers tells the tasks of one head apart
     if not found:
         raise ModelError(f"--task: none is known for {head or config.model_type}; give one of {', '.join(TASKS)}.")
     return found[0].name

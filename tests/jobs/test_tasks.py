@@ -14,15 +14,10 @@ from kit.jobs import run
 import mptrain
 from mptrain.data.load import load_data
 from mptrain.models.load import load_processor
+from mptrain.recipe import TASKS
 from mptrain.recipe.file import read
 
-OPTIMUM = {
-    "text-classification": optimum.OVModelForSequenceClassification,
-    "token-classification": optimum.OVModelForTokenClassification,
-    "question-answering": optimum.OVModelForQuestionAnswering,
-    "image-classification": optimum.OVModelForImageClassification,
-    "audio-classification": optimum.OVModelForAudioClassification,
-}
+OPTIMUM = {n: getattr(optimum, kind.optimum) for n, kind in TASKS.items() if kind.optimum and not kind.causal}
 
 
 @pytest.mark.parametrize("task", tiny_tasks.CASES)

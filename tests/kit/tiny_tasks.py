@@ -193,11 +193,46 @@ def language(folder: Path) -> dict[str, Any]:
     return _files(folder, rows, max_length=24, stride=12)
 
 
+def ratings(folder: Path) -> dict[str, Any]:
+    """The number is how many more words praise than damn."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(200):
+        good, bad = draw.randint(0, 3), draw.randint(0, 3)
+        words = _shuffled(draw, [*draw.choices(GOOD, k=good), *draw.choices(BAD, k=bad)], draw.randint(1, 4))
+        rows.append({"text": " ".join(words), "label": f"{(good - bad) / 2}"})
+    _save(folder, t.BertForSequenceClassification(t.BertConfig(**ENCODER, **TEXT)))
+    _tokenizer(["input_ids", "token_type_ids", "attention_mask"], pair=True).save_pretrained(folder / "model")
+    return _files(folder, rows, max_length=16)
+
+
+def topics(folder: Path) -> dict[str, Any]:
+    """A text has the labels praise, blame, person and place, of which it holds a word."""
+    draw = random.Random(0)
+    kinds = {"praise": GOOD, "blame": BAD, "person": NAMES, "place": PLACES}
+    rows = []
+    for _ in range(240):
+        chosen = draw.sample(sorted(kinds), draw.randint(1, 3))
+        words = _shuffled(draw, [draw.choice(kinds[kind]) for kind in chosen], draw.randint(1, 5))
+        rows.append({"text": " ".join(words), "label": "|".join(chosen)})
+    _save(folder, t.BertForSequenceClassification(t.BertConfig(**ENCODER, **TEXT)))
+    _tokenizer(["input_ids", "token_type_ids", "attention_mask"], pair=True).save_pretrained(folder / "model")
+    return _files(folder, rows, max_length=16)
+
+
 SPLIT = {"validation": 0.15, "test": 0.25}
 
 
 def _classes(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": 30.0 * one_hot(batch["labels"].clamp(min=0), len(data.labels)).float()}
+
+
+def _numbers(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": batch["labels"][:, None]}
+
+
+def _signs(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": 30.0 * (2 * batch["labels"] - 1)}
 
 
 def _spans(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,6 +246,8 @@ def _next_tokens(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 CASES = {
     "text-classification": Case(text_pair, ("accuracy", "loss"), 40, 0.6, _classes, epochs=12),
+    "regression": Case(ratings, ("mae", "mse", "pearson", "spearman"), 50, 0.45, _numbers, epochs=12),
+    "multi-label-classification": Case(topics, ("micro_f1", "macro_f1", "map", "loss"), 60, 0.8, _signs, epochs=16),
     "token-classification": Case(tagging, ("f1", "accuracy"), 35, 0.8, _classes),
     "question-answering": Case(questions, ("f1", "exact_match"), 40, 0.6, _spans, length=24, epochs=16, lr=5e-3),
     "image-classification": Case(images, ("accuracy", "loss"), 30, 0.6, _classes, precision=("fp32", "int8")),

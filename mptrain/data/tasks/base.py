@@ -136,6 +136,11 @@ class Task(ABC):
         """
 
     @classmethod
+    def fields(cls, chosen: dict[str, str], spec: Data, columns: Sequence[str]) -> dict[str, str]:
+        """The columns to read, by field. chosen: those that the recipe names, or by default; columns: of the data."""
+        return chosen
+
+    @classmethod
     def identity(cls, table: Table) -> list[str]:
         """What makes two inputs the same, one string per row."""
         fields = [table[name] for name in cls.inputs() if name in table.columns]
