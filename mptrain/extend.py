@@ -2,17 +2,25 @@
 
     register_format(Npz, "my_format:NpzFormat")     then a recipe may say `export: [{format: npz, …}]`
     register_task(SORTING, "my_task:Sorting")       then a recipe may say `model: {task: sorting, …}`
+    register_structure("Gated", blocks)             then `prune` cuts the blocks of models of that class
 
 docs/extend.md walks through each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mptrain.core.errors import UserError
 from mptrain.export.formats import FORMATS
 from mptrain.recipe import EXPORTS, TASKS, ExportSpec, Recipe, TaskSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mptrain.compress.structure.blocks import Block
 
 
 def register_format(spec: type[ExportSpec], implementation: str) -> None:
@@ -39,3 +47,16 @@ def register_task(spec: TaskSpec, implementation: str) -> None:
     row = replace(spec, home=implementation)
     if TASKS.setdefault(spec.name, row) != row:
         raise UserError(f"register_task: the name {spec.name!r} is that of {TASKS[spec.name].home}; give another")
+
+
+def register_structure(model_class: str, blocks: Callable[[nn.Module], Iterable[Block]]) -> None:
+    """Say what can be cut out of models of a class.
+
+    model_class: the name of the class. blocks: makes them of a model, dense or already shrunk
+    (`mptrain.compress.structure.by_hand.block`). It goes before what mptrain finds by itself. Raises UserError for a
+    class whose blocks another function gives.
+    """
+    from mptrain.compress.structure.find import BY_HAND
+
+    if BY_HAND.setdefault(model_class, blocks).__qualname__ != blocks.__qualname__:
+        raise UserError(f"register_structure: the blocks of {model_class!r} are given already; give another class")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.structure.version1 import FAMILIES, families_of
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import HOOKS
+
+BY_HAND: dict[str, Callable[[nn.Module], Iterable[Block]]] = {}
+"""by the name of a model's class, who gives its blocks (`mptrain.extend.register_structure`)"""
 
 
 def find_structure(
@@ -24,7 +27,8 @@ def find_structure(
     Raises ModelError when nothing can be cut, UserError for an entry of `ignore` that matches no module.
     """
     ignored = _resolve(ignore, [name for name, _ in model.named_modules() if name and HOOKS not in name])
-    name, blocks = families_of(model)
+    given = BY_HAND.get(type(model).__name__)
+    name, blocks = families_of(model) if given is None else (type(model).__name__, list(given(model)))
     if not blocks:
         raise ModelError(
             f"{type(model).__name__} has no attention layers that can be pruned. Supported families are"
