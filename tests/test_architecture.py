@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -121,3 +123,11 @@ def test_a_circle_of_lazy_imports_is_found(tmp_path):
     (folder / "x.py").write_text("from mptrain.a import y")
     (folder / "y.py").write_text("def f():\n    from mptrain.a.x import g")
     assert set(circle(imports(tmp_path, "mptrain"))) == {"mptrain.a.x", "mptrain.a.y"}
+
+
+def test_help_imports_nothing_heavy():
+    """torch takes seconds; a user who asks what there is, or mistypes an option, waits for none of it."""
+    heavy = ("torch", "transformers", "numpy", "pandas", "rich", "pydantic", "yaml")
+    code = f"import sys; from mptrain.cli import parser; parser(); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,51 @@
+"""The command line of `mptrain inspect`; the work is in inspect.py."""
+
+from __future__ import annotations
+
+import argparse
+
+from mptrain.commands.options import add_model_options, check_model_options
+
+HELP = "memory, overflow and speed of a model in half precision"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Say what half precision would do to a model: memory, overflow, what to keep in fp32, speed here."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model folder, packaged:NAME or a hub name")
+    parser.add_argument(
+        "--precision",
+        action="append",
+        metavar="NAME",
+        help="fp32, fp16-master, bf16-master or bf16-split (may be repeated; default: all)",
+    )
+    add_model_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    target = check_model_options(options)
+    from mptrain.core.console import quiet_libraries, show
+
+    quiet_libraries()
+    from mptrain.commands.inspect import inspect_model
+    from mptrain.report.render.inspect import inspection
+
+    chosen = {"precisions": options.precision} if options.precision else {}
+    facts = inspect_model(
+        options.model,
+        task=options.task,
+        attn=options.attn,
+        data=options.data,
+        samples=options.samples,
+        length=options.max_length,
+        allow_code=options.allow_code,
+        **chosen,
+    )
+    show(inspection(facts))
+    if target is not None:
+        from mptrain.core.disk import write_json
+
+        write_json(target, facts)
+        print(f"Written: {target}")
+    return 0
