@@ -106,10 +106,6 @@ def validate(data: dict[str, Any], source: str, lines: dict[Path_, int] | None =
     return recipe
 
 
-def dump(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
-
-
 def parse(text: str, source: str) -> tuple[Any, dict[Path_, int]]:
     """Parse YAML to plain data and the line of every key path. Raises RecipeError."""
     try:

@@ -99,29 +99,6 @@ def test_shared_weights_are_refused():
 # -- kept
 
 
-def test_kept_json_round_trip():
-    kept = Kept({"a.attention": [1, 3], "a.ffn": [0]})
-    assert Kept.from_json(kept.to_json()) == kept
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        None,
-        [],
-        3,
-        {"a": 3},
-        {"a": {"0": [1]}},
-        {"a": [1.0]},
-        {"a": [True]},
-        {"a": ["1"]},
-    ],
-)
-def test_kept_from_bad_json(data):
-    with pytest.raises(ModelError, match="kept units"):
-        Kept.from_json(data)
-
-
 @pytest.mark.parametrize(
     ("block", "units"),
     [

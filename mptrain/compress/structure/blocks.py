@@ -17,7 +17,7 @@ budgets, shrinking and loading know nothing else of a model; who finds the block
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -182,18 +182,6 @@ class Kept:
 
     def cuts(self, block: Block) -> bool:
         return self.count(block) < block.units
-
-    def to_json(self) -> dict[str, list[int]]:
-        return {name: list(units) for name, units in self.units.items()}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Kept:
-        """Raises ModelError when `data` is not what `to_json` gives."""
-        if not isinstance(data, Mapping) or not all(
-            isinstance(units, list) and all(type(u) is int for u in units) for units in data.values()
-        ):
-            raise ModelError(f'kept units must be {{"BLOCK": [unit, …]}} with whole numbers, got {short(data)}')
-        return cls({str(name): list(units) for name, units in data.items()})
 
     def check(self, structure: Structure) -> None:
         """Raises ModelError unless every entry names existing units, ascending, at least one each."""
