@@ -12,6 +12,9 @@ from mptrain.recipe.method import MethodConfig, Need
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
 
 
+PARTIAL = "less than half of the parameters may be covered, which is an error otherwise; also --allow-partial"
+
+
 class QuantizeConfig(MethodConfig):
     """Integers in place of floats."""
 
@@ -109,6 +112,7 @@ class WeightOnly(QuantizeConfig):
     lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
     overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
     ignore: list[str] = Field([], description=KEPT)
+    allow_partial: bool = Field(False, description=PARTIAL)
 
     def words(self) -> str:
         unit = f"block of {self.block_size}" if self.granularity == "block" else self.granularity
@@ -185,6 +189,7 @@ class Palettize(PalettizeConfig):
         [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
     )
     overrides: dict[str, TableOverride] = Field({}, description="by module pattern; a later one wins")
+    allow_partial: bool = Field(False, description=PARTIAL)
     finetune: TableTraining | None = Field(None, description="train the tables; needs `train`")
 
     def words(self) -> str:

@@ -17,6 +17,7 @@ from mptrain.compress.quantize import placement
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.weights import grid as blockwise
 from mptrain.compress.weights import records
+from mptrain.compress.weights.layers import is_transposed
 from mptrain.compress.weights.records import BlockQuantized
 from mptrain.core.errors import ModelError
 
@@ -25,13 +26,14 @@ from mptrain.core.errors import ModelError
 def records_from_quantizers(model: nn.Module) -> dict[str, BlockQuantized]:
     """Records by weight name of a model with fake quantizers (quantizers.quantize, QAT or PTQ); it is not changed.
 
-    Raises ModelError for a weight with a scale on another axis than its first.
+    Raises ModelError for a weight with a scale on another axis than that of its outputs.
     """
     found: dict[str, BlockQuantized] = {}
     for _, module in placement.hooks(model):
         if isinstance(module, FakeQuantizer) and module.weight_of is not None:
             name = f"{module.weight_of}.weight"
-            found[name] = _record(name, model.get_parameter(name), module)
+            transposed = is_transposed(model.get_submodule(module.weight_of))
+            found[name] = _record(name, model.get_parameter(name), module, transposed)
     return found
 
 
@@ -70,9 +72,10 @@ class _Scaled:
         return (inputs[0] * self.scale, *inputs[1:])
 
 
-def _record(name: str, weight: Tensor, quantizer: FakeQuantizer) -> BlockQuantized:
+def _record(name: str, weight: Tensor, quantizer: FakeQuantizer, transposed: bool) -> BlockQuantized:
     step, zero = quantizer.grid()
-    if step.numel() not in (1, weight.shape[0]) or (step.numel() > 1 and step.shape[0] != weight.shape[0]):
+    axis = 1 if transposed else 0
+    if step.numel() != 1 and (step.numel() != weight.shape[axis] or step.shape[axis] != step.numel()):
         raise ModelError(
             f"{name} has quantizer scales of shape {tuple(step.shape)}; only one, or one per row, is stored"
         )
@@ -81,5 +84,9 @@ def _record(name: str, weight: Tensor, quantizer: FakeQuantizer) -> BlockQuantiz
     dtype = torch.int8 if low < 0 else torch.uint8
     kept = zero.reshape(-1, 1).to("cpu", dtype) if low == 0 else None
     return BlockQuantized(
-        q.flatten(1).to("cpu", dtype), step.reshape(-1, 1).to("cpu", torch.float32), kept, quantizer.bits
+        records.matrix(q, transposed).to("cpu", dtype).contiguous(),
+        step.reshape(-1, 1).to("cpu", torch.float32),
+        kept,
+        quantizer.bits,
+        transposed,
     )

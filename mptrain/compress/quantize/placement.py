@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.weights.layers import is_transposed
 from mptrain.core.hooks import HOOKS
 from mptrain.core.patch import replaced
 
@@ -198,7 +199,10 @@ def _replace_quantizers(model: nn.Module, record: _Record) -> None:
         if kind == "post_hooks" and "/pre_hook__" in operation:  # behind a factor
             operation = linear_of[record.modules[operation]]
             kind, port, name = "pre_hooks", 0, f"pre_hooks.{operation}__0.1"
-        weight_of = record.modules[operation] if kind == "pre_hooks" and port == 1 else None
+        weight_of = record.modules[operation] if kind == "pre_hooks" else None
+        # linear(x, weight), but addmm(bias, x, weight) in a Conv1D
+        if weight_of is not None and port != 1 + is_transposed(model.get_submodule(weight_of)):
+            weight_of = None
         key: Any = id(module)
         if kind == "pre_hooks" and port == 0:
             key = (id(record.inputs[operation]), module.num_bits, type(module))

@@ -34,7 +34,7 @@ class Option:
 @torch.no_grad()
 def option(weight: Tensor, record: Record, importance: Tensor) -> Option:
     """What a candidate costs. weight, importance: float, of one shape."""
-    error = (weight - record.dense().view_as(weight).to(weight.device)).square_()
+    error = (weight - record.weight().view_as(weight).to(weight.device)).square_()
     return Option(record.bits, stored_bytes(record), float((importance * error).double().sum()))
 
 

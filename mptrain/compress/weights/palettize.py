@@ -11,7 +11,7 @@ the tables hold w / s and errors count s² times: what is minimised stays the er
 Bits: as configured, or for each weight by its sensitivity, so that all meet a size budget
 (sensitivity.py). Several ranks share the weights and the calibration batches (ranks.py).
 
-Which weights: those of Linear and Embedding layers and convolutions. One whose record would
+Which weights: those of Linear and Embedding layers (also transformers' Conv1D) and convolutions. One whose record would
 not be smaller than its fp16 values stays as it is.
 """
 
@@ -29,8 +29,10 @@ from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
 from mptrain.compress.prune.base import Batch, LossFn, model_loss
 from mptrain.compress.structure.scopes import resolve
-from mptrain.compress.weights import kmeans
+from mptrain.compress.weights import kmeans, records
 from mptrain.compress.weights.bits import Option, allocate, option
+from mptrain.compress.weights.coverage import check, coverage
+from mptrain.compress.weights.layers import CONVOLUTIONS, LINEAR, is_transposed
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.vector_kmeans import cluster_vectors
 from mptrain.core.errors import ModelError, UserError
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 WIDTHS = (1, 2, 3, 4, 6, 8)
 """Bits that a size budget chooses from: those that targets store as they are."""
 
-LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+LAYERS = (*LINEAR, *CONVOLUTIONS, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Table:
     cluster_dim: int
     per_channel_scale: bool
     fixed: bool = True
+    transposed: bool = False
 
     @property
     def smaller(self) -> bool:
@@ -93,10 +96,12 @@ def palettize(
     a weight of as many layers as there are threads. With several ranks
     all call this with the same arguments and get the same records.
     Raises UserError for a pattern without a module, a cluster_dim that does not divide a layer,
-    a budget below what the fewest bits take, or SKM or a budget without data; ModelError for
+    a budget below what the fewest bits take, less than half of the parameters covered, or SKM or a
+    budget without data; ModelError for
     weights or gradients that are not finite.
     """
     chosen = tables(model, config, widths)
+    log.info("palettized: %s", coverage(model, chosen).words())
     importance: dict[str, Tensor] = {}
     if config.method == "skm" or config.size_budget is not None:
         if batches is None:
@@ -201,13 +206,17 @@ def tables(model: nn.Module, config: Palettize, widths: Sequence[int] = WIDTHS) 
             if name in modules:
                 merged |= config.overrides[pattern].model_dump(exclude_none=True)
                 fixed = fixed or config.overrides[pattern].bits is not None
-        table = replace(_table(name, module.weight, config.model_copy(update=merged)), fixed=fixed)
+        rows = records.matrix(module.weight, is_transposed(module))
+        table = _table(name, rows, config.model_copy(update=merged))
+        table = replace(table, fixed=fixed, transposed=is_transposed(module))
         if any(candidate.smaller for candidate in _candidates(table, widths)):
             found[parameter] = table
         else:
             log.info("%s stays as it is: tables would not make it smaller", parameter)
     if not found:
         raise UserError("palettize: no weight is left to palettize; make ignore narrower or group_size larger")
+    kinds = "Linear, Conv1D, Embedding and convolutions"
+    check(coverage(model, found), "palettize", kinds, allow_partial=config.allow_partial)
     return found
 
 
@@ -218,7 +227,8 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def _table(name: str, weight: Tensor, config: Palettize) -> Table:
-    rows, columns = weight.shape[0], weight[0].numel()
+    """weight: [rows, columns]"""
+    rows, columns = weight.shape
     if columns % config.cluster_dim:
         raise UserError(
             f"palettize.cluster_dim: {config.cluster_dim} does not divide the {columns} inputs of {name};"
@@ -238,8 +248,8 @@ def _table(name: str, weight: Tensor, config: Palettize) -> Table:
 @torch.no_grad()
 def palettized(name: str, weight: Tensor, table: Table, importance: Tensor | None = None, seed: int = 0) -> Palettized:
     """The record of one weight. importance: ≥ 0, of the weight's shape. Raises ModelError for inf or NaN."""
-    values = weight.detach().flatten(1).float()
-    weights = None if importance is None else importance.flatten(1)
+    values = records.matrix(weight.detach(), table.transposed).float()
+    weights = None if importance is None else records.matrix(importance, table.transposed)
     scale = None
     if table.per_channel_scale:
         scale = values.abs().amax(1, keepdim=True)
@@ -268,6 +278,7 @@ def palettized(name: str, weight: Tensor, table: Table, importance: Tensor | Non
         table.rows_per_group,
         None if scale is None else scale.cpu(),
         table.bits,
+        table.transposed,
     )
 
 

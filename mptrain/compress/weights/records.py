@@ -6,7 +6,8 @@
 A compression method makes records; `attach` writes their dense values into a plain float32
 model, so that training code, scores and traces see what the target will compute, and
 remembers the records for the exports. A weight with more than two dimensions is flattened
-after the first; a tied weight has one record under all of its names.
+after the first; a tied weight has one record under all of its names. Rows are always the outputs:
+the record of a parameter that holds them in columns, [in, out] (transformers' Conv1D), is `transposed`.
 
 Size on a target (`stored_bytes`): integers packed to their bits; scales and tables as fp16
 when each of them is an fp16 number, which the weight-only methods here see to, else as fp32.
@@ -46,6 +47,7 @@ class BlockQuantized:
     scale: Tensor
     zero: Tensor | None
     bits: int
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         low, high = (0, 2**self.bits - 1) if self.q.dtype == torch.uint8 else (-(2 ** (self.bits - 1)),) * 2
@@ -81,6 +83,10 @@ class BlockQuantized:
             blocks -= self.zero.float()[..., None]
         return (blocks * self.scale[..., None]).flatten(1)
 
+    def weight(self) -> Tensor:
+        """As the parameter holds it: `dense()`, or its transpose."""
+        return matrix(self.dense(), self.transposed).contiguous()
+
 
 @dataclass(frozen=True, eq=False)
 class Palettized:
@@ -96,6 +102,7 @@ class Palettized:
     rows_per_group: int
     per_channel_scale: Tensor | None
     bits: int
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         rows = self.indices.shape[0]
@@ -137,12 +144,21 @@ class Palettized:
         weight = weight.flatten(1)
         return weight if self.per_channel_scale is None else weight * self.per_channel_scale
 
+    def weight(self) -> Tensor:
+        """As the parameter holds it: `dense()`, or its transpose."""
+        return matrix(self.dense(), self.transposed).contiguous()
+
 
 Record = BlockQuantized | Palettized
 _KINDS: dict[str, type[BlockQuantized] | type[Palettized]] = {
     "block_quantized": BlockQuantized,
     "palettized": Palettized,
 }
+
+
+def matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """[out, in] of a parameter, or of anything in its shape: flattened after the first axis, or transposed."""
+    return weight.T if transposed else weight.flatten(1)
 
 
 # -- on a model
@@ -167,11 +183,12 @@ def attach(model: nn.Module, records: Mapping[str, Record]) -> None:
         weight = parameters[owner]
         if weight.dtype != torch.float32:
             raise ModelError(f"{name} is {weight.dtype}; compress the float32 model (model.float())")
-        if weight.flatten(1).shape != record.shape:
-            raise ModelError(f"{name} is {tuple(weight.shape)}, its record is for {record.shape}")
+        if (record.transposed and weight.dim() != 2) or matrix(weight, record.transposed).shape != record.shape:
+            transposed = ", transposed" if record.transposed else ""
+            raise ModelError(f"{name} is {tuple(weight.shape)}, its record is for {record.shape}{transposed}")
         new[owner] = record
     for owner, record in new.items():
-        parameters[owner].copy_(record.dense().view_as(parameters[owner]))
+        parameters[owner].copy_(record.weight().view_as(parameters[owner]))
     model.__dict__[_ATTRIBUTE] = model.__dict__.get(_ATTRIBUTE, {}) | new
 
 
@@ -188,7 +205,7 @@ def of(model: nn.Module) -> dict[str, Record]:
         if record is None:
             continue
         weight = model.get_parameter(group[0])
-        if weight.dtype != torch.float32 or not torch.equal(weight.flatten(1).cpu(), record.dense().cpu()):
+        if weight.dtype != torch.float32 or not torch.equal(weight.flatten(1).cpu(), record.weight().cpu()):
             raise ModelError(
                 f"{group[0]} was changed after its compression, so its stored integers are no longer the model's:"
                 " compress last, or compress the model again"
@@ -254,7 +271,7 @@ def write(path: Path, records: Mapping[str, Record]) -> None:
     facts: dict[str, Any] = {}
     for name, record in records.items():
         kind = next(kind for kind, cls in _KINDS.items() if isinstance(record, cls))
-        facts[name] = {"kind": kind, "bits": record.bits}
+        facts[name] = {"kind": kind, "bits": record.bits} | ({"transposed": True} if record.transposed else {})
         if isinstance(record, Palettized):
             facts[name]["rows_per_group"] = record.rows_per_group
         for part, tensor in _tensors(record).items():
@@ -282,7 +299,9 @@ def read(path: Path) -> dict[str, Record]:
                 values: dict[str, Any] = {}
                 for part in (f.name for f in fields(cls)):
                     values[part] = facts.get(part)
-                    if f"{name}:{part}" in keys:
+                    if part == "transposed":
+                        values[part] = facts.get(part, False)
+                    elif f"{name}:{part}" in keys:
                         stored = file.get_tensor(f"{name}:{part}")
                         packed = facts.get(part)
                         values[part] = _unpacked(stored, facts["bits"], packed) if packed else stored.float()

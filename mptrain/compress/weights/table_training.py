@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mptrain.compress.base import MasterView
 from mptrain.compress.prune.masked import MaskedWeights
 from mptrain.compress.weights.palettize import as_half
-from mptrain.compress.weights.records import Palettized
+from mptrain.compress.weights.records import Palettized, matrix
 from mptrain.recipe import TableTraining
 
 
@@ -99,6 +99,7 @@ class TableTrainer:
                 self._start[name].rows_per_group,
                 self._start[name].per_channel_scale,
                 self._start[name].bits,
+                self._start[name].transposed,
             )
             for name, table in self.tables.items()
         }
@@ -139,7 +140,8 @@ class TableTrainer:
                     self._start[name].rows_per_group,
                     self.scales[name],
                     self._start[name].bits,
-                ).dense()
+                    self._start[name].transposed,
+                ).weight()
                 for name, table in self.tables.items()
             }
         )
@@ -148,7 +150,7 @@ class TableTrainer:
         """dL/dlut, [groups, 2^bits, dim], from dL/dŴ; summed in float64."""
         table, scale = self.tables[name], self.scales[name]
         groups, k, dim = table.shape
-        by_weight = gradient.flatten(1).float()
+        by_weight = matrix(gradient, self._start[name].transposed).float()
         if scale is not None:
             by_weight = by_weight * scale
         first = k * (torch.arange(len(by_weight), device=table.device) // self._start[name].rows_per_group)
@@ -163,10 +165,10 @@ class TableTrainer:
         moved = total = 0
         for name, table in self.tables.items():
             groups, _, dim = table.shape
-            dense = self.weights.dense[name].flatten(1).float()
+            dense = matrix(self.weights.dense[name], self._start[name].transposed).float()
             if (scale := self.scales[name]) is not None:
                 dense = dense / scale
-            found = nearest(dense.view(groups, -1, dim), table.detach()).view_as(self.indices[name])
+            found = nearest(dense.reshape(groups, -1, dim), table.detach()).view_as(self.indices[name])
             moved += int((found != self.indices[name]).sum())
             total += found.numel()
             self.indices[name].copy_(found)

@@ -1,7 +1,7 @@
 """Weight-only quantization of a model: which weights, on which grid, by which method.
 
-Linears, embeddings and the output embedding (lm_head) are compressed; biases, norms and
-convolutions stay float32. Methods without calibration come first, so that the calibration of
+Linears (also transformers' Conv1D), embeddings and the output embedding (lm_head) are compressed; biases, norms
+and convolutions stay float32. Methods without calibration come first, so that the calibration of
 the others sees them; then layer by layer (layerwise.py), each on the inputs that the
 compressed layers before it give. Several ranks share the weights, of a layer or of all that
 need no calibration, and the calibration batches (ranks.py).
@@ -9,6 +9,7 @@ need no calibration, and the calibration batches (ranks.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,14 +22,18 @@ from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import records
 from mptrain.compress.weights.bits import Option, allocate, option
+from mptrain.compress.weights.coverage import check, coverage
 from mptrain.compress.weights.gptq import factor, gptq
 from mptrain.compress.weights.grid import Grid, round_to_nearest
+from mptrain.compress.weights.layers import LINEAR, is_transposed
 from mptrain.compress.weights.records import Record
 from mptrain.compress.weights.scale_search import search
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
 from mptrain.recipe import WeightOnly
+
+log = logging.getLogger(__name__)
 
 ROWS = Grid(bits=8, granularity="channel", symmetric=True)
 """embeddings: int8 and lm_head: int8"""
@@ -41,6 +46,7 @@ class Choice:
     method: str
     grid: Grid
     linear: str | None
+    transposed: bool = False
 
 
 def compress(
@@ -56,12 +62,13 @@ def compress(
     minimises the error of the weights, and `gptq` is an error. labelled: batches with labels, for
     config.size_budget. The same batches give the same integers. With several ranks all call this
     with the same arguments, and all have the whole model afterwards. Raises UserError for a pattern
-    that matches nothing, block sizes that do not divide a weight, or a budget below what 4 bits
-    take; ModelError for weights that are not finite.
+    that matches nothing, block sizes that do not divide a weight, a budget below what 4 bits take,
+    or a model of which less than half would be compressed; ModelError for weights that are not finite.
     """
     plan = choices(model, config)
     if config.size_budget is not None:
         plan = _within_budget(model, plan, config.size_budget, labelled, ranks)
+    log.info("weights of %s bits: %s", config.bits, coverage(model, plan).words())
     calibrated = {
         choice.linear: name
         for name, choice in plan.items()
@@ -106,17 +113,19 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
             if hit.intersection(users):
                 chosen |= override.model_dump(exclude_none=True)
         method, grid = chosen.pop("method"), Grid(**chosen)
+        linear = next((name for name, module in users.items() if isinstance(module, LINEAR)), None)
+        choice = Choice(method, grid, linear, linear is not None and is_transposed(users[linear]))
         try:
-            grid.block(model.get_parameter(weight).shape[1])
+            grid.block(_matrix(model, weight, choice).shape[1])
         except UserError as error:
             problems.append(f"{weight}: {error}")
-        linear = next((name for name, module in users.items() if isinstance(module, nn.Linear)), None)
-        plan[weight] = Choice(method, grid, linear)
+        plan[weight] = choice
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"quantize: {'; '.join(problems[:3])}{more}")
     if not plan:
         raise UserError("quantize.ignore: nothing is left to compress; name fewer modules")
+    check(coverage(model, plan), "quantize", "Linear, Conv1D and Embedding", allow_partial=config.allow_partial)
     return plan
 
 
@@ -128,8 +137,8 @@ def _within_budget(
     options: dict[str, list[Option]] = {}
     for name, choice in plan.items():
         weight = model.get_parameter(name).detach()
-        grids = [replace(choice.grid, bits=bits) for bits in (4, 8)]
-        options[name] = [option(weight, round_to_nearest(weight, grid), information[name]) for grid in grids]
+        candidates = [replace(choice, method="rtn", grid=replace(choice.grid, bits=bits)) for bits in (4, 8)]
+        options[name] = [option(weight, _record(model, name, other), information[name]) for other in candidates]
     total = sum(model.get_parameter(name).numel() for name in plan)
     found = allocate(options, int(budget * total / 8), "quantize.size_budget")
     return {name: replace(choice, grid=replace(choice.grid, bits=found[name].bits)) for name, choice in plan.items()}
@@ -140,7 +149,7 @@ def _users(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, (*LINEAR, nn.Embedding)) and id(module.weight) in first:
             found.setdefault(first[id(module.weight)], {})[name] = module
     return found
 
@@ -183,9 +192,14 @@ def _of_layer(
     return share(owners, work, ranks)
 
 
+def _matrix(model: nn.Module, name: str, choice: Choice) -> Tensor:
+    """The weight, [out, in]."""
+    return records.matrix(model.get_parameter(name).detach(), choice.transposed).contiguous()
+
+
 def _cost(model: nn.Module, name: str, choice: Choice) -> float:
     """About proportional to the time that a weight takes."""
-    rows, columns = model.get_parameter(name).shape
+    rows, columns = _matrix(model, name, choice).shape
     search = {"rtn": 0.01, "scale": 1.0, "gptq": 1.0 + columns / 1000}[choice.method]
     factorisation = columns**3 / 1000 if choice.method == "gptq" else 0.0
     return rows * columns * search + factorisation
@@ -194,12 +208,14 @@ def _cost(model: nn.Module, name: str, choice: Choice) -> float:
 def _record(
     model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, upper: Tensor | None = None
 ) -> Record:
-    weight = model.get_parameter(name).detach()
+    weight = _matrix(model, name, choice)
     try:
         if choice.method == "gptq" and upper is not None:
-            return gptq(weight, choice.grid, upper)
-        if choice.method == "rtn":
-            return round_to_nearest(weight, choice.grid)
-        return search(weight, choice.grid, None if moments is None else moments.diagonal())
+            made = gptq(weight, choice.grid, upper)
+        elif choice.method == "rtn":
+            made = round_to_nearest(weight, choice.grid)
+        else:
+            made = search(weight, choice.grid, None if moments is None else moments.diagonal())
+        return replace(made, transposed=choice.transposed)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None

@@ -71,7 +71,7 @@ def _source(record: Record, shape: torch.Size) -> nn.Module:
 class _Table(nn.Module):
     def __init__(self, record: Palettized, shape: torch.Size) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.transposed = shape, record.transposed
         self.register_buffer("indices", record.indices)
         self.register_buffer("lut", _tables(record))
         self.register_buffer("scale", record.per_channel_scale)
@@ -80,13 +80,13 @@ class _Table(nn.Module):
         weight = torch.ops.coreai.lut_to_dense(self.indices, self.lut, 1)
         if self.scale is not None:
             weight = torch.ops.coreai.constexpr_blockwise_shift_scale(weight, self.scale, None, None, None, None)
-        return weight if weight.shape == self.shape else weight.reshape(self.shape)
+        return _as_held(weight, self.shape, self.transposed)
 
 
 class _Blocks(nn.Module):
     def __init__(self, record: BlockQuantized, shape: torch.Size) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.transposed = shape, record.transposed
         self.register_buffer("quantized_data", record.q)
         self.register_buffer("scale", record.scale)
         self.register_buffer("zero_point", record.zero)
@@ -97,7 +97,14 @@ class _Blocks(nn.Module):
         weight = torch.ops.coreai.constexpr_blockwise_shift_scale(
             self.quantized_data, self.scale, self.zero_point, None, self.integer, None
         )
-        return weight if weight.shape == self.shape else weight.reshape(self.shape)
+        return _as_held(weight, self.shape, self.transposed)
+
+
+def _as_held(weight: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+    """A weight [out, in] as its parameter holds it."""
+    if transposed:
+        return weight.T
+    return weight if weight.shape == shape else weight.reshape(shape)
 
 
 def _tables(record: Palettized) -> Tensor:

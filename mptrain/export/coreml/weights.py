@@ -7,7 +7,8 @@
 
 Widths that Core ML lacks are stored in the next it has (3-bit integers as 4, 5-bit indices as
 6). A table to each group needs groups of one size: a weight whose rows do not divide evenly is
-stored as floats, and the export says so. iOS 15 would drop all compression: refused.
+stored as floats, and the export says so. A transposed record is stored transposed, and its blocks
+and groups with it. iOS 15 would drop all compression: refused.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _build(
             " per_channel_scale, or set scaled_tables: true in the export to write them all the same"
         )
     if target == "iOS18":
-        rows = shape[0]
+        rows = record.shape[0]
         uneven = f"{rows} rows are not a multiple of its groups of {record.rows_per_group}"
         return partial(_tables, record, shape), uneven if rows % min(record.rows_per_group, rows) else None
     if record.lut.shape[0] == 1 and record.cluster_dim == 1 and record.bits != 3 and record.per_channel_scale is None:
@@ -104,41 +105,44 @@ def _uneven(record: BlockQuantized, shape: tuple[int, ...]) -> str | None:
 def _blocks(record: BlockQuantized, shape: tuple[int, ...], name: str) -> Any:
     kind = "uint" if record.q.dtype == torch.uint8 else "int"
     dtype = _numpy(f"{kind}{4 if record.bits <= 4 else 8}")
-    scale = record.scale.numpy().reshape(*record.scale.shape, *[1] * (len(shape) - 2))
-    offset = None if record.zero is None else record.zero.numpy().astype(dtype).reshape(scale.shape)
-    data = record.q.numpy().astype(dtype).reshape(shape)
+    scale = _turned(record.scale.numpy(), record)
+    scale = scale.reshape(*scale.shape, *[1] * (len(shape) - 2))
+    offset = None if record.zero is None else _turned(record.zero.numpy(), record).astype(dtype).reshape(scale.shape)
+    data = _turned(record.q.numpy(), record).astype(dtype).reshape(shape)
     return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset, name=name)
 
 
 def _rows(record: BlockQuantized, shape: tuple[int, ...], name: str) -> Any:
-    q = record.q.numpy().reshape(shape)
+    q = _turned(record.q.numpy(), record).reshape(shape)
     scale = record.scale.numpy().reshape(-1)
     zero = np.zeros_like(scale, dtype=q.dtype) if record.zero is None else record.zero.numpy().reshape(-1)
     if scale.size == 1:
         scale, zero = scale[0], zero[0]
-    return mb.constexpr_affine_dequantize(quantized_data=q, zero_point=zero, scale=scale, axis=np.int32(0), name=name)
+    axis = np.int32(record.transposed)
+    return mb.constexpr_affine_dequantize(quantized_data=q, zero_point=zero, scale=scale, axis=axis, name=name)
 
 
 def _tables(record: Palettized, shape: tuple[int, ...], name: str) -> Any:
     bits = next(b for b in _INDEX_BITS if b >= record.bits)
-    ones = [1] * (len(shape) - 1)
+    groups = [1] * len(shape)
+    groups[int(record.transposed)] = -1
     lut = record.lut.numpy()
     if bits != record.bits:
         lut = np.concatenate([lut, np.zeros((len(lut), 2**bits - lut.shape[1], lut.shape[2]), lut.dtype)], axis=1)
-    lut = lut.reshape(lut.shape[0], *ones, *lut.shape[1:])
+    lut = lut.reshape(*groups, *lut.shape[1:])
     vector: dict[str, Any] = {}
     index_shape = list(shape)
     if record.cluster_dim > 1:
-        axis = len(shape) - 1
+        axis = 0 if record.transposed else len(shape) - 1
         index_shape[axis] //= record.cluster_dim
         vector = {"vector_axis": np.int32(axis)}
-    indices = record.indices.numpy().astype(_numpy(f"uint{bits}")).reshape(index_shape)
+    indices = _turned(record.indices.numpy(), record).astype(_numpy(f"uint{bits}")).reshape(index_shape)
     scale = record.per_channel_scale
     table_name = name if scale is None else f"{name}_table"
     dense = mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=table_name, **vector)
     if scale is None:
         return dense
-    return mb.constexpr_blockwise_shift_scale(data=dense, scale=scale.numpy().reshape(-1, *ones), name=name)
+    return mb.constexpr_blockwise_shift_scale(data=dense, scale=scale.numpy().reshape(groups), name=name)
 
 
 def _one_table(record: Palettized, shape: tuple[int, ...], name: str) -> Any:
@@ -146,9 +150,14 @@ def _one_table(record: Palettized, shape: tuple[int, ...], name: str) -> Any:
     bits = next(b for b in _INDEX_BITS if b >= record.bits and b != 3)
     lut = np.zeros(2**bits, np.float32)
     lut[: 2**record.bits] = record.lut.numpy().reshape(-1)
-    flat = record.indices.numpy().reshape(-1, 1)
+    flat = _turned(record.indices.numpy(), record).reshape(-1, 1)
     packed = np.packbits((flat >> np.arange(bits, dtype=np.uint8)) & 1, bitorder="little")
     return mb.constexpr_lut_to_dense(indices=packed, lut=lut, shape=np.array(shape, np.uint32), name=name)
+
+
+def _turned(values: np.ndarray, record: Record) -> np.ndarray:
+    """[rows, columns] as the parameter has them."""
+    return np.ascontiguousarray(values.T) if record.transposed else values
 
 
 def _numpy(name: str) -> Any:

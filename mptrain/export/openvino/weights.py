@@ -2,7 +2,8 @@
 
     u4|i4|u8|i8 [out, blocks, block] → Convert → (− zero) → × scale → Reshape [out, in]
 
-which OpenVINO's plugins recognise and keep compressed. Scales that are fp16 numbers are
+A transposed record is stored like this as well, for the converter turns its constant (and drops its name, so that
+it is found by its values). OpenVINO's plugins recognise this and keep it compressed. Scales that are fp16 numbers are
 stored so and widened. Look-up tables have no such kernel on the CPU: a palettized
 weight stays the float constant that it is (see mapping.py).
 """
@@ -32,18 +33,26 @@ def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
     for name, record in distinct(records).items():
         if not isinstance(record, BlockQuantized):
             continue
-        found = [constants[_WEIGHT + n] for n in names[id(record)] if _WEIGHT + n in constants]
         dense = record.dense().numpy()
+        if record.transposed:
+            found = [node for node in constants.values() if _holds(node, dense)]
+        else:
+            found = [constants[_WEIGHT + n] for n in names[id(record)] if _WEIGHT + n in constants]
         if not found or not all(np.array_equal(node.data.reshape(dense.shape), dense) for node in found):
             raise ExportError(
                 f"{name} has compressed values, but the converted graph has no constant that holds them, so they"
                 " cannot be stored: report this with the model's config.json"
             )
         for node in found:
-            stored = _decompressed(record, list(node.get_output_shape(0)), node.get_friendly_name())
+            label = _WEIGHT + name if record.transposed else node.get_friendly_name()
+            stored = _decompressed(record, list(node.get_output_shape(0)), label)
             for consumer in node.output(0).get_target_inputs():
                 consumer.replace_source_output(stored.output(0))
     graph.validate_nodes_and_infer_types()
+
+
+def _holds(node: ov.Node, values: np.ndarray) -> bool:
+    return list(node.get_output_shape(0)) == list(values.shape) and np.array_equal(node.data, values)
 
 
 def _decompressed(record: BlockQuantized, shape: list[int], name: str) -> ov.Node:
