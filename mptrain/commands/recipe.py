@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from mptrain.core.errors import GateFailed, UserError
@@ -40,6 +41,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-code", action="store_true", help="let the recipe run code: trust_remote_code and modeling files"
     )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="let weight_only and palettize leave more than half of a model's parameters alone (allow_partial: true)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     from mptrain.recipe import file
 
     recipe = file.read(options.recipe, options.set).recipe
+    if options.allow_partial:
+        recipe = recipe.allowing_partial()
     quiet_libraries()
     if options.dry_run:
         from mptrain.commands.dry_run import dry_run
@@ -83,6 +91,8 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.reuse:
         raise UserError("--reuse: a sweep takes over the stages that its points share by itself; leave --reuse out.")
     grid = points(options.recipe, options.set, options.sweep)
+    if options.allow_partial:
+        grid = [replace(point, recipe=point.recipe.allowing_partial()) for point in grid]
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()

@@ -180,6 +180,19 @@ class Recipe(Strict):
             return Stage.model_construct(id="model")
         return next(s for s in self.stages if s.id == stage_id)
 
+    def allowing_partial(self) -> Recipe:
+        """This recipe with `allow_partial` in every method that has it."""
+        stages = []
+        for stage in self.stages:
+            methods = {name: getattr(stage, name) for name in ("quantize", "palettize")}
+            changed = {
+                name: method.model_copy(update={"allow_partial": True})
+                for name, method in methods.items()
+                if hasattr(method, "allow_partial")
+            }
+            stages.append(stage.model_copy(update=changed))
+        return self.model_copy(update={"stages": stages})
+
     @property
     def baseline(self) -> str:
         """What everything is compared with: the model itself where it is exported, else the first stage."""

@@ -61,6 +61,8 @@ def _config(family: str) -> tuple[Any, type]:
             image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=3
         )
         return config, t.SwinForImageClassification
+    if family == "gpt2":
+        return t.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=40), t.GPT2LMHeadModel
     if family == "opt":
         config = t.OPTConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32, **_TEXT
@@ -103,7 +105,7 @@ def inputs(family: str, batch: int = 3, labels: bool = False, seed: int = 0) -> 
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         found["attention_mask"][0, 6:] = 0
     if labels:
-        causal = family in ("opt", "llama")
+        causal = family in ("opt", "llama", "gpt2")
         found["labels"] = found["input_ids"] if causal else torch.randint(0, 3, (batch,), generator=generator)
     return found
 

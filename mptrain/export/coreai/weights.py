@@ -135,6 +135,8 @@ def packing() -> Iterator[None]:
 
 def _three_bits(values: Tensor) -> Tensor:
     """Shape of `values`; the bits, least significant first in one stream, are in `elem`."""
+    if hasattr(values, "elem"):  # a tied weight comes once for each use
+        return values
     bits = values.numpy().reshape(-1, 1) >> np.arange(3, dtype=np.uint8) & 1
     packed = torch.zeros(values.shape, dtype=torch.uint8)
     packed.elem = torch.from_numpy(np.packbits(bits, bitorder="little"))  # type: ignore[attr-defined]

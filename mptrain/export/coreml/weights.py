@@ -84,6 +84,12 @@ def _build(
             f"{name}: tables with a scale to each row crash on some GPUs (coremltools issue 2688); palettize without"
             " per_channel_scale, or set scaled_tables: true in the export to write them all the same"
         )
+    if record.per_channel_scale is not None and record.cluster_dim > 1:
+        raise UserError(
+            f"{name}: coremltools writes no tables of vectors with a scale to each row (its pass"
+            " canonicalize_quantized_lut_pattern drops the axis of the vectors); palettize with cluster_dim 1 or"
+            " without per_channel_scale"
+        )
     if target == "iOS18":
         rows = record.shape[0]
         uneven = f"{rows} rows are not a multiple of its groups of {record.rows_per_group}"
