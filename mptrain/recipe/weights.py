@@ -10,8 +10,6 @@ from mptrain.recipe.base import Strict
 from mptrain.recipe.method import MethodConfig, Need
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
-
-
 PARTIAL = "less than half of the parameters may be covered, which is an error otherwise; also --allow-partial"
 
 

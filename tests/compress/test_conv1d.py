@@ -92,7 +92,7 @@ def test_tables_of_a_conv1d_are_trained():
         trainer = TableTrainer(found, TableTraining(refresh=1), lr=0.01)
         trainer.prepare(model)
         model(**inputs("gpt2", labels=True)).loss.backward()
-        trainer.gradients_ready()
+        trainer.gradients(True)
         for table in trainer.tables.values():
             table.grad, _ = None, table.data.sub_(0.1 * table.grad)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from mptrain.compress import base
 from mptrain.compress.base import Config, Method, Site, Sizes, Tools, TrainingMethod
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import palettize, records, weight_only
+from mptrain.compress.weights.coverage import coverage
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.recipe.weights import Palettize, WeightOnly
@@ -22,9 +23,15 @@ class _Recording(Method[Config], Generic[Config]):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._rows: list[dict[str, Any]] = []
+        self._coverage: dict[str, Any] = {}
 
     def facts(self) -> dict[str, Any]:
-        return {"compressed": self._rows}
+        return {"compressed": self._rows, "coverage": self._coverage}
+
+    def _describe(self, model: nn.Module) -> None:
+        found = records.of(model)
+        self._rows = records.describe(found)
+        self._coverage = coverage(model, found).facts()
 
 
 class WeightOnlyQuantization(_Recording[WeightOnly]):
@@ -53,7 +60,7 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
             tools.labelled() if "labels" in needs else (),
             tools.ranks,
         )
-        self._rows = records.describe(records.of(model))
+        self._describe(model)
         return model.to("cpu")
 
 
@@ -88,7 +95,7 @@ class Palettization(_Recording[Palettize]):
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         found = self._palettized(model, tools) if self._trainer is None else self._trainer.records()
         records.attach(model, found)
-        self._rows = records.describe(records.of(model))
+        self._describe(model)
         return model.to("cpu")
 
     def _palettized(self, model: nn.Module, tools: Tools) -> dict[str, Palettized]:

@@ -149,7 +149,21 @@ def compressed(report: Row) -> Table | None:
     note = (
         "Integers and indices packed to their bits, with their scales and tables: what a target that has them stores."
     )
+    note += _left(report)
     return Table("Compressed weights", columns, rows, note, text_columns=1) if rows else None
+
+
+def _left(report: Row) -> str:
+    """What the methods of each stage left in floating point, as shares of all parameters."""
+    said = ""
+    for stage, about in (report.get("methods") or {}).items():
+        for found in about["facts"].values():
+            if coverage := found.get("coverage"):
+                kinds = list(coverage["left"].items())[:4]
+                left = ", ".join(f"{what} {100 * share:.1f}%" for what, share in kinds if share >= 0.0005)
+                said += f" {stage}: {100 * coverage['covered']:.1f}% of the parameters"
+                said += f"; left in floating point: {left}." if left else "."
+    return said
 
 
 def _stored(first: list[Cell], weights: list[Row]) -> list[Cell]:
