@@ -18,7 +18,7 @@ import yaml
 
 import mptrain
 from mptrain import cli
-from mptrain.recipe import file
+from mptrain.recipe import TASKS, file
 from scripts import recipe_pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,3 +149,17 @@ def test_every_recipe_has_a_page_with_the_report_of_its_run(path):
 def test_every_bundled_recipe_is_on_the_page_that_chooses_one():
     pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/running.md"))
     assert not [path.stem for path in file.bundled() if f"`{path.stem}`" not in pages]
+
+
+def test_every_task_and_its_data_are_described():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert not [name for name in TASKS if f"| `{name}` |" not in text]
+
+
+def test_paths_that_the_architecture_page_names_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*/?(?:\.py)?)`", text))
+    files = {name for name in names if name.endswith(".py") or "/" in name}
+    places = [ROOT / "mptrain", ROOT, ROOT / "mptrain/precision", ROOT / "mptrain/compress/structure"]
+    missing = [n for n in files if not any((p / n).exists() or (p / f"{n}.py").exists() for p in places)]
+    assert not [name for name in missing if name != "tests/long/"]
