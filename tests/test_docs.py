@@ -18,6 +18,7 @@ import yaml
 
 import mptrain
 from mptrain import cli
+from mptrain.core import errors
 from mptrain.recipe import TASKS, file
 from scripts import recipe_pages
 
@@ -163,3 +164,9 @@ def test_paths_that_the_architecture_page_names_are_there():
     places = [ROOT / "mptrain", ROOT, ROOT / "mptrain/precision", ROOT / "mptrain/compress/structure"]
     missing = [n for n in files if not any((p / n).exists() or (p / f"{n}.py").exists() for p in places)]
     assert not [name for name in missing if name != "tests/long/"]
+
+
+def test_every_kind_of_error_has_a_section():
+    kinds = [c for c in vars(errors).values() if isclass(c) and issubclass(c, errors.MptrainError)]
+    found = anchors(ROOT / "docs" / "troubleshooting.md")
+    assert not [c.__name__ for c in kinds if c is not errors.MptrainError and c.__name__.lower() not in found]
