@@ -28,10 +28,16 @@ from mptrain.core.errors import UserError
 from mptrain.recipe.method import MethodConfig
 
 Batch = dict[str, Tensor]
+LossFn = Callable[[nn.Module, Batch], Tensor]
 Config = TypeVar("Config", bound=MethodConfig)
 
 PRUNE, QUANTIZE, RECORDS = 0, 1, 2
 """orders at a boundary: what changes shapes, what rounds, what stores weights for good"""
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a transformers model computes itself from the labels in the batch."""
+    return model(**batch).loss
 
 
 def _nothing() -> Any:
@@ -42,15 +48,16 @@ def _nothing() -> Any:
 class Tools:
     """What a method may use of the run or script it acts in.
 
-    inputs: batches of model inputs to calibrate on. labelled: the same with labels. example: one input of `length`
-    tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer steps of the phase; 0, it does
-    not train. lr: of the phase. widths: bits of the tables that all targets store; None, any. threads: of the latency
-    that counts; None, torch's. once(name, make): what `make` measured, made by one process only, once for all
-    attempts at the phase.
+    inputs: batches of model inputs to calibrate on. labelled: the same with labels. loss: of a model on such a batch,
+    a scalar with its graph. example: one input of `length` tokens or samples. seed: draws all that is random. steps,
+    steps_per_epoch: optimizer steps of the phase; 0, it does not train. lr: of the phase. widths: bits of the tables
+    that all targets store; None, any. threads: of the latency that counts; None, torch's. once(name, make): what
+    `make` measured, made by one process only, once for all attempts at the phase.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing
     labelled: Callable[[], list[Batch]] = _nothing
+    loss: LossFn = model_loss
     example: Callable[[], Batch] = _nothing
     length: int = 128
     seed: int = 0

@@ -47,6 +47,8 @@ def load_data(spec: Data, task: str, processor: Any, *, seed: int) -> Task:
     source = read_source(spec, wanted)
     columns = kind.fields(columns, spec, list(source.tables["train"].columns))
     group = spec.split.group or source.group
+    if group is None and (own := kind.group(source.tables["train"].choose(columns))) is not None:
+        group = columns[own]
     given = {
         name: table.choose({**columns, **({GROUP: group} if group else {})}) for name, table in source.tables.items()
     }

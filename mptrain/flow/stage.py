@@ -133,6 +133,7 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
     return Tools(
         inputs=lambda: data.calibration(calibration.samples, calibration.batch_size),
         labelled=lambda: data.labelled(calibration),
+        loss=data.model_loss,
         example=lambda: data.example(1, inputs.data.max_length),
         length=inputs.data.max_length,
         seed=inputs.seed,

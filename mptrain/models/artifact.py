@@ -34,6 +34,7 @@ from mptrain.compress.structure import saved
 from mptrain.compress.weights import records
 from mptrain.core.errors import ModelError, MptrainError, UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.models.head import drop_pooler
 
 VERSION = 1
 CONFIG = "config.json"
@@ -128,6 +129,9 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
         model = _build(cls, config, ours.get("attn"))
     except Exception as error:  # whatever a config made up by hand sets off in transformers
         raise ModelError(f"{folder}/{CONFIG}: a {cls.__name__} cannot be built: {_line(error)}") from None
+    weights = folder / (WEIGHTS if special else PLAIN_WEIGHTS)
+    if not _has(weights, "pooler."):
+        drop_pooler(model)
     if structure is not None:
         saved.apply(model, structure)
     if quantized:
@@ -139,7 +143,7 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}/{QUANTIZERS} does not fit the model: {_line(error)}") from None
     to_attach = {name: weight.detach() for name, weight in model.named_parameters() if name in compressed}
-    _load_tensors(model, _read_tensors(folder / (WEIGHTS if special else PLAIN_WEIGHTS), to_attach), folder)
+    _load_tensors(model, _read_tensors(weights, to_attach), folder)
     records.attach(model, compressed)
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_dict(_read_json(folder / GENERATION))
@@ -237,6 +241,15 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             first[place] = name
             tensors[name] = tensor
     return tensors, aliases
+
+
+def _has(path: Path, prefix: str) -> bool:
+    """Whether a file holds a tensor whose name begins so; True for one that cannot be read, which is said later."""
+    try:
+        with safe_open(path, "pt") as file:
+            return any(name.startswith(prefix) for name in file.keys())  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError):
+        return True
 
 
 def _read_tensors(path: Path, left_out: Mapping[str, Tensor]) -> dict[str, Tensor]:

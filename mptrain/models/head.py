@@ -62,6 +62,12 @@ def fit_head(
         model.num_labels = len(labels)  # type: ignore[assignment]
 
 
+def drop_pooler(model: nn.Module) -> None:
+    """Take out of an encoder what only a head would read: it would train for nothing, and be a second output."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # type: ignore[assignment]
+
+
 def _output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """The last linear layer outside the base model with one output per class."""
     base = f"{model.base_model_prefix}."

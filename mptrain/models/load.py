@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import is_quantized
 from mptrain.data.sources import packaged
-from mptrain.models.head import fit_head
+from mptrain.models.head import drop_pooler, fit_head
 from mptrain.recipe import Checkpoint, Model, TaskSpec
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -151,6 +151,8 @@ def _load(
             _check_missing(spec, model, missing, new_head)
             trained = not any(_of_head(name, model) for name in missing)
             trained = trained and (labels is None or model.config.num_labels == len(labels))
+            if spec.kind.bare:
+                drop_pooler(model)
             if labels is not None:
                 fit_head(model, labels, missing, new_head=new_head, problem=spec.kind.problem)
     except _LOADING as error:
@@ -174,7 +176,11 @@ def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) ->
     """The model without weights, on torch's meta device. Raises ModelError where the task has no such model."""
     try:
         with torch.device("meta"):
-            return head_class(spec.kind).from_config(config, trust_remote_code=spec.trust_remote_code and allow_code)
+            code = spec.trust_remote_code and allow_code
+            model = head_class(spec.kind).from_config(config, trust_remote_code=code)
+            if spec.kind.bare:
+                drop_pooler(model)
+            return model
     except _LOADING as error:
         raise _unloadable(spec, "model", error) from error
 
@@ -280,7 +286,7 @@ def set_dropout(config: PreTrainedConfig, probability: float) -> None:
 def _check_missing(spec: Model, model: PreTrainedModel, missing: set[str], new_head: bool) -> None:
     """Only a head may be missing, with the pooler that feeds it and the masks that only pretraining uses."""
     prefix = model.base_model_prefix
-    lost = sorted(missing)
+    lost = sorted(name for name in missing if not (spec.kind.bare and name.startswith("pooler.")))
     if new_head and spec.kind.new_head and prefix and hasattr(model, prefix):
         lost = [n for n in lost if n.startswith(f"{prefix}.") and ".pooler." not in n and "masked_spec_embed" not in n]
     if lost:

@@ -92,7 +92,9 @@ def load_with_inputs(
 def guess_task(config: PreTrainedConfig) -> str:
     """What a model does, from its head, else from the heads that transformers has for it. Raises ModelError."""
     head = (config.architectures or [""])[0]
-    named = [kind for kind in TASKS.values() if head.endswith(kind.endings)]
+    fits = {name: [len(end) for end in kind.endings if head.endswith(end)] for name, kind in TASKS.items()}
+    longest = max((max(lengths) for lengths in fits.values() if lengths), default=0)  # LMHeadModel is no bare Model
+    named = [TASKS[name] for name, lengths in fits.items() if longest in lengths]
     found = [kind for kind in named if _has_head(config, kind)] or named
     found = found or [kind for kind in TASKS.values() if kind.assumed and _has_head(config, kind)]
     problem = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else None)

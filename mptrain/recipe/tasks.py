@@ -30,7 +30,7 @@ class TaskSpec:
     """module:Class of its `mptrain.data.tasks.base.Task`"""
     columns: Mapping[str, ColumnField]
     head: str | None
-    """class of transformers that loads its models"""
+    """class of transformers that loads its models; AutoModel: the encoder alone"""
     processor: Literal["tokenizer", "image", "audio"] | None
     unit: Literal["tokens", "samples"] | None
     """what lengths count; None where all inputs have one size"""
@@ -66,6 +66,11 @@ class TaskSpec:
     """class of optimum-intel that runs its OpenVINO exports"""
     cuts: bool = False
     """its pipeline cuts longer texts where it is told to"""
+
+    @property
+    def bare(self) -> bool:
+        """Whether its models are encoders without a head."""
+        return self.head == "AutoModel"
 
 
 _LABEL = ColumnField("label", "the class: a word or number", target=True)
@@ -137,6 +142,28 @@ TASKS: dict[str, TaskSpec] = {
             floor="TF-IDF + logistic regression",
             optimum="OVModelForSequenceClassification",
             cuts=True,
+        ),
+        TaskSpec(
+            "embedding",
+            "mptrain.data.tasks.embedding:Embedding",
+            columns={
+                "text": ColumnField("text", "the text"),
+                "text_pair": ColumnField(None, "a text that belongs to it"),
+                "negative": ColumnField(None, "a text that does not belong to it"),
+                "score": ColumnField(None, "how near the text and text_pair are: a number", target=True),
+                "label": ColumnField(None, "the group: texts with one label belong together", target=True),
+            },
+            head="AutoModel",
+            processor="tokenizer",
+            unit="tokens",
+            tag="sentence-similarity",
+            pipeline="feature-extraction",
+            targets=("labels", "scores"),
+            per_token=True,
+            new_head=False,
+            endings=("Model",),
+            floor="TF-IDF + cosine",
+            optimum="OVModelForFeatureExtraction",
         ),
         TaskSpec(
             "token-classification",

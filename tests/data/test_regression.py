@@ -15,7 +15,8 @@ from transformers import BertConfig
 
 from mptrain.core.errors import DataError
 from mptrain.data.load import load_data
-from mptrain.data.tasks.regression import Regression, correlations
+from mptrain.data.tasks.numbers import correlations
+from mptrain.data.tasks.regression import Regression
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.models.samples import guess_task
 from mptrain.recipe import Data

@@ -220,6 +220,19 @@ def topics(folder: Path) -> dict[str, Any]:
     return _files(folder, rows, max_length=16)
 
 
+def topical(folder: Path) -> dict[str, Any]:
+    """Texts belong together that hold the same name and the same place, among other words."""
+    draw = random.Random(0)
+    rows = []
+    for number in range(280):
+        name, place = NAMES[number % 4], PLACES[number // 4 % 4]
+        words = _shuffled(draw, [name, place], draw.randint(2, 6))
+        rows.append({"text": f"{' '.join(words)}", "label": f"{name} in {place}"})
+    _save(folder, t.BertModel(t.BertConfig(**ENCODER, **TEXT)))
+    _tokenizer(["input_ids", "token_type_ids", "attention_mask"], pair=True).save_pretrained(folder / "model")
+    return _files(folder, rows, max_length=16, label="label")
+
+
 SPLIT = {"validation": 0.15, "test": 0.25}
 
 
@@ -235,6 +248,12 @@ def _signs(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": 30.0 * (2 * batch["labels"] - 1)}
 
 
+def _places(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every group at a corner of its own."""
+    corners = one_hot(batch["labels"], 20).float()[:, None]
+    return {"last_hidden_state": corners.expand(-1, batch["input_ids"].shape[1], -1)}
+
+
 def _spans(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     length = batch["input_ids"].shape[1]
     return {f"{end}_logits": 30.0 * one_hot(batch[f"{end}_positions"], length).float() for end in ("start", "end")}
@@ -248,6 +267,7 @@ CASES = {
     "text-classification": Case(text_pair, ("accuracy", "loss"), 40, 0.6, _classes, epochs=12),
     "regression": Case(ratings, ("mae", "mse", "pearson", "spearman"), 50, 0.45, _numbers, epochs=12),
     "multi-label-classification": Case(topics, ("micro_f1", "macro_f1", "map", "loss"), 60, 0.8, _signs, epochs=16),
+    "embedding": Case(topical, ("ndcg@10", "mrr", "recall@1", "recall@5", "recall@10"), 69, 0.8, _places, epochs=12),
     "token-classification": Case(tagging, ("f1", "accuracy"), 35, 0.8, _classes),
     "question-answering": Case(questions, ("f1", "exact_match"), 40, 0.6, _spans, length=24, epochs=16, lr=5e-3),
     "image-classification": Case(images, ("accuracy", "loss"), 30, 0.6, _classes, precision=("fp32", "int8")),

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import Batch, LossFn, model_loss
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank, rounds
-from mptrain.compress.prune.base import Batch, LossFn, model_loss
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.progress import track
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.base import MasterView
+from mptrain.compress.base import Batch, LossFn, MasterView
 from mptrain.compress.prune.masked import MaskedWeights
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Axis, Block, Kept, Structure
@@ -26,9 +26,6 @@ from mptrain.recipe import Curvature, Fisher, Keep, Magnitude, Movement, Schedul
 
 REFRESHES = 100
 """Times that unit masks are searched anew during a warm-up, at most."""
-
-Batch = dict[str, Tensor]
-LossFn = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -215,11 +212,6 @@ class Pruner:
     def kept(self) -> Kept:
         """The final structure; before the end of a warm-up what it would be now."""
         return self._kept if self.resolved else self.resolve()
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a transformers model computes itself from the labels in the batch."""
-    return model(**batch).loss
 
 
 def kept_mask(axis: Axis, units: Sequence[int], dims: int) -> Tensor:

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.prune.base import Batch, LossFn, Pruner, as_numpy, model_loss, sink_sums
+from mptrain.compress.base import Batch, LossFn, model_loss
+from mptrain.compress.prune.base import Pruner, as_numpy, sink_sums
 from mptrain.compress.structure.blocks import Kept
 from mptrain.compress.structure.budget import Importance
 

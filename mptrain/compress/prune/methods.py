@@ -91,7 +91,7 @@ class FisherPruning(Pruning):
 
     def collect(self, model: nn.Module, tools: Tools) -> None:
         if "labels" in self.config.needs():
-            self.pruner.collect(model, tools.labelled())
+            self.pruner.collect(model, tools.labelled(), tools.loss)
 
     def refit(self, tools: Tools) -> list[Batch] | None:
         return tools.inputs() if "inputs" in self.config.needs() else None

@@ -59,6 +59,7 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
             tools.inputs() if "inputs" in needs else (),
             tools.labelled() if "labels" in needs else (),
             tools.ranks,
+            tools.loss,
         )
         self._describe(model)
         return model.to("cpu")
@@ -105,6 +106,7 @@ class Palettization(_Recording[Palettize]):
             model.to(tools.device),
             self.config,
             tools.labelled() if "labels" in self.config.needs() else None,
+            loss_fn=tools.loss,
             seed=tools.seed,
             widths=[bits for bits in palettize.WIDTHS if tools.widths is None or bits in tools.widths],
             ranks=tools.ranks,

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import Batch, LossFn, model_loss
 from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
-from mptrain.compress.prune.base import Batch, LossFn, model_loss
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import kmeans, records
 from mptrain.compress.weights.bits import Option, allocate, option

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.base import LossFn, model_loss
 from mptrain.compress.calibrate.fisher_information import fisher
 from mptrain.compress.calibrate.layerwise import walk
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, assign, share
@@ -55,19 +56,21 @@ def compress(
     batches: Sequence[Mapping[str, Tensor]] = (),
     labelled: Sequence[Mapping[str, Tensor]] = (),
     ranks: Ranks = ALONE,
+    loss_fn: LossFn = model_loss,
 ) -> None:
     """Compress a plain float32 model in place; its records are there afterwards (records.of).
 
     batches: keyword arguments of the model, for methods `scale` and `gptq`. Without them `scale`
-    minimises the error of the weights, and `gptq` is an error. labelled: batches with labels, for
-    config.size_budget. The same batches give the same integers. With several ranks all call this
-    with the same arguments, and all have the whole model afterwards. Raises UserError for a pattern
-    that matches nothing, block sizes that do not divide a weight, a budget below what 4 bits take,
-    or a model of which less than half would be compressed; ModelError for weights that are not finite.
+    minimises the error of the weights, and `gptq` is an error. labelled: batches with labels, of
+    which loss_fn makes the loss, for config.size_budget. The same batches give the same integers.
+    With several ranks all call this with the same arguments, and all have the whole model
+    afterwards. Raises UserError for a pattern that matches nothing, block sizes that do not divide a
+    weight, a budget below what 4 bits take, or a model of which less than half would be compressed;
+    ModelError for weights that are not finite.
     """
     plan = choices(model, config)
     if config.size_budget is not None:
-        plan = _within_budget(model, plan, config.size_budget, labelled, ranks)
+        plan = _within_budget(model, plan, config.size_budget, labelled, ranks, loss_fn)
     log.info("weights of %s bits: %s", config.bits, coverage(model, plan).words())
     calibrated = {
         choice.linear: name
@@ -130,10 +133,15 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
 
 
 def _within_budget(
-    model: nn.Module, plan: dict[str, Choice], budget: float, labelled: Sequence[Mapping[str, Tensor]], ranks: Ranks
+    model: nn.Module,
+    plan: dict[str, Choice],
+    budget: float,
+    labelled: Sequence[Mapping[str, Tensor]],
+    ranks: Ranks,
+    loss_fn: LossFn,
 ) -> dict[str, Choice]:
     """The plan with 4 or 8 bits for each weight. Candidates are rounded to nearest, whatever the method is."""
-    information = fisher(model, [dict(batch) for batch in labelled], plan, ranks=ranks)
+    information = fisher(model, [dict(batch) for batch in labelled], plan, loss_fn, ranks)
     options: dict[str, list[Option]] = {}
     for name, choice in plan.items():
         weight = model.get_parameter(name).detach()

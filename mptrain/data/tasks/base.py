@@ -141,6 +141,11 @@ class Task(ABC):
         return chosen
 
     @classmethod
+    def group(cls, table: Table) -> str | None:
+        """The field whose values never cross splits, where neither recipe nor data say one. table: fields, of train."""
+        return None
+
+    @classmethod
     def identity(cls, table: Table) -> list[str]:
         """What makes two inputs the same, one string per row."""
         fields = [table[name] for name in cls.inputs() if name in table.columns]

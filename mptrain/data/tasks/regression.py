@@ -11,12 +11,9 @@ A model that says the same for every row has no correlation.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -27,55 +24,19 @@ from mptrain.data.tasks.agreement import array, closeness
 from mptrain.data.tasks.base import finite
 from mptrain.data.tasks.divergence import same_shape
 from mptrain.data.tasks.floor import tfidf_numbers
-from mptrain.data.tasks.metrics import MEAN, Measure, Score
+from mptrain.data.tasks.metrics import MEAN, Score
+from mptrain.data.tasks.numbers import CORRELATIONS, correlations, number
 from mptrain.data.tasks.text_task import TextTask
 from mptrain.recipe import TASKS
 
 log = logging.getLogger(__name__)
 
 
-_ROUNDING = 1e-13  # a variance of so much of the mean square is that of a constant
-
-
-def _pearson(mean: np.ndarray) -> float:
-    """Of the means of p, y, py, pp, yy."""
-    p, y, py, pp, yy = mean
-    ours, theirs = pp - p * p, yy - y * y
-    if ours <= _ROUNDING * pp or theirs <= _ROUNDING * yy:
-        return float("nan")
-    return float((py - p * y) / math.sqrt(ours * theirs))
-
-
-def _spearman(rows: np.ndarray) -> float:
-    return correlation(rankdata(rows[:, 0]), rankdata(rows[:, 1]))
-
-
-def correlation(p: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's of two vectors [n]; nan where one is constant."""
-    p, y = p - p.mean(), y - y.mean()
-    spread = math.sqrt(float(p @ p) * float(y @ y))
-    return float(p @ y) / spread if spread > 0 else float("nan")
-
-
-PEARSON = Measure("pearson", _pearson)
-SPEARMAN = Measure("spearman", _spearman, whole=True)
-
-
-def correlations(p: np.ndarray, y: np.ndarray) -> dict[str, Score]:
-    """Both as scores, of predictions and values [n]."""
-    a, b = p - y.mean(), y - y.mean()  # means near zero, so that their products keep their digits
-    products = np.stack([a, b, a * b, a * a, b * b], axis=1)
-    return {
-        "pearson": Score("pearson", products, PEARSON, "coefficient"),
-        "spearman": Score("spearman", np.stack([p, y], axis=1), SPEARMAN, "coefficient"),
-    }
-
-
 class Regression(TextTask):
     """Scores are the mean absolute error, the mean squared error, Pearson's and Spearman's correlation."""
 
     kind = TASKS["regression"]
-    measures = {m.name: m for m in (PEARSON, SPEARMAN)}
+    measures = CORRELATIONS
 
     def index_labels(self, tables: Mapping[str, Table]) -> list[str]:
         facts = {}
@@ -140,17 +101,3 @@ def _scores(found: np.ndarray, targets: np.ndarray) -> list[Score]:
         Score("mse", error**2, MEAN, "number", higher_is_better=False),
         *correlations(found, targets).values(),
     ]
-
-
-def number(cell: Any, table: Table, field: str, row: int) -> float:
-    """The number in a cell, which in a csv is text. Raises DataError naming the row."""
-    try:
-        value = float(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else math.nan
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise DataError(
-            f"{table.place(field, row)} holds {cell!r} where a number is needed (with a point: 3.5). Correct or drop"
-            f" the row, or set data.{field} to the column with the numbers."
-        )
-    return value
