@@ -90,6 +90,9 @@ class Data(Strict):
         description="question answering: tokens of overlap; causal LM: tokens from one scoring window to the next,"
         " below max_length, default: half of it",
     )
+    max_unknown: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="the share of tokens that the tokenizer may not know; more than 1% is a warning"
+    )
     max_samples: Annotated[int, Field(gt=0)] | None = Field(None, description="cap on each split, for trying out")
     calibration: Calibration = Calibration()
 

@@ -22,7 +22,9 @@ NAMES = ["blame", "person", "praise"]
 def loaded(folder, rows, **data):
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_data(Data(train=str(file), max_length=12, **data), "multi-label-classification", tokenizer(), seed=1)
+    return load_data(
+        Data(train=str(file), max_length=12, max_unknown=1.0, **data), "multi-label-classification", tokenizer(), seed=1
+    )
 
 
 def rows(write=lambda names: names, n=60):

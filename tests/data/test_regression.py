@@ -27,7 +27,7 @@ WORDS = ["good", "bad", "film", "plot"]
 def loaded(folder, rows, **data):
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_data(Data(train=str(file), max_length=12, **data), "regression", tokenizer(), seed=1)
+    return load_data(Data(train=str(file), max_length=12, max_unknown=1.0, **data), "regression", tokenizer(), seed=1)
 
 
 def rows(n=60):

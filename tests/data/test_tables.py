@@ -39,7 +39,8 @@ def write_jsonl(path, rows):
 
 
 def load(tmp_path, task=TASK, **fields):
-    return load_data(Data(max_length=32, **fields), task, tokenizer(), seed=0)
+    """The texts here have numbers and names, which the small vocabulary lacks."""
+    return load_data(Data(max_length=32, max_unknown=1.0, **fields), task, tokenizer(), seed=0)
 
 
 def reviews(n, salt=""):
@@ -146,7 +147,7 @@ def test_groups_never_cross(tmp_path, caplog):
     file = write_csv(tmp_path / "a.csv", rows, "text,label,film")
     data = load(tmp_path, train=str(file), split=Split(group="film"))
     assert data.facts["groups"] == {"column": "film", "train": 10, "validation": 2, "test": 3, "crossing": 0}
-    assert caplog.text == ""
+    assert not [record for record in caplog.records if record.name == "mptrain.data.load"]
     with pytest.raises(DataError, match=r"data.split.group: .* Did you mean 'film'"):
         load(tmp_path, train=str(file), split=Split(group="films"))
 

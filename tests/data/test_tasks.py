@@ -176,7 +176,7 @@ def test_example_has_exactly_the_size_asked_for(reviews, batch, length):
 
 def test_pairs_of_texts(tmp_path):
     rows = [{"a": f"good film {i}", "b": f"bad cast {i}", "label": i % 3} for i in range(60)]
-    spec = Data(train=jsonl(tmp_path / "a.jsonl", rows), text="a", text_pair="b", max_length=16)
+    spec = Data(train=jsonl(tmp_path / "a.jsonl", rows), text="a", text_pair="b", max_length=16, max_unknown=1.0)
     data = load_data(spec, "text-classification", tokenizer(), seed=0)
     assert data.labels == ["0", "1", "2"]
     first = data.train[0]

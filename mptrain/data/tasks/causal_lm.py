@@ -26,6 +26,7 @@ from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, Task
 from mptrain.data.tasks.metrics import EXP_RATIO, RATIO, Score
 from mptrain.data.tasks.text import check_length, pad, texts_of, tokenize
+from mptrain.data.tasks.vocabulary import note_unknown
 from mptrain.recipe import TASKS
 
 
@@ -46,7 +47,10 @@ class CausalLm(Task):
                 f"data.stride: {stride} is not below data.max_length ({length}): a window does not predict its first"
                 f" token, so tokens would be left out. Give at most {length - 1}."
             )
-        stream = tokenize(self.processor, table.separator.join(texts_of(table, "text")))["input_ids"]
+        text = table.separator.join(texts_of(table, "text"))
+        encoding = tokenize(self.processor, text)
+        note_unknown(self, split, encoding, [text])
+        stream = encoding["input_ids"]
         if len(stream) < 2:
             raise DataError(f"data.text: {table.where} has {len(stream)} tokens; predicting needs at least two.")
         windows = _windows(np.asarray(stream, dtype=np.int32), length, length if split == "train" else stride)

@@ -26,6 +26,7 @@ from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, Task, finite
 from mptrain.data.tasks.metrics import MEAN, Score, answer_scores
 from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
+from mptrain.data.tasks.vocabulary import note_unknown
 from mptrain.recipe import TASKS
 
 LONGEST_ANSWER = 30
@@ -71,6 +72,7 @@ class QuestionAnswering(Task):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
+        note_unknown(self, split, encoding, table["context"])
         examples = examples_of(encoding, self.processor)
         windows = []
         for i, (example, row) in enumerate(zip(examples, encoding["overflow_to_sample_mapping"])):

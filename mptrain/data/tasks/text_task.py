@@ -9,6 +9,7 @@ from typing import Any
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import Batch, Example, Examples, Task
 from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
+from mptrain.data.tasks.vocabulary import note_unknown
 
 
 class TextTask(Task):
@@ -22,6 +23,7 @@ class TextTask(Task):
         check_length(self.processor, self.spec.max_length)
         texts = [texts_of(table, field) for field in self.inputs() if field in table.columns]
         encoding = tokenize(self.processor, *texts, truncation=True, max_length=self.spec.max_length)
+        note_unknown(self, split, encoding, [text for pair in zip(*texts) for text in pair])
         examples = examples_of(encoding, self.processor)
         targets = self.targets(split, table)
         for example, target in zip(examples, targets, strict=True):

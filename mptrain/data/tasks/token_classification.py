@@ -20,6 +20,7 @@ from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, 
 from mptrain.data.tasks.labels import Column, classes_of
 from mptrain.data.tasks.metrics import F1, RATIO, Score, span_counts
 from mptrain.data.tasks.text import check_length, examples_of, pad, tokenize
+from mptrain.data.tasks.vocabulary import note_unknown
 from mptrain.recipe import TASKS
 
 OUTSIDE = "O"
@@ -72,6 +73,7 @@ class TokenClassification(Task):
             truncation=True,
             max_length=self.spec.max_length,
         )
+        note_unknown(self, split, encoding, [" ".join(words) for words in table["tokens"]])
         examples = examples_of(encoding, self.processor)
         self._tags[split] = table["tags"]
         self._tagged[split] = []
