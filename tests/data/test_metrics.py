@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+from mptrain.core.errors import MptrainError
 from mptrain.data.tasks.metrics import (
     EXP_RATIO,
     F1,
@@ -110,3 +111,14 @@ def test_squad_normalization(text, normal):
 )
 def test_answer_scores_by_hand(guess, gold, f1, exact):
     assert answer_scores(guess, gold) == (pytest.approx(f1), exact)
+
+
+def test_scores_that_a_run_folder_kept_before_are_read():
+    for old, value, unit in (
+        ({"name": "accuracy", "stats": [[1.0], [0.0]], "reduce": "mean", "higher": True}, 0.5, "fraction"),
+        ({"name": "perplexity", "stats": [[2.0, 1.0]], "reduce": "exp_ratio", "higher": False}, np.exp(2.0), "number"),
+    ):
+        score = Score.from_kept(old, {})
+        assert (score.value, score.unit, score.higher_is_better) == (pytest.approx(value), unit, old["higher"])
+    with pytest.raises(MptrainError, match="computed by 'gone', which its task no longer has"):
+        Score.from_kept({"name": "x", "stats": [[1.0]], "of": "gone", "unit": "number", "higher": True}, {})

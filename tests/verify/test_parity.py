@@ -156,3 +156,23 @@ def test_other_shapes_are_refused_and_nan_is_not_hidden():
 
     with pytest.raises(ExportError, match="output logits: 1 of 9 values of the exported model are not finite"):
         compare(model, with_nan, [inputs("bert")])
+
+
+def test_of_models_with_one_output_the_order_of_the_examples_counts():
+    """Their argmax is always the same, so that any two rerankers agreed."""
+
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return {"logits": x * self.weight}
+
+    batch = {"x": torch.tensor([[1.0], [2.0], [3.0], [4.0]])}
+    model = Scores()
+    found = [
+        compare(model, lambda b, f=f: {"logits": f(b["x"].numpy())}, [batch])["agreement"]
+        for f in (lambda x: 5 * x + 1, lambda x: -x, lambda x: x[[1, 0, 2, 3]])
+    ]
+    assert found == [1.0, 0.0, pytest.approx(5 / 6)], "one of six pairs is the other way round"
