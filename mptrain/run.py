@@ -17,7 +17,7 @@ from mptrain.core.host import host
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import load_data
 from mptrain.export.torch.cached_decoder import check_exports
-from mptrain.flow import preflight
+from mptrain.flow import input_checks, preflight
 from mptrain.flow.identity import identity, versions
 from mptrain.flow.reuse import check_reuse, take_stages
 from mptrain.flow.run_folder import check_identity, clear, locked
@@ -75,6 +75,7 @@ def _steps(
     processor = load_processor(recipe.model, allow_code)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     preflight.check_data(recipe, data, peers.num_processes)
+    input_checks.check(recipe, data, read_config(recipe.model, allow_code), allow_code=allow_code)
     preflight.check_head(recipe, data, allow_code)
     questions = read_questions(recipe, processor, allow_code)
     if peers.is_main_process:

@@ -37,7 +37,7 @@ from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import read_table
 from mptrain.data.tasks.labels import class_lines
 from mptrain.export.torch.cached_decoder import check_exports
-from mptrain.flow import preflight
+from mptrain.flow import input_checks, preflight
 from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
 from mptrain.models.samples import made_up
 from mptrain.recipe import Planning, Recipe, Stage
@@ -66,6 +66,8 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
         preflight.check_model(recipe, model)
     if data is not None:
         preflight.check_data(recipe, data)
+        if known:
+            input_checks.check(recipe, data, model.config, offline=True)
     rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
     structure = _structure(recipe, model)
     outlook = _outlook(model, structure, recipe.data.max_length, _example(recipe, model, data))
