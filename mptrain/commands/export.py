@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.core.progress import progress
 from mptrain.core.signature import Batch
 from mptrain.data.load import task_class
 from mptrain.export.formats import Source, format_of
@@ -71,17 +72,19 @@ def export_model(
     model = kind.model(found.model, precision, stage).eval()
     batches = found.samples.batches if cache is None else _for_cache(cache, found)
     example = next((b for b in batches if len(next(iter(b.values()))) > 1), batches[0])
-    written = kind.write(
-        model,
-        example,
-        to,
-        precision=precision,
-        stage=stage,
-        calibration=lambda: batches,
-        processor=found.processor,
-    )
+    with progress(f"export {to.name}"):
+        written = kind.write(
+            model,
+            example,
+            to,
+            precision=precision,
+            stage=stage,
+            calibration=lambda: batches,
+            processor=found.processor,
+        )
     runner = kind.runner(written.path, Source(lambda: model, example, precision, written.facts))
-    compared = parity.compare(model, runner, batches, task_class(TASKS[found.task]).agreement)
+    with progress("verify"):
+        compared = parity.compare(model, runner, batches, task_class(TASKS[found.task]).agreement)
     exact = gates.exact({"precision": precision, "runtime": written.facts})
     limit = Gates().parity if exact else Gates().agreement
     assert limit is not None

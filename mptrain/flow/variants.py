@@ -20,6 +20,7 @@ from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.errors import ModelError
+from mptrain.core.progress import progress
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.metrics import Measure, Score
@@ -60,15 +61,16 @@ class Variants:
             return variant
         begun = time.monotonic()
         model = self._torch_model(planned)
-        written = self._format(variant).write(
-            model,
-            self._example(),
-            self.folder / variant,
-            precision=planned.precision,
-            stage=self.recipe.stage(stage),
-            calibration=lambda: self._calibration(stage),
-            processor=self.context.processor,
-        )
+        with progress(f"export {variant}"):
+            written = self._format(variant).write(
+                model,
+                self._example(),
+                self.folder / variant,
+                precision=planned.precision,
+                stage=self.recipe.stage(stage),
+                calibration=lambda: self._calibration(stage),
+                processor=self.context.processor,
+            )
         facts = {
             "id": variant,
             "stage": stage,
@@ -89,12 +91,9 @@ class Variants:
         begun = time.monotonic()
         model = self._torch_model(self._planned[variant])
         runner = self._runner(variant, facts)
-        facts["parity"] = parity.compare(
-            model,
-            runner,
-            self.data.calibration(PARITY_EXAMPLES, self.data.batch_size("train", 16)),
-            self.data.agreement,
-        )
+        batches = self.data.calibration(PARITY_EXAMPLES, self.data.batch_size("train", 16))
+        with progress(f"verify {variant}"):
+            facts["parity"] = parity.compare(model, runner, batches, self.data.agreement)
         facts["runtime"] = self._format(variant).facts(runner) | facts.pop("written")
         return self._keep(facts, "verify", begun)
 

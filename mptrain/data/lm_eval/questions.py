@@ -22,17 +22,16 @@ import hashlib
 import json
 import logging
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from mptrain.core.errors import DataError, MptrainError
+from mptrain.core.progress import progress as said
 from mptrain.data.lm_eval.rows import read_rows
 from mptrain.data.lm_eval.task_file import Row, TaskFile, read_task
 from mptrain.data.tasks.base import Batch, Outputs
@@ -115,8 +114,7 @@ class MultipleChoice:
                 waiting.setdefault(request.inputs, []).append((question, choice))
         found = [np.zeros(len(each)) for each in self.requests]
         order = sorted(waiting, key=lambda tokens: (-len(tokens), tokens))
-        hidden = progress is None or not sys.stderr.isatty()
-        with torch.no_grad(), tqdm(total=len(order), desc=progress, disable=hidden, leave=False) as bar:
+        with torch.no_grad(), said(progress or "", len(order), shown=progress is not None) as bar:
             start = 0
             while start < len(order):
                 rows = order[start : start + max(1, _TOKENS // len(order[start]))]

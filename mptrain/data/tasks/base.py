@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from mptrain.core.errors import MptrainError
+from mptrain.core.progress import progress as said
 from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature
 from mptrain.data.sources.splits import SPLITS, sample
 from mptrain.data.sources.tables import Table
@@ -236,15 +235,14 @@ class Task(ABC):
         """Score `forward`, a function from model inputs to named outputs (tensors or arrays), on a split.
 
         Batches are of similar length, longest first; statistics come back in data-set order. The first
-        score is the main one. batch_size: default what the method of that name finds. `progress` labels a bar,
-        shown when stderr is a terminal. Raises MptrainError when an output is not finite.
+        score is the main one. batch_size: default what the method of that name finds. `progress` labels what is
+        said of how far it is (core/progress). Raises MptrainError when an output is not finite.
         """
         examples = self._splits[split]
         batch_size = batch_size or self.batch_size(split)
         order = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])
         found: list[Any] = [None] * len(examples)
-        hidden = progress is None or not sys.stderr.isatty()
-        with torch.no_grad(), tqdm(total=len(order), desc=progress, disable=hidden, leave=False) as bar:
+        with torch.no_grad(), said(progress or "", len(order), shown=progress is not None) as bar:
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 batch = self.collate([examples[i] for i in indices])
