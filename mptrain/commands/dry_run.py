@@ -231,7 +231,8 @@ def _example(recipe: Recipe, model: PreTrainedModel, data: Task | None) -> Batch
         return None
     length = recipe.data.max_length
     found = data.example(1, length) if data else made_up(model, recipe.model.kind, 1, length).batches[0]
-    return {name: value.to("meta") for name, value in found.items()}
+    # a mask changes no size, and cannot be looked at without values
+    return {name: value.to("meta") for name, value in found.items() if value.is_floating_point()}
 
 
 def _outlook(model: torch.nn.Module, structure: Structure | None, length: int, example: Batch | None = None) -> Outlook:

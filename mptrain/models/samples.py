@@ -22,7 +22,7 @@ from mptrain.models.load import head_class, load_model, load_processor, read_con
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
 
 BATCH = 8
-_TOKENS, _SAMPLES = 128, 16_000  # of a made-up text, and sound
+_TOKENS, _SAMPLES, _SIDE = 128, 16_000, 224  # of a made-up text, sound, and picture
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ def _text(model: PreTrainedModel, size: int, length: int | None, generator: torc
 
 
 def _picture(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:
-    side = model.config.image_size
+    side = getattr(model.config, "image_size", None) or _SIDE  # a convolutional network takes any
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    return {"pixel_values": torch.randn(size, model.config.num_channels, height, width, generator=generator)}
+    channels = getattr(model.config, "num_channels", 3)
+    return {"pixel_values": torch.randn(size, channels, height, width, generator=generator)}
 
 
 def _sound(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:

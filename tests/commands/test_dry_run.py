@@ -1,0 +1,54 @@
+"""What a dry run predicts where an input is no text: multiply-adds of the pictures and sounds as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kit import tiny_tasks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+
+from mptrain.commands import dry_run as plan
+from mptrain.compress.structure import costs
+from mptrain.compress.structure.find import find_structure
+from mptrain.models.load import load_model
+from mptrain.recipe import Recipe
+
+
+def predicted(content, known=True):
+    """Multiply-adds for one input, from the model without weights; known: its data is here."""
+    recipe = Recipe.model_validate(content)
+    assert "baseline_fp32" in plan.dry_run(recipe)
+    model = plan._model(recipe, False)[0]
+    example = plan._example(recipe, model, plan._data(recipe, False) if known else None)
+    return plan._outlook(model, plan._structure(recipe, model), recipe.data.max_length, example).macs
+
+
+@pytest.mark.parametrize("task", ["image-classification", "audio-classification"])
+def test_multiply_adds_are_those_of_an_input_of_the_data(task, tmp_path):
+    """A picture was taken for 197 tokens, and a sound for as many tokens as it has samples."""
+    content = tiny_tasks.recipe(task, tmp_path)
+    recipe = Recipe.model_validate(content)
+    model = load_model(recipe.model, None, seed=0)
+    structure = find_structure(model)
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)} if recipe.model.kind.unit is None else None
+    inputs = inputs or {"input_values": torch.randn(1, 800)}
+    rows = costs.layer_costs(structure, costs.measure_extents(model, structure, inputs))
+    expected = sum(row["macs"] for row in rows)
+    assert expected > 0 and predicted(content) == predicted(content, known=False) == expected
+
+
+def test_a_convolutional_network_has_the_multiply_adds_of_its_convolutions(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    made = tiny_tasks.images(tmp_path)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 512, "width": 512}).save_pretrained(tmp_path / "model")
+    content = tiny_tasks.recipe("image-classification", tmp_path / "other") | {
+        "model": {"path": str(tmp_path / "model"), "task": "image-classification"},
+        "data": made["data"],
+        "stages": [{"id": "dense", "train": {"epochs": 1, "lr": 1e-3}}],
+    }
+    content["export"][0]["of"] = ["dense"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ResNetForImageClassification(config).eval()(pixel_values=torch.randn(1, 3, 512, 512))
+    assert predicted(content) == counter.get_total_flops() // 2 > 1e7
