@@ -95,7 +95,7 @@ def guess_task(config: PreTrainedConfig) -> str:
     fits = {name: [len(end) for end in kind.endings if head.endswith(end)] for name, kind in TASKS.items()}
     longest = max((max(lengths) for lengths in fits.values() if lengths), default=0)  # LMHeadModel is no bare Model
     named = [TASKS[name] for name, lengths in fits.items() if longest in lengths]
-    found = [kind for kind in named if _has_head(config, kind)] or named
+    found = [kind for kind in named if _has_head(config, kind)] or [kind for kind in named if not kind.bare]
     found = found or [kind for kind in TASKS.values() if kind.assumed and _has_head(config, kind)]
     problem = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else None)
     found.sort(key=lambda kind: kind.problem != problem)  # as transformers tells the tasks of one head apart
@@ -105,7 +105,10 @@ def guess_task(config: PreTrainedConfig) -> str:
 
 
 def _has_head(config: PreTrainedConfig, kind: TaskSpec) -> bool:
-    return kind.head is not None and type(config) in head_class(kind)._model_mapping
+    """Whether transformers has a model of the kind for the config, and one that reads what the kind does."""
+    cls = head_class(kind)._model_mapping.get(type(config), None) if kind.head is not None else None
+    cls = cls[0] if isinstance(cls, tuple | list) else cls
+    return cls is not None and (kind.processor != "tokenizer" or cls.main_input_name == "input_ids")
 
 
 def made_up(model: PreTrainedModel, kind: TaskSpec, samples: int, length: int | None = None) -> Samples:
