@@ -29,6 +29,7 @@ from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.weights import palettize
+from mptrain.compress.weights.times import predicted_seconds
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.signature import Batch
 from mptrain.data.load import Task, load_data
@@ -40,7 +41,7 @@ from mptrain.export.torch.cached_decoder import check_exports
 from mptrain.flow import input_checks, preflight
 from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
 from mptrain.models.samples import made_up
-from mptrain.recipe import Planning, Recipe, Stage
+from mptrain.recipe import Planning, Recipe, Stage, WeightOnly
 from mptrain.recipe.plan import phases, variants
 
 Tables = Mapping[str, palettize.Table]
@@ -79,7 +80,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     console.print(f"output: {recipe.output.dir}\n")
     if data is not None and "labels" in data.facts:
         console.print("\n".join([*class_lines(data.facts["labels"]), ""]), markup=False, highlight=False)
-    console.print(_stages(recipe, rows, outlook, speed))
+    console.print(_stages(recipe, rows, outlook, speed, _compressing(recipe, model, data, speed)))
     tables = {stage.id: palettize.tables(model, stage.palettize) for stage in recipe.stages if stage.palettize}
     console.print(_variants(recipe, tables, outlook))
     for line in _caches(recipe, structure):
@@ -90,7 +91,21 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     return text.getvalue()
 
 
-def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
+def _compressing(recipe: Recipe, model: PreTrainedModel, data: Task | None, speed: float) -> dict[str, float]:
+    """Seconds of weight-only quantization, by stage."""
+    length = float(recipe.data.max_length)
+    count = recipe.data.calibration.samples
+    if data is not None:
+        length, count = statistics.fmean(data.train.lengths), min(count, len(data.train))
+    tokens = round(length * count)
+    return {
+        stage.id: predicted_seconds(model, stage.quantize, tokens, speed)
+        for stage in recipe.stages
+        if isinstance(stage.quantize, WeightOnly)
+    }
+
+
+def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float, compressing: Mapping[str, float]) -> Table:
     table = Table(title="Phases", title_justify="left", box=None, pad_edge=False)
     for name in ("stage", "phase", "steps", "does", "time"):
         table.add_column(name, justify="right" if name in ("steps", "time") else "left")
@@ -98,6 +113,8 @@ def _stages(recipe: Recipe, rows: int, outlook: Outlook, speed: float) -> Table:
     for stage in recipe.stages:
         for phase in phases(stage, rows):
             seconds = _seconds(stage, "prune" in phase.methods, phase.steps, outlook, speed)
+            if stage.id in compressing and not phase.steps:
+                seconds = compressing[stage.id]
             total += seconds
             does = _does(recipe.precision.compute, stage, phase)
             table.add_row(stage.id, phase.name, f"{phase.start}–{phase.end}", does, _minutes(seconds))
