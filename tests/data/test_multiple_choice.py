@@ -131,6 +131,22 @@ def test_acc_norm_divides_by_characters_without_the_delimiter(tmp_path):
     assert (acc.value, norm.value) == (1.0, 0.0)
 
 
+def test_batches_are_bounded_by_the_size_of_their_logits(tmp_path, monkeypatch):
+    questions = task(tmp_path)
+    widths = []
+
+    def forward(batch):
+        widths.append(batch["input_ids"].numel())
+        return {"logits": torch.zeros(*batch["input_ids"].shape, len(questions._tokenizer))}
+
+    whole = [score.value for score in questions.evaluate(forward)]
+    assert max(widths) > 40
+    widths.clear()
+    monkeypatch.setattr("mptrain.data.lm_eval.questions.BATCH_BYTES", 4 * len(questions._tokenizer) * 40)
+    assert [score.value for score in questions.evaluate(forward)] == whole
+    assert max(widths) <= 40 and len(widths) > 1
+
+
 def test_contexts_that_choices_share_run_once(tmp_path):
     questions = MultipleChoice(MOODS, tiny_tasks._tokenizer(["input_ids", "attention_mask"]), 60)
     assert questions.questions[0].choices == ["very good", "very bad", "very fine"]

@@ -34,14 +34,14 @@ from mptrain.core.errors import DataError, MptrainError
 from mptrain.core.progress import progress as said
 from mptrain.data.lm_eval.rows import read_rows
 from mptrain.data.lm_eval.task_file import Row, TaskFile, read_task
-from mptrain.data.tasks.base import Batch, Outputs
+from mptrain.data.tasks.base import BATCH_BYTES, Batch, Outputs
 from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.data.tasks.text import pad, tokenize
 
 log = logging.getLogger(__name__)
 
 SEED = 1234  # of lm-eval's few-shot sampler
-_TOKENS = 4096  # of a batch: its logits in float32 are 800 MB with a vocabulary of 50,000
+_TOKENS = 4096  # the most of a batch; fewer where their logits in float32 would be above BATCH_BYTES
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,11 @@ class MultipleChoice:
                 waiting.setdefault(request.inputs, []).append((question, choice))
         found = [np.zeros(len(each)) for each in self.requests]
         order = sorted(waiting, key=lambda tokens: (-len(tokens), tokens))
+        tokens_at_once = min(_TOKENS, BATCH_BYTES // (4 * len(self._tokenizer)))
         with torch.no_grad(), said(progress or "", len(order), shown=progress is not None) as bar:
             start = 0
             while start < len(order):
-                rows = order[start : start + max(1, _TOKENS // len(order[start]))]
+                rows = order[start : start + max(1, tokens_at_once // len(order[start]))]
                 examples = [{"input_ids": np.array(r), "attention_mask": np.ones(len(r), np.int64)} for r in rows]
                 logits = torch.as_tensor(forward(pad(examples, self._tokenizer, side="right"))["logits"])
                 for row, tokens in zip(logits, rows, strict=True):
