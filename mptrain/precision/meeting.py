@@ -5,6 +5,7 @@ or multiplied with. torch promotes in elementwise operations, which is right, an
 a layer norm). So, as autocast does,
 
     refused mixture    fp32 operands -> compute dtype (what an operation writes into keeps its dtype)
+    refused in half    half operands -> fp32 (Fourier transforms, inverses)
     a loss of half     half operands -> fp32
 
 and nothing else changes: a product of two fp32 tensors stays in fp32. Seeing every operation costs 4 us for each, half
@@ -15,6 +16,7 @@ torch.nn casts its inputs, any other module is watched again, but not the module
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +32,8 @@ from torch.utils.hooks import RemovableHandle
 from mptrain.precision.link import Link
 
 log = logging.getLogger(__name__)
+
+Verdict = Callable[[Any, torch.dtype], Any]
 
 HALF = (torch.float16, torch.bfloat16)
 LOSSES = {
@@ -72,8 +76,8 @@ class Meeting:
         """whether operations of a module are watched; False for those that a watched one calls"""
         self._known: set[Any] = set()
         self._told: set[str] = set()
-        self._refused: dict[Any, bool] = {}
-        self._mode = _Mode(self._refused, dtype)
+        self._verdicts: dict[Any, Verdict] = {}
+        self._mode = _Mode(self._verdicts, dtype)
         self._on = False
         self._before: list[bool | None] = []
         self._first: _First | None = None
@@ -194,7 +198,7 @@ class _First:
         self.met: dict[nn.Module, bool] = {}
         """modules in which fp32 met half, and whether it was none of their inputs"""
         self._stack: list[tuple[nn.Module, tuple]] = [(meeting.model, tuple(inputs.values()))]
-        self._mode = _Mode(meeting._refused, meeting.dtype, self._found)
+        self._mode = _Mode(meeting._verdicts, meeting.dtype, self._found)
         self._hooks = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
@@ -243,51 +247,69 @@ class _First:
 
 
 class _Mode(TorchFunctionMode):
-    """Gives one dtype to what torch refuses to mix. refused: what was found out, by function and dtypes."""
+    """Gives one dtype to what torch refuses. verdicts: what an operation needs, by function and dtypes."""
 
     def __init__(
-        self, refused: dict[Any, bool], dtype: torch.dtype, found: Callable[[list[Any]], None] = lambda tensors: None
+        self,
+        verdicts: dict[Any, Verdict],
+        dtype: torch.dtype,
+        found: Callable[[list[Any]], None] = lambda tensors: None,
     ) -> None:
         super().__init__()
-        self._refused, self._dtype, self._found = refused, dtype, found
+        self._verdicts, self._dtype, self._found = verdicts, dtype, found
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = list(_floats((args, kwargs)))
         dtypes = tuple(t.dtype for t in tensors)
-        half = self._dtype in dtypes
-        if half and func in LOSSES:
-            self._found([])
-            return func(*_up(args, self._dtype), **_up(kwargs, self._dtype))
-        if not half or torch.float32 not in dtypes:
+        if self._dtype not in dtypes:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name.startswith(INTO_FIRST):
-            self._found(tensors)
+        if func in LOSSES:
+            verdict: Verdict = _up
+        elif torch.float32 not in dtypes:
+            verdict = self._verdicts.get((func, dtypes), _as_it_is)
+        elif name.startswith(INTO_FIRST):
             change = _up if getattr(args[0], "dtype", None) == torch.float32 else _down
+            self._found(tensors)
             return func(args[0], *change(args[1:], self._dtype), **change(kwargs, self._dtype))
-        if (func, dtypes) not in self._refused:
-            self._refused[func, dtypes] = self._refuses(func, name, tensors, args, kwargs)
-        if not self._refused[func, dtypes]:
+        else:
+            if (func, dtypes) not in self._verdicts:
+                self._verdicts[func, dtypes] = self._judge(func, name, tensors, args, kwargs)
+            verdict = self._verdicts[func, dtypes]
+        if verdict is not _as_it_is:
+            self._found(tensors)
+            return func(*verdict(args, self._dtype), **verdict(kwargs, self._dtype))
+        try:
             return func(*args, **kwargs)
+        except RuntimeError:
+            if torch.float32 in dtypes:
+                raise
+            verdict = self._judge(func, name, tensors, args, kwargs, choices=(_up,))  # half is refused as such
+            if verdict is _as_it_is:
+                raise
+        self._verdicts[func, dtypes] = verdict
         self._found(tensors)
-        return func(*_down(args, self._dtype), **_down(kwargs, self._dtype))
+        return func(*verdict(args, self._dtype), **verdict(kwargs, self._dtype))
 
-    def _refuses(self, func: Any, name: str, tensors: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Tries it: an attempt on the side, for one that failed with gradients would have saved its inputs for them."""
+    def _judge(
+        self,
+        func: Any,
+        name: str,
+        tensors: list[Tensor],
+        args: tuple,
+        kwargs: dict[str, Any],
+        choices: tuple[Verdict, ...] = (),
+    ) -> Verdict:
+        """The first that torch takes. On the side, for an attempt that fails has saved its inputs for gradients."""
         if name.endswith("_") or name in ("batch_norm", "instance_norm") or "out" in kwargs:
-            return False  # writes into something (a batch norm its statistics), which is not done twice
+            return _as_it_is  # writes into something (a batch norm its statistics), which is not done twice
         devices = {t.device for t in tensors if t.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            try:
-                func(*args, **kwargs)
-            except RuntimeError:
-                try:
-                    func(*_down(args, self._dtype), **_down(kwargs, self._dtype))
-                except RuntimeError:
-                    return False  # the dtypes are not what it fails for
-                return True
-        return False
+        for verdict in choices or (_as_it_is, _down, _up):
+            with torch.no_grad(), torch.random.fork_rng(devices), contextlib.suppress(RuntimeError):
+                func(*verdict(args, self._dtype), **verdict(kwargs, self._dtype))
+                return verdict
+        return _as_it_is  # the dtypes are not what it fails for
 
 
 def _is_fp32(value: Any) -> bool:
@@ -313,6 +335,10 @@ def _down(value: Any, dtype: torch.dtype) -> Any:
 
 def _up(value: Any, dtype: torch.dtype) -> Any:
     return _cast(value, dtype, torch.float32)
+
+
+def _as_it_is(value: Any, dtype: torch.dtype) -> Any:
+    return value
 
 
 def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
