@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 JOBS ?= 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all lint docs setup-bench clean
+.PHONY: setup demo test test-all soak lint docs setup-bench clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/mptrain recipe jpqd-bert.yaml
+
+# 10,000 broken recipes and some 700 damaged files; a repeated command continues
+SOAK := benchmarks/results/soak-$(shell date +%Y-%m-%d).json
+
+soak: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.soak --json $(SOAK)
 
 lint: setup
 	$(BIN)/ruff check .

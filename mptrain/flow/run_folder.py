@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.core.disk import Busy, held_at_once, is_held, read_json, write_json
-from mptrain.core.errors import ResumeError, UserError
+from mptrain.core.errors import MptrainError, ResumeError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
         return
     before, now = read_json(path), json.loads(json.dumps(identity))
+    if not isinstance(before, dict):
+        raise MptrainError(f"{path}: is no description of a run, so it is damaged. Start again with --fresh.")
     if before.get("format") != now.get("format"):
         raise ResumeError(
             f"{folder} holds a run of another version of mptrain (its stages have format {before.get('format', 1)},"

@@ -219,7 +219,11 @@ class Interpreter:
     def _look_up(self, value: Value, values: dict[str, Value]) -> Value:
         if not isinstance(value, Name):
             return value
-        return values[value.name] if value.name in values else self._constants[value.name]
+        if value.name in values:
+            return values[value.name]
+        if value.name not in self._constants:
+            raise UserError(f"{self.package}: nothing makes the value {value.name!r}; the package is damaged.")
+        return self._constants[value.name]
 
     def _look_up_half(self, value: Value, values: dict[str, Value]) -> Value:
         found = self._look_up(value, values)

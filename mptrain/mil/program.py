@@ -126,7 +126,7 @@ class Program:
 
 
 def read_program(package: Path | str, function: str = "main") -> Program:
-    """Raises UserError for what is not a package with an ML program, or has no such function."""
+    """Raises UserError for what is not a package with an ML program, is damaged, or has no such function."""
     package = Path(package)
     try:
         spec = ct.utils.load_spec(str(package))
@@ -140,6 +140,16 @@ def read_program(package: Path | str, function: str = "main") -> Program:
     weights = package / "Data" / "com.apple.CoreML" / "weights"
     reader = _Reader(TranscriptionContext(str(weights)))
     found = functions[function]
+    try:
+        return _program(spec, found, reader)
+    except Exception as error:  # of coremltools' reader: RuntimeError, ValueError, KeyError, struct.error, …
+        raise UserError(
+            f"{package}: its program or weights cannot be read ({type(error).__name__}: {error}): it is damaged or not"
+            " whole. Copy the whole folder again, or export the model again."
+        ) from error
+
+
+def _program(spec: Any, found: Any, reader: _Reader) -> Program:
     main = reader.block(found.block_specializations[found.opset])
     described = {item.name: item.type.multiArrayType for item in spec.description.input}
     inputs, states = [], {}

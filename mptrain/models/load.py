@@ -30,7 +30,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from mptrain.core.errors import ModelError
+from mptrain.core.errors import ModelError, MptrainError
 from mptrain.core.hooks import is_quantized
 from mptrain.data.sources import packaged
 from mptrain.models.head import drop_pooler, fit_head
@@ -50,7 +50,9 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
     try:
         with _quiet():
             return PROCESSORS[spec.kind.processor](spec, path, options)
-    except _LOADING as error:
+    except MptrainError:
+        raise
+    except Exception as error:  # the tokenizers library raises no kind of its own
         raise _unloadable(spec, "processor (tokenizer, image processor or feature extractor)", error) from error
 
 

@@ -93,7 +93,7 @@ def read_table(file: str, option: str, wanted: Iterable[str] = ()) -> Table:
         raise DataError(f"{option}: {file} is none of the formats that can be read: {', '.join(FORMATS)}.")
     try:
         table = _parse(path, form, f"{option} ({file})", list(wanted))
-    except (OSError, EOFError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except Exception as error:  # each format has its own: zlib.error, EOFError, csv.Error, ArrowInvalid, RecursionError
         raise DataError(
             f"{option}: {path.absolute()} could not be read as {form[1:]}: {error}. Repair the file, or rename it"
             " if its ending is wrong."

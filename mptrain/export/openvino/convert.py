@@ -249,7 +249,8 @@ class Runner:
     threads: all usable ones by default. precision: of the floating-point part; "f32" by
     default, for OpenVINO would take bf16 on CPUs that have it. `precision` afterwards is what
     the plugin really took: on a CPU without bf16 or f16 it silently stays f32. Activations are not
-    quantized on the fly, as OpenVINO does by default before compressed weights.
+    quantized on the fly, as OpenVINO does by default before compressed weights. Raises ExportError for a file
+    that OpenVINO does not take.
     """
 
     def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
@@ -258,7 +259,14 @@ class Runner:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         self.xml = Path(xml)
-        self.compiled = ov.Core().compile_model(self.xml, "CPU", options)
+        try:
+            self.compiled = ov.Core().compile_model(self.xml, "CPU", options)
+        except RuntimeError as error:  # the plugin's own, of many lines
+            reason = " ".join(str(error).split())[-300:]
+            raise ExportError(
+                f"{self.xml}: OpenVINO cannot read or compile it (…{reason}). The file or its .bin is damaged or not"
+                " whole, or the plugin does not know an operation: export the model again."
+            ) from error
         self.precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.inputs = [port.any_name for port in self.compiled.inputs]
         self.outputs = [port.any_name for port in self.compiled.outputs]
