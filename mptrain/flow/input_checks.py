@@ -10,11 +10,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -27,6 +30,8 @@ from mptrain.models.load import load_processor, read_config, skeleton
 from mptrain.models.positions import positions_of, token_rows
 from mptrain.models.probe import probe
 from mptrain.recipe import Recipe, Stage
+
+log = logging.getLogger(__name__)
 
 AGREE = 1e-2
 """of the largest output: 22 architectures are below 4e-4 where their padding is right, and above 0.2 where it is not"""
@@ -46,6 +51,8 @@ def check(
     if recipe.model.kind.processor == "tokenizer":
         check_sizes(skeleton(recipe.model, config, allow_code), data.processor, recipe.data.max_length)
         check_padding(recipe, data, config, allow_code)
+    if recipe.model.kind.processor == "audio":
+        _say_padding_of_sounds(recipe, data, config, allow_code)
     for stage in recipe.stages:
         path = _teacher(recipe, stage)
         if path is not None:
@@ -121,6 +128,31 @@ def padding_difference(model: nn.Module, batch: Mapping[str, Tensor], kept: Tens
     return worst / largest if largest else 0.0
 
 
+@torch.no_grad()
+def _say_padding_of_sounds(recipe: Recipe, data: Task, config: PreTrainedConfig, allow_code: bool) -> None:
+    """A warning for a model whose outputs for a sound change with the silence behind it.
+
+    No error: some are trained so, without a mask (wav2vec2-base), and their processor asks for it.
+    """
+    order = sorted(range(len(data.train)), key=lambda i: (data.train.lengths[i], i))
+    rows = [data.train[order[0]], data.train[order[-1]]]
+    model = probe(recipe.model, config, allow_code) if data.train.lengths[order[0]] < max(data.train.lengths) else None
+    if model is None:
+        return
+    names = [port.name for port in data.outputs()]
+    together = _outputs(model, data.without_targets(data.collate(rows)), names)
+    alone = _outputs(model, data.without_targets(data.collate(rows[:1])), names)
+    for name, value in alone.items():
+        differs = float((together[name][:1] - value).abs().max() / value.abs().max().clamp(min=1e-12))
+        if differs > AGREE:
+            log.warning(
+                "model.path: the outputs of a %s for a sound change with the silence that pads it (by %.0f%% of the"
+                " largest, random weights): its processor makes no attention mask. Scores depend on what a sound is"
+                " batched with; evaluate.batch_size: 1 scores each alone.",
+                type(model).__name__, 100 * differs,
+            )  # fmt: skip
+
+
 def _outputs(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     found = model(**batch)
     return {name: found[name].float() for name in names if name in found}
@@ -170,6 +202,7 @@ def _check_teacher(recipe: Recipe, stage: Stage, path: str, data: Task, allow_co
     if data.labels is not None:
         fit_head(model, data.labels, (), new_head=False, problem=spec.kind.problem)
     if spec.kind.processor != "tokenizer":
+        check_teacher_processor(data.processor, load_processor(spec, allow_code), spec.kind.processor, field)
         return
     check_teacher_ids(data.processor, load_processor(spec, allow_code), _texts(data), field)
     check_sizes(model, data.processor, recipe.data.max_length, of="teacher's ")
@@ -200,6 +233,38 @@ def check_teacher_ids(student: Any, teacher: Any, texts: list[str], field: str) 
                 f"{field}: its tokenizer gives other ids than the student's for {text[:60]!r}: {two[:8]}, the student's"
                 f" {one[:8]}. {fix}"
             )
+
+
+def check_teacher_processor(student: Any, teacher: Any, kind: str | None, field: str) -> None:
+    """Raise ModelError for an image processor or feature extractor that makes another input of the same picture or
+    sound, for the teacher sees what the student's makes."""
+    draw = np.random.default_rng(0)
+    if kind == "image":
+        picture = Image.fromarray(draw.integers(0, 255, (61, 47, 3), dtype=np.uint8))
+        one, two = (p(images=picture, return_tensors="np") for p in (student, teacher))
+    elif kind == "audio":
+        if student.sampling_rate != teacher.sampling_rate:
+            raise ModelError(
+                f"{field}: it hears {teacher.sampling_rate} samples a second, the student {student.sampling_rate}; give"
+                " a teacher of the same rate."
+            )
+        rate = student.sampling_rate
+        wave = (0.3 * draw.standard_normal(rate)).astype(np.float32)
+        one, two = (p([wave], sampling_rate=rate, padding=True, return_tensors="np") for p in (student, teacher))
+    else:
+        return
+    for name in set(one) & set(two):
+        ours, theirs = np.asarray(one[name]), np.asarray(two[name])
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, atol=1e-3):
+            how = f"of shape {list(theirs.shape)} where the student's have {list(ours.shape)}"
+            how = how if ours.shape != theirs.shape else f"that differ by up to {np.abs(ours - theirs).max():.2g}"
+            raise ModelError(
+                f"{field}: its processor makes {name} {how}. It sees what the student's processor makes: give a teacher"
+                " with the same preprocessor_config.json, or fine-tune one from model.path."
+            )
+    if not set(one) & set(two):
+        taken, made = ", ".join(sorted(two)), ", ".join(sorted(one))
+        raise ModelError(f"{field}: it takes {taken}, the student {made}; give another.")
 
 
 def _texts(data: Task) -> list[str]:

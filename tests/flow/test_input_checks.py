@@ -180,3 +180,49 @@ def test_the_dry_run_lists_the_classes(tmp_path, capsys):
     assert ["class", "train", "validation", "test"] in lines
     counts = {line[0]: sum(map(int, line[1:])) for line in lines if line and line[0] in ("'fresh'", "'rotten'")}
     assert len(counts) == 2 and sum(counts.values()) == 240
+
+
+def taught_by_copy(folder, task):
+    """A recipe of a task whose teacher is a copy of its model, with the data's classes."""
+    recipe = tiny_tasks.recipe(task, folder)
+    shutil.copytree(folder / "model", folder / "teacher")
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    labels = {"image-classification": ["below", "left", "right"], "audio-classification": ["high", "low"]}[task]
+    config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    config["label2id"] = {label: i for i, label in enumerate(labels)}
+    (folder / "teacher" / "config.json").write_text(json.dumps(config))
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["stages"][0] |= {"teacher": str(folder / "teacher"), "distill": {"weight": 0.5}}
+    recipe["export"][0] |= {"of": ["dense"], "precision": ["fp32"]}
+    return recipe
+
+
+CHANGES = [
+    (
+        "image-classification",
+        {"image_mean": [0.1, 0.2, 0.3]},
+        r"teacher: its processor makes pixel_values that differ by",
+    ),
+    ("image-classification", {"size": {"height": 8, "width": 8}}, r"of shape \[1, 3, 8, 8\] where the student's have"),
+    ("audio-classification", {"sampling_rate": 16000}, r"it hears 16000 samples a second, the student 8000"),
+    ("audio-classification", {"do_normalize": False}, r"teacher: its processor makes input_values that differ by"),
+]
+
+
+@pytest.mark.parametrize(("task", "change", "said"), CHANGES)
+def test_a_teacher_that_sees_or_hears_otherwise_is_refused(tmp_path, task, change, said):
+    recipe = taught_by_copy(tmp_path, task)
+    check(recipe)
+    file = tmp_path / "teacher" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelError, match=said):
+        check(recipe)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_sound_whose_outputs_change_with_padding_is_a_warning(tmp_path, mask, caplog):
+    recipe = tiny_tasks.recipe("audio-classification", tmp_path)
+    file = tmp_path / "model" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"return_attention_mask": mask}))
+    check(recipe)
+    assert ("change with the silence that pads it" in caplog.text) == (not mask)
