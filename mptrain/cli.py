@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from importlib import import_module
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         return _fail(OUT_OF_MEMORY, 1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _fail(f"{str(error.filename)[:60]}… is longer than a path can be; give the right one.", 2)
         if any(reason in str(error) for reason in NO_SPACE):
             return _fail(f"the disk is full ({error}). Free some space; the same command continues the run.", 1)
         if any(reason in str(error) for reason in NO_MEMORY):

@@ -115,11 +115,14 @@ def _of_values(draw: random.Random, text: str) -> str:
         return text
 
 
-def _places(data: Any) -> Any:
+def _places(data: Any, depth: int = 0) -> Any:
+    """Every entry, with what holds it; an anchor may make data hold itself."""
+    if depth > 20:
+        return
     items = list(data.items()) if isinstance(data, dict) else list(enumerate(data)) if isinstance(data, list) else []
     for key, value in items:
         yield data, key
-        yield from _places(value)
+        yield from _places(value, depth + 1)
 
 
 def _inside(value: Any, holder: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, StringConstraints
@@ -15,6 +17,24 @@ def _no_folder(name: str) -> str:
     return name
 
 
+def _possible(path: str) -> str:
+    """What no file system can hold, pathlib raises about in ways of its own wherever it is asked for."""
+    if "\0" in path:
+        raise ValueError(f"{path[:40]!r} holds a NUL character, which no path does; remove it")
+    encoded = path.encode("utf-8", "surrogatepass")
+    longest = max(re.split(rb"[/\\]", encoded), key=len)
+    if len(longest) > 255 or len(encoded) > 4000:
+        raise ValueError(f"{path[:40]!r}… is {len(encoded)} bytes long, more than a path can be; give the right one")
+    if path.startswith("~"):
+        try:
+            Path(path).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{path[:40]!r} names a home folder that is not there; write the whole path") from None
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_possible)]
+"""a path, or a name where a path may stand"""
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9._-]+$", max_length=100), AfterValidator(_no_folder)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mptrain.recipe import tasks
-from mptrain.recipe.base import Strict
+from mptrain.recipe.base import PathText, Strict
 from mptrain.recipe.tasks import TASKS, TaskSpec
 
 
@@ -29,13 +29,15 @@ TaskName = Annotated[
 class Checkpoint(Strict):
     """A model as it is saved, whatever it is for."""
 
-    path: str = Field(description="packaged:NAME, a local folder, or a hub name")
+    path: PathText = Field(description="packaged:NAME, a local folder, or a hub name")
     attn: Literal["sdpa", "eager"] = "sdpa"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="replaces every dropout probability of the model's config"
     )
     trust_remote_code: bool = Field(False, description="also needs --allow-code on the command line")
-    modeling: str | None = Field(None, description="a local .py file with the model class; also needs --allow-code")
+    modeling: PathText | None = Field(
+        None, description="a local .py file with the model class; also needs --allow-code"
+    )
 
 
 class Model(Checkpoint):
@@ -73,13 +75,15 @@ class Data(Strict):
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_columns)
     __pydantic_extra__: dict[str, str | None]
 
-    source: str | None = Field(
+    source: PathText | None = Field(
         None, description="packaged:NAME, a `datasets` folder or a hub name; then train/validation/test are split names"
     )
     config: str | None = Field(None, description="configuration name of a hub data set")
-    train: str | None = Field(None, description="a csv, tsv, jsonl, parquet or txt file, or a split name of `source`")
-    validation: str | None = Field(None, description="like train; without it `split` cuts it off")
-    test: str | None = Field(None, description="like train; without it `split` cuts it off")
+    train: PathText | None = Field(
+        None, description="a csv, tsv, jsonl, parquet or txt file, or a split name of `source`"
+    )
+    validation: PathText | None = Field(None, description="like train; without it `split` cuts it off")
+    test: PathText | None = Field(None, description="like train; without it `split` cuts it off")
     split: Split = Split()
     labels: list[str | int] | None = Field(
         None, description="class names by index, where a class may lack in train; default: those of the training split"

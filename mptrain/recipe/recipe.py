@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Data, Model
 from mptrain.recipe.exports import Export
 from mptrain.recipe.precision import MixedPrecision, ShortPrecision
@@ -35,7 +35,7 @@ class Evaluate(Strict):
     floor: bool = Field(
         True, description="where the task has one, also score a model without a network: TF-IDF + logistic regression"
     )
-    multiple_choice: Annotated[list[str], Field(min_length=1)] | None = Field(
+    multiple_choice: Annotated[list[PathText], Field(min_length=1)] | None = Field(
         None, description="causal LM: paths of multiple_choice task files of lm-eval, scored on every exported variant"
     )
 
@@ -74,7 +74,7 @@ class Planning(Strict):
 
 
 class Output(Strict):
-    dir: Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
+    dir: Annotated[PathText, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
         description="the folder of the run: checkpoints, exported models, report"
     )
     resume: Literal["auto", "never"] = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Train
 from mptrain.recipe.method import MethodConfig
 from mptrain.recipe.prune import Prune
@@ -35,7 +35,7 @@ class Stage(Strict):
         None, alias="from", description="stage id to start from, or 'model'; default: the previous stage"
     )
     train: Train | None = None
-    teacher: str | None = Field(None, description="a stage id, a model path, or 'self': the stage's own start")
+    teacher: PathText | None = Field(None, description="a stage id, a model path, or 'self': the stage's own start")
     prune: Prune | None = None
     quantize: Quantize | None = None
     palettize: Palettize | None = None

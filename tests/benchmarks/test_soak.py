@@ -10,7 +10,7 @@ from kit.tiny_models import inputs as batch_of
 from kit.tiny_models import tiny as model_of
 
 from benchmarks.soak import cases, inputs, recipes
-from mptrain.core.errors import DataError, ExportError, ModelError, MptrainError, UserError
+from mptrain.core.errors import DataError, ExportError, ModelError, MptrainError, RecipeError, UserError
 from mptrain.data.sources.tables import read_table
 from mptrain.export.coreml.convert import export_coreml
 from mptrain.export.openvino.convert import Runner, export_openvino
@@ -107,3 +107,34 @@ def test_a_run_file_that_describes_no_run_is_named(tmp_path):
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(MptrainError, match=r"run.json: is no description of a run"):
         check_identity(tmp_path, {"format": 3})
+
+
+IMPOSSIBLE = {
+    "a" * 300: "bytes long",
+    "é" * 200: "bytes long",
+    "a/" * 2100: "bytes long",
+    "a\0b": "NUL",
+    "~nobody-here": "home folder",
+}
+FIELDS = ["model.path", "data.train", "data.source", "stages.dense.teacher", "output.dir", "evaluate.multiple_choice"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_what_no_path_can_be_is_the_fields_fault(tmp_path, field):
+    """pathlib raises OSError, ValueError or RuntimeError about these, wherever one is first asked for."""
+    for path, said in IMPOSSIBLE.items():
+        described = tiny.jpqd(tmp_path)
+        *names, last = field.split(".")
+        holder = described
+        for name in names:
+            holder = (
+                next(s for s in holder if s["id"] == name) if isinstance(holder, list) else holder.setdefault(name, {})
+            )
+        holder[last] = [path] if last == "multiple_choice" else path
+        with pytest.raises(RecipeError, match=rf"(?s){field}.*{said}"):
+            file.validate(described, "test")
+
+
+def test_a_path_on_the_command_line_that_is_too_long_is_named(capsys):
+    assert cases.main(["validate", "x" * 5000 + ".yaml"]) == 2
+    assert "is longer than a path can be" in capsys.readouterr().err
