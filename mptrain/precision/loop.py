@@ -270,10 +270,15 @@ class MasterWeights(MasterOptimizer):
         return self.scaler.logs(self.grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-identical resume needs besides the model's buffers: tensors, numbers and strings."""
+        """All a bit-identical resume needs but buffers and frozen weights, which are the model's: tensors, numbers and
+        strings."""
         return {**super().state_dict(), "loss_scale": self.scaler.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.scaler.load_state_dict(state_dict["loss_scale"])
+        self.zero_grad()
+
+    def load_plain_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_plain_state_dict(state_dict)
         self.zero_grad()

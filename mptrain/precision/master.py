@@ -66,13 +66,22 @@ class Masters:
         for flat in self.flats:
             flat.sync()
 
-    def read(self) -> dict[str, Tensor]:
-        """fp32 values by parameter name; views of the masters, or joined when split."""
-        return {name: flat.read_master(entry) for name, (flat, entry) in self.by_name.items()}
+    def read(self, *, trained: bool = False) -> dict[str, Tensor]:
+        """fp32 values by parameter name, or of what is trained only; the masters' own memory, or joined when split."""
+        return {n: f.read_master(e) for n, (f, e) in self.by_name.items() if e.group is not None or not trained}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        for name, (flat, entry) in self.by_name.items():
-            flat.write_master(entry, values[name])
+        for name, value in values.items():
+            flat, entry = self.by_name[name]
+            flat.write_master(entry, value)
+
+    def frozen(self) -> int:
+        """A sum over the bits of the fp32 values that no optimizer trains, split or not."""
+        total = 0
+        for flat in self.flats:
+            *high, low = (int(bits[flat.trained :].sum(dtype=torch.int64)) for bits in flat.bits)
+            total += low + (sum(high) << 16)
+        return total
 
     # -- the model in fp32
 

@@ -302,9 +302,13 @@ class MasterOptimizer(torch.optim.Optimizer):
     # -- state
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state and groups, and `masters`: fp32 values by parameter name."""
+        """torch's state and groups, and `masters`: fp32 values of what it trains, by parameter name.
+
+        Frozen weights are the model's, as in fp32 training; a sum over their bits tells whether they are the same.
+        """
         self._settle()
-        return {**self.optimizer.state_dict(), "format": FORMAT, "masters": self.masters.read()}
+        state = self.optimizer.state_dict()
+        return {**state, "format": FORMAT, "masters": self.masters.read(trained=True), "frozen": self.masters.frozen()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -312,20 +316,44 @@ class MasterOptimizer(torch.optim.Optimizer):
         if state_dict.get("format") != FORMAT:
             raise ResumeError(
                 "the optimizer state holds no fp32 masters, so resuming from it would round the weights to"
-                f" {self.policy.compute}. To go on from a plain fp32 run, load its model and optimizer first and"
-                " build MasterWeights on them."
+                f" {self.policy.compute}. To go on from a plain fp32 run, load its model, then its optimizer with"
+                " load_plain_state_dict."
             )
         self._settle()
         values = state_dict["masters"]
-        own = {name: entry.shape for name, (_, entry) in self.masters.by_name.items()}
-        wrong = [n for n in own if n not in values or values[n].shape != own[n]] + [n for n in values if n not in own]
+        own = {name: (entry.shape, entry.group) for name, (_, entry) in self.masters.by_name.items()}
+        wrong = [
+            n for n, (shape, group) in own.items() if (n in values or group is not None) and _shape(values, n) != shape
+        ]
+        wrong += [n for n in values if n not in own]
         if wrong:
             raise ResumeError(
                 f"the masters of the state are not those of this model: {len(wrong)} of {len(own)} differ in name or"
                 f" shape (first: {wrong[0]}). Build the same model with the same keep_fp32, then load."
             )
-        self.optimizer.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        self._load_plain(state_dict)
         self.masters.write(values)
+        if state_dict.get("frozen", self.masters.frozen()) != self.masters.frozen():
+            log.warning(
+                "the frozen weights are not those that this optimizer state was saved beside: load the model's own"
+                " state (its state_dict, or the same base model) as well"
+            )
+
+    def load_plain_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """State of a torch optimizer on the same parameters in fp32: moments and settings; the masters stay.
+
+        So load the model's fp32 weights first.
+        """
+        self._settle()
+        self._load_plain(state_dict)
+
+    @torch.no_grad()
+    def _load_plain(self, state_dict: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         if self.rule is not None:
             for flat in self.flats:
                 moments.take_over(self.optimizer, flat, self.rule)
+
+
+def _shape(values: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return values[name].shape if name in values else None

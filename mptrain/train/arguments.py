@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -16,6 +19,9 @@ HELP = (
     "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, fp32, or the mapping of a recipe's"
     " `precision` field (on a command line as JSON)."
 )
+
+
+_taken = contextvars.ContextVar("taken", default=False)
 
 
 @dataclass
@@ -40,6 +46,28 @@ class TrainingArguments(transformers.TrainingArguments):
                 )
             self.precision = parse(self.precision).model_dump(mode="json")
         super().__post_init__()
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """As transformers has it; its Trainer asks when it is made, so here it is told that it ignores `precision`."""
+        compute = "fp32" if self.precision is None else parse(self.precision).compute
+        if compute != "fp32" and not _taken.get():
+            raise UserError(
+                f"precision (compute {compute}) acts in mptrain.Trainer only, and these arguments were given to another"
+                " one: use mptrain.Trainer (class T(mptrain.Trainer, YourTrainer) where you have a subclass), or"
+                f" {compute}=True of transformers for autocast"
+            )
+        return super().place_model_on_device
+
+
+@contextlib.contextmanager
+def taken() -> Iterator[None]:
+    """Inside, a Trainer is made that knows `precision`."""
+    token = _taken.set(True)
+    try:
+        yield
+    finally:
+        _taken.reset(token)
 
 
 def parse(value: Any) -> MixedPrecision:

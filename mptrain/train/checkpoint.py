@@ -29,6 +29,15 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 PLAIN_WEIGHTS = "model.safetensors"
 
+FOREIGN = ("optimizer.pt", "scheduler.pt")
+"""files in which transformers' own Trainer looks for what a checkpoint of ours keeps elsewhere"""
+STOP = """This is no pickle. It makes transformers.Trainer stop, which would go on from this checkpoint with a fresh
+optimizer: the state is in optimizer.safetensors and scheduler.json. Resume with mptrain.Trainer, or make
+files that transformers.Trainer resumes from:
+
+    python -c "from mptrain.train.checkpoint import for_transformers; for_transformers('{folder}')"
+"""
+
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +82,32 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict without the second names of tied tensors."""
     return unique_tensors(model)[0]
+
+
+def second_names(model: nn.Module) -> set[str]:
+    """Names of tied tensors that a file does without."""
+    return set(unique_tensors(model)[1])
+
+
+def stop_transformers(folder: Path) -> None:
+    """Let transformers' own Trainer fail on a checkpoint of ours, instead of starting its optimizer anew in silence."""
+    for name in FOREIGN:
+        (folder / name).write_text(STOP.format(folder=folder))
+
+
+def for_transformers(folder: str | Path) -> None:
+    """Write the optimizer and the scheduler of a checkpoint as transformers' own Trainer reads them.
+
+    Masters are left out, for the checkpoint's weights are fp32. Raises UserError when it is no whole checkpoint of
+    mptrain.Trainer.
+    """
+    folder = Path(folder)
+    why = fault(folder)
+    if why is not None:
+        raise UserError(f"{folder} is not a whole checkpoint of mptrain.Trainer: {why}")
+    state = load_state(folder / "optimizer")
+    torch.save({k: state[k] for k in ("state", "param_groups")}, folder / FOREIGN[0])
+    torch.save(load_state(folder / "scheduler"), folder / FOREIGN[1])
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -123,7 +158,7 @@ def seal(folder: Path, **facts: Any) -> None:
     files = {
         str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)}
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != MANIFEST
+        if p.is_file() and p.name not in (MANIFEST, *FOREIGN)
     }
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps({"files": files, **facts}, indent=1))

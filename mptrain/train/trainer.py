@@ -1,8 +1,8 @@
 """A drop-in `transformers.Trainer` with compressors, distillation and half precision with fp32 masters.
 
-With nothing enabled it trains step for step as transformers.Trainer does. Its checkpoints
-hold no pickle: optimizer, scheduler and random states are safetensors and JSON, and a
-manifest tells a whole checkpoint from a truncated one (see `checkpoint.py`).
+With nothing enabled it trains step for step as transformers.Trainer does, but for a loss that transformers
+would multiply by accumulation and ranks (see `loss_items.py`). Its checkpoints hold no pickle, and a
+truncated one is told from a whole one (see `saving.py`).
 
 With `TrainingArguments(precision=…)` the model's parameters become half when training begins, the
 optimizer becomes `MasterWeights` (precision/loop.py), and what is saved are the fp32 masters.
@@ -12,49 +12,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from mptrain.compress.base import TrainingMethod
 from mptrain.core.errors import UserError
-from mptrain.core.hooks import HOOKS, is_quantized
-from mptrain.precision import MasterWeights
+from mptrain.core.hooks import HOOKS
 from mptrain.precision.casting import cast
 from mptrain.precision.half import computing_in
 from mptrain.precision.policy import DTYPES, Compute
 from mptrain.recipe import MixedPrecision
-from mptrain.train import checkpoint, half
-from mptrain.train.arguments import parse
+from mptrain.train import half, loss_items
+from mptrain.train.arguments import parse, taken
 from mptrain.train.distill import Distiller
+from mptrain.train.saving import Saving
 
 log = logging.getLogger(__name__)
 
 
-class Trainer(transformers.Trainer):
+class Trainer(Saving):
     """`transformers.Trainer` plus `compressors` (already prepared on the model) and a `distiller`.
 
     With a distiller the loss is averaged per micro-batch, not per token over the whole
     accumulation, so a `compute_loss_func` cannot be given with it. Raises UserError and TypeError.
     """
 
-    # transformers calls these optional; while training they are there
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
-
     def __init__(
         self, *args: Any, compressors: Sequence[TrainingMethod] = (), distiller: Distiller | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with taken():
+            super().__init__(*args, **kwargs)
         _check_kinds(compressors, distiller)
         if distiller is not None and self.compute_loss_func is not None:
             raise UserError("give a distiller or a compute_loss_func, not both: a distiller mixes the model's own loss")
@@ -64,6 +56,9 @@ class Trainer(transformers.Trainer):
         self.compressors = list(compressors)
         self.distiller = distiller
         self._gradients_seen = False
+        self._leaf: torch.Tensor | None = None
+        """number of items, while it is not known whether the loss is divided by it"""
+        self._items_known = False
         self._terms: dict[str, torch.Tensor] = {}
         self._term_count = 0
         if self.precision.compute != "fp32" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -85,25 +80,33 @@ class Trainer(transformers.Trainer):
     # -- optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if fresh:
-            for compressor in self.compressors:
-                for group in compressor.parameter_groups():
-                    optimizer.add_param_group(group)
+        super().create_optimizer(model)
+        return self._equip()
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if training:  # the optimizer is there, perhaps from a `create_optimizer` of a subclass
+            self._equip()
+        return super()._wrap_model(model, training, *args, **kwargs)
+
+    def _equip(self) -> torch.optim.Optimizer:
+        """Give the optimizer, whoever made it, what compressors train, and masters."""
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            if self.compressors or self.precision.compute != "fp32":
+                raise UserError(
+                    f"create_optimizer of {type(self).__name__} left {self.optimizer!r} in self.optimizer: it has to"
+                    " set self.optimizer to a torch.optim optimizer before precision and compressors can act"
+                )
+            return self.optimizer
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for compressor in self.compressors:
+            for group in compressor.parameter_groups():
+                if not known & {id(p) for p in group["params"]}:
+                    self.optimizer.add_param_group(group)
         if self.precision.compute != "fp32" and self.master_weights is None:
-            self.optimizer = optimizer = half.build(self.model, optimizer, self.precision)
+            self.optimizer = half.build(self.model, self.optimizer, self.precision)
         if self.master_weights is not None:
             self.accelerator.scaler = half.StepScaler(self.master_weights)
-        return optimizer
-
-    @property
-    def master_weights(self) -> MasterWeights | None:
-        """The masters and what steps them, once training has begun with a half `precision`."""
-        optimizer = self.optimizer
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        return optimizer if isinstance(optimizer, MasterWeights) else None
+        return self.optimizer
 
     @property
     def _half(self) -> bool:
@@ -139,6 +142,50 @@ class Trainer(transformers.Trainer):
         return [n for n in super().get_decay_parameter_names(model) if HOOKS not in n]
 
     # -- one step
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        parts = getattr(self, "current_gradient_accumulation_steps", 1) * self.args.world_size * max(self.args.n_gpu, 1)
+        if (
+            self._items_known
+            or num_items_in_batch is None
+            or self.compute_loss_func is not None
+            or (self.args.gradient_accumulation_steps == 1 and parts == 1)
+        ):
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._items_known = True
+        self._leaf = loss_items.as_leaf(num_items_in_batch, self.args.device)
+        asked = self.compute_loss
+        self.compute_loss = self._first_loss(asked)  # type: ignore[method-assign]
+        try:
+            return super().training_step(model, inputs, self._leaf)
+        finally:
+            del self.compute_loss
+            self._leaf = None
+
+    def _first_loss(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """`compute_loss`, perhaps of a subclass, that finds out what its loss is before anything divides it."""
+
+        def first(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            averaged = self.args.average_tokens_across_devices
+            self.args.average_tokens_across_devices = False  # a mean must not be multiplied by the ranks
+            try:
+                loss = compute(model, inputs, *args, **kwargs)
+            finally:
+                self.args.average_tokens_across_devices = averaged
+            if loss_items.depends_on(loss, self._leaf):  # type: ignore[arg-type]
+                return loss * max(self.args.world_size, self.args.n_gpu) if averaged else loss
+            self.model_accepts_loss_kwargs = False
+            log.warning(
+                "the loss of %s is the mean of a micro-batch, whatever num_items_in_batch says, so it is divided by the"
+                " number of micro-batches here; transformers.Trainer would train with it multiplied by accumulation"
+                " and ranks",
+                type(self.model).__name__,
+            )
+            return loss
+
+        return first
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -232,120 +279,6 @@ class Trainer(transformers.Trainer):
                 logs.update(self.master_weights.logs())
         super().log(logs, start_time)
 
-    # -- checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; a checkpoint that is not whole is never resumed from.
-
-        resume_from_checkpoint: True for the newest whole checkpoint in `args.output_dir`, or a folder. Raises
-        UserError when there is none, or when the folder given is not whole.
-        """
-        if resume_from_checkpoint and not self._sharded:
-            resume_from_checkpoint = str(checkpoint.usable(resume_from_checkpoint, Path(str(self.args.output_dir))))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    @property
-    def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _compressed(self) -> bool:
-        config = getattr(self.model, "config", None)
-        return is_quantized(self.model) or getattr(config, "mptrain_structure", None) is not None
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            # a killed attempt; without its manifest it does not count while it is written again
-            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-        facts = self.checkpoint_facts()
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and not self._sharded:
-            checkpoint.seal(folder, step=self.state.global_step, **facts)
-        self.accelerator.wait_for_everyone()
-
-    def checkpoint_facts(self) -> dict[str, Any]:
-        """More to write into the manifest, for subclasses. Called by every process, written by one."""
-        return {}
-
-    def _in_fp32(self, *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """Inside, the model's parameters are fp32: those it has, or the masters."""
-        return contextlib.nullcontext() if self.master_weights is None else self.master_weights.exposed(write=write)
-
-    def save_weights(self, path: Path) -> None:
-        with self._in_fp32():
-            checkpoint.save_weights(self.model, path)
-
-    def load_weights(self, path: Path) -> None:
-        with self._in_fp32(write=True):
-            checkpoint.load_weights(self.model, path)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        if self._compressed() and not self._sharded:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.save_weights(folder / checkpoint.WEIGHTS)
-        else:
-            with _plain_names(self.model), self._in_fp32():
-                super()._save(output_dir, state_dict)
-            # transformers pickles its arguments here; nothing of ours is ever unpickled
-            (folder / "training_args.bin").unlink(missing_ok=True)
-        (folder / "training_args.json").write_text(self.args.to_json_string())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if (folder / checkpoint.WEIGHTS).is_file():
-            self.load_weights(folder / checkpoint.WEIGHTS)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        weights = Path(str(self.state.best_model_checkpoint)) / checkpoint.WEIGHTS
-        if weights.is_file():
-            self.load_weights(weights)
-        else:
-            super()._load_best_model()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            folder = Path(output_dir)
-            checkpoint.save_state(self.optimizer.state_dict(), folder / "optimizer")
-            checkpoint.save_state(self.lr_scheduler.state_dict(), folder / "scheduler")
-            for compressor in self.compressors:
-                checkpoint.save_state(compressor.state_dict(), folder / f"compressor-{compressor.name}")
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        folder = Path(checkpoint_folder) if checkpoint_folder else None
-        if folder is None or self._sharded or not (folder / "optimizer.json").is_file():
-            return super()._load_optimizer_and_scheduler(checkpoint_folder)
-        self.optimizer.load_state_dict(checkpoint.load_state(folder / "optimizer"))
-        self.lr_scheduler.load_state_dict(checkpoint.load_state(folder / "scheduler"))
-        for compressor in self.compressors:
-            compressor.load_state_dict(checkpoint.load_state(folder / f"compressor-{compressor.name}"))
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.master_weights is None:  # with masters the loss scale is part of the optimizer's state
-            super()._save_scaler(output_dir)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.master_weights is None:
-            super()._load_scaler(checkpoint)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        os.makedirs(output_dir, exist_ok=True)
-        checkpoint.save_state(checkpoint.rng_state(), Path(output_dir) / f"rng-{self.args.process_index}")
-
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None:
-            return
-        path = Path(checkpoint_folder) / f"rng-{self.args.process_index}"
-        if path.with_suffix(".json").is_file():
-            checkpoint.set_rng_state(checkpoint.load_state(path))
-        else:
-            super()._load_rng_state(checkpoint_folder)
-
 
 def _check_kinds(compressors: Sequence[Any], distiller: Any) -> None:
     for compressor in compressors:
@@ -366,22 +299,3 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._updated(state.global_step)
-
-
-@contextlib.contextmanager
-def _plain_names(model: nn.Module) -> Iterator[None]:
-    """Save under the names the model has in memory.
-
-    transformers 5 writes back the names a file was loaded with (`LayerNorm.gamma`), which
-    resuming does not find again.
-    """
-    missing = object()
-    before = getattr(model, "_weight_conversions", missing)
-    if before is missing:
-        yield
-        return
-    setattr(model, "_weight_conversions", [])  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(model, "_weight_conversions", before)  # noqa: B010

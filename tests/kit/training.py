@@ -41,6 +41,32 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+class AtTheStart(transformers.TrainerCallback):
+    """Keeps weights (masters), moments and schedule as training begins, after a checkpoint was loaded.
+
+    A run that is resumed at its last step still takes one, with transformers too.
+    """
+
+    def attach(self, trainer):
+        self.trainer = trainer
+        trainer.add_callback(self)
+        return trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        t = self.trainer
+        half = getattr(t, "master_weights", None)
+        plain = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+        self.weights = plain if half is None else masters(t)
+        states = t.optimizer.state_dict()["state"]
+        self.moments = {i: {k: torch.as_tensor(x).clone() for k, x in s.items()} for i, s in states.items()}
+        self.schedule = t.lr_scheduler.state_dict()["last_epoch"]
+
+    def has_moments(self, expected):
+        return bool(expected) and all(
+            torch.equal(self.moments[i][k], x) for i, s in expected.items() for k, x in s.items()
+        )
+
+
 class Poison(transformers.TrainerCallback):
     """Makes the embedding's output NaN from a step on."""
 
