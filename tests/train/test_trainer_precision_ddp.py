@@ -47,7 +47,6 @@ def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), evalua
     if ranks > 1:
         options["ddp_backend"] = "gloo"
     t = Trainer(m, arguments(folder, **(options | kwargs)), train_dataset=Rows(), callbacks=callbacks)
-    t.model_accepts_loss_kwargs = False  # micro-batches are averaged, not their tokens
     if evaluate_first:
         t.evaluate(Rows())
     t.train(resume_from_checkpoint=resume)
