@@ -122,7 +122,7 @@ def test_a_failing_rank_ends_all(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         "import os, sys\n"
-        "from mptrain.train import stage, phase\n"
+        "from mptrain.train import phase\n"
         "def fail(*a, **k): raise RuntimeError('rank 1 breaks')\n"
         "if os.environ['RANK'] == '1': phase.PhaseTrainer.training_step = fail\n"
         "from mptrain.cli import main\n"
