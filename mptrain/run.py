@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.core.disk import write_json
-from mptrain.core.errors import DataError, GateFailed
+from mptrain.core.errors import GateFailed
 from mptrain.core.host import host
-from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
-from mptrain.data.load import load_data
-from mptrain.export.torch.cached_decoder import check_exports
-from mptrain.flow import input_checks, preflight
+from mptrain.flow import preflight
 from mptrain.flow.identity import identity, versions
 from mptrain.flow.reuse import check_reuse, take_stages
 from mptrain.flow.run_folder import check_identity, clear, locked
 from mptrain.flow.stage import Context, keep_start, method_facts, run_phase
 from mptrain.flow.stage_inputs import inputs_of
 from mptrain.flow.variants import Variants
-from mptrain.models.load import load_processor, read_config
 from mptrain.recipe import Recipe
 from mptrain.recipe.plan import phases
 from mptrain.report import build
@@ -66,18 +62,9 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
 def _steps(
     recipe: Recipe, peers: Any, folder: Path, allow_code: bool, reuse: Sequence[Path], fresh: bool = False
 ) -> dict[str, Any]:
-    preflight.check_exports(recipe)
-    if any(export.cache for export in recipe.export):
-        check_exports(recipe, read_config(recipe.model, allow_code))
-    model = preflight.model_of(recipe, allow_code)
-    if model is not None:
-        preflight.check_model(recipe, model)
-    processor = load_processor(recipe.model, allow_code)
-    data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
-    preflight.check_data(recipe, data, peers.num_processes)
-    input_checks.check(recipe, data, read_config(recipe.model, allow_code), allow_code=allow_code)
-    preflight.check_head(recipe, data, allow_code)
-    questions = read_questions(recipe, processor, allow_code)
+    inputs = preflight.check(recipe, allow_code=allow_code, processes=peers.num_processes)
+    data, questions = inputs.data, inputs.questions
+    assert data is not None  # only a dry run does without
     if peers.is_main_process:
         described = identity(recipe, data, peers.num_processes, questions, allow_code=allow_code)
         if fresh:
@@ -90,7 +77,7 @@ def _steps(
         return files.read(folder)
 
     plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
-    context = Context(inputs_of(recipe), data, processor, folder, plan, peers, allow_code)
+    context = Context(inputs_of(recipe), data, inputs.processor, folder, plan, peers, allow_code)
     if recipe.baseline == "model":
         keep_start(context, recipe.model, recipe.seed)
     trained = [(phase, run_phase(context, phase)) for stage in recipe.stages for phase in plan[stage.id]]
@@ -117,24 +104,6 @@ def _steps(
     write_json(folder / REPORT, report)  # the truth first: a page that cannot be rendered never costs the run
     files.render(report, folder)
     return report
-
-
-def read_questions(recipe: Recipe, tokenizer: Any, allow_code: bool) -> list[MultipleChoice]:
-    """The tasks of evaluate.multiple_choice. Raises DataError, also for an input that an export cannot read."""
-    if not recipe.evaluate.multiple_choice:
-        return []
-    length = context_length(read_config(recipe.model, allow_code), tokenizer)
-    tasks = read_tasks(recipe.evaluate.multiple_choice, tokenizer, length)
-    for export in recipe.export:
-        limit = export.longest()
-        for task in tasks:
-            if limit is not None and task.longest > limit.tokens:
-                raise DataError(
-                    f"export.{export.id}.{limit.field}: {limit.tokens} is less than the {task.longest} tokens of the"
-                    f" longest question of {task.facts['file']}; raise it, or drop the task from"
-                    " evaluate.multiple_choice."
-                )
-    return tasks
 
 
 def seconds(phases: dict[str, float]) -> dict[str, float]:

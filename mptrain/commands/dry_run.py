@@ -14,34 +14,26 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.weights import palettize
 from mptrain.compress.weights.times import predicted_seconds
-from mptrain.core.errors import ModelError, UserError
+from mptrain.core.errors import ModelError
 from mptrain.core.signature import Batch
-from mptrain.data.load import Task, load_data
-from mptrain.data.sources import packaged
-from mptrain.data.sources.splits import SPLITS
-from mptrain.data.sources.tables import read_table
+from mptrain.data.load import Task
 from mptrain.data.tasks.labels import class_lines
-from mptrain.export.torch.cached_decoder import check_exports
-from mptrain.flow import input_checks, preflight
-from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
+from mptrain.flow import preflight
 from mptrain.models.samples import made_up
-from mptrain.recipe import Planning, Recipe, Stage, WeightOnly
+from mptrain.recipe import Recipe, Stage, WeightOnly
 from mptrain.recipe.plan import phases, variants
 
 Tables = Mapping[str, palettize.Table]
@@ -59,16 +51,13 @@ class Outlook:
 
 def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
-    preflight.check_exports(recipe)
-    data = _data(recipe, allow_code)
-    model, model_from, known = _model(recipe, allow_code)
-    check_exports(recipe, model.config)
-    if known and recipe.model.modeling is None:
-        preflight.check_model(recipe, model)
-    if data is not None:
-        preflight.check_data(recipe, data)
-        if known:
-            input_checks.check(recipe, data, model.config, offline=True)
+    inputs = preflight.check(recipe, allow_code=allow_code, offline=True)
+    data, model, said = inputs.data, inputs.architecture.model, inputs.architecture.said
+    if model is None:
+        raise ModelError(
+            f"model.path: the class of {recipe.model.path} cannot be built on torch's meta device, without weights, so"
+            " that a dry run can predict nothing; run the recipe itself."
+        )
     rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
     structure = _structure(recipe, model)
     outlook = _outlook(model, structure, recipe.data.max_length, _example(recipe, model, data))
@@ -76,7 +65,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     text = io.StringIO()
     console = Console(width=110, file=text)
     console.print(f"{recipe.name}: {recipe.description}")
-    console.print(f"model: {recipe.model.path} ({model_from}); data: {rows:,} training rows ({rows_from})")
+    console.print(f"model: {recipe.model.path} ({said}); data: {rows:,} training rows ({rows_from})")
     console.print(f"output: {recipe.output.dir}\n")
     if data is not None and "labels" in data.facts:
         console.print("\n".join([*class_lines(data.facts["labels"]), ""]), markup=False, highlight=False)
@@ -265,53 +254,6 @@ def _outlook(model: torch.nn.Module, structure: Structure | None, length: int, e
     rows = costs.layer_costs(structure, length if example is None else costs.measure_extents(model, structure, example))
     encoder = sum(r["params"] for r in rows)
     return Outlook(encoder, embeddings, total - encoder - embeddings, sum(r["macs"] for r in rows))
-
-
-def _model(recipe: Recipe, allow_code: bool) -> tuple[PreTrainedModel, str, bool]:
-    """The model without weights, where its sizes are from, and whether they are the model's own."""
-    spec = recipe.model
-    path = packaged.cached(spec.path) if spec.path.startswith(packaged.PREFIX) else Path(spec.path).expanduser()
-    if path is not None and (path.exists() or not HUB_NAME.fullmatch(spec.path)):
-        return skeleton(spec, read_config(spec, allow_code), allow_code), "its config is here", True
-    try:
-        config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return skeleton(spec, _assumed(recipe.planning)), "not on this machine; sizes from planning", False
-    return skeleton(spec, config), "cached by the hub client", True
-
-
-def _assumed(planning: Planning) -> PreTrainedConfig:
-    try:
-        return AutoConfig.for_model(planning.model_type, **planning.config)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"planning.model_type: transformers makes no config of {planning.model_type!r} with {planning.config}"
-            f" ({str(error).splitlines()[0]}); give the model_type of a transformers config, e.g. bert."
-        ) from None
-
-
-def _data(recipe: Recipe, allow_code: bool) -> Task | None:
-    """Only data that is on this machine is read; None without it, or without the model's processor."""
-    source, spec = recipe.data.source, recipe.model
-    if source is None:
-        for name in SPLITS:
-            file = getattr(recipe.data, name)
-            if file is not None and not Path(file).expanduser().is_file():
-                read_table(file, f"data.{name}")  # raises
-    elif source.startswith(packaged.PREFIX):
-        if packaged.cached(source) is None:
-            return None
-    elif not Path(source).expanduser().exists():
-        return None
-    if spec.path.startswith(packaged.PREFIX):
-        if packaged.cached(spec.path) is None:
-            return None
-    elif not Path(spec.path).expanduser().is_dir():
-        try:
-            spec = spec.model_copy(update={"path": snapshot_download(spec.path, local_files_only=True)})
-        except (LocalEntryNotFoundError, HFValidationError):
-            return None
-    return load_data(recipe.data, spec.task, load_processor(spec, allow_code), seed=recipe.seed)
 
 
 def _assumed_rows(recipe: Recipe) -> int:

@@ -1,8 +1,9 @@
-"""What can be known before any training is said before any training, by a run and by a dry run alike.
+"""What can be known before any training is said before any training: one function, for a run and a dry run alike.
 
-A pattern that matches no module, a budget that cannot be reached, an input that an export cannot
-read: each would otherwise end a run after hours. `check_model` needs the model's config,
-`check_data` the data; neither needs weights.
+A pattern that matches no module, a budget that cannot be reached, an input that an export cannot read, a package of
+a version that nobody tried: each would otherwise end a run after hours. What needs no model comes first, then what
+needs the model without its weights, then what needs the data. Everything raises UserError or one of its kinds, naming
+the field; only a package that is missing is a ModuleNotFoundError, of which the command line makes a message.
 """
 
 from __future__ import annotations
@@ -10,27 +11,51 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptrain.compress.base import Site
+from mptrain.compress.methods import method_class
 from mptrain.compress.prune.base import Warmup
-from mptrain.compress.structure.budget import Budget
-from mptrain.compress.structure.find import find_structure
-from mptrain.compress.structure.scopes import resolve
 from mptrain.core.errors import DataError, ModelError, UserError
 from mptrain.core.pins import untested
+from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import Task
-from mptrain.models.load import has_trained_head, read_config, skeleton
-from mptrain.recipe import Keep, Ptq, Qat, Recipe, Stage
+from mptrain.export.torch.cached_decoder import check_exports as check_caches
+from mptrain.flow import input_checks
+from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
+from mptrain.models.load import has_trained_head, has_weights
+from mptrain.recipe import Ptq, Qat, Recipe
 from mptrain.recipe.exports.base import compressed
 from mptrain.recipe.plan import phases
 
 log = logging.getLogger(__name__)
 
 
+def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offline: bool = False) -> Inputs:
+    """The inputs of the recipe, all of them checked. offline: nothing is downloaded, and what is not on this machine
+    is left unchecked.
+    """
+    check_exports(recipe)
+    found = read_architecture(recipe, allow_code=allow_code, offline=offline)
+    check_caches(recipe, found.config)
+    if found.known and found.model is not None:
+        check_model(recipe, found.model)
+    processor = read_processor(recipe.model, allow_code=allow_code, offline=offline)
+    data = read_data(recipe, processor, offline=offline)
+    if data is not None:
+        check_data(recipe, data, processes)
+        if found.known:
+            input_checks.check(recipe, data, found.config, allow_code=allow_code, offline=offline)
+        check_head(recipe, data, allow_code, offline)
+    questions = [] if processor is None else read_questions(recipe, found.config, processor, offline=offline)
+    return Inputs(found, processor, data, questions)
+
+
 def check_exports(recipe: Recipe) -> None:
-    """Raises ModuleNotFoundError for what an export needs and is missing, UserError for versions and weights that it
-    does not take. Warns of versions whose private parts are not tested."""
+    """What an export needs and is missing, versions and weights that it does not take. Warns of versions whose
+    private parts are not tested."""
     used = {"torch", "transformers"} | {package.name for export in recipe.export for package in export.packages}
     if any(isinstance(stage.quantize, Qat | Ptq) for stage in recipe.stages):
         used.add("nncf")
@@ -45,33 +70,27 @@ def check_exports(recipe: Recipe) -> None:
                     raise UserError(f"stages.{stage.id}.{field}: export.{export.id} cannot hold it: {stored.how}.")
 
 
-def model_of(recipe: Recipe, allow_code: bool = False) -> PreTrainedModel | None:
-    """The recipe's model without weights; None where nothing is to be checked, or its code comes with it."""
-    asked = any(stage.prune for stage in recipe.stages)
-    asked = asked or any(patterns for stage in recipe.stages for _, patterns in _patterns(stage))
-    if not asked or recipe.model.modeling is not None:
-        return None
-    return skeleton(recipe.model, read_config(recipe.model, allow_code), allow_code)
-
-
 def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
-    """model: as of `model_of`. Raises UserError and its kinds, naming the field."""
-    names = [name for name, _ in model.named_modules()]
+    """What the methods of every stage ask of the model. model: without weights, as the recipe starts from it."""
+    text = recipe.model.kind.unit == "tokens"
+    dense = not hasattr(model.config, "mptrain_structure")
     for stage in recipe.stages:
-        for field, patterns in _patterns(stage):
-            resolve(patterns, names, f"stages.{stage.id}.{field}")
-        if stage.prune is not None:
-            _check_pruning(recipe, stage, model)
+        before = [method for earlier in recipe.chain(stage.id)[1:] for method in earlier.methods]
+        for method in stage.methods:
+            shapes = not any(other.reshapes for other in [*before, *stage.methods] if other is not method)
+            site = Site(method.field, recipe.data.max_length if text else None, exact=dense and shapes)
+            with _in_stage(stage.id, method.field):
+                method_class(method).check(method, model, site)
 
 
 def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
-    """Raises UserError and its kinds, naming the field."""
+    """What stages, exports and measurements ask of the data."""
     for length in recipe.evaluate.latency.length:
         data.example(1, length)
     for stage in recipe.stages:
         for phase in phases(stage, len(data.train), processes):
             if stage.prune is not None and stage.prune.field in phase.methods:
-                with _named(stage):
+                with _in_stage(stage.id, stage.prune.field):
                     Warmup.of(stage.prune.schedule, phase_steps=phase.steps, steps_per_epoch=phase.steps_per_epoch)
     longest = max(length for split in (data.train, data.test) for length in split.lengths)
     for export in recipe.export:
@@ -84,16 +103,40 @@ def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
             )
 
 
+def read_questions(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, *, offline: bool = False
+) -> list[MultipleChoice]:
+    """The tasks of evaluate.multiple_choice, offline those whose rows are here. config: of the model."""
+    if not recipe.evaluate.multiple_choice:
+        return []
+    tasks = read_tasks(recipe.evaluate.multiple_choice, tokenizer, context_length(config, tokenizer), offline=offline)
+    for export in recipe.export:
+        limit = export.longest()
+        for task in tasks:
+            if limit is not None and task.longest > limit.tokens:
+                raise DataError(
+                    f"export.{export.id}.{limit.field}: {limit.tokens} is less than the {task.longest} tokens of the"
+                    f" longest question of {task.facts['file']}; raise it, or drop the task from"
+                    " evaluate.multiple_choice."
+                )
+    return tasks
+
+
 def untrained(recipe: Recipe) -> list[str]:
     """Exported stages whose model no stage has trained: what the recipe starts from must have its head."""
     exported = dict.fromkeys(stage_id for export in recipe.export for stage_id in export.of)
     return [stage_id for stage_id in exported if not any(stage.train for stage in recipe.chain(stage_id))]
 
 
-def check_head(recipe: Recipe, data: Task, allow_code: bool = False) -> None:
-    """Raises ModelError for a model without a trained head that would be exported as it is, at random."""
+def check_head(recipe: Recipe, data: Task, allow_code: bool = False, offline: bool = False) -> None:
+    """A model without a trained head that would be exported as it is, at random."""
     stages = untrained(recipe)
-    if stages and recipe.model.kind.new_head and not has_trained_head(recipe.model, data.labels, allow_code):
+    if not stages or not recipe.model.kind.new_head:
+        return
+    spec = on_this_machine(recipe.model) if offline else recipe.model
+    if spec is None or (offline and spec.path != recipe.model.path and not has_weights(spec.path)):
+        return
+    if not has_trained_head(spec, data.labels, allow_code):
         raise ModelError(
             f"model.path: {recipe.model.path} has no head that is trained"
             f"{f' for the classes {list(data.labels)}' if data.labels else ''}, and nothing trains one for"
@@ -102,38 +145,12 @@ def check_head(recipe: Recipe, data: Task, allow_code: bool = False) -> None:
         )
 
 
-def _patterns(stage: Stage) -> Iterator[tuple[str, list[str]]]:
-    quantize, palettize = stage.quantize, stage.palettize
-    if quantize is not None:
-        yield "quantize.ignore", quantize.ignore
-        if isinstance(quantize, Qat | Ptq):
-            yield "quantize.bits", list(quantize.bits)
-        else:
-            yield "quantize.overrides", list(quantize.overrides)
-    if palettize is not None:
-        yield "palettize.ignore", palettize.ignore
-        yield "palettize.overrides", list(palettize.overrides)
-
-
-def _check_pruning(recipe: Recipe, stage: Stage, model: PreTrainedModel) -> None:
-    assert stage.prune is not None
-    with _named(stage):
-        structure = find_structure(model, ignore=stage.prune.ignore)
-        keep: Keep | None = stage.prune.keep
-        pruned_before = any(before.prune for before in recipe.chain(stage.id)[1:])
-        text = recipe.model.kind.unit == "tokens"
-        # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
-        if keep is None or keep.latency is not None or (keep.macs is not None and not text) or pruned_before:
-            return
-        floors = {name: getattr(stage.prune, name) for name in ("min_heads", "min_ffn", "round_ffn")}
-        Budget(structure, keep, length=recipe.data.max_length, **floors)
-
-
 @contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Errors that begin with the name of a field say in which stage it is."""
+def _in_stage(stage: str, field: str) -> Iterator[None]:
+    """Errors that begin with a field of the stage say in which stage it is."""
     try:
         yield
     except UserError as error:
         text = str(error)
-        raise type(error)(f"stages.{stage.id}.{text}" if text.startswith("prune.") else text) from None
+        named = text.startswith((f"{field}.", f"{field}:"))
+        raise type(error)(f"stages.{stage}.{text}" if named else text) from None

@@ -175,7 +175,16 @@ def read_config(spec: Checkpoint, allow_code: bool = False) -> PreTrainedConfig:
 
 
 def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> PreTrainedModel:
-    """The model without weights, on torch's meta device. Raises ModelError where the task has no such model."""
+    """The model without weights, on torch's meta device. Raises ModelError where the task has no such model.
+
+    config: as `read_config` gives it. `spec.modeling` builds by its own, and raises whatever its code raises.
+    """
+    if spec.modeling is not None:
+        path, options = _locate(spec, allow_code)
+        cls = _model_class(Path(spec.modeling), path)
+        own = _config(spec, cls, path, options)
+        with torch.device("meta"):
+            return cls(own)
     try:
         with torch.device("meta"):
             code = spec.trust_remote_code and allow_code
@@ -249,10 +258,15 @@ def _unloadable(spec: Checkpoint, what: str, error: Exception) -> ModelError:
     )
 
 
+def has_weights(folder: str | Path) -> bool:
+    """Whether a folder holds weights that are read here."""
+    return any(file.name.endswith(".safetensors") for file in Path(folder).iterdir() if file.is_file())
+
+
 def _check_weights(folder: Path) -> None:
-    files = [file.name for file in folder.iterdir() if file.is_file()]
-    if any(name.endswith(".safetensors") for name in files):
+    if has_weights(folder):
         return
+    files = [file.name for file in folder.iterdir() if file.is_file()]
     pickled = [name for name in files if name.endswith(_PICKLED)]
     if pickled:
         raise ModelError(

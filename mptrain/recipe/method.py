@@ -24,6 +24,8 @@ class MethodConfig(Strict):
     """what it is called on a model card"""
     alone: ClassVar[bool] = False
     """goes in a stage without train and prune"""
+    reshapes: ClassVar[bool] = False
+    """shapes of weights change where it is finalized"""
     last: ClassVar[bool] = False
     """it stores weights as they will be shipped: no later stage may change them"""
     again: ClassVar[bool] = False

@@ -52,6 +52,7 @@ class PruneConfig(MethodConfig):
     field = "prune"
     by = "method"
     tag = "pruning"
+    reshapes = True
 
     schedule: Schedule = Schedule(end=0)
     min_heads: Annotated[int, Field(ge=1)] = Field(1, description="kept in every layer")

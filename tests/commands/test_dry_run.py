@@ -11,6 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from mptrain.commands import dry_run as plan
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
+from mptrain.flow import preflight
 from mptrain.models.load import load_model
 from mptrain.recipe import Recipe
 
@@ -19,8 +20,9 @@ def predicted(content, known=True):
     """Multiply-adds for one input, from the model without weights; known: its data is here."""
     recipe = Recipe.model_validate(content)
     assert "baseline_fp32" in plan.dry_run(recipe)
-    model = plan._model(recipe, False)[0]
-    example = plan._example(recipe, model, plan._data(recipe, False) if known else None)
+    found = preflight.check(recipe, offline=True)
+    model = found.architecture.model
+    example = plan._example(recipe, model, found.data if known else None)
     return plan._outlook(model, plan._structure(recipe, model), recipe.data.max_length, example).macs
 
 

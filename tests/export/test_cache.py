@@ -25,10 +25,11 @@ from mptrain.export.coreai.convert import Runner
 from mptrain.export.coreml.cached import export_decoder as to_coreml
 from mptrain.export.torch.cached_decoder import CachedDecoder, padded_right, texts
 from mptrain.export.torch.texts import Texts
+from mptrain.flow.preflight import read_questions
 from mptrain.mil.interpreter import Interpreter
-from mptrain.models.load import load_model, load_processor
+from mptrain.models.load import load_model, load_processor, read_config
 from mptrain.recipe import file
-from mptrain.run import read_questions, run
+from mptrain.run import run
 from mptrain.verify import parity
 
 IDS = torch.randint(4, 50, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -302,14 +303,14 @@ def test_questions_longer_than_the_cache_are_said_before_training(tmp_path):
     made["evaluate"]["multiple_choice"] = [str(tmp_path / "lm_eval" / "moods.yaml")]
     read = file.read(rewritten(path, made)).recipe
     tokenizer = load_processor(read.model)
-    (task,) = read_questions(read, tokenizer, False)
+    (task,) = read_questions(read, read_config(read.model), tokenizer)
     made["data"]["max_length"], made["data"]["stride"] = task.longest - 1, None
     made["export"][0]["cache"] = task.longest - 1
     read = file.read(rewritten(path, made)).recipe
     with pytest.raises(
         DataError, match=rf"export\.ml\.cache: {task.longest - 1} is less than the {task.longest} tokens"
     ):
-        read_questions(read, tokenizer, False)
+        read_questions(read, read_config(read.model), tokenizer)
 
 
 def test_multiple_choice_reads_a_cached_package_as_the_model(tmp_path):

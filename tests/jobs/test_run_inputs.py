@@ -49,14 +49,6 @@ def test_a_model_of_no_family_runs_without_pruning(electra, tmp_path, capsys):
     assert variant["macs"] is None and variant["params"] > 0
 
 
-def test_a_model_of_no_family_is_not_pruned_after_training(electra, tmp_path):
-    described = tiny.jpqd(tmp_path)
-    described["model"]["path"] = electra
-    done = run(tiny.write(described, tmp_path / "recipe.yaml"), check=2)
-    assert "has no attention layers that can be pruned" in done.stderr
-    assert not (tmp_path / "run" / "stages").exists()
-
-
 def test_fresh_keeps_the_run_where_the_new_one_cannot_begin(tmp_path):
     recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
     run(recipe)
@@ -154,39 +146,6 @@ def test_stages_of_another_run_are_taken_over_on_request(tmp_path):
     assert ours["wall_s"]["dense/train"] == theirs["wall_s"]["dense/train"]
     assert ours["variants"][0]["metrics"] == theirs["variants"][0]["metrics"]
     assert {g["name"]: g["limit"] for g in ours["gates"]}["parity"] == 0.5
-
-
-BEFORE_TRAINING = [
-    ("stages.jpqd.quantize.ignore=[encodr.layer.0]", "stages.jpqd.quantize.ignore: 'encodr.layer.0' matches no module"),
-    ("stages.jpqd.quantize.bits={nowhere: 4}", "stages.jpqd.quantize.bits: 'nowhere' matches no module"),
-    ("stages.jpqd.prune.ignore=[nothing.here]", "stages.jpqd.prune.ignore: 'nothing.here' matches no module"),
-    ("stages.jpqd.prune.keep.encoder_params=0.001", "stages.jpqd.prune.keep.encoder_params: 0.001 cannot be reached"),
-    (
-        "stages.jpqd.prune.schedule.end=0.01",
-        "stages.jpqd.prune.schedule: the warm-up from 0 to 0.01 epochs",
-    ),
-    ("evaluate.latency.length=[1024]", "evaluate.latency.length: 1024"),
-    ("data.train=typo.csv", "data.train: there is no file"),
-    ("model.path=runs/no/model", "model.path: "),
-    ("export.ov.precision=[compressed]", "export.ov.precision: "),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BEFORE_TRAINING, ids=[c.partition("=")[0] for c, _ in BEFORE_TRAINING])
-def test_mistakes_are_said_before_training_by_run_and_dry_run(tmp_path, change, message):
-    recipe = tiny.write(tiny.jpqd(tmp_path), tmp_path / "recipe.yaml")
-    for option in ((), ("--dry-run",)):
-        assert message in run(recipe, "--set", change, *option, check=2).stderr
-    assert not (tmp_path / "run" / "stages").exists()
-
-
-def test_an_export_that_cannot_read_the_longest_input_is_said_before_training(tmp_path):
-    described = tiny.jpqd(tmp_path)
-    core_ml = {"id": "ml", "format": "coreml", "of": ["dense"], "shapes": {"length": [1, 2]}}
-    described["export"].append(core_ml)
-    recipe = tiny.write(described, tmp_path / "recipe.yaml")
-    for option in ((), ("--dry-run",)):
-        assert "export.ml.shapes.length: 2 is less than the longest input" in run(recipe, *option, check=2).stderr
 
 
 def test_validate_knows_exports_that_make_nothing(tmp_path, capsys):

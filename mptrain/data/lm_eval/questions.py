@@ -32,7 +32,7 @@ from transformers import PreTrainedConfig
 
 from mptrain.core.errors import DataError, MptrainError
 from mptrain.core.progress import progress as said
-from mptrain.data.lm_eval.rows import read_rows
+from mptrain.data.lm_eval.rows import on_hub, read_rows
 from mptrain.data.lm_eval.task_file import Row, TaskFile, read_task
 from mptrain.data.tasks.base import BATCH_BYTES, Batch, Outputs
 from mptrain.data.tasks.metrics import MEAN, Score
@@ -182,10 +182,13 @@ def context_length(config: PreTrainedConfig, tokenizer: Any) -> int:
     return min(size or 2048, tokenizer.model_max_length)
 
 
-def read_tasks(files: Sequence[str], tokenizer: Any, max_length: int) -> list[MultipleChoice]:
-    """The tasks of a recipe. Raises DataError, also when two have one name."""
+def read_tasks(files: Sequence[str], tokenizer: Any, max_length: int, *, offline: bool = False) -> list[MultipleChoice]:
+    """The tasks of a recipe; offline, without those whose rows are on the hub. Raises DataError, also when two have
+    one name."""
     tasks: dict[str, MultipleChoice] = {}
     for file in files:
+        if offline and on_hub(read_task(file)):
+            continue
         task = MultipleChoice(file, tokenizer, max_length)
         if task.name in tasks:
             raise DataError(

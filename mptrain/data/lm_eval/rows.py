@@ -21,6 +21,12 @@ FORMATS = ("json", "csv", "parquet", "text")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+def on_hub(task: TaskFile) -> bool:
+    """Whether the rows of a task are those of a name on the hub, or in its cache."""
+    named = task.dataset_path not in FORMATS and not task.dataset_kwargs.get("data_files")
+    return named and not Path(task.dataset_path).expanduser().is_dir() and bool(_HUB_NAME.fullmatch(task.dataset_path))
+
+
 def read_rows(task: TaskFile, splits: Iterable[str]) -> dict[str, list[Row]]:
     """Rows of the splits. Raises DataError that names the key of the task file."""
     known = ("data_files", "trust_remote_code")
