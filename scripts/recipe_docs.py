@@ -58,7 +58,8 @@ def _type(annotation: typing.Any, schema: dict) -> str:
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     if origin is typing.Annotated:
         if isinstance(arguments[1], OneOf):
-            return " or ".join(_type(member, schema) for member in arguments[1].members.values())
+            members = dict.fromkeys(arguments[1].members.values())  # one class may have several names
+            return " or ".join(_type(member, schema) for member in members)
         return _type(arguments[0], schema)
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mptrain.recipe.exports import EXPORTS
-from mptrain.recipe.exports.base import ExportSpec, Weights
+from mptrain.recipe.exports.base import ExportSpec
+from mptrain.recipe.method import Weights
 
 COMPRESSIONS = {
     "int8 of JPQD, QAT and PTQ": Weights("integers", 8, activations=True),

@@ -4,7 +4,7 @@ A stage is one or two *phases*; a phase is one optimizer, one DDP wrap, one seri
 changes the identity of a parameter inside a phase, only where a phase begins and where it ends (the boundary).
 
     check(config, skeleton, site)      before anything is trained, by run and dry run: on the model without weights
-    outlook(config, skeleton, sizes)   what a dry run predicts
+    outlook(config, skeleton, sizes)   what a dry run predicts; `seconds`, how long it takes without training
     prepare(model, tools)              the phase begins (also before a resume); the highest `order` first
         training()                     what acts in its steps, a `TrainingMethod`, if anything does
     finalize(model, tools)             the phase ends; the lowest `order` first: structure, then integers, then records
@@ -85,13 +85,24 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Tables:
+    """Weights that are stored as look-up tables. bits: to a weight, for a reader. size: bytes."""
+
+    bits: str
+    layers: int
+    weights: int
+    size: float
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A model as a dry run predicts it; a method's `outlook` returns what it makes of it.
 
     layers, embeddings, other: parameters of the attention and FFN blocks, of embeddings, of all else. macs: of the
     blocks, for one input. layer_bytes, embedding_bytes: of a parameter of (layers and all else, embeddings), as the
-    method stores it; None, as floats of the target's precision. stored: bytes and number of the weights that the
-    method stores as tables. step: the time of a training step against a plain one.
+    method stores it; None, as floats of the target's precision. tables: the weights that the method stores so, as
+    many as the skeleton has. step: the time of a training step against a plain one. known: False where only training
+    tells how much stays.
     """
 
     layers: float
@@ -100,7 +111,7 @@ class Sizes:
     macs: float
     layer_bytes: float | None = None
     embedding_bytes: float | None = None
-    tables: tuple[float, float] | None = None
+    tables: tuple[Tables, ...] = ()
     step: float = 1.0
     known: bool = True
 
@@ -181,6 +192,11 @@ class Method(Generic[Config]):
     def outlook(cls, config: Config, skeleton: nn.Module, sizes: Sizes) -> Sizes:
         """sizes: of the model as the stage gets it."""
         return sizes
+
+    @classmethod
+    def seconds(cls, config: Config, skeleton: nn.Module, tokens: int, macs_per_second: float) -> float:
+        """Of a phase without training, with calibration data of so many tokens, within about a factor of two."""
+        return 30.0
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         """The model to train, or to finalize at once; it may be another object."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,8 +27,7 @@ from mptrain.export.torch.cached_decoder import check_exports as check_caches
 from mptrain.flow import input_checks
 from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.load import has_trained_head, has_weights
-from mptrain.recipe import Ptq, Qat, Recipe
-from mptrain.recipe.exports.base import compressed
+from mptrain.recipe import Recipe
 from mptrain.recipe.plan import phases
 
 log = logging.getLogger(__name__)
@@ -57,15 +57,18 @@ def check_exports(recipe: Recipe) -> None:
     """What an export needs and is missing, versions and weights that it does not take. Warns of versions whose
     private parts are not tested."""
     used = {"torch", "transformers"} | {package.name for export in recipe.export for package in export.packages}
-    if any(isinstance(stage.quantize, Qat | Ptq) for stage in recipe.stages):
-        used.add("nncf")
+    methods = [method for stage in recipe.stages for method in stage.methods]
+    used |= {name for method in methods for name in method.packages}
     for said in untested(sorted(used)):
         log.warning("%s", said)
+    for name in sorted({name for method in methods for name in method.packages}):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     for export in recipe.export:
         export.check_installed()
         for stage_id in export.of:
             stage = recipe.stage(stage_id)
-            for field, weights in compressed(stage):
+            for field, weights in stage.leaves():
                 if (stored := export.stores(weights)).result == "refused":
                     raise UserError(f"stages.{stage.id}.{field}: export.{export.id} cannot hold it: {stored.how}.")
 

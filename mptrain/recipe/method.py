@@ -6,11 +6,30 @@ package outside are made known by `mptrain.extend.register_method`.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 from mptrain.recipe.base import Strict
 
 Need = Literal["inputs", "labels"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Compressed weights as a stage leaves them.
+
+    kind: integers with scales, or indices into tables. per: what shares a scale or table. activations: fake
+    quantizers stand on the inputs of the layers. vectors: an index stands for several weights. row_scale: a scale to
+    each row on top of the tables.
+    """
+
+    kind: Literal["integers", "tables"]
+    bits: int
+    per: Literal["tensor", "row", "block", "group"] = "row"
+    activations: bool = False
+    vectors: bool = False
+    row_scale: bool = False
 
 
 class MethodConfig(Strict):
@@ -22,6 +41,8 @@ class MethodConfig(Strict):
     """the field of the settings that tells the methods of one field apart"""
     tag: ClassVar[str]
     """what it is called on a model card"""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """what it imports beside what mptrain requires; a missing one is said before training"""
     alone: ClassVar[bool] = False
     """goes in a stage without train and prune"""
     reshapes: ClassVar[bool] = False
@@ -31,6 +52,11 @@ class MethodConfig(Strict):
     again: ClassVar[bool] = False
     """but a later stage may apply a method of the same field, which forgets what this one stored"""
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Those that the field `by` may have."""
+        return get_args(cls.model_fields[cls.by].annotation)
+
     @property
     def name(self) -> str:
         return str(getattr(self, self.by))
@@ -38,6 +64,11 @@ class MethodConfig(Strict):
     def words(self) -> str:
         """A few words for report and card."""
         return f"{self.name} {self.tag}"
+
+    def leaves(self) -> Iterator[tuple[str, Weights]]:
+        """The kinds of compressed weights that it leaves, each with the field that asks for it; exports are asked
+        whether they hold them, and have precisions that go with them."""
+        yield from ()
 
     def needs(self) -> frozenset[Need]:
         """Data to calibrate on: model inputs, batches with labels."""

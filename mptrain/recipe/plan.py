@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mptrain.core.errors import RecipeError
-from mptrain.recipe import ExportSpec, Ptq, Qat, Recipe, Schedule, Stage, Train
+from mptrain.recipe import ExportSpec, Recipe, Schedule, Stage, Train
 from mptrain.recipe.method import MethodConfig
 
 
@@ -106,10 +106,10 @@ def variants(recipe: Recipe) -> list[Planned]:
             )
         for stage_id in export.of:
             stage = recipe.stage(stage_id)
-            quantized = isinstance(stage.quantize, Qat | Ptq)
             for precision in _fitting(export, stage):
                 name = "baseline" if stage_id == recipe.baseline else stage_id
-                if export.drops_quantizers(precision) and stage.prune and quantized and name != "baseline":
+                structure_alone = export.drops_quantizers(precision) and stage.reshapes and stage.quantizes
+                if structure_alone and name != "baseline":
                     name = "pruned" if _only_pruned(recipe, stage) else f"{stage_id}_pruned"
                 variant = export.variant(name, precision)
                 twin = found.setdefault(variant, Planned(variant, stage_id, precision, export))
@@ -139,4 +139,4 @@ def _fitting(export: ExportSpec, stage: Stage) -> list[str]:
 
 
 def _only_pruned(recipe: Recipe, stage: Stage) -> bool:
-    return [s.id for s in recipe.stages if s.prune and s.quantize] == [stage.id]
+    return [s.id for s in recipe.stages if s.reshapes and s.quantizes] == [stage.id]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mptrain.recipe.base import Fraction, Strict
+from mptrain.recipe.base import Fraction, OneOf, Strict
 from mptrain.recipe.method import MethodConfig, Need
 
 
@@ -152,4 +152,10 @@ class Curvature(PruneConfig):
         return frozenset({"inputs"})
 
 
-Prune = Annotated[Movement | Fisher | Magnitude | Curvature, Field(discriminator="method")]
+PRUNE: dict[str, type[PruneConfig]] = {
+    "movement": Movement,
+    "fisher": Fisher,
+    "magnitude": Magnitude,
+    "curvature": Curvature,
+}
+Prune = Annotated[PruneConfig, OneOf("method", PRUNE)]

@@ -184,11 +184,10 @@ class Recipe(Strict):
         """This recipe with `allow_partial` in every method that has it."""
         stages = []
         for stage in self.stages:
-            methods = {name: getattr(stage, name) for name in ("quantize", "palettize")}
             changed = {
-                name: method.model_copy(update={"allow_partial": True})
-                for name, method in methods.items()
-                if hasattr(method, "allow_partial")
+                method.field: method.model_copy(update={"allow_partial": True})
+                for method in stage.methods
+                if "allow_partial" in type(method).model_fields
             }
             stages.append(stage.model_copy(update=changed))
         return self.model_copy(update={"stages": stages})

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Train
-from mptrain.recipe.method import MethodConfig
+from mptrain.recipe.method import MethodConfig, Weights
 from mptrain.recipe.prune import Prune
-from mptrain.recipe.weights import Palettize, Quantize
+from mptrain.recipe.weights import PaletteChoice, Quantize
 
 
 class Distill(Strict):
@@ -38,7 +39,7 @@ class Stage(Strict):
     teacher: PathText | None = Field(None, description="a stage id, a model path, or 'self': the stage's own start")
     prune: Prune | None = None
     quantize: Quantize | None = None
-    palettize: Palettize | None = None
+    palettize: PaletteChoice | None = None
     distill: Distill | None = None
 
     @model_validator(mode="after")
@@ -74,6 +75,21 @@ class Stage(Strict):
         """The settings of what it does besides training, in the order of its fields."""
         found = (getattr(self, name, None) for name in type(self).model_fields)  # a bare Stage lacks most fields
         return [value for value in found if isinstance(value, MethodConfig)]
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the model is smaller after it than before."""
+        return any(method.reshapes for method in self.methods)
+
+    def leaves(self) -> Iterator[tuple[str, Weights]]:
+        """The kinds of compressed weights in its model, each with the field of the stage that asks for it."""
+        for method in self.methods:
+            yield from method.leaves()
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it leaves fake quantizers on activations."""
+        return any(weights.activations for _, weights in self.leaves())
 
     def tags(self) -> list[str]:
         """What it does, as a model card says it."""

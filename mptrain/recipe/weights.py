@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mptrain.recipe.base import Strict
-from mptrain.recipe.method import MethodConfig, Need
+from mptrain.recipe.base import OneOf, Strict
+from mptrain.recipe.method import MethodConfig, Need, Weights
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
 PARTIAL = "less than half of the parameters may be covered, which is an error otherwise; also --allow-partial"
@@ -20,9 +21,18 @@ class QuantizeConfig(MethodConfig):
     by = "mode"
     tag = "quantization"
 
+    embeddings: Literal["fp32", "int8", "same"] = "fp32"
+
+
+def _fake_quantized(bits: dict[str, Any]) -> Iterator[tuple[str, Weights]]:
+    for width in sorted({8, *bits.values()}):
+        yield "quantize.bits", Weights("integers", width, activations=True)
+
 
 class Qat(QuantizeConfig):
     """Quantization-aware training through nncf.quantize on the torch model."""
+
+    packages = ("nncf",)
 
     mode: Literal["qat"]
     weights: Literal["symmetric", "asymmetric"] = "symmetric"
@@ -41,6 +51,9 @@ class Qat(QuantizeConfig):
     def words(self) -> str:
         return "int8 quantization-aware training"
 
+    def leaves(self) -> Iterator[tuple[str, Weights]]:
+        return _fake_quantized(self.bits)
+
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"})
 
@@ -55,6 +68,7 @@ class Ptq(QuantizeConfig):
     """Post-training quantization through nncf.quantize, with calibration data."""
 
     alone = True
+    packages = ("nncf",)
 
     mode: Literal["ptq"]
     preset: Literal["performance", "mixed"] = Field(
@@ -68,6 +82,9 @@ class Ptq(QuantizeConfig):
 
     def words(self) -> str:
         return "int8 post-training quantization"
+
+    def leaves(self) -> Iterator[tuple[str, Weights]]:
+        return _fake_quantized(self.bits)
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"})
@@ -116,13 +133,22 @@ class WeightOnly(QuantizeConfig):
         unit = f"block of {self.block_size}" if self.granularity == "block" else self.granularity
         return f"int{self.bits} weights ({self.method}, per {unit})"
 
+    def leaves(self) -> Iterator[tuple[str, Weights]]:
+        per: dict[str, Literal["tensor", "row", "block"]] = {"tensor": "tensor", "channel": "row", "block": "block"}
+        for bits in (4, 8) if self.size_budget is not None else (self.bits,):
+            yield "quantize.bits", Weights("integers", bits, per[self.granularity])
+        for pattern, change in self.overrides.items():
+            granularity = change.granularity or self.granularity
+            yield f"quantize.overrides.{pattern}", Weights("integers", change.bits or self.bits, per[granularity])
+
     def needs(self) -> frozenset[Need]:
         methods = {self.method, *(override.method for override in self.overrides.values())}
         asked: dict[Need, bool] = {"inputs": not methods <= {"rtn", None}, "labels": self.size_budget is not None}
         return frozenset(need for need, wanted in asked.items() if wanted)
 
 
-Quantize = Annotated[Qat | Ptq | WeightOnly, Field(discriminator="mode")]
+QUANTIZE: dict[str, type[QuantizeConfig]] = {"qat": Qat, "ptq": Ptq, "weight_only": WeightOnly}
+Quantize = Annotated[QuantizeConfig, OneOf("mode", QUANTIZE)]
 
 
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -196,6 +222,27 @@ class Palettize(PalettizeConfig):
         bits = f"{self.bits}-bit" if self.size_budget is None else "mixed-bit"
         return f"{bits} palettization ({how}{size}{', tables trained' * (self.finetune is not None)})"
 
+    def leaves(self) -> Iterator[tuple[str, Weights]]:
+        per: dict[str, Literal["tensor", "group"]] = {"tensor": "tensor", "channel_group": "group"}
+        shared = {"vectors": self.cluster_dim > 1, "row_scale": self.per_channel_scale}
+        bits = 4 if self.size_budget is not None else self.bits  # a budget chooses among those that are stored
+        yield "palettize.bits", Weights("tables", bits, per[self.granularity], **shared)
+        for field in ("embeddings", "lm_head"):
+            bits = getattr(self, field)
+            if bits is not True and bits:
+                yield f"palettize.{field}", Weights("tables", bits, per[self.granularity], **shared)
+        for pattern, change in self.overrides.items():
+            yield (
+                f"palettize.overrides.{pattern}",
+                Weights(
+                    "tables",
+                    change.bits or self.bits,
+                    per[change.granularity or self.granularity],
+                    vectors=(change.cluster_dim or self.cluster_dim) > 1,
+                    row_scale=self.per_channel_scale if change.per_channel_scale is None else change.per_channel_scale,
+                ),
+            )
+
     def needs(self) -> frozenset[Need]:
         return frozenset(["labels"] if self.method == "skm" or self.size_budget is not None else [])
 
@@ -212,3 +259,7 @@ class Palettize(PalettizeConfig):
             "finetune: table entries stand in the compute weights, and with precision.master"
             " split those are half of the master: use precision.master fp32"
         )
+
+
+PALETTIZE: dict[str, type[PalettizeConfig]] = {"kmeans": Palettize, "skm": Palettize}
+PaletteChoice = Annotated[PalettizeConfig, OneOf("method", PALETTIZE)]

@@ -12,6 +12,7 @@ from mptrain.commands import dry_run as plan
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
 from mptrain.flow import preflight
+from mptrain.flow.outlook import Outlook
 from mptrain.models.load import load_model
 from mptrain.recipe import Recipe
 
@@ -21,9 +22,7 @@ def predicted(content, known=True):
     recipe = Recipe.model_validate(content)
     assert "baseline_fp32" in plan.dry_run(recipe)
     found = preflight.check(recipe, offline=True)
-    model = found.architecture.model
-    example = plan._example(recipe, model, found.data if known else None)
-    return plan._outlook(model, plan._structure(recipe, model), recipe.data.max_length, example).macs
+    return Outlook(recipe, found.architecture.model, found.data if known else None).dense.macs
 
 
 @pytest.mark.parametrize("task", ["image-classification", "audio-classification"])

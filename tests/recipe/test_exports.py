@@ -8,7 +8,7 @@ from kit.report_sample import recipe
 from mptrain.core.errors import UserError
 from mptrain.flow import preflight
 from mptrain.recipe import EXPORTS, CoreMl
-from mptrain.recipe.exports.base import Weights, compressed
+from mptrain.recipe.method import Weights
 
 OPT = {"path": "m", "task": "causal-lm"}
 
@@ -53,7 +53,7 @@ def test_what_a_size_budget_chooses_from_is_no_reason_to_refuse():
     palettize = {"method": "kmeans", "granularity": "tensor", "size_budget": 3.2}
     export = {"id": "ov", "format": "openvino", "of": ["dense"]}
     found = recipe(stages=[{"id": "dense", "palettize": palettize}], export=[export])
-    assert [weights for _, weights in compressed(found.stages[0])] == [Weights("tables", 4, "tensor")]
+    assert [weights for _, weights in found.stages[0].leaves()] == [Weights("tables", 4, "tensor")]
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -8,12 +8,13 @@ from typing import Any, Generic
 from torch import nn
 
 from mptrain.compress import base
-from mptrain.compress.base import Config, Method, Site, Sizes, Tools, TrainingMethod
+from mptrain.compress.base import Config, Method, Site, Sizes, Tables, Tools, TrainingMethod
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.compress.weights.coverage import coverage
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.table_training import TableTrainer
+from mptrain.compress.weights.times import predicted_seconds
 from mptrain.recipe.weights import Palettize, WeightOnly
 
 
@@ -51,6 +52,10 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
         embedding = {"fp32": 4.0, "int8": 1.0, "same": weight}[config.embeddings]
         return replace(sizes, layer_bytes=weight, embedding_bytes=embedding)
 
+    @classmethod
+    def seconds(cls, config: WeightOnly, skeleton: nn.Module, tokens: int, macs_per_second: float) -> float:
+        return predicted_seconds(skeleton, config, tokens, macs_per_second)
+
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         needs = self.config.needs()
         weight_only.compress(
@@ -78,10 +83,17 @@ class Palettization(_Recording[Palettize]):
 
     @classmethod
     def outlook(cls, config: Palettize, skeleton: nn.Module, sizes: Sizes) -> Sizes:
-        tables = palettize.tables(skeleton, config).values()
-        count = sum(t.rows * t.columns for t in tables)
-        size = sum(t.stored_bytes for t in tables) if config.size_budget is None else config.size_budget * count / 8
-        return replace(sizes, tables=(size, count))
+        budget = config.size_budget
+        alike: dict[str, list[palettize.Table]] = {}
+        for table in palettize.tables(skeleton, config).values():
+            bits = f"{table.bits / table.cluster_dim:g}" if budget is None else "by sensitivity"
+            alike.setdefault(bits, []).append(table)
+        found = []
+        for bits, tables in sorted(alike.items()):
+            count = sum(t.rows * t.columns for t in tables)
+            size = sum(t.stored_bytes for t in tables) if budget is None else budget * count / 8
+            found.append(Tables(bits, len(tables), count, size))
+        return replace(sizes, tables=tuple(found))
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         self._trainer: TableTrainer | None = None

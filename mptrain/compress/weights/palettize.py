@@ -241,7 +241,8 @@ def _table(name: str, weight: Tensor, config: Palettize) -> Table:
             group = rows
         if group != config.group_size:
             used = f"groups of {group}" if group < rows else "one table for the tensor"
-            log.info("%s: its %d channels make no groups of %d; %s instead", name, rows, config.group_size, used)
+            level = logging.DEBUG if weight.is_meta else logging.INFO  # a plan asks for the same again and again
+            log.log(level, "%s: its %d channels make no groups of %d; %s instead", name, rows, config.group_size, used)
     return Table(rows, columns, config.bits, group, config.cluster_dim, config.per_channel_scale)
 
 

@@ -7,7 +7,7 @@ them knows a format by name. tests/contract/test_formats.py holds both halves to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 
 from mptrain.core.errors import UserError
 from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.method import Weights
 from mptrain.recipe.stage import Stage
-from mptrain.recipe.weights import Palettize, Ptq, Qat, WeightOnly
 
 OF = "stage ids; 'model': the model as it was given, which is then the baseline (else the first stage is)"
 Cache = Annotated[int, Field(gt=0)] | None
-BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0}
+BYTES = {"fp32": 4.0, "fp16": 2.0}
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,6 @@ class Limit:
 
     field: str
     tokens: int
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Compressed weights as a stage leaves them.
-
-    kind: integers with scales, or indices into tables. per: what shares a scale or table. activations: fake
-    quantizers stand on the inputs of the layers. vectors: an index stands for several weights. row_scale: a scale to
-    each row on top of the tables.
-    """
-
-    kind: Literal["integers", "tables"]
-    bits: int
-    per: Literal["tensor", "row", "block", "group"] = "row"
-    activations: bool = False
-    vectors: bool = False
-    row_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,11 +153,13 @@ class ExportSpec(Strict):
 
     def expands(self, stage: Stage) -> bool:
         """Whether compressed weights of the stage are written out as the numbers they stand for."""
-        return any(self.stores(weights).result == "expanded" for _, weights in compressed(stage))
+        return any(self.stores(weights).result == "expanded" for _, weights in stage.leaves())
 
-    def bytes_per_weight(self, stage: Stage, precision: str) -> tuple[float, float]:
-        """Of a layer, and of an embedding, for plans; here weights are stored as learned, else in the precision."""
-        return learned_bytes(stage) or (BYTES[precision], BYTES[precision])
+    def bytes_per_weight(self, precision: str, learned: tuple[float | None, float | None]) -> tuple[float, float]:
+        """Of a layer, and of an embedding, for plans. learned: as methods store them; None, as floats."""
+        floats = BYTES.get(precision, 4.0)
+        layer, embedding = (floats if bytes_ is None else bytes_ for bytes_ in learned)
+        return layer, embedding
 
     def targets(self) -> list[tuple[str, ExportSpec]]:
         """What a table of compressions has a column for: variants of this entry that store differently, by title."""
@@ -215,60 +200,4 @@ def check_version(package: Package, purpose: str) -> None:
         raise UserError(
             f"export to {purpose} is made for {package.name} {package.tested}, {version} is installed:"
             f" pip install '{package.name}{package.tested}'"
-        )
-
-
-def learned_bytes(stage: Stage) -> tuple[float, float] | None:
-    """(of a weight of a layer, of an embedding) that a stage has compressed to integers; None for other stages."""
-    how = stage.quantize
-    if how is None:
-        return None
-    if not isinstance(how, WeightOnly):
-        return 1.0, 1.0
-    zero = 0.0 if how.symmetric else how.bits / 8
-    weight = how.bits / 8 + ((2 + zero) / how.block_size if how.granularity == "block" else 0.0)
-    weight = weight if how.size_budget is None else how.size_budget / 8
-    return weight, {"fp32": 4.0, "int8": 1.0, "same": weight}[how.embeddings]
-
-
-def compressed(stage: Stage) -> Iterator[tuple[str, Weights]]:
-    """The kinds of compressed weights that a stage leaves, each with the field that asks for it."""
-    quantize, palettize = stage.quantize, stage.palettize
-    if isinstance(quantize, Qat | Ptq):
-        for bits in sorted({8, *quantize.bits.values()}):
-            yield "quantize.bits", Weights("integers", bits, activations=True)
-    elif isinstance(quantize, WeightOnly):
-        yield from _integers(quantize)
-    if palettize is not None:
-        yield from _tables(palettize)
-
-
-def _integers(how: WeightOnly) -> Iterator[tuple[str, Weights]]:
-    per: dict[str, Literal["tensor", "row", "block"]] = {"tensor": "tensor", "channel": "row", "block": "block"}
-    for bits in (4, 8) if how.size_budget is not None else (how.bits,):
-        yield "quantize.bits", Weights("integers", bits, per[how.granularity])
-    for pattern, change in how.overrides.items():
-        granularity = change.granularity or how.granularity
-        yield f"quantize.overrides.{pattern}", Weights("integers", change.bits or how.bits, per[granularity])
-
-
-def _tables(how: Palettize) -> Iterator[tuple[str, Weights]]:
-    per: dict[str, Literal["tensor", "group"]] = {"tensor": "tensor", "channel_group": "group"}
-    shared = {"vectors": how.cluster_dim > 1, "row_scale": how.per_channel_scale}
-    bits = 4 if how.size_budget is not None else how.bits  # a budget chooses among those that are stored
-    yield "palettize.bits", Weights("tables", bits, per[how.granularity], **shared)
-    for field in ("embeddings", "lm_head"):
-        bits = getattr(how, field)
-        if bits is not True and bits:
-            yield f"palettize.{field}", Weights("tables", bits, per[how.granularity], **shared)
-    for pattern, change in how.overrides.items():
-        yield (
-            f"palettize.overrides.{pattern}",
-            Weights(
-                "tables",
-                change.bits or how.bits,
-                per[change.granularity or how.granularity],
-                vectors=(change.cluster_dim or how.cluster_dim) > 1,
-                row_scale=how.per_channel_scale if change.per_channel_scale is None else change.per_channel_scale,
-            ),
         )

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mptrain.recipe.exports.base import Cache, ExportSpec, Package, Stored, Use, Weights
+from mptrain.recipe.exports.base import Cache, ExportSpec, Package, Stored, Use
+from mptrain.recipe.method import Weights
 
 
 class CoreAi(ExportSpec):

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Strict
-from mptrain.recipe.exports.base import Cache, ExportSpec, Limit, Package, Stored, Use, Weights
+from mptrain.recipe.exports.base import Cache, ExportSpec, Limit, Package, Stored, Use
+from mptrain.recipe.method import Weights
 
 CoreMlPrecision = Literal["fp32", "fp16"]
 CoreMlTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]

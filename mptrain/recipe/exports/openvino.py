@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from mptrain.recipe.exports.base import BYTES, ExportSpec, Package, Stored, Use, Weights, learned_bytes
+from mptrain.recipe.exports.base import ExportSpec, Package, Stored, Use
+from mptrain.recipe.method import Weights
 from mptrain.recipe.stage import Stage
-from mptrain.recipe.weights import WeightOnly
 
 Precision = Literal["fp32", "fp16", "int8", "int8_emb4", "compressed"]
 PLAIN = ("fp32", "fp16")
@@ -35,11 +35,9 @@ class OpenVino(ExportSpec):
 
     def precisions(self, stage: Stage) -> tuple[str, ...]:
         """Of a quantized stage the quantized ones, and where it is pruned too its structure alone, without them."""
-        if isinstance(stage.quantize, WeightOnly):
-            return ("compressed",)
-        if stage.quantize is None:
-            return PLAIN
-        return (*PLAIN, "int8", "int8_emb4") if stage.prune else ("int8", "int8_emb4")
+        if stage.quantizes:
+            return (*PLAIN, "int8", "int8_emb4") if stage.reshapes else ("int8", "int8_emb4")
+        return ("compressed",) if any(weights.kind == "integers" for _, weights in stage.leaves()) else PLAIN
 
     def drops_quantizers(self, precision: str) -> bool:
         return precision in PLAIN
@@ -61,12 +59,12 @@ class OpenVino(ExportSpec):
             "stored", "i4, u4, i8 or u8 constants (asymmetric: unsigned) with fp16 scales, as NNCF lays them out"
         )
 
-    def bytes_per_weight(self, stage: Stage, precision: str) -> tuple[float, float]:
-        if isinstance(stage.quantize, WeightOnly):
-            return learned_bytes(stage) or (4.0, 4.0)
+    def bytes_per_weight(self, precision: str, learned: tuple[float | None, float | None]) -> tuple[float, float]:
+        if self.drops_quantizers(precision):
+            learned = None, None
         if precision == "int8_emb4":
-            return 1.0, 0.5 + 2 / 64  # groups of 64 with a scale in fp16
-        return BYTES[precision], BYTES[precision]
+            learned = learned[0], 0.5 + 2 / 64  # groups of 64 with a scale in fp16
+        return super().bytes_per_weight(precision, learned)
 
     @classmethod
     def loading(cls, use: Use) -> list[str]:
