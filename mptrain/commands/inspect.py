@@ -158,6 +158,7 @@ def _found(found: Found) -> dict[str, Any]:
         "reasons": dict(found.reasons),
         "before": _difference(found.before),
         "after": _difference(found.after),
+        "note": found.note,
         "runs": found.runs,
         "seconds": found.seconds,
     }

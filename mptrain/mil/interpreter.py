@@ -101,6 +101,8 @@ class Interpreter:
         self.outputs = list(self.program.main.outputs)
         self.record: dict[str, Record] | None = None
         self.observe: Callable[[str, Tensor], None] | None = None  # called with each float result as it is kept
+        self.alone: dict[str, Callable[[str, Tensor, Tensor], None]] = {}
+        """by name of an operation: called with it, its float result and the same of operands and result in float16"""
         self._constants, self._body = self._fold()
         self._halves: dict[str, Tensor] = {}
         self._last_use = _last_uses(self._body, self.program.main.outputs)
@@ -168,9 +170,14 @@ class Interpreter:
     def _results(self, operation: Operation, values: dict[str, Value]) -> tuple[Value, ...]:
         if operation.type in CONTROL:
             return tuple(getattr(self, f"_{operation.type}")(operation, values))
-        look_up = self._look_up
-        if self.rounding == "fp16" and operation.name not in self.keep_fp32:
-            look_up = self._look_up_half
+        exact = self.rounding != "fp16" or operation.name in self.keep_fp32
+        found = self._computed(operation, values, self._look_up if exact else self._look_up_half)
+        if operation.name in self.alone and _is_float(found[0]):
+            half = self._computed(operation, values, self._look_up_half)
+            self.alone[operation.name](operation.name, found[0], _half(half[0]))
+        return found
+
+    def _computed(self, operation: Operation, values: dict[str, Value], look_up: LookUp) -> tuple[Value, ...]:
         arguments = {name: self._argument(found, values, look_up) for name, found in operation.inputs.items()}
         try:
             found = OPERATIONS[operation.type](**arguments)

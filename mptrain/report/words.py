@@ -138,4 +138,6 @@ def kept_in_fp32(half: dict[str, Any]) -> str:
     ops, casts = half["kept_fp32"], half.get("float_casts", half.get("casts", 0))
     if not ops:
         return "no op has to stay in fp32"
-    return f"{len(ops)} op{'s' * (len(ops) > 1)} in fp32: {', '.join(ops)}; {casts} float↔half cast{'s' * (casts != 1)}"
+    note = f" ({half['note']})" if half.get("note") else ""
+    many = "s" * (len(ops) > 1)
+    return f"{len(ops)} op{many} in fp32: {', '.join(ops)}; {casts} float↔half cast{'s' * (casts != 1)}{note}"

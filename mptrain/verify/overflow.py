@@ -4,35 +4,42 @@
     half         every op in fp16: is it wrong? NaN alone is not the test: x² = inf in an RMSNorm gives zeros
     candidates   ops that overflow (|x| > 65504 in fp32, or where inf or NaN first arises in fp16) and their
                  direct consumers; where fp32 for these does not help, ops that underflow too; then every op
-    drop         candidates go back to fp16, in groups of halving size, while the outputs stay right
+    drop         candidates go back to fp16 while the outputs stay right (fewest.py), those first that do the
+                 least harm alone; on the batch that fp16 changes most, and on others that turn out wrong
     verify       what is left, on all batches
 
-A backend is a `Program`: it runs a batch with some ops in fp32 and the rest in fp16. The set is minimal in
-that no single op of it can be dropped; delta debugging (Zeller, Hildebrandt 2002) finds it in about
-2 k log2(n) runs for k of n candidates.
+A backend is a `Program`: it runs a batch with some ops in fp32 and the rest in fp16. In a small program no single op
+of the set can be dropped. In a large one that would take hundreds of runs: ops that do the same in its layers are
+judged together, in some 30 runs. A limit of time ends the dropping with the smallest set that was right on all batches.
 """
 
 from __future__ import annotations
 
-import math
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from mptrain.core.progress import Progress, progress
+from mptrain.verify.difference import MAX_ERROR, Difference, as_json, compare, worst
+from mptrain.verify.fewest import fewest
 
 HALF_MAX = 65504.0
 HALF_TINY = 2.0**-14
 """least normal fp16, 6.1e-5; below it precision is lost"""
 HALF_LEAST = 2.0**-24
 """least fp16 above 0, 6.0e-8; half of it and less rounds to 0"""
-MAX_ERROR = 0.05
-"""of a row of an output, relative to its norm; a cosine of 0.999"""
 MIN_UNDERFLOW = 1e-3
 """fraction of an op's values that fp16 makes 0, from which on the op is suspected"""
+SECONDS = 120.0
+"""for dropping candidates"""
+ONE_BY_ONE = 20_000
+"""ops to compute, of all trials that drop a single op, up to which each of them is made"""
 
 Watch = Callable[[str, Tensor], None]
 """called with the name of an op and each floating tensor that it made, in order"""
@@ -76,6 +83,10 @@ class Program(Protocol):
         """
         ...
 
+    def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
+        """`Difference.error` of the results of each op in fp16 on the values of fp32; no entry where unknown."""
+        ...
+
 
 @dataclass(frozen=True)
 class Range:
@@ -91,26 +102,11 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Outputs against the fp32 reference, the worst of all batches and outputs.
-
-    error: largest |a - b|₂ / max(|b|₂, its root mean square over rows), over rows; cosine: of whole outputs.
-    """
-
-    finite: bool
-    cosine: float
-    max_diff: float
-    error: float
-
-    def right(self, max_error: float = MAX_ERROR) -> bool:
-        return self.finite and self.error <= max_error
-
-
-@dataclass(frozen=True)
 class Found:
     """keep: names of ops, in order. casts: values that change between fp32 and fp16, once each.
 
     before, after: with every op in fp16, and with `keep` in fp32; `after` is within the limit.
+    note: why a smaller set may do, "" where no single op of it can be dropped.
     """
 
     keep: tuple[str, ...]
@@ -121,34 +117,75 @@ class Found:
     reasons: Mapping[str, str]
     runs: int
     seconds: float
+    note: str = ""
 
 
-def search(program: Program, *, max_error: float = MAX_ERROR, suspects: Collection[str] = ()) -> Found:
+def search(
+    program: Program,
+    *,
+    max_error: float = MAX_ERROR,
+    suspects: Collection[str] = (),
+    seconds: float = SECONDS,
+) -> Found:
     """Find the ops to keep in fp32.
 
-    suspects: ops to try first with those that overflow, e.g. because they did in training.
+    suspects: ops to try first with those that overflow, e.g. because they did in training. seconds: of dropping
+    candidates, after which the smallest set that was found right is taken (`note` says so).
     """
     begun = time.monotonic()
-    trial = _Trial(program, max_error)
-    ranges = trial.ranges
-    before = trial.difference(())
-    keep: list[str] = []
-    if not before.right(max_error):
-        for candidates in _tiers(program, trial, suspects):
-            if trial.right(candidates):
-                keep = _drop(candidates, trial.right)
-                break
-    after = trial.difference(keep) if keep else before
+    with progress("fp16 search") as bar:
+        trial = _Trial(program, max_error, bar)
+        before = trial.difference(())
+        keep: list[str] = []
+        note = ""
+        if not before.right(max_error):
+            for candidates in _tiers(program, trial, suspects):
+                if trial.difference(candidates).right(max_error):
+                    keep, note = _drop(program, trial, candidates, seconds)
+                    break
+        after = trial.difference(keep)
     return Found(
         tuple(keep),
         casts(program.ops, keep),
         before,
         after,
-        ranges,
-        {op.name: reason(op, ranges) for op in program.ops if op.name in keep},
+        trial.ranges,
+        {op.name: reason(op, trial.ranges) for op in program.ops if op.name in keep},
         trial.runs,
         time.monotonic() - begun,
+        note,
     )
+
+
+def _drop(program: Program, trial: _Trial, candidates: list[str], seconds: float) -> tuple[list[str], str]:
+    """(the candidates that are left, `Found.note`)."""
+    begun = time.monotonic()
+    harm, alike = trial.harm(candidates), _alike(program.ops)
+    late = large = False
+    batches = [trial.hardest]
+
+    def right(keep: list[str]) -> bool:
+        nonlocal late
+        late = late or time.monotonic() - begun > seconds
+        return not late and trial.right(keep, batches)
+
+    def one_by_one(count: int) -> bool:
+        nonlocal large
+        large = count * len(program.ops) > ONE_BY_ONE
+        return not large
+
+    best = candidates
+    while True:
+        kept = fewest(candidates, right, harm=harm, alike=alike, one_by_one=one_by_one)
+        wrong = trial.wrong(kept, batches)
+        if wrong is None:
+            best = kept
+        if wrong is None or late:
+            break
+        batches.append(wrong)  # and once more: the trials of the batches before are known
+    if late:
+        return best, f"the search was stopped after {seconds:.0f} s: fewer operations may be enough"
+    return best, "operations that are alike were judged together: fewer may be enough" if large else ""
 
 
 def described(found: Found) -> dict[str, Any]:
@@ -163,11 +200,8 @@ def described(found: Found) -> dict[str, Any]:
         "kept": as_json(found.after),
         "runs": found.runs,
         "seconds": found.seconds,
+        "note": found.note,
     }
-
-
-def as_json(difference: Difference) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(difference).items()}
 
 
 def casts(ops: Iterable[Op], keep: Collection[str]) -> int:
@@ -192,44 +226,56 @@ def reason(op: Op, ranges: Mapping[str, Range]) -> str:
 
 
 class _Trial:
-    """Runs of the program, compared with its fp32 outputs."""
+    """Runs of the program, compared with its fp32 outputs. No run is made twice."""
 
-    def __init__(self, program: Program, max_error: float) -> None:
-        self.program, self.max_error = program, max_error
+    def __init__(self, program: Program, max_error: float, bar: Progress) -> None:
+        self.program, self.max_error, self.bar = program, max_error, bar
         self.runs = 0
-        self._first = 0  # the batch that failed last is tried first
+        self._known: dict[tuple[int, frozenset[str]], Difference] = {}
         meters = {op.name: _Meter() for op in program.ops}
         everything = set(meters)
         self.reference = [
             self._run(batch, everything, lambda op, value: meters[op].add(value)) for batch in range(program.batches)
         ]
         self.ranges = {name: meter.range() for name, meter in meters.items()}
-        self.broken = {name: meter.broken for name, meter in meters.items()}
+        self._spoiled: Counter[str] = Counter({name: -meter.broken for name, meter in meters.items()})
+
+        def count(op: str, value: Tensor) -> None:
+            self._spoiled[op] += _broken(value)
+
+        found = [self._difference(batch, frozenset(), count) for batch in range(program.batches)]
+        self.hardest = max(range(program.batches), key=lambda b: (not found[b].finite, found[b].error), default=0)
 
     def _run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
         self.runs += 1
+        self.bar.say(f"run {self.runs}, {len(keep)} of {len(self.program.ops)} operations in fp32")
         return self.program.run(batch, keep, watch)
 
-    def right(self, keep: Collection[str]) -> bool:
-        for batch in sorted(range(self.program.batches), key=lambda b: b != self._first):
-            if not compare(self.reference[batch], self._run(batch, set(keep))).right(self.max_error):
-                self._first = batch
-                return False
-        return True
+    def _difference(self, batch: int, keep: frozenset[str], watch: Watch | None = None) -> Difference:
+        if (batch, keep) not in self._known:
+            self._known[batch, keep] = compare(self.reference[batch], self._run(batch, keep, watch))
+        return self._known[batch, keep]
+
+    def right(self, keep: Collection[str], batches: Iterable[int]) -> bool:
+        chosen = frozenset(keep)
+        return all(self._difference(batch, chosen).right(self.max_error) for batch in batches)
+
+    def wrong(self, keep: Collection[str], known: Collection[int]) -> int | None:
+        """A batch that is wrong; those known to be right are not run."""
+        others = (batch for batch in range(self.program.batches) if batch not in known)
+        return next((batch for batch in others if not self.right(keep, [batch])), None)
 
     def difference(self, keep: Collection[str]) -> Difference:
-        return worst(compare(self.reference[b], self._run(b, set(keep))) for b in range(self.program.batches))
+        return worst(self._difference(batch, frozenset(keep)) for batch in range(self.program.batches))
+
+    def harm(self, ops: Collection[str]) -> dict[str, float]:
+        """Of each op alone, on the batch that fp16 changes most."""
+        self.runs += 1
+        return dict(self.program.harm(self.hardest, set(ops)))
 
     def spoilers(self) -> set[str]:
         """Ops with more values that are not finite than in fp32, which read none from such an op."""
-        counts: Counter[str] = Counter()
-
-        def watch(op: str, value: Tensor) -> None:
-            counts[op] += _broken(value)
-
-        for batch in range(self.program.batches):
-            self._run(batch, (), watch)
-        bad = {op for op, count in counts.items() if count > self.broken[op]}
+        bad = {op for op, count in self._spoiled.items() if count > 0}
         return {op.name for op in self.program.ops if op.name in bad and not bad.intersection(op.inputs)}
 
 
@@ -249,20 +295,22 @@ def _with_consumers(ops: Sequence[Op], wanted: set[str]) -> list[str]:
     return consumers[::-1] + [op.name for op in reversed(ops) if op.name in wanted]
 
 
-def _drop(candidates: Sequence[str], right: Callable[[Collection[str]], bool]) -> list[str]:
-    """A part of `candidates`, in reverse order, that is right, of which no single element can be dropped."""
-    kept = list(candidates)
-    size = (len(kept) + 1) // 2
-    while size:
-        start, before = 0, len(kept)
-        while start < len(kept):
-            less = kept[:start] + kept[start + size :]
-            if right(less):
-                kept = less
-            else:
-                start += size
-        size = min(size // 2, len(kept)) if size > 1 else int(len(kept) < before)
-    return kept[::-1]
+def _alike(ops: Sequence[Op]) -> dict[str, Hashable]:
+    """By op: its kind and those of its neighbours, and its module without the numbers of layers."""
+    kinds = {op.name: op.kind for op in ops}
+    readers: dict[str, set[str]] = {}
+    for op in ops:
+        for source in op.inputs:
+            readers.setdefault(source, set()).add(op.kind)
+    return {
+        op.name: (
+            op.kind,
+            re.sub(r"\d+", "#", op.module),
+            tuple(sorted(kinds[source] for source in op.inputs if source in kinds)),
+            tuple(sorted(readers.get(op.name, ()))),
+        )
+        for op in ops
+    }
 
 
 class _Meter:
@@ -295,34 +343,3 @@ class _Meter:
 
 def _broken(value: Tensor) -> int:
     return value.numel() - int(torch.count_nonzero(torch.isfinite(value)))
-
-
-def compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> Difference:
-    """Over all outputs; where the reference is not finite nothing is compared."""
-    return worst(_difference(expected[name].double(), got[name].double()) for name in expected)
-
-
-def worst(differences: Iterable[Difference]) -> Difference:
-    found = list(differences)
-    return Difference(
-        all(d.finite for d in found),
-        min((d.cosine for d in found), default=1.0),
-        max((d.max_diff for d in found), default=0.0),
-        max((d.error for d in found), default=0.0),
-    )
-
-
-def _difference(expected: Tensor, got: Tensor) -> Difference:
-    known = torch.isfinite(expected)
-    if not torch.isfinite(got[known]).all():
-        return Difference(False, 0.0, float("inf"), float("inf"))
-    width = expected.shape[-1] if expected.dim() else 1
-    a, b = (torch.where(known, x, 0.0).reshape(-1, width) for x in (expected, got))
-    if not a.numel():
-        return Difference(True, 1.0, 0.0, 0.0)
-    norms = a.norm(dim=1)
-    floor = norms.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    errors = (a - b).norm(dim=1) / norms.clamp_min(floor)
-    lengths = a.norm() * b.norm()
-    cosine = float((a * b).sum() / lengths) if lengths > 0 else float(bool((a == b).all()))
-    return Difference(True, cosine, float((a - b).abs().max()), float(errors.max()))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
 import torch
 
+from mptrain.core import progress
 from mptrain.verify import overflow
+from mptrain.verify.difference import of_tensors
 from mptrain.verify.overflow import Op, compare, search
 
 
@@ -28,6 +31,13 @@ class Chain:
             if watch is not None:
                 watch(op.name, x)
         return {"out": x}
+
+    def harm(self, batch, ops):
+        found, x = {}, self.value
+        for op, function in zip(self.ops, self.functions, strict=True):
+            half, x = function(x.half().float()).half().float(), function(x)
+            found[op.name] = of_tensors(x, half).error
+        return found
 
 
 class Wanted(Chain):
@@ -81,6 +91,81 @@ def test_no_single_op_of_the_set_can_be_dropped(seed):
     )
     assert list(found.keep) == sorted(found.keep, key=lambda n: int(n[2:]))
     assert found.runs < 120
+
+
+class Layers(Chain):
+    """In every layer, squares that overflow and their roots."""
+
+    def __init__(self, layers, *values):
+        super().__init__(
+            [function for _ in range(layers) for function in (torch.square, torch.sqrt, torch.clone)], None
+        )
+        self.values, self.batches, self.made = values, len(values), 0
+        self.ops = [Op(op.name, ("square", "sqrt", "scale")[i % 3], f"layers.{i // 3}", op.inputs)
+                    for i, op in enumerate(self.ops)]  # fmt: skip
+
+    def run(self, batch, keep, watch=None):
+        self.value, self.made = self.values[batch], self.made + 1
+        return super().run(batch, keep, watch)
+
+    def harm(self, batch, ops):
+        self.value, self.made = self.values[batch], self.made + 1
+        return super().harm(batch, ops)
+
+
+SMALL, LARGE = torch.linspace(1, 2, 20).reshape(2, 10), torch.linspace(300, 400, 20).reshape(2, 10)
+
+
+def test_a_large_program_is_searched_in_few_runs():
+    program = Layers(400, LARGE)
+    found = search(program)
+    assert len(program.ops) == 1200 and found.after.right()
+    assert set(found.keep) == {op.name for op in program.ops if op.kind in ("square", "sqrt")}, "makes and reads 1.6e5"
+    assert program.made == found.runs < 30
+    assert found.note.startswith("operations that are alike were judged together")
+
+
+def test_one_batch_is_searched_and_all_are_verified():
+    """Each batch overflows in another op; the worst is searched, what the other needs comes on top."""
+
+    class Either(Chain):
+        def __init__(self):
+            super().__init__([lambda x: x] * 12, torch.ones(4))
+            self.made = [0, 0]
+            self.batches = 2
+
+        def run(self, batch, keep, watch=None):
+            self.made[batch] += 1
+            worse = 3.0 if batch else 2.0
+            return {"out": self.value if {3: "op3", 2: "op7"}[int(worse)] in keep else worse * self.value}
+
+    program = Either()
+    found = search(program)
+    assert found.keep == ("op3", "op7") and found.after.right() and found.note == ""
+    assert program.made[0] < program.made[1], "the batch that fp16 changes most is tried first"
+
+
+def test_a_search_that_is_stopped_returns_what_is_right_and_says_so():
+    program = Layers(20, SMALL, LARGE)
+    names = [op.name for op in program.ops]
+    stopped = search(program, suspects=names, seconds=0)
+    assert stopped.after.right() and stopped.note.startswith("the search was stopped after 0 s")
+    whole = search(program, suspects=names)
+    assert whole.note == "" and set(whole.keep) < set(stopped.keep)
+    assert overflow.described(stopped)["note"] == stopped.note
+
+
+def test_a_search_says_how_far_it_is(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.02)
+
+    class Slow(Layers):
+        def run(self, batch, keep, watch=None):
+            time.sleep(0.05)
+            return super().run(batch, keep, watch)
+
+    with caplog.at_level("INFO", "mptrain.core.progress"):
+        search(Slow(2, LARGE))
+    assert any("fp16 search: run " in line and "operations in fp32" in line for line in caplog.messages)
 
 
 def test_casts_are_counted_by_value():

@@ -178,7 +178,7 @@ def safe_half(
         "executed": overflow.as_json(executed),
         "float_casts": described["float_casts"],
         "said": f"{len(found.keep)} op{'' if len(found.keep) == 1 else 's'} in FP32{names};"
-        f" {described['float_casts']} float↔half casts",
+        f" {described['float_casts']} float↔half casts{f' ({found.note})' if found.note else ''}",
     }
     return replace(converted, half=half)
 

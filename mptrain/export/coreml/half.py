@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mptrain.mil.interpreter import Interpreter
 from mptrain.mil.program import Name, Operation, Value, is_float
+from mptrain.verify.difference import of_tensors
 from mptrain.verify.overflow import Op, Watch
 
 VIEWS = frozenset(
@@ -90,6 +91,19 @@ class MilOps:
         found = runner(self._batches[batch])
         outputs = {name: torch.as_tensor(value) for name, value in found.items()}
         return {n: counted(v, self._batches[batch]) for n, v in outputs.items() if v.is_floating_point()}
+
+    def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
+        runner, found = self._interpreter, {}
+
+        def see(name: str, exact: Tensor, half: Tensor) -> None:
+            found[name] = max(found.get(name, 0.0), of_tensors(exact, half).error)
+
+        runner.keep_fp32 = frozenset(op.name for op in self._ops) | self._views.keys()
+        runner.alone = dict.fromkeys(ops, see)
+        runner.reset()
+        runner(self._batches[batch])
+        runner.alone = {}
+        return found
 
     def with_views(self, keep: Collection[str]) -> set[str]:
         """And what moves values of these operations alone: so their casts come where they are read."""

@@ -82,7 +82,8 @@ def ranges(export: dict[str, Any]) -> Table:
 
 def kept(export: dict[str, Any]) -> Table:
     rows = [[Cell(op), Cell(export["reasons"][op])] for op in export["keep"]]
-    return Table("In fp32 in an fp16 export", ["Operation", "Because"], rows, text_columns=1)
+    note = export.get("note") or ""
+    return Table("In fp32 in an fp16 export", ["Operation", "Because"], rows, note.capitalize(), text_columns=1)
 
 
 def speed(found: dict[str, Any]) -> Table:

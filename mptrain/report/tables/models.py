@@ -131,7 +131,7 @@ def half(report: Row) -> Table | None:
         " examples that reached the largest activations): operations that overflow or underflow fp16 and change the"
         " outputs. Cosine: outputs against fp32, every other operation rounded to fp16. Executed: in fp16 on this host,"
         " where it can."
-    )
+    ) + "".join(f" {name}: {facts['note']}." for name, facts in found if facts.get("note"))
     return Table("Kept in fp32", columns, rows, note, text_columns=2)
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mptrain.verify.difference import of_tensors
 from mptrain.verify.overflow import Op, Watch
 
 _COPIES = {
@@ -66,9 +67,15 @@ class TorchOps:
     def run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
         return self._call(batch, frozenset(keep), watch)[0]
 
-    def _call(self, batch: int, keep: frozenset[str] | None, watch: Watch | None) -> tuple[dict[str, Tensor], Rounding]:
+    def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
+        mode = self._call(batch, None, None, frozenset(ops))[1]
+        return mode.harm
+
+    def _call(
+        self, batch: int, keep: frozenset[str] | None, watch: Watch | None, harm: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor], Rounding]:
         inputs = self._inputs[batch]
-        mode = Rounding(keep, watch, self._stored, self._weights)
+        mode = Rounding(keep, watch, self._stored, self._weights, harm)
         with torch.no_grad(), scopes(self.model, mode.scope), mode:
             outputs = self.model(**inputs)
         return counted(outputs, inputs), mode
@@ -109,7 +116,7 @@ class Rounding(TorchDispatchMode):
     """Names operations, and rounds those that are not kept. keep None: rounds nothing.
 
     seen: {op: (kind, module, ops it reads)} in order. stored: addresses of the storages of weights; `weights` has
-    them rounded.
+    them rounded. measured: ops of which `harm` gets the error that each makes alone.
     """
 
     def __init__(
@@ -118,8 +125,11 @@ class Rounding(TorchDispatchMode):
         watch: Watch | None,
         stored: frozenset[int] = frozenset(),
         weights: dict[Any, Tensor] | None = None,
+        measured: Collection[str] = (),
     ) -> None:
         super().__init__()
+        self.measured = measured
+        self.harm: dict[str, float] = {}
         self.keep, self.watch, self.stored = keep, watch, stored
         self.weights: dict[Any, Tensor] = {} if weights is None else weights
         self.scope: list[str] = []
@@ -147,10 +157,11 @@ class Rounding(TorchDispatchMode):
             self.count[name] += 1
             name = f"{name}.{index}" if index else name
             half = self.keep is not None and name not in self.keep
+        if name in self.measured:
+            copied_args, copied = self._rounded(func, args, kwargs, {id(t): t.clone() for t in written})
+            alone = _floats(func(*copied_args, **copied))
         if half:
-            ids = {id(t) for t in written}
-            args, kwargs = tree_map_only(Tensor, lambda t: t if id(t) in ids else self._operand(t), (args, kwargs))
-            args = _round_scalars(func, args)
+            args, kwargs = self._rounded(func, args, kwargs, {id(t): t for t in written})
         result = func(*args, **kwargs)
         if not made:
             return result
@@ -161,6 +172,8 @@ class Rounding(TorchDispatchMode):
             results = results[:1]
         inputs = dict.fromkeys(self.maker[t] for t in operands if t in self.maker)
         self.seen[name] = (kind.rstrip("_"), module, inputs)
+        if name in self.measured:
+            self.harm[name] = of_tensors(results[0], _half(alone[0])).error
         if half:
             if written:
                 for value in written:
@@ -179,6 +192,15 @@ class Rounding(TorchDispatchMode):
             for value in results:
                 self.watch(name, value)
         return result
+
+    def _rounded(self, func: Any, args: tuple, kwargs: dict, written: Mapping[int, Tensor]) -> tuple[tuple, dict]:
+        """Operands in fp16. written: by id, what stands for a tensor that the operation changes."""
+
+        def operand(value: Tensor) -> Tensor:
+            return written[id(value)] if id(value) in written else self._operand(value)
+
+        args, kwargs = tree_map_only(Tensor, operand, (args, kwargs))
+        return _round_scalars(func, args), kwargs
 
     def _operand(self, value: Tensor) -> Tensor:
         """Rounded, unless an op in fp16 has made it."""

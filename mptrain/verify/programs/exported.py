@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from mptrain.verify.difference import of_tensors
 from mptrain.verify.overflow import HALF_LEAST, HALF_MAX, Op, Watch
 from mptrain.verify.programs.aten import counted
 
@@ -64,12 +65,26 @@ class GraphOps:
         inputs = self._batches[batch]
         return counted(self.outputs(inputs, keep, watch), inputs)
 
+    @torch.no_grad()
+    def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
+        found: dict[str, float] = {}
+        values = self._inputs(self._batches[batch])
+        for node in self._computed:
+            values[node.name] = _call(node, values)
+            if node.name in ops:
+                exact, half = _floats(values[node.name]), _floats(self._half_call(node, values, ()))
+                found[node.name] = of_tensors(exact[0], _half(half[0])).error
+        return found
+
+    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Values of the graph before any is computed."""
+        return self._constants | {node: batch[name] for node, name in self._users.items()}
+
     def outputs(
         self, inputs: Mapping[str, Tensor], keep: Collection[str], watch: Watch | None = None
     ) -> dict[str, Tensor]:
         """All outputs by name, every row of them."""
-        values: dict[str, Any] = dict(self._constants)
-        values |= {node: inputs[name] for node, name in self._users.items()}
+        values = self._inputs(inputs)
         halves: set[str] = set()  # nodes whose value is already rounded
         for node in self._computed:
             if _is_copy(node):
