@@ -93,7 +93,8 @@ class MilOps:
         return {n: counted(v, self._batches[batch]) for n, v in outputs.items() if v.is_floating_point()}
 
     def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
-        runner, found = self._interpreter, {}
+        runner = self._interpreter
+        found: dict[str, float] = {}
 
         def see(name: str, exact: Tensor, half: Tensor) -> None:
             found[name] = max(found.get(name, 0.0), of_tensors(exact, half).error)
