@@ -222,6 +222,13 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
         return _spread(model), _batch(task, config, set(inspect.signature(model.forward).parameters))
 
 
+def without_loss(name: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with nothing to compute a loss from; targets of a decoder are what it reads."""
+    found = {key: value for key, value in batch.items() if key not in ("labels", "return_loss")}
+    decodes = ARCHITECTURES[name][0] in (PAIRS, "speech", "captions")
+    return found | ({"decoder_input_ids": batch["labels"]} if decodes else {})
+
+
 def _spread(model: nn.Module) -> nn.Module:
     """No parameter stays at zero: the norm of a class token that is would divide by nothing but its epsilon."""
     with torch.no_grad():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
 
 from mptrain.compress.structure.blocks import Kept, Structure
 
@@ -29,3 +34,19 @@ def sink(block) -> str:
     """The module of the one Linear that reads a block."""
     (axis,) = block.sinks
     return axis.parameter.removesuffix(".weight")
+
+
+def halved(structure: Structure, seed: int = 0) -> Kept:
+    """About half of the units of every block, at random."""
+    draw = random.Random(seed)
+    return Kept({b.name: sorted(draw.sample(range(b.units), max(1, b.units // 2))) for b in structure})
+
+
+@torch.no_grad()
+def zero_sinks(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
+    """Mask in place what is not kept: the reference for a shrunk model."""
+    for block in structure:
+        gone = np.setdiff1d(np.arange(block.units), kept.of(block))
+        for axis in block.sinks:
+            model.get_parameter(axis.parameter).index_fill_(axis.dim, torch.from_numpy(axis.indices[gone].ravel()), 0.0)
+    return model

@@ -72,12 +72,12 @@ def check_not_shared(model: nn.Module, blocks: Iterable[Block]) -> None:
     """Raises ModelError if a parameter of `blocks` is also used elsewhere: cutting one would change the other."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            users.setdefault(id(tensor), []).append(name)
     for block in blocks:
         for axis in block.axes:
             owner = axis.parameter.rpartition(".")[0]
-            others = [user for user in users[id(model.get_parameter(axis.parameter))] if user != owner]
+            others = [user for user in users[id(attributes.tensor(model, axis.parameter))] if user != owner]
             if others:
                 raise ModelError(
                     f"{owner} shares its weight with {', '.join(others)}, so units cannot be cut out of one alone."

@@ -1,0 +1,1 @@
+"""Blocks of any model, found in what one forward pass computes: `finder.find` says how."""
