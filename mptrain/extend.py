@@ -1,6 +1,7 @@
 """Members of your own, without a change to this package: call these before a recipe is read.
 
     register_format(Npz, "my_format:NpzFormat")     then a recipe may say `export: [{format: npz, …}]`
+    register_method(Ternary, "my_method:Ternarization") then a stage may say `quantize: {mode: ternary, …}`
     register_task(SORTING, "my_task:Sorting")       then a recipe may say `model: {task: sorting, …}`
     register_structure("Gated", blocks)             then `prune` cuts the blocks of models of that class
 
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mptrain.compress import methods
 from mptrain.core.errors import UserError
 from mptrain.export.formats import FORMATS
-from mptrain.recipe import EXPORTS, TASKS, ExportSpec, Recipe, TaskSpec
+from mptrain.recipe import EXPORTS, METHODS, TASKS, ExportSpec, MethodConfig, Recipe, Stage, TaskSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +49,25 @@ def register_task(spec: TaskSpec, implementation: str) -> None:
     row = replace(spec, home=implementation)
     if TASKS.setdefault(spec.name, row) != row:
         raise UserError(f"register_task: the name {spec.name!r} is that of {TASKS[spec.name].home}; give another")
+
+
+def register_method(config: type[MethodConfig], implementation: str) -> None:
+    """Add a method under the names in its field `mode` (of quantize) or `method` (of prune and palettize).
+
+    config: its settings in a stage and all that is known of it without a model, a subclass of
+    `mptrain.recipe.PruneConfig`, `QuantizeConfig` or `PalettizeConfig`, which says in what field of a stage it stands.
+    implementation: "package.module:Class" of its `mptrain.compress.base.Method`, imported when it is used. Raises
+    UserError for a name that another method of the field has.
+    """
+    members = METHODS[config.field]
+    for name in config.names():
+        if members.get(name, config) is not config:
+            other = members[name].__name__
+            raise UserError(f"register_method: the name {name!r} of {config.field} is that of {other}; give another")
+    members.update(dict.fromkeys(config.names(), config))
+    methods.METHODS[config] = implementation
+    Stage.model_rebuild(force=True)
+    Recipe.model_rebuild(force=True)
 
 
 def register_structure(model_class: str, blocks: Callable[[nn.Module], Iterable[Block]]) -> None:

@@ -10,15 +10,17 @@ from mptrain.recipe.exports import EXPORTS, CoreAi, CoreMl, Export, OpenVino
 from mptrain.recipe.exports.base import ExportSpec
 from mptrain.recipe.exports.coreml import CoreMlShapes, CoreMlTarget
 from mptrain.recipe.exports.openvino import Precision
+from mptrain.recipe.method import MethodConfig, Weights
 from mptrain.recipe.precision import LossScale, MixedPrecision, ShortPrecision
-from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, Schedule
+from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, PruneConfig, Schedule
 from mptrain.recipe.recipe import Evaluate, Gates, Latency, Output, Planning, Recipe
-from mptrain.recipe.stage import Distill, Stage
+from mptrain.recipe.stage import METHODS, Distill, Stage
 from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
-from mptrain.recipe.weights import Palettize, Ptq, Qat, TableTraining, WeightOnly
+from mptrain.recipe.weights import Palettize, PalettizeConfig, Ptq, Qat, QuantizeConfig, TableTraining, WeightOnly
 
 __all__ = [
     "EXPORTS",
+    "METHODS",
     "TASKS",
     "Calibration",
     "Checkpoint",
@@ -39,16 +41,20 @@ __all__ = [
     "Latency",
     "LossScale",
     "Magnitude",
+    "MethodConfig",
     "MixedPrecision",
     "Model",
     "Movement",
     "OpenVino",
     "Output",
     "Palettize",
+    "PalettizeConfig",
     "Planning",
     "Precision",
+    "PruneConfig",
     "Ptq",
     "Qat",
+    "QuantizeConfig",
     "Recipe",
     "Schedule",
     "ShortPrecision",
@@ -59,4 +65,5 @@ __all__ = [
     "TaskSpec",
     "Train",
     "WeightOnly",
+    "Weights",
 ]

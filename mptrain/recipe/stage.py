@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Train
 from mptrain.recipe.method import MethodConfig, Weights
-from mptrain.recipe.prune import Prune
-from mptrain.recipe.weights import PaletteChoice, Quantize
+from mptrain.recipe.prune import PRUNE, Prune
+from mptrain.recipe.weights import PALETTIZE, QUANTIZE, PaletteChoice, Quantize
 
 
 class Distill(Strict):
@@ -28,6 +28,14 @@ class Distill(Strict):
     @staticmethod
     def words(teacher: str | None) -> str:
         return f"distillation from {teacher}"
+
+
+METHODS: dict[str, dict[str, type[MethodConfig]]] = {
+    "prune": PRUNE,  # type: ignore[dict-item]  # a dict is invariant, and a program may add to this one
+    "quantize": QUANTIZE,  # type: ignore[dict-item]
+    "palettize": PALETTIZE,  # type: ignore[dict-item]
+}
+"""the fields of a stage that hold settings of a method, and by name the methods that each may hold"""
 
 
 class Stage(Strict):

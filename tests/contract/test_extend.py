@@ -10,12 +10,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from kit import tiny
 
 import mptrain
+from mptrain import recipe
+from mptrain.compress.weights import records
+from mptrain.core.errors import UserError
+from mptrain.extend import register_method
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extend.md"
 FILES = dict(
@@ -46,14 +51,18 @@ def folder(tmp_path_factory):
     return found
 
 
-def run(folder: Path, *command: str) -> str:
+def run(folder: Path, *command: str, status: int = 0) -> str:
     """In a process of its own, for what is registered there must not reach other tests."""
     here = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONPATH": here}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-    return done.stdout
+    assert done.returncode == status, done.stdout[-1500:] + done.stderr[-4000:]
+    return done.stderr if status else done.stdout
+
+
+def refused(folder: Path, *command: str) -> str:
+    return run(folder, *command, status=2)
 
 
 def report(folder: Path) -> dict:
@@ -61,7 +70,7 @@ def report(folder: Path) -> dict:
 
 
 def test_every_file_has_at_most_80_lines():
-    assert {"my_task.py", "my_model.py"} <= set(FILES)
+    assert {"my_task.py", "my_method.py", "my_model.py"} <= set(FILES)
     assert not [name for name, text in FILES.items() if len([line for line in text.splitlines() if line.strip()]) > 80]
 
 
@@ -74,6 +83,49 @@ def test_a_task_of_ones_own(folder):
     assert dense["metrics"]["error"]["value"] < 0.5 and dense["parity"]["agreement"] > 0.99
     assert "Report:" in shown and "Pearson" in (folder / "runs/task/report.md").read_text(encoding="utf-8")
     assert (folder / "runs/task/README.md").is_file()
+
+
+def test_a_method_of_ones_own(folder):
+    planned = run(folder, "run_method.py", "--dry-run")
+    assert "ternary weights" in planned and "small_compressed" in planned
+    shown = run(folder, "run_method.py")
+    found = report(folder / "runs" / "method")
+    dense, small = found["variants"]
+    assert [v["id"] for v in (dense, small)] == ["baseline_fp32", "small_compressed"]
+    assert small["metrics"]["accuracy"]["value"] > 0.6 and small["parity"]["agreement"] > 0.99
+    rows = found["compressed"]["small"]
+    assert {row["bits"] for row in rows} <= {2, 2.5, 3} and len({row["weight"] for row in rows}) == 13
+    held = records.of(mptrain.load(folder / "runs/method/stages/small/0-quantize/model"))
+    assert len(held) == len(rows) == 13 and "classifier.weight" not in held
+    assert {int(q) for record in held.values() for q in record.q.unique()} == {-1, 0, 1}
+    # who opens the report later need not know the method
+    assert "ternary weights" in (folder / "runs/method/README.md").read_text(encoding="utf-8")
+    assert "Report:" in shown and "Report:" in run(folder, "-m", "mptrain", "report", "runs/method")
+
+
+def test_a_method_that_an_export_cannot_hold_is_refused_before_training(folder):
+    older = FILES["method.yaml"].replace("openvino", "coreml, minimum_deployment_target: iOS17")
+    (folder / "ml.yaml").write_text(older.replace("[fp32, compressed]", "[fp32]"))
+    main = "import sys, my_method; from mptrain.cli import main; sys.exit(main(['recipe', 'ml.yaml', *sys.argv[1:]]))"
+    for options in ((), ("--dry-run",)):
+        said = refused(folder, "-c", main, *options)
+        assert "stages.small.quantize.mode: export.ov cannot hold it: needs minimum_deployment_target iOS18" in said
+    (folder / "ml.yaml").write_text(FILES["method.yaml"].replace("[classifier]", "[nowhere]"))
+    assert "stages.small.quantize.ignore: 'nowhere' matches no module" in refused(folder, "-c", main)
+
+
+def test_an_unknown_method_is_answered_with_those_that_there_are(folder):
+    said = refused(folder, "-m", "mptrain", "recipe", "method.yaml")
+    assert "stages.small.quantize.mode: must be one of 'qat', 'ptq', 'weight_only', got 'ternary'" in said
+
+
+def test_a_name_that_is_taken_is_refused():
+    class Other(recipe.QuantizeConfig):
+        mode: Literal["qat"]
+
+    with pytest.raises(UserError, match="the name 'qat' of quantize is that of Qat; give another"):
+        register_method(Other, "nowhere:Other")
+    assert recipe.METHODS["quantize"]["qat"] is recipe.Qat
 
 
 def test_a_structure_of_ones_own(folder):
