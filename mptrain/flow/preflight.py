@@ -28,6 +28,7 @@ from mptrain.flow import input_checks
 from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.load import has_trained_head, has_weights
 from mptrain.recipe import Recipe
+from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offli
     is left unchecked.
     """
     check_exports(recipe)
+    check_trackers(recipe)
     found = read_architecture(recipe, allow_code=allow_code, offline=offline)
     check_caches(recipe, found.config)
     if found.known and found.model is not None:
@@ -71,6 +73,17 @@ def check_exports(recipe: Recipe) -> None:
             for field, weights in stage.leaves():
                 if (stored := export.stores(weights)).result == "refused":
                     raise UserError(f"stages.{stage.id}.{field}: export.{export.id} cannot hold it: {stored.how}.")
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """What is to get the logs of training is installed."""
+    for stage in recipe.stages:
+        for name in stage.train.report_to if stage.train else ():
+            if find_spec(name) is None:
+                raise UserError(
+                    f"stages.{stage.id}.train.report_to: {name} is not installed: pip install {TRACKERS[name]}, or take"
+                    " it out."
+                )
 
 
 def check_model(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -128,6 +128,25 @@ class Data(Strict):
         return f"column of {holds}; {f'default: {default}' if default else 'default: there is none'}"
 
 
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "comet_ml": "comet-ml",
+    "clearml": "clearml",
+    "trackio": "trackio",
+    "swanlab": "swanlab",
+    "codecarbon": "codecarbon",
+}
+"""to each tracker, which is also its module, what pip installs; transformers has the callbacks"""
+
+
+def _tracker(name: str) -> str:
+    if name not in TRACKERS:
+        raise ValueError(f"{name!r} is not known; trackers are {', '.join(TRACKERS)}")
+    return name
+
+
 class Train(Strict):
     epochs: Annotated[float, Field(gt=0)]
     lr: Annotated[float, Field(gt=0)]
@@ -147,3 +166,10 @@ class Train(Strict):
     )
     checkpoint_steps: Annotated[int, Field(gt=0)] = Field(100, description="optimizer steps between checkpoints")
     log_steps: Annotated[int, Field(gt=0)] = 10
+    report_to: list[Annotated[str, AfterValidator(_tracker)]] = Field(
+        [],
+        exclude=True,  # it changes no model: a run may continue, and a stage be reused, with other trackers
+        description="trackers that get every log, through the callbacks of transformers, each installed by you:"
+        " tensorboard (events below the folder of the phase), and untested wandb, mlflow, comet_ml, clearml, trackio,"
+        " swanlab, codecarbon",
+    )

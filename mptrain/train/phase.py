@@ -110,7 +110,8 @@ class PhaseTrainer(Trainer):
             eval_strategy="epoch",
             save_strategy="no",
             save_total_limit=2,
-            report_to=[],
+            report_to=train.report_to,
+            run_name=f"{phase.stage}-{phase.name}",
             disable_tqdm=None,
             precision=precision.model_dump(mode="json"),
         )

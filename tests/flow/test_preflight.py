@@ -199,3 +199,18 @@ def test_code_of_ones_own_is_checked_where_it_can_be_built_without_weights(tmp_p
         preflight.check(recipe, allow_code=True)
     file.write_text(begin + "    def post_init(self):\n        float(next(self.parameters()).sum())\n")
     assert preflight.check(recipe, allow_code=True).architecture.model is None
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    described = tiny.jpqd(tmp_path)
+    described["stages"][1]["train"]["report_to"] = ["tensorboard"]
+    assert preflight.check(Recipe.model_validate(described)).data is not None
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    message = "stages.jpqd.train.report_to: tensorboard is not installed: pip install tensorboard, or take it out."
+    refused(tmp_path, described, message)
+
+
+def test_a_tracker_that_nobody_knows(tmp_path):
+    described = tiny.jpqd(tmp_path)
+    described["stages"][1]["train"]["report_to"] = ["tensorbord"]
+    refused(tmp_path, described, "stages.jpqd.train.report_to.0: 'tensorbord' is not known; trackers are tensorboard,")
