@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.core.disk import write_json
-from mptrain.core.errors import GateFailed
+from mptrain.core.errors import GateFailed, UserError
 from mptrain.core.host import host
 from mptrain.flow import preflight
 from mptrain.flow.identity import identity, versions
@@ -102,7 +102,10 @@ def _steps(
         checkpoints={s.id: str(context.model_folder(s.id).relative_to(folder)) for s in recipe.stages},
     )
     write_json(folder / REPORT, report)  # the truth first: a page that cannot be rendered never costs the run
-    files.render(report, folder)
+    try:
+        files.render(report, folder)
+    except (UserError, OSError) as error:
+        log.warning("%s The numbers are in %s; `mptrain report %s` writes the pages again.", error, REPORT, folder)
     return report
 
 

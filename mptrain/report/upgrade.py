@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mptrain.recipe import TASKS
+from pydantic import ValidationError
+
+from mptrain.recipe import METHODS, TASKS, Stage
 from mptrain.recipe.tasks import TaskSpec
 
 Row = dict[str, Any]
@@ -18,7 +20,9 @@ def about(kind: TaskSpec) -> Row:
 
 
 def upgraded(report: Row) -> Row:
-    """The report with `about_task`, `unit` beside every score and `agreement`; changed in place."""
+    """The report with `methods`, `about_task`, `unit` beside every score and `agreement`; changed in place."""
+    if "methods" not in report:
+        report["methods"] = {stage["id"]: _methods(stage) for stage in report["recipe"]["stages"]}
     if "about_task" in report:
         return report
     kind = TASKS.get(report["task"])
@@ -39,6 +43,17 @@ def upgraded(report: Row) -> Row:
         for name, row in report["floor"]["metrics"].items():
             row["unit"] = _unit(name)
     return report
+
+
+def _methods(stage: Row) -> Row:
+    """What a stage did, from its part of the recipe, also where its methods are not known here."""
+    try:
+        known = Stage.model_validate(stage)
+    except ValidationError:
+        given = {field: settings for field in METHODS if isinstance(settings := stage.get(field), dict)}
+        words = [" ".join([field, str(how.get("method") or how.get("mode") or "")]) for field, how in given.items()]
+        return {"words": words, "tags": [], "facts": {}}
+    return {"words": known.words(), "tags": known.tags(), "facts": {}}
 
 
 def _unit(name: str) -> str:

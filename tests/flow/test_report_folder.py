@@ -7,9 +7,10 @@ import re
 import pytest
 from kit import report_sample as sample
 
+from mptrain.cli import main
 from mptrain.core.errors import UserError
 from mptrain.report import words
-from mptrain.report.render.files import read, render
+from mptrain.report.render.files import PAGES, read, render
 from mptrain.report.tables import results
 
 
@@ -44,6 +45,30 @@ def test_a_full_disk_is_no_wrong_input(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_text", refuse)
     with pytest.raises(OSError, match="No space left"):
         render(report, tmp_path)
+
+
+def broken(report):
+    raise KeyError("a method of tomorrow")
+
+
+def test_a_page_that_cannot_be_drawn_costs_neither_the_others_nor_what_was_there(tmp_path, monkeypatch, caplog):
+    render(sample.report(), tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.md").unlink()
+    monkeypatch.setitem(PAGES, "report.html", broken)
+    written = render(sample.report(), tmp_path)
+    assert [path.name for path in written] == ["report.md", "README.md"] and (tmp_path / "report.md").is_file()
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert "report.html cannot be drawn (KeyError: 'a method of tomorrow'). Nothing is lost" in caplog.text
+    assert f"`mptrain report {tmp_path}` draws it again" in caplog.text
+
+
+def test_a_summary_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog, capsys):
+    (tmp_path / "report.json").write_text(json.dumps(sample.report()))
+    monkeypatch.setattr("mptrain.report.render.terminal.summary", broken)
+    assert main(["report", str(tmp_path)]) == 0
+    assert f"Report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    assert "the report cannot be shown here" in caplog.text
 
 
 def test_a_report_of_another_version_is_said(tmp_path):

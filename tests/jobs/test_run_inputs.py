@@ -16,6 +16,7 @@ from mptrain.flow.identity import models
 from mptrain.flow.preflight import untrained
 from mptrain.flow.run_folder import check_identity, locked
 from mptrain.recipe import file as recipe_file
+from mptrain.report.render import files
 
 
 def dense(folder, **train):
@@ -231,3 +232,31 @@ def test_a_run_of_an_earlier_version_is_refused_and_says_how_to_print_its_report
     assert f"mptrain report {tmp_path / 'run'}" in run(recipe, check=2).stderr
     other = run(recipe, "--set", f"output.dir={tmp_path / 'other'}", "--reuse", str(tmp_path / "run"))
     assert "another version of mptrain made it" in other.stderr
+
+
+def test_a_page_that_cannot_be_drawn_or_written_never_costs_a_run(tmp_path, monkeypatch):
+    """The numbers are there, the command ends well, and says how to have the page."""
+
+    def broken(report):
+        raise KeyError("a method of tomorrow")
+
+    recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
+    with monkeypatch.context() as patched:
+        patched.setitem(files.PAGES, "report.html", broken)
+        done = run(recipe)
+        assert main(["report", str(tmp_path / "run")]) == 1
+    folder = tmp_path / "run"
+    assert "report.html cannot be drawn (KeyError: 'a method of tomorrow')" in done.stderr
+    assert (
+        f"`mptrain report {folder}` draws it again" in done.stderr
+        and f"Report: {folder / 'report.json'}" in done.stdout
+    )
+    assert sorted(p.name for p in folder.glob("*.*") if p.suffix in (".md", ".html")) == ["README.md", "report.md"]
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").is_file()
+    (folder / "report.json").unlink()
+    (folder / "report.md").unlink()
+    (folder / "report.md").mkdir()
+    done = run(recipe)
+    assert "cannot be written (Is a directory)" in done.stderr and f"`mptrain report {folder}` writes" in done.stderr
+    assert json.loads((folder / "report.json").read_text())["variants"]

@@ -248,18 +248,6 @@ def test_rendering_from_the_file_gives_the_same(report, html, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_failed_rendering_leaves_the_old_files(report, tmp_path, monkeypatch):
-    (tmp_path / "report.md").write_text("old")
-
-    def fail(report):
-        raise RuntimeError("no page")
-
-    monkeypatch.setattr(files, "page", fail)
-    with pytest.raises(RuntimeError):
-        files.render(report, tmp_path)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.md", "old")]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -69,6 +69,21 @@ def test_a_task_that_is_not_known_here_renders_from_what_its_report_says(tmp_pat
     assert "AUC" in page(found)
 
 
+def test_a_method_that_is_not_known_here_is_named_as_the_recipe_did(tmp_path):
+    """Of a version that did not write words yet, or that had another method."""
+    report = json.loads(json.dumps(sample.report()))
+    words = report["methods"]["jpqd"]["words"]
+    del report["methods"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read(tmp_path)["methods"]["jpqd"]["words"] == words, "one that is known says it itself"
+    report["recipe"]["stages"][1]["quantize"] = {"mode": "octal", "digits": 3}
+    report["variants"][1]["format"] = report["variants"][1]["precision"] = "octets"
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    found = read(tmp_path)
+    assert found["methods"]["jpqd"]["words"] == ["prune fisher", "quantize octal"]
+    assert "quantize octal" in markdown(found) and "quantize octal" in card(found) and page(found)
+
+
 def test_a_drop_is_relative_for_a_number_and_a_difference_for_a_coefficient():
     def drops(unit, higher, values):
         scores = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from mptrain.report.render.markdown import markdown
 from mptrain.report.render.page import page
 from mptrain.report.upgrade import upgraded
 
+log = logging.getLogger(__name__)
+
 FILE = "report.json"
+PAGES: dict[str, Callable[[dict[str, Any]], str]] = {"report.md": markdown, "report.html": page, "README.md": card}
 _KEYS: tuple[str, ...] = (
     "baseline",
     "comparisons",
@@ -32,8 +37,20 @@ _KEYS += ("structure", "task", "training", "variants", "versions", "wall_s")
 
 
 def render(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the three files into `folder`; none is touched unless all could be rendered. Raises UserError."""
-    texts = {"report.md": markdown(report), "report.html": page(report), "README.md": card(report)}
+    """Write the pages into `folder`; one that cannot be drawn is a warning, and what is there of it stays.
+
+    Raises UserError for a folder that cannot be written, OSError for a full disk.
+    """
+    texts = {}
+    for name, draw in PAGES.items():
+        try:
+            texts[name] = draw(report)
+        except Exception as error:  # a fault of a page costs neither the numbers nor the other pages
+            log.warning(
+                "%s cannot be drawn (%s: %s). Nothing is lost, all of it is in %s: `mptrain report %s` draws it again,"
+                " with this version of mptrain or a later one.", name, type(error).__name__, error, FILE, folder,
+            )  # fmt: skip
+            log.debug("%s", name, exc_info=error)
     try:
         for name, text in texts.items():
             temporary = folder / f".{name}.tmp"

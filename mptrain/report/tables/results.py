@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mptrain.recipe import Stage
 from mptrain.report import claims, words
 
 Row = dict[str, Any]
@@ -195,18 +194,12 @@ def environment(report: Row) -> Table:
 
 def methods(report: Row, stage: str) -> list[str]:
     """What a stage of the recipe does besides fine-tuning, in words."""
-    if "methods" in report:
-        return report["methods"].get(stage, {}).get("words", [])
-    # of a version that did not write them
-    return Stage.model_validate(next(s for s in report["recipe"]["stages"] if s["id"] == stage)).words()
+    return report["methods"].get(stage, {}).get("words", [])
 
 
 def tags(report: Row) -> list[str]:
     """What the recipe does, as words to search for."""
-    if "methods" in report:
-        found = [tag for stage in report["methods"].values() for tag in stage["tags"]]
-    else:
-        found = [tag for stage in report["recipe"]["stages"] for tag in Stage.model_validate(stage).tags()]
+    found = [tag for stage in report["methods"].values() for tag in stage["tags"]]
     order = ("pruning", "quantization", "palettization")
     return sorted(dict.fromkeys(found), key=lambda tag: order.index(tag) if tag in order else len(order))
 
