@@ -1,0 +1,66 @@
+"""What a reader must know before believing the numbers: a baseline that learned nothing, gates without a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mptrain.recipe import EXPORTS, Recipe, plan
+from mptrain.recipe.exports import spec_of
+from mptrain.report import gates
+
+Row = dict[str, Any]
+
+
+def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_facts: Mapping[str, Any]) -> list[str]:
+    """variants: rows of the report. data_facts: of the task's data."""
+    return [
+        *_unlearned(variants, baseline or "", data_facts),
+        *_unchecked(recipe, variants),
+        *_expanded(recipe, variants),
+    ]
+
+
+def _unlearned(variants: Sequence[Row], baseline: str, data_facts: Mapping[str, Any]) -> list[str]:
+    """A baseline that is no better than its commonest answer: what is near it says nothing."""
+    counts = data_facts.get("labels", {}).get("test", {})
+    accuracy = next((v["metrics"].get("accuracy") for v in variants if v["id"] == baseline), None)
+    if not counts or accuracy is None or accuracy["value"] is None:
+        return []
+    label, count = max(counts.items(), key=lambda item: item[1])
+    share = count / sum(counts.values())
+    if accuracy["value"] > share:
+        return []
+    return [
+        f"{baseline} is right on {100 * accuracy['value']:.1f}% of the test split, and whoever always answers {label!r}"
+        f" on {100 * share:.1f}%: it has learned nothing, so nothing follows from the differences to it."
+    ]
+
+
+def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
+    """Gates that had nothing to check."""
+    notes = []
+    if recipe.gates.parity is not None and not any(map(gates.exact, variants)):
+        notes.append("The parity gate was not checked: no fp32 variant was exported (an fp16 cache does not count).")
+    if recipe.gates.fused_attention is not None and not any(
+        "fused_attention" in spec_of(v["format"]).checks for v in variants
+    ):
+        able = " or ".join(spec.title for spec in EXPORTS.values() if "fused_attention" in spec.checks)
+        notes.append(f"The fused-attention gate was not checked: no {able} variant was exported.")
+    return notes
+
+
+def _expanded(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
+    """Variants whose format has no place for the tables of a stage."""
+    exports = {planned.id: planned.export for planned in plan.variants(recipe)}
+    found: dict[str, list[str]] = {}
+    for v in variants:
+        export, stage = exports.get(v["id"]), recipe.stage(v["stage"])
+        tables = any(weights.kind == "tables" for _, weights in stage.leaves())
+        if tables and export is not None and export.expands(stage):
+            found.setdefault(export.title, []).append(v["id"])
+    return [
+        f"{title} has no look-up tables: the palettized weights of {', '.join(ids)} are written out as fp32 numbers."
+        " They score as the tables do, but the file is not smaller; the table Compressed weights has the stored size."
+        for title, ids in found.items()
+    ]
