@@ -4,6 +4,7 @@ A stage is one or two *phases*; a phase is one optimizer, one DDP wrap, one seri
 changes the identity of a parameter inside a phase, only where a phase begins and where it ends (the boundary).
 
     check(config, skeleton, site)      before anything is trained, by run and dry run: on the model without weights
+    check_steps(config, steps, …)      and whether its phases are long enough
     outlook(config, skeleton, sizes)   what a dry run predicts; `seconds`, how long it takes without training
     prepare(model, tools)              the phase begins (also before a resume); the highest `order` first
         training()                     what acts in its steps, a `TrainingMethod`, if anything does
@@ -187,6 +188,10 @@ class Method(Generic[Config]):
     @classmethod
     def check(cls, config: Config, skeleton: nn.Module, site: Site) -> None:
         """Raises UserError for settings that cannot be meant for this model. skeleton: on the meta device."""
+
+    @classmethod
+    def check_steps(cls, config: Config, steps: int, steps_per_epoch: int) -> None:
+        """Raises UserError for a phase that has too few optimizer steps for it."""
 
     @classmethod
     def outlook(cls, config: Config, skeleton: nn.Module, sizes: Sizes) -> Sizes:

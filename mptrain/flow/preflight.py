@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.compress.base import Site
 from mptrain.compress.methods import method_class
-from mptrain.compress.prune.base import Warmup
 from mptrain.core.errors import DataError, ModelError, UserError
 from mptrain.core.pins import untested
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
@@ -105,9 +104,10 @@ def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
         data.example(1, length)
     for stage in recipe.stages:
         for phase in phases(stage, len(data.train), processes):
-            if stage.prune is not None and stage.prune.field in phase.methods:
-                with _in_stage(stage.id, stage.prune.field):
-                    Warmup.of(stage.prune.schedule, phase_steps=phase.steps, steps_per_epoch=phase.steps_per_epoch)
+            for method in stage.methods:
+                if method.field in phase.methods:
+                    with _in_stage(stage.id, method.field):
+                        method_class(method).check_steps(method, phase.steps, phase.steps_per_epoch)
     longest = max(length for split in (data.train, data.test) for length in split.lengths)
     for export in recipe.export:
         limit = export.longest()

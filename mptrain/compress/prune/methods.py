@@ -11,7 +11,7 @@ from torch import nn
 
 from mptrain.compress import base, boundary
 from mptrain.compress.base import Batch, Method, Site, Sizes, Tools, TrainingMethod
-from mptrain.compress.prune.base import Pruner
+from mptrain.compress.prune.base import Pruner, Warmup
 from mptrain.compress.prune.curvature import CurvaturePruner, check_readers
 from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.prune.magnitude import MagnitudePruner
@@ -37,6 +37,10 @@ class Pruning(Method[PruneConfig]):
         if site.exact:
             floors = {name: getattr(config, name) for name in ("min_heads", "min_ffn", "round_ffn")}
             Budget(structure, keep, length=site.length or 1, **floors)
+
+    @classmethod
+    def check_steps(cls, config: PruneConfig, steps: int, steps_per_epoch: int) -> None:
+        Warmup.of(config.schedule, phase_steps=steps, steps_per_epoch=steps_per_epoch)
 
     @classmethod
     def outlook(cls, config: PruneConfig, skeleton: nn.Module, sizes: Sizes) -> Sizes:
