@@ -74,8 +74,8 @@ def register_structure(model_class: str, blocks: Callable[[nn.Module], Iterable[
     """Say what can be cut out of models of a class.
 
     model_class: the name of the class. blocks: makes them of a model, dense or already shrunk
-    (`mptrain.compress.structure.by_hand.block`). It goes before what mptrain finds by itself. Raises UserError for a
-    class whose blocks another function gives.
+    (`mptrain.compress.structure.by_hand.block`). These alone count then, not what mptrain finds by itself. Raises
+    UserError for a class whose blocks another function gives.
     """
     from mptrain.compress.structure.find import BY_HAND
 

@@ -1,5 +1,6 @@
-"""`mptrain inspect`: what half precision would do to a model, before it is trained or exported in it.
+"""`mptrain inspect`: what half precision would do to a model, and what can be cut out of it, before it is trained.
 
+    structure blocks of units that `prune` can cut, the integers that fall with them, and what cannot be cut and why
     memory    bytes of weights, masters, gradients and moments under every precision
     export    the fp32 graph with every operation rounded to fp16: which must stay in fp32
     training  the model really run in fp16: which modules `precision.keep_fp32` must name
@@ -22,6 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mptrain.compress.quantize import quantizers
+from mptrain.compress.structure.blocks import Block
+from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.host import host
@@ -75,10 +78,12 @@ def inspect_model(
             "examples": sum(len(next(iter(b.values()))) for b in inputs.batches),
             "batches": len(inputs.batches),
         },
+        "structure": None,
         "export": None,
         "training": {},
     }
     _check_fp32(model, inputs)
+    facts["structure"] = _structure(model, inputs)
     keep: dict[Compute, list[str]] = {}
     if "fp16" in computes:
         facts["export"] = _export(model, inputs)
@@ -130,6 +135,39 @@ def _check_fp32(model: PreTrainedModel, inputs: Samples) -> None:
         bad = [name for name, value in outputs.items() if torch.isnan(value).any()]
         if bad:
             raise ModelError(f"{type(model).__name__} gives NaN in fp32 already (output {bad[0]}); check its weights.")
+
+
+# -- structure
+
+
+def _structure(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
+    """error: why nothing can be cut; None where something can."""
+    try:
+        found = find_structure(model, inputs.batches[0])
+    except ModelError as error:
+        return {"family": None, "blocks": [], "refused": [], "error": str(error)}
+    return {
+        "family": found.name,
+        "blocks": [_block(block) for block in found],
+        "refused": [asdict(refusal) for refusal in found.refused],
+        "error": None,
+    }
+
+
+def _block(block: Block) -> dict[str, Any]:
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "layer": block.layer,
+        "units": block.units,
+        "heads": block.heads,
+        "unit_params": block.unit_params,
+        "axes": [
+            {"parameter": axis.parameter, "dim": axis.dim, "role": axis.role, "per_unit": axis.per_unit}
+            for axis in block.axes
+        ],
+        "edits": [asdict(edit) for edit in block.edits],
+    }
 
 
 # -- precision

@@ -6,12 +6,13 @@ import argparse
 
 from mptrain.commands.options import add_model_options, check_model_options
 
-HELP = "memory, overflow and speed of a model in half precision"
+HELP = "what can be cut out of a model; its memory, overflow and speed in half precision"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Say what half precision would do to a model: memory, overflow, what to keep in fp32, speed here."
+        "Say what can be cut out of a model, and what half precision would do to it: memory, overflow, what to keep in"
+        " fp32, speed here."
     )
     parser.add_argument("model", metavar="MODEL", help="a model folder, packaged:NAME or a hub name")
     parser.add_argument(

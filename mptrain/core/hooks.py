@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 HOOKS = "__nncf_hooks"
@@ -10,3 +13,17 @@ HOOKS = "__nncf_hooks"
 
 def is_quantized(model: nn.Module) -> bool:
     return HOOKS in model._modules
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within it, a model that carries quantizers runs as if it had none."""
+    hooked = vars(model).get("forward") if is_quantized(model) else None
+    if hooked is None:
+        yield
+        return
+    vars(model)["forward"] = hooked.orig_forward
+    try:
+        yield
+    finally:
+        vars(model)["forward"] = hooked

@@ -164,6 +164,8 @@ PINS: dict[str, Pin] = {
             **_in("precision/step.py", "torch", "_foreach_copy_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"),
             "torch.nn.modules.batchnorm:_NormBase": "precision/policy.py",
             "torch.nn:Module@_modules": "precision/master.py",
+            "torch.nn:Module@_forward_hooks": "compress/structure/fingerprint.py",
+            "torch.nn:Module@_forward_pre_hooks": "compress/structure/fingerprint.py",
             "torch:_utils._rebuild_parameter": "precision/whole.py",
             "torch._dynamo.eval_frame:OptimizedModule@_orig_mod": "precision/optimizer.py",
         },

@@ -10,7 +10,13 @@ import yaml
 from kit import tiny, tiny_models
 from kit.structures import keep
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import mptrain
 from mptrain.cli import main
@@ -228,6 +234,36 @@ def test_a_pruned_and_quantized_model_of_a_run(tmp_path):
     facts = json.loads(out.read_text())
     assert facts["parameters"] == pruned and facts["memory"][0]["parameters"] == pruned
     assert facts["training"]["fp16"]["after"]["right"] and facts["export"]["after"]["right"]
+
+
+def test_what_can_be_cut_and_what_stays_whole(tmp_path, capsys):
+    tiny_models.tiny("llama").save_pretrained(tmp_path / "llama")
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    out, options = tmp_path / "facts.json", ["--samples", 2, "--max-length", 8, "--precision", "fp32"]
+    assert run(tmp_path / "llama", *options, "--json", out) == 0
+    found = json.loads(out.read_text())["structure"]
+    assert [(b["name"], b["kind"], b["units"]) for b in found["blocks"][:2]] == [
+        ("model.layers.0.self_attn", "heads", 2), ("model.layers.0.mlp", "ffn", 48)
+    ]  # fmt: skip
+    sink = {"parameter": "model.layers.0.self_attn.o_proj.weight", "dim": 1, "role": "sink", "per_unit": 16}
+    assert sink in found["blocks"][0]["axes"]
+    text = capsys.readouterr().out
+    assert "What can be cut" in text and "model.layers.{0-1}.mlp" in text and "intermediate_size" in text
+    assert "What stays whole" not in text
+    assert run(tmp_path / "bloom", *options) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What stays whole" in text and "transformer.h.{0-1}.self_attention" in text and "ALiBi" in text
+
+
+def test_a_model_of_which_nothing_can_be_cut(tmp_path, capsys):
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    out = tmp_path / "facts.json"
+    assert run(tmp_path / "mamba", "--samples", 2, "--max-length", 8, "--precision", "fp32", "--json", out) == 0
+    found = json.loads(out.read_text())["structure"]
+    assert found["blocks"] == [] and "low rank" in found["error"]
+    assert "nothing can be cut out of MambaForCausalLM" in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_input_is_exit_2(overflowing, tmp_path, capsys):

@@ -10,7 +10,13 @@ from kit.architectures import build, without_loss
 from mptrain.compress.structure.dataflow import examples, proof
 from mptrain.compress.structure.dataflow.finder import find
 from mptrain.compress.structure.dataflow.labels import CODES, Labels
+from mptrain.compress.structure.dataflow.record import run
 from mptrain.compress.structure.dataflow.stand_in import stand_in
+
+
+def bench_of(model, slots, batch):
+    inputs = examples.given(batch)[0]
+    return proof.Bench(model, slots, [(inputs, run(model, inputs))])
 
 
 def shifted(block, role, number):
@@ -33,7 +39,7 @@ def test_a_wrong_cut_is_rejected(name):
     batch = without_loss(name, batch)
     blocks, _ = find(model, batch)
     with stand_in(model) as slots:
-        bench = proof.Bench(model, slots, [examples.given(batch)])
+        bench = bench_of(model, slots, batch)
         assert bench.fault(blocks) is None
         wrong = [shifted(block, role, i) for block in blocks for role in ("source", "sink", "side") for i in range(3)]
         wrong = [block for block in wrong if block is not None]
@@ -57,7 +63,7 @@ def test_a_missing_edit_is_rejected(name, attribute):
     less = replace(block, edits=tuple(edit for edit in block.edits if edit.attribute != attribute))
     assert len(less.edits) < len(block.edits)
     with stand_in(model) as slots:
-        fault = proof.Bench(model, slots, [examples.given(batch)]).fault([less])
+        fault = bench_of(model, slots, batch).fault([less])
     assert fault is not None and ("does not run" in fault or "something else" in fault)
 
 
@@ -66,7 +72,7 @@ def test_a_unit_without_effect_is_no_proof():
     batch = without_loss("bert", batch)
     block = find(model, batch)[0][1]
     with stand_in(model) as slots:
-        bench = proof.Bench(model, slots, [examples.given(batch)])
+        bench = bench_of(model, slots, batch)
         no_sinks = replace(block, axes=tuple(axis for axis in block.axes if axis.role != "sink"))
         assert "change nothing" in (bench.fault([no_sinks]) or "")
 

@@ -6,11 +6,15 @@ from kit.tiny_models import FAMILIES, inputs, tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mptrain.compress.base import Site
+from mptrain.compress.prune.methods import FisherPruning
 from mptrain.compress.structure.blocks import Kept
 from mptrain.compress.structure.costs import describe, extent, head_dim, layer_costs, measure_extents
+from mptrain.compress.structure.dataflow import finder
 from mptrain.compress.structure.find import find_structure
-from mptrain.compress.structure.shrink import check_not_shared
+from mptrain.compress.structure.shrink import check_not_shared, shrink
 from mptrain.core.errors import ModelError, UserError
+from mptrain.recipe.prune import Fisher
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +58,7 @@ def test_a_key_value_group_is_one_unit():
     ],
 )
 def test_any_head(family, cls):
-    model = tiny(family, cls=cls)
+    model = tiny(family, cls=cls, num_labels=2)
     structure = find_structure(model)
     assert [b.kind for b in structure] == ["heads", "ffn"] * 2
     owners = [axis.parameter.rpartition(".")[0] for b in structure for axis in (*b.sources, *b.sinks)]
@@ -74,16 +78,37 @@ def test_a_pattern_without_a_match_is_an_error(pattern):
         find_structure(tiny("bert"), ignore=[pattern])
 
 
-def test_no_attention():
-    with pytest.raises(ModelError, match="bert, roberta, swin"):
-        find_structure(nn.Sequential(nn.Linear(2, 2)))
+def test_nothing_to_cut():
+    with pytest.raises(ModelError, match=r"nothing can be cut out of Sequential"):
+        find_structure(nn.Sequential(nn.Linear(2, 2)), {"input": torch.ones(1, 2)})
+    with pytest.raises(ModelError, match="without an example"):
+        find_structure(nn.Sequential(nn.Linear(2, 3)))
 
 
-def test_a_replaced_linear_is_named():
-    model = tiny("bert")
-    model.bert.encoder.layer[1].intermediate.dense = nn.Bilinear(2, 2, 2)
-    with pytest.raises(ModelError, match=r"layer\.1\.intermediate\.dense should be an nn\.Linear.*found Bilinear"):
-        find_structure(model)
+def test_refusals_are_told_with_their_reasons():
+    config = t.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ModelError, match=r"(?s)nothing can be cut out of MambaForCausalLM.*mixer.*low rank"):
+        find_structure(t.MambaForCausalLM(config))
+    with torch.device("meta"):
+        skeleton = t.MambaForCausalLM(config)
+    settings = Fisher.model_validate({"method": "fisher", "keep": {"encoder_params": 0.5}})
+    with pytest.raises(ModelError, match="nothing can be cut out"):  # before training
+        FisherPruning.check(settings, skeleton, Site("stages.small.prune"))
+
+
+def test_an_architecture_is_looked_at_once(monkeypatch):
+    calls = []
+    find = finder.find
+    monkeypatch.setattr(finder, "find", lambda *args: calls.append(args) or find(*args))
+    assert find_structure(tiny("bert", vocab_size=37)) == find_structure(tiny("bert", vocab_size=37, seed=1))
+    assert len(calls) == 1
+    model = tiny("bert", vocab_size=37)
+    shrink(model, structure := find_structure(model), keep(structure, {0: [1]}))
+    assert [b.units for b in find_structure(model)] == [1, 48, 4, 48]
+    assert len(calls) == 2
+    model.bert.register_forward_hook(lambda *_: None)
+    find_structure(model)
+    assert len(calls) == 3  # what a hook does is not known
 
 
 def test_shared_weights_are_refused():

@@ -12,7 +12,7 @@ import torch
 import yaml
 from kit import tiny, tiny_tasks
 from kit.jobs import run
-from transformers import BertModel, ElectraConfig, ElectraForSequenceClassification
+from transformers import BertModel
 
 from mptrain.core.errors import UserError
 from mptrain.flow import preflight
@@ -78,16 +78,6 @@ def test_a_method_that_cannot_be_meant_for_the_model(tmp_path, stage, message):
     described["stages"][1] = {"id": "small", **stage}
     described["export"][0] |= {"of": ["dense", "small"], "precision": ["fp32", "compressed"]}
     refused(tmp_path, described, message)
-
-
-def test_a_model_of_no_structure(tmp_path):
-    described = tiny.jpqd(tmp_path)
-    sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ElectraConfig(vocab_size=40, intermediate_size=64, max_position_embeddings=64, **sizes)
-    ElectraForSequenceClassification(config).save_pretrained(tmp_path / "electra")
-    tiny.tokenizer().save_pretrained(tmp_path / "electra")
-    described["model"]["path"] = str(tmp_path / "electra")
-    refused(tmp_path, described, "has no attention layers that can be pruned")
 
 
 def test_an_untrained_head(tmp_path):

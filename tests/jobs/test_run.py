@@ -228,16 +228,3 @@ def test_a_missed_gate_is_exit_3_with_the_whole_report(finished, tmp_path):
     done = run(tiny.write(described, tmp_path / "tiny.yaml"), check=3)
     assert "gate" in done.stderr and "1000" in done.stderr and "jpqd_int8" in done.stdout
     assert (tmp_path / "run" / "report.html").is_file()
-
-
-def test_a_model_without_attention_is_refused(finished, tmp_path):
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    ResNetForImageClassification(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2)
-    ).save_pretrained(tmp_path / "resnet")
-    from mptrain.compress.structure.find import find_structure
-    from mptrain.core.errors import ModelError
-
-    with pytest.raises(ModelError, match="attention"):
-        find_structure(ResNetForImageClassification.from_pretrained(tmp_path / "resnet"))

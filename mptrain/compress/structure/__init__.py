@@ -1,1 +1,1 @@
-"""Which parts of a model can go (blocks, families), what they cost (costs, latency, budget), and taking them out."""
+"""Which parts of a model can go (find: by dataflow, or written down), what they cost, and taking them out."""

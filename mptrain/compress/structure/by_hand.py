@@ -1,4 +1,4 @@
-"""Blocks that are written down: for an architecture whose units `find_structure` cannot see by itself.
+"""Blocks that are written down: where dataflow does not show the units, or shows more than is meant.
 
     block(model, "heads", 8, sources=["attn.q", "attn.k", "attn.v"], sinks=["attn.o"], edits={"attn.num_heads": 1})
     block(model, "ffn", 256, sources=["mlp.up", "mlp.gate"], sinks=["mlp.down"])

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mptrain.report import words
 from mptrain.report.render.terminal import draw, line
+from mptrain.report.tables.models import fold
 from mptrain.report.tables.results import Cell, Table
 from mptrain.verify.overflow import HALF_MAX, MIN_UNDERFLOW
 
@@ -23,7 +24,7 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
         " parameters;"
         f" {facts['inputs']['examples']} inputs ({facts['inputs']['source']})"
     )
-    parts: list[RenderableType] = [line("•", head, "bold"), draw(memory(facts))]
+    parts: list[RenderableType] = [line("•", head, "bold"), *structure(facts["structure"]), draw(memory(facts))]
     if facts["export"] is not None:
         parts.append(draw(ranges(facts["export"])))
         if facts["export"]["keep"]:
@@ -39,6 +40,53 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
         lines = ["precision:", "  compute: fp16", "  keep_fp32:", *(f"    - '{pattern}'" for pattern in patterns)]
         parts.append(Text("\n".join(lines), no_wrap=True, overflow="ignore"))  # to be copied as it is
     return Group(*parts)
+
+
+def structure(found: dict[str, Any]) -> list[RenderableType]:
+    """Blocks that can be cut, alike ones of numbered layers in one row; what cannot, with the reason."""
+    if found["error"] is not None:
+        return [line("!", found["error"], "yellow")]
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for block in found["blocks"]:
+        roles = (_owners(block, "source"), _owners(block, "sink"), _owners(block, "side"))
+        layers = {axis["parameter"].rpartition(".")[0] for axis in block["axes"]}
+        others = [edit["attribute"] for edit in block["edits"] if edit["module"] not in layers]
+        fields = tuple(dict.fromkeys(others))
+        key = (block["kind"], block["units"], block["heads"], block["unit_params"], roles, fields)
+        alike.setdefault(key, []).append(block["name"])
+    rows = []
+    for (kind, units, heads, size, (made, read, along), fields), names in alike.items():
+        grouped = f"{heads} query heads each" if heads > 1 else ""
+        cut = f"{made} → {read}{f'; {along}' if along else ''}"
+        cells = [Cell(f"{units:,} {kind}", grouped), Cell(cut), Cell(", ".join(fields) or "–"), Cell(f"{size:,}")]
+        rows += [[Cell(name), *cells] for name in fold(names)]
+    columns = ["Block", "Units", "Made by → read by; along", "Integers that fall", "Parameters of one"]
+    parts: list[RenderableType] = [
+        draw(
+            Table(
+                "What can be cut",
+                columns,
+                rows,
+                "Each proved: cut by half, the model computes what it computes with the units masked.",
+                text_columns=4,
+            )
+        )
+    ]
+    whys: dict[str, list[str]] = {}
+    for one in found["refused"]:
+        whys.setdefault(one["reason"], []).append(one["what"])
+    left = [[Cell(what), Cell(reason)] for reason, names in whys.items() for what in fold(names)]
+    return [*parts, draw(Table("What stays whole", ["What", "Because"], left, text_columns=2))] if left else parts
+
+
+def _owners(block: dict[str, Any], role: str) -> str:
+    """The last names of the modules, and of parameters that are not a weight or bias."""
+    found = []
+    for axis in block["axes"]:
+        *path, last = axis["parameter"].split(".")
+        if axis["role"] == role and not (role == "side" and last == "bias"):
+            found.append(path[-1] if last in ("weight", "bias") and path else last)
+    return ", ".join(dict.fromkeys(found))
 
 
 def memory(facts: dict[str, Any]) -> Table:

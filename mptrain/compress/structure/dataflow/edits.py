@@ -34,6 +34,10 @@ class Candidates:
     open: dict[str, dict[Key, list[Edit]]] = field(default_factory=lambda: defaultdict(dict))
     doubtful: dict[str, set[Key]] = field(default_factory=lambda: defaultdict(set))
 
+    def likely(self, name: str) -> frozenset[Key]:
+        """Open keys of a block, without the doubtful ones."""
+        return frozenset(self.open[name]) - self.doubtful[name]
+
 
 def candidates(model: nn.Module, blocks: Iterable[Block], read: set[tuple[str, str]]) -> Candidates:
     """read: (module, attribute) of `record.Reads`."""

@@ -1,4 +1,4 @@
-"""Inputs to look for blocks with: two rows of the example, or made up from the model's config; and others to prove on.
+"""Inputs to look for blocks with: one row of the example, or made up from the model's config; and others to prove on.
 
 Values do not matter, shapes do: text is made short, pictures and sounds as large as the model needs them.
 """
@@ -15,11 +15,28 @@ from torch import Tensor, nn
 from mptrain.core.errors import ModelError
 
 Inputs = dict[str, Any]
-ROWS, TOKENS, SIDE, SAMPLES = 2, 8, 224, 16_000
+ROWS, TOKENS, SIDE, SAMPLES = 1, 8, 224, 4_000
 
 
-def given(example: Mapping[str, Any]) -> Inputs:
-    """At most two rows of it, on the CPU, in float32 where it is not integers."""
+def given(example: Mapping[str, Any]) -> list[Inputs]:
+    """One row of it, on the CPU, in float32 where it is not integers: with few tokens, then as it is."""
+    whole = _first_row(example)
+    lengths = {value.shape[1] for value in whole.values() if _is_text(value)}
+    if not any(length > 2 * TOKENS for length in lengths):
+        return [whole]
+    short = {
+        name: value[:, : 2 * TOKENS] if _is_text(value) and value.shape[1] in lengths else value
+        for name, value in whole.items()
+    }
+    hidden = any(_is_text(value) and not value.any() and whole[name].any() for name, value in short.items())
+    return [whole] if hidden else [short, whole]  # a mask of padding on the left would leave nothing to see
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and not value.is_floating_point()
+
+
+def _first_row(example: Mapping[str, Any]) -> Inputs:
     sizes = [value.shape[0] for value in example.values() if isinstance(value, Tensor) and value.dim()]
     rows = max(set(sizes), key=sizes.count) if sizes else 0
     found: Inputs = {}
@@ -34,7 +51,7 @@ def given(example: Mapping[str, Any]) -> Inputs:
 
 def made_up(model: nn.Module) -> Inputs:
     """Inputs of a transformers model by the names that its forward takes. Raises ModelError for what is not known."""
-    config, accepted = getattr(model, "config", None), set(inspect.signature(model.forward).parameters)
+    config, accepted = getattr(model, "config", None), _accepted(model)
     generator = torch.Generator().manual_seed(0)
     found: Inputs = {}
     if config is not None:
@@ -56,14 +73,17 @@ def made_up(model: nn.Module) -> Inputs:
     return found
 
 
+def _accepted(model: nn.Module) -> set[str]:
+    """The arguments of forward; where it passes on any, of the class whose forward names an input."""
+    known = {"input_ids", "inputs", *_MEDIA}
+    names = (set(inspect.signature(cls.forward).parameters) for cls in type(model).__mro__ if hasattr(cls, "forward"))
+    return next((found for found in names if found & known), set())
+
+
 def others(inputs: Inputs) -> list[Inputs]:
     """The same inputs with a row more and, where they are integers, a token less; the first that a model may take."""
     longer = {name: _extended(value) for name, value in inputs.items()}
-    lengths = {
-        value.shape[1]
-        for value in inputs.values()
-        if isinstance(value, Tensor) and value.dim() >= 2 and not value.is_floating_point() and value.shape[1] > 2
-    }
+    lengths = {value.shape[1] for value in inputs.values() if _is_text(value) and value.shape[1] > 2}
     shorter = {name: _shortened(value, lengths) for name, value in longer.items()}
     return [shorter, longer, inputs] if lengths else [longer, inputs]
 
@@ -76,8 +96,7 @@ def _extended(value: Any) -> Any:
 
 
 def _shortened(value: Any, lengths: set[int]) -> Any:
-    text = isinstance(value, Tensor) and value.dim() >= 2 and not value.is_floating_point()
-    return value[:, : value.shape[1] - 1] if text and value.shape[1] in lengths else value
+    return value[:, : value.shape[1] - 1] if _is_text(value) and value.shape[1] in lengths else value
 
 
 def _ids(config: Any, length: int, generator: torch.Generator) -> Tensor:
@@ -96,7 +115,7 @@ def _picture(config: Any, generator: torch.Generator) -> Tensor:
 def _sound(config: Any, generator: torch.Generator) -> Tensor:
     """Samples, or a spectrogram [batch, frames, bins]."""
     if not hasattr(config, "num_mel_bins"):
-        return torch.randn(ROWS, SAMPLES // 4, generator=generator)
+        return torch.randn(ROWS, SAMPLES, generator=generator)
     return torch.randn(ROWS, getattr(config, "max_length", None) or 100, config.num_mel_bins, generator=generator)
 
 

@@ -15,25 +15,25 @@ a fixed width (nn.MultiheadAttention).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from mptrain.compress.structure import fields
-from mptrain.compress.structure.blocks import Axis, Block, Edit, Refusal, Role
+from mptrain.compress.structure import fields, saved
+from mptrain.compress.structure.blocks import Axis, Block, Edit, Kind, Refusal, Role
 from mptrain.compress.structure.by_hand import fixed_params
 from mptrain.compress.structure.dataflow import examples, proof
 from mptrain.compress.structure.dataflow.edits import Candidates, Key, candidates
-from mptrain.compress.structure.dataflow.group import Group, Place, group
+from mptrain.compress.structure.dataflow.group import Group, Place, Single, group
 from mptrain.compress.structure.dataflow.labels import Labels
-from mptrain.compress.structure.dataflow.record import Reads, Recorder, run, tensors
+from mptrain.compress.structure.dataflow.record import Reads, Recorder, run
 from mptrain.compress.structure.dataflow.rules import Flow
 from mptrain.compress.structure.dataflow.stand_in import Slots, stand_in
-from mptrain.compress.structure.naming import common, layer_of, name_of
+from mptrain.compress.structure.naming import layer_of, name_of
 from mptrain.core.errors import ModelError
 
 MOST_TRIES = 64
@@ -47,9 +47,9 @@ def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
     Raises ModelError for a model that does not run on it.
     """
     with stand_in(model) as slots:
-        inputs = examples.made_up(model) if example is None else examples.given(example)
-        flow, reads = _flow(model, slots, inputs)
-        groups = group(flow)
+        given = [examples.made_up(model)] if example is None or _is_empty(example) else examples.given(example)
+        inputs, flow, reads, results = _flow(model, slots, given)
+        groups = group(flow, _single(model, flow))
         refused = list(groups.lost)
         pairs = []
         for found in groups.found:
@@ -60,38 +60,64 @@ def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
             else:
                 refused.append(Refusal(block.name, reason))
         attention = bool(groups.lost) or any(found.kind == "heads" for found in groups.found)
-        blocks, left = _offered(flow, pairs, attention)
+        blocks, left = _offered(model, flow, pairs, attention)
         refused += left
         blocks = _shared(_ordered(model, blocks))
-        return _proved(proof.Bench(model, slots, [inputs, _other(model, inputs)]), model, blocks, reads, refused)
+        bench = proof.Bench(model, slots, [(inputs, results), *_other(model, inputs)] if blocks else [])
+        return _proved(bench, model, blocks, reads, refused)
 
 
-def _flow(model: nn.Module, slots: Slots, inputs: Mapping[str, Any]) -> tuple[Flow, set[tuple[str, str]]]:
-    reads, recorder = Reads(model), Recorder(model)
-    try:
-        with reads, recorder:
-            results = run(model, inputs)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} does not run on the example ({', '.join(inputs)}), so its blocks cannot be found:"
-            f" {type(error).__name__}: {error}"
-        ) from error
+def _is_empty(example: Mapping[str, Any]) -> bool:
+    """Whether it has shapes only, of a model without weights."""
+    return any(isinstance(value, Tensor) and value.is_meta for value in example.values())
+
+
+def _flow(
+    model: nn.Module, slots: Slots, given: Sequence[examples.Inputs]
+) -> tuple[examples.Inputs, Flow, set[tuple[str, str]], Sequence[Tensor]]:
+    """The first of the inputs that the model takes; labels, the attributes that were read, and the outputs."""
+    for last, inputs in enumerate(given, 1 - len(given)):
+        reads, recorder = Reads(model), Recorder(model)
+        try:
+            with reads, recorder:
+                results = run(model, inputs)
+        except Exception as error:
+            if last < 0:
+                continue
+            raise ModelError(
+                f"{type(model).__name__} does not run on the example ({', '.join(inputs)}), so its blocks cannot be"
+                f" found: {type(error).__name__}: {error}"
+            ) from error
+        break
     named = {name: slots.now(name) for name in slots.tensors}
     floating = {name: t for name, t in named.items() if t.is_floating_point() and t.numel()}
-    return Flow(Labels(floating, slots.parameters), recorder.live(results), tensors(results)), reads.found
+    flow = Flow(Labels(floating, slots.parameters), recorder.live(results), results)
+    return inputs, flow, reads.found, results
 
 
-def _other(model: nn.Module, inputs: examples.Inputs) -> examples.Inputs:
+def _other(model: nn.Module, inputs: examples.Inputs) -> list[tuple[examples.Inputs, Sequence[Tensor]]]:
+    """Inputs of another size that the model takes, with its outputs."""
     for other in examples.others(inputs):
         try:
-            run(model, other)
+            return [(other, run(model, other))]
         except Exception:  # a size that the model's code does not take
             continue
-        return other
-    return inputs
+    return []
 
 
 # -- blocks
+
+
+def _single(model: nn.Module, flow: Flow) -> Single:
+    """Blocks of which an earlier cut left one unit; by itself it looks like channels that are entangled."""
+    described = saved.of(model) or {"blocks": {}}
+    left = {name for name, one in described["blocks"].items() if one.get("units") == 1}
+
+    def known(kind: Kind, parameters: Collection[int]) -> bool:
+        owners = [flow.labels.names[parameter].rpartition(".")[0] for parameter in parameters]
+        return bool(left) and name_of(model, owners, kind) in left
+
+    return known
 
 
 def _block(model: nn.Module, flow: Flow, found: Group) -> Block:
@@ -119,6 +145,10 @@ def _axes(flow: Flow, found: Group) -> list[Axis]:
         nodes = labels.first_node[place[0]][place[1]] + found.indices[place].ravel()
         return int(marks.roles[nodes].min()), int(marks.order[nodes].min()), place[0]
 
+    def is_table(place: Place) -> bool:
+        nodes = labels.first_node[place[0]][place[1]] + found.indices[place].ravel()
+        return bool(marks.tables[nodes].all())
+
     def is_sink(place: Place) -> bool:
         return bool(marks.sinks[labels.first_node[place[0]][place[1]] + found.indices[place].ravel()].all())
 
@@ -129,13 +159,14 @@ def _axes(flow: Flow, found: Group) -> list[Axis]:
 
     sides = {labels.names[place[0]]: axis(place, indices, "side") for place, indices in found.sides.items()}
     axes = []
-    for place in sorted((p for p in found.indices if not is_sink(p)), key=first):
+    tables = [place for place in found.indices if is_table(place) and not is_sink(place)]
+    for place in sorted((p for p in found.indices if not is_sink(p) and p not in tables), key=first):
         axes.append(axis(place, found.indices[place], "source"))
         bias = f"{axes[-1].parameter.rpartition('.')[0]}.bias"
         if bias in sides:
             axes.append(sides.pop(bias))
     axes += [axis(place, found.indices[place], "sink") for place in sorted(filter(is_sink, found.indices))]
-    return [*axes, *sides.values()]
+    return [*axes, *(axis(place, found.indices[place], "side") for place in tables), *sides.values()]
 
 
 def _ordered(model: nn.Module, blocks: Iterable[Block]) -> list[Block]:
@@ -174,7 +205,9 @@ def _fixed(model: nn.Module, block: Block) -> str | None:
     return None
 
 
-def _offered(flow: Flow, pairs: Iterable[tuple[Group, Block]], attention: bool) -> tuple[list[Block], list[Refusal]]:
+def _offered(
+    model: nn.Module, flow: Flow, pairs: Iterable[tuple[Group, Block]], attention: bool
+) -> tuple[list[Block], list[Refusal]]:
     """attention: whether the model has any."""
     bent = flow.marks.of_classes(flow.marks.bent, flow.labels.roots())
     kept, left = [], []
@@ -184,7 +217,7 @@ def _offered(flow: Flow, pairs: Iterable[tuple[Group, Block]], attention: bool) 
             reason = "two matrices with nothing between them are a low rank, whose size is a choice"
         elif attention and block.kind == "channels":
             reason = "convolutions beside attention are left whole"
-        elif attention and block.kind == "ffn" and not _in_a_layer(block):
+        elif attention and block.kind == "ffn" and not _in_a_layer(model, block):
             reason = "in no layer: poolers and the heads of tasks are left whole"
         if reason is None:
             kept.append(block)
@@ -193,8 +226,17 @@ def _offered(flow: Flow, pairs: Iterable[tuple[Group, Block]], attention: bool) 
     return kept, left
 
 
-def _in_a_layer(block: Block) -> bool:
-    return any(part == "*" or part.isdigit() for part in common(_owners(block)))
+def _in_a_layer(model: nn.Module, block: Block) -> bool:
+    """Whether all its modules are in members of lists of alike modules."""
+    return all(_is_listed(model, owner.split(".")) for owner in _owners(block))
+
+
+def _is_listed(model: nn.Module, path: list[str]) -> bool:
+    for place, part in enumerate(path[:-1]):
+        holder = model.get_submodule(".".join(path[:place]))
+        if part.isdigit() and isinstance(holder, nn.ModuleList | nn.Sequential):
+            return True
+    return False
 
 
 def _modules(block: Block) -> str:
@@ -215,17 +257,23 @@ def _proved(
 ) -> tuple[list[Block], list[Refusal]]:
     """All at once; where that fails, one by one."""
     found = candidates(model, blocks, reads)
+    edited = [_with(block, found, found.likely(block.name)) for block in blocks]
+    if not blocks or bench.fault(edited) is None:
+        return edited, refused
     settled: dict[tuple[Key, ...], frozenset[Key]] = {}
     for block in blocks:
         keys = tuple(sorted(found.open[block.name]))
-        if keys and keys not in settled and (choice := _choice(bench, block, found, keys)) is not None:
+        if keys not in settled and (choice := _choice(bench, block, found, keys)) is not None:
             settled[keys] = choice
-    blocks = [_with(block, found, settled.get(tuple(sorted(found.open[block.name])), frozenset())) for block in blocks]
-    if not blocks or bench.fault(blocks) is None:
-        return blocks, refused
-    faults = {block.name: bench.fault([block]) for block in blocks}
+    edited = [
+        _with(block, found, settled.get(tuple(sorted(found.open[block.name])), found.likely(block.name)))
+        for block in blocks
+    ]
+    if bench.fault(edited) is None:
+        return edited, refused
+    faults = {block.name: bench.fault([block]) for block in edited}
     refused += [Refusal(name, f"the proof failed: {fault}") for name, fault in faults.items() if fault is not None]
-    blocks = [block for block in blocks if faults[block.name] is None]
+    blocks = [block for block in edited if faults[block.name] is None]
     if blocks and (fault := bench.fault(blocks)) is not None:
         raise ModelError(f"{type(model).__name__}: its blocks can be cut one by one, but not together: {fault}")
     return blocks, refused
@@ -233,7 +281,7 @@ def _proved(
 
 def _choice(bench: proof.Bench, block: Block, found: Candidates, keys: Sequence[Key]) -> frozenset[Key] | None:
     """The open keys with which the block is right, the likely ones first; None: there are none."""
-    likely = frozenset(keys) - found.doubtful[block.name]
+    likely = found.likely(block.name)
     tries = [likely.symmetric_difference(some) for n in range(len(keys) + 1) for some in combinations(keys, n)]
     return next((some for some in tries[:MOST_TRIES] if bench.fault([_with(block, found, some)]) is None), None)
 

@@ -14,7 +14,7 @@ Refused: a constant that differs from unit to unit (ALiBi), a side that is also 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,79 +51,89 @@ class Groups:
     lost: list[Refusal]
 
 
-def group(flow: Flow) -> Groups:
+Single = Callable[[Kind, Collection[int]], bool]
+"""Whether a class that is alike to no other is a block of one unit: its kind, and the numbers of its parameters."""
+
+
+def group(flow: Flow, single: Single) -> Groups:
     """All blocks, and ties between them resolved."""
     while True:
-        grouping = _Grouping(flow)
+        grouping = _Grouping(flow, single)
         if not grouping.ties:
             return Groups(grouping.groups, grouping.lost())
         flow.labels.join(grouping.ties)
 
 
 class _Grouping:
-    def __init__(self, flow: Flow) -> None:
-        self.flow, self.marks = flow, flow.marks
+    def __init__(self, flow: Flow, single: Single) -> None:
+        self.flow, self.marks, self._single = flow, flow.marks, single
         self.roots = flow.labels.roots()
         self.frozen = self.marks.of_classes(self.marks.frozen, self.roots)
-        self.members = self._classes()
+        self._in_products = self.marks.of_classes(self.marks.roles != OTHER, self.roots)
+        self._attended = self._attentions()
         self.groups = self._units()
         self.ties: list[tuple[int, int]] = []
         self._block = np.full(len(self.roots), -1)
         self._unit = np.full(len(self.roots), -1)
         for number, one in enumerate(self.groups):
             self._block[one.roots], self._unit[one.roots] = number, np.arange(len(one.roots))
-        self._attentions()
         self._find_sides()
         self._check_constants()
 
     # -- units
 
-    def _classes(self) -> dict[int, dict[Place, np.ndarray]]:
-        """The sources and sinks of every class, by root: ascending indices by place."""
-        used = np.flatnonzero(self.marks.sources | self.marks.sinks)
-        used = used[np.argsort(self.roots[used], kind="stable")]
-        places = [(p, d) for p, firsts in enumerate(self.flow.labels.first_node) for d in range(len(firsts))]
-        starts = np.array([first for firsts in self.flow.labels.first_node for first in firsts])
-        sizes = np.array([n for shape in self.flow.labels.shapes for n in shape])
-        order = np.flatnonzero(sizes > 0)
-        which = order[np.searchsorted(starts[order], used, "right") - 1]
-        found: dict[int, dict[Place, np.ndarray]] = {}
-        edges = np.flatnonzero(np.diff(self.roots[used])) + 1
-        for nodes, at in zip(np.split(used, edges), np.split(which, edges)):
-            inner = np.flatnonzero(np.diff(at)) + 1
-            parts = zip(np.split(nodes, inner), np.split(at, inner))
-            if len(nodes):
-                found[int(self.roots[nodes[0]])] = {places[k[0]]: part - starts[k[0]] for part, k in parts}
-        return found
-
     def _units(self) -> list[Group]:
         source = self.marks.of_classes(self.marks.sources, self.roots)
         sink = self.marks.of_classes(self.marks.sinks, self.roots)
         convolved = self.marks.of_classes(self.marks.convolved, self.roots)
-        alike: dict[tuple[tuple[Place, int], ...], list[int]] = {}
-        for root, parts in self.members.items():
-            if source[root] and sink[root] and not self.frozen[root]:
-                alike.setdefault(tuple((place, len(at)) for place, at in parts.items()), []).append(root)
+        used = np.flatnonzero(self.marks.sources | self.marks.sinks)
+        used = used[(source & sink & ~self.frozen)[self.roots[used]]]
+        alike: dict[tuple[tuple[Place, int], ...], list[list[np.ndarray]]] = {}
+        for parts in self._by_class(used).values():
+            signature = tuple((place, end - start) for place, start, end in parts)
+            alike.setdefault(signature, []).append([self._sorted[start:end] for _, start, end in parts])
         found = []
-        for signature, roots in alike.items():
-            if len(roots) < 2:
-                continue
-            first = signature[0][0]
-            roots.sort(key=lambda root: int(self.members[root][first][0]))
-            indices = {place: np.stack([self.members[root][place] for root in roots]) for place, _ in signature}
-            found.append(Group("channels" if convolved[roots[0]] else "ffn", roots, indices))
+        for signature, units in alike.items():
+            units.sort(key=lambda parts: int(parts[0][0]))
+            nodes = {place: np.stack([parts[i] for parts in units]) for i, (place, _) in enumerate(signature)}
+            roots = self.roots[nodes[signature[0][0]][:, 0]].tolist()
+            indices = {(p, d): at - self.flow.labels.first_node[p][d] for (p, d), at in nodes.items()}
+            heads, cores = self._attended.get(roots[0], (0, []))
+            kind: Kind = "heads" if cores else "channels" if convolved[roots[0]] else "ffn"
+            if len(roots) > 1 or heads == 1 or self._single(kind, {p for p, _ in indices}):
+                found.append(Group(kind, roots, indices, max(1, heads // len(roots)) if heads else 0, cores))
         return found
+
+    def _by_class(self, nodes: np.ndarray) -> dict[int, list[tuple[Place, int, int]]]:
+        """By root, (place, start, end) of its runs in `_sorted`: nodes in the order of classes, then of places."""
+        self._sorted = nodes[np.argsort(self.roots[nodes], kind="stable")]
+        roots, places = self.roots[self._sorted], self._places(self._sorted)
+        edges = np.flatnonzero(np.diff(roots, prepend=-1).astype(bool) | np.diff(places, prepend=-1).astype(bool))
+        found: dict[int, list[tuple[Place, int, int]]] = {}
+        ends = [*edges[1:].tolist(), len(nodes)]
+        for root, place, start, end in zip(roots[edges].tolist(), places[edges].tolist(), edges.tolist(), ends):
+            found.setdefault(root, []).append((self._all_places[place], start, end))
+        return found
+
+    def _places(self, nodes: np.ndarray) -> np.ndarray:
+        """The number in `_all_places` of where each node is."""
+        firsts = self.flow.labels.first_node
+        self._all_places = [
+            (p, d) for p, shape in enumerate(self.flow.labels.shapes) for d, size in enumerate(shape) if size
+        ]
+        return np.searchsorted([firsts[p][d] for p, d in self._all_places], nodes, "right") - 1
 
     # -- attention
 
-    def _attentions(self) -> None:
+    def _attentions(self) -> dict[int, tuple[int, list[str]]]:
+        """By class, the heads of the attention that it is in, and the modules that these run in."""
+        found: dict[int, tuple[int, list[str]]] = {}
         for attention in self.marks.attentions:
             labels = self.flow.labels.canonical(attention.labels)
-            for number in {int(self._block[root]) for root in nodes_in(labels).tolist()} - {-1}:
-                one = self.groups[number]
-                one.kind = "heads"
-                one.query_heads = max(1, _heads(labels) // len(one.roots))
-                one.cores = list(dict.fromkeys([*one.cores, attention.module]))
+            for root in filter(self._in_products.__getitem__, nodes_in(labels).tolist()):
+                heads, modules = found.get(root, (_heads(labels), []))
+                found[root] = heads, list(dict.fromkeys([*modules, attention.module]))
+        return found
 
     def lost(self) -> list[Refusal]:
         reasons: dict[str, str] = {}
@@ -135,7 +145,7 @@ class _Grouping:
 
     def _is_attention(self, roots: list[int]) -> bool:
         """Whether products of numbers made what softmax ran over; a router or a loss multiplies with a matrix only."""
-        return bool((self.marks.roles[np.isin(self.roots, roots)] != OTHER).any())
+        return bool(self._in_products[roots].any())
 
     def _why_lost(self, roots: list[int]) -> str:
         frozen = [root for root in roots if self.frozen[root]]
@@ -144,8 +154,9 @@ class _Grouping:
             return f"its heads cannot be cut: {self.marks.reason(members)}"
         if len(roots) > 1:
             return "its heads have no projections of their own"
-        names = self.flow.labels.names
-        parts = ", ".join(sorted({names[p] for p, _ in self.members.get(roots[0], {})})[:4])
+        used = np.flatnonzero((self.roots == roots[0]) & (self.marks.sources | self.marks.sinks))
+        owners = {self._all_places[place][0] for place in np.unique(self._places(used)).tolist()}
+        parts = ", ".join(sorted(self.flow.labels.names[owner] for owner in owners)[:4])
         return f"its heads are entangled: something mixes their channels ({parts})"
 
     # -- sides
@@ -167,10 +178,11 @@ class _Grouping:
         for number in sorted(set(block.tolist()) - {-1}):
             mine = block == number
             units = self._unit[root[mine]]
-            if len(np.unique(index[mine])) < mine.sum() or len(np.unique(units)) < 2:
+            one = self.groups[number]
+            if len(np.unique(index[mine])) < mine.sum() or len(np.unique(units)) < min(2, len(one.roots)):
                 continue  # an index that several units met stays
             own.append(number)
-            one, name = self.groups[number], self.flow.labels.names[place[0]]
+            name = self.flow.labels.names[place[0]]
             counts = np.bincount(units, minlength=len(one.roots))
             if np.isin(index[block < 0], index[mine]).any():
                 one.refused = f"{name} is also used outside of it"
@@ -223,7 +235,9 @@ def _chained(index: np.ndarray, root: np.ndarray, mine: np.ndarray) -> list[tupl
 
 
 def _heads(labels: Tensor) -> int:
-    """The size of the dimension along which most classes lie."""
+    """The size of the dimension along which most classes lie; of [batch, heads, …] where there is one class."""
+    if labels.dim() > 1 and len(labels.unique()) == 1:
+        return labels.shape[1]
     widest = (1, 1)
     for d in range(labels.dim()):
         line = labels.movedim(d, 0).reshape(labels.shape[d], -1)

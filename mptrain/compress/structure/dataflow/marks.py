@@ -32,7 +32,7 @@ class Constant:
 
 class Marks:
     """sources, sinks, convolved: nodes whose index makes or reads a channel, the last in a convolution over
-    all channels. bent: through
+    all channels. tables: sources of which rows are looked up only. bent: through
     something else than products and sums. order: of sources, the number of the product that first used them. roles: in
     an attention.
     """
@@ -40,7 +40,8 @@ class Marks:
     def __init__(self, labels: Labels) -> None:
         nodes = len(labels.parent)
         self.labels = labels
-        self.sources, self.sinks, self.convolved, self.bent, self.frozen = (np.zeros(nodes, bool) for _ in range(5))
+        self.sources, self.sinks, self.tables = (np.zeros(nodes, bool) for _ in range(3))
+        self.convolved, self.bent, self.frozen = (np.zeros(nodes, bool) for _ in range(3))
         self.reasons: dict[int, str] = {}
         self.attentions: list[Attention] = []
         self.constants: list[Constant] = []
@@ -48,8 +49,13 @@ class Marks:
         self.roles = np.full(nodes, OTHER)
         self._products = 0
 
-    def source(self, nodes: Tensor, convolution: bool = False) -> None:
+    def table(self, nodes: Tensor) -> None:
+        """Sources whose rows are looked up."""
+        self.tables[nodes.numpy()] = ~self.sources[nodes.numpy()] | self.tables[nodes.numpy()]
         self.sources[nodes.numpy()] = True
+
+    def source(self, nodes: Tensor, convolution: bool = False) -> None:
+        self.sources[nodes.numpy()], self.tables[nodes.numpy()] = True, False
         self.convolved[nodes.numpy()] |= convolution
         self._products += 1
         self.order[nodes.numpy()] = np.minimum(self.order[nodes.numpy()], self._products)

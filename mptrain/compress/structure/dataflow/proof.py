@@ -25,19 +25,22 @@ from mptrain.compress.structure.dataflow.examples import Inputs
 from mptrain.compress.structure.dataflow.record import run
 from mptrain.compress.structure.dataflow.stand_in import Slots
 
-TOLERANCE = 2e-5
-"""of the largest output: float32 in another order of sums"""
+TOLERANCE = 5e-6
+"""of the largest output; float32 in another order of sums differs by a tenth of it"""
 
 
 class Bench:
     """A model in `stand_in`, and inputs on which masked and shrunk must agree."""
 
-    def __init__(self, model: nn.Module, slots: Slots, examples: Sequence[Inputs]) -> None:
-        self._model, self._slots = model, slots
-        self._examples = [(inputs, run(model, inputs)) for inputs in examples]
+    def __init__(self, model: nn.Module, slots: Slots, examples: Sequence[tuple[Inputs, Sequence[Tensor]]]) -> None:
+        """examples: inputs, with what the model makes of them."""
+        self._model, self._slots, self._examples = model, slots, examples
 
     def fault(self, blocks: Sequence[Block]) -> str | None:
         """What is wrong when all `blocks` are cut at once; None: nothing is. Every block has its edits."""
+        blocks = [block for block in blocks if block.units > 1]
+        if not blocks:
+            return None
         for seed, (inputs, whole) in enumerate(self._examples):
             kept = {block.name: half(block, seed) for block in blocks}
             with self._slots.swapped(self._masked(blocks, kept)):
@@ -125,7 +128,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if not a.numel():
         return True
     scale = max(1.0, float(a.nan_to_num(0, 0, 0).abs().max()))
-    return torch.allclose(a, b, atol=tolerance * scale, rtol=5 * tolerance, equal_nan=True)
+    return torch.allclose(a, b, atol=tolerance * scale, rtol=0, equal_nan=True)
 
 
 def _first_line(error: Exception) -> str:

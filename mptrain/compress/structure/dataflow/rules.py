@@ -51,7 +51,10 @@ class Flow:
         self.unknown: set[str] = set()
         for operation in operations:
             if any(storage(t) in labels.of_storage for t in operation.inputs):
-                self._apply(operation)
+                try:
+                    self._apply(operation)
+                except (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError):
+                    self._freeze_all(operation)  # called in a way that no rule expects
         for result in results:
             self.marks.freeze(labels.full(result), "it reaches an output")
 
@@ -107,7 +110,7 @@ class Flow:
         found = self.labels.nodes_along(row, taken=0)
         if found is None:
             return self.labels.full(table)[ids]
-        self.marks.source(found[0])
+        self.marks.table(found[0])
         return found[0].expand(out.shape)
 
     def _norm(self, op: Operation) -> Tensor:
@@ -156,15 +159,11 @@ class Flow:
             args = [args[0], args[1], -1]
         function = getattr(torch.ops.aten, op.name.rstrip("_"))
         kwargs = {key: value for key, value in op.kwargs.items() if key != "dtype"}
-        try:
-            if op.name in ("im2col", "reflection_pad1d", "pixel_shuffle", "pixel_unshuffle"):  # have no integer kernel
-                found = function(args[0].double(), *args[1:], **kwargs).long()
-            else:
-                found = function(*args, **kwargs)
-        except (RuntimeError, IndexError, TypeError):
-            self._freeze_all(op)
+        if op.name in ("im2col", "reflection_pad1d", "pixel_shuffle", "pixel_unshuffle"):  # have no integer kernel
+            found = function(args[0].double(), *args[1:], **kwargs).long()
         else:
-            self.labels.put(op.outputs[0], found)
+            found = function(*args, **kwargs)
+        self.labels.put(op.outputs[0], found)
 
     def _elementwise(self, op: Operation) -> None:
         out = op.outputs[0]

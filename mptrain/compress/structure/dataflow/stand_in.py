@@ -3,7 +3,8 @@
     every parameter   float32 and random, with a storage of its own; the model's own tensors are put back unchanged
     every buffer      its values (tables of indices, frequencies), random where it is filled with one number; of a
                       model without weights those that its config makes
-    state             eval mode, no cache, no fused kernels that hide what they do; random generators untouched
+    state             eval mode, no cache, no quantizers, no fused kernels that hide what they do; random generators
+                      untouched
 
 So a proof does not depend on what was trained (a layer that starts at zero would hide everything behind it), and
 nothing is ever written into the model's own tensors. It takes as much memory as the model in float32, once.
@@ -16,12 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from mptrain.core.errors import ModelError
+from mptrain.core.hooks import HOOKS, without_hooks
 
 _POOL = 1 << 20  # random numbers that parameters repeat; a prime shorter, so that no two rows are alike
 _ON_CPU = ("eager", "sdpa")
@@ -36,6 +39,8 @@ class Slots:
         self.buffers: dict[str, Tensor] = {}
         names: dict[int, str] = {}
         for prefix, module in model.named_modules():
+            if prefix.partition(".")[0] == HOOKS:
+                continue
             for found, store in ((self.parameters, module._parameters), (self.buffers, module._buffers)):
                 for last, tensor in store.items():
                     if tensor is not None:
@@ -72,8 +77,10 @@ class Slots:
 
 @contextmanager
 def stand_in(model: nn.Module, seed: int = 0) -> Iterator[Slots]:
-    """Within it, `model` is as the module says. Raises ModelError for a model whose buffers cannot be had."""
+    """Within it, `model` is as the module says. Raises ModelError for a model whose buffers cannot be had, or for which
+    there is not the memory."""
     slots = Slots(model)
+    _check_memory(model, slots)
     buffers = _buffers(model, slots)
     pool = torch.randn(_POOL - 3, generator=torch.Generator().manual_seed(seed))
     new = {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in buffers.items()}
@@ -89,16 +96,28 @@ def stand_in(model: nn.Module, seed: int = 0) -> Iterator[Slots]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_plain(model))
+        stack.enter_context(without_hooks(model))
         stack.enter_context(slots.swapped(new))
         yield slots
 
 
+def _check_memory(model: nn.Module, slots: Slots) -> None:
+    needed, free = 4 * sum(p.numel() for p in slots.parameters.values()), psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        raise ModelError(
+            f"finding what can be cut out of {type(model).__name__} runs it in float32, which takes"
+            f" {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free. Use a host with more."
+        )
+
+
 def _random(shape: torch.Size, pool: Tensor, start: int) -> Tensor:
     """Matrices that keep the size of what they multiply, vectors around a half: scales and biases alike."""
-    numel = shape.numel()
-    values = pool.roll(-start)
-    values = values[:numel] if numel <= len(pool) else values.repeat(-(-numel // len(pool)))[:numel]
-    values = values.clone().view(shape)
+    numel, values = shape.numel(), torch.empty(shape)
+    flat, filled = values.view(-1), 0
+    while filled < numel:
+        part = pool[start : start + numel - filled]
+        flat[filled : filled + len(part)] = part
+        filled, start = filled + len(part), 0
     if len(shape) < 2:
         return values.mul_(0.3).add_(0.5)
     fan = (shape[0] + shape[1:].numel()) / 2
