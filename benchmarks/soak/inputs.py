@@ -289,14 +289,15 @@ def _of_command(arguments: list[str]) -> str:
 
 def _exports(folder: Path) -> list[Kind]:
     from mptrain.export.coreml.convert import export_coreml
-    from mptrain.export.openvino.convert import Runner, export_openvino
+    from mptrain.export.openvino.convert import export_openvino
+    from mptrain.export.openvino.runner import CompiledIr
 
     folder.mkdir(parents=True)
     model, batch = model_of("gpt2", use_cache=False, n_positions=128), inputs("gpt2")
     export_openvino(model, batch, folder / "ov", precision="fp32")
     package = export_coreml(model, batch, folder / "ml").package
     inner = [path.relative_to(folder / "ml") for path in sorted(package.rglob("*")) if path.is_file()]
-    ran = lambda at: Runner(at / "openvino_model.xml")(batch)["logits"].tobytes()  # noqa: E731
+    ran = lambda at: CompiledIr(at / "openvino_model.xml")(batch)["logits"].tobytes()  # noqa: E731
 
     def verified(at: Path) -> Any:
         return _of_command(["verify", str(at / package.name)])

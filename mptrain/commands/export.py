@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mptrain.core.disk import whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
-from mptrain.core.signature import Batch
+from mptrain.core.signature import Batch, probed, rows_of
 from mptrain.data.load import task_class
-from mptrain.export.formats import Source, format_of
+from mptrain.export.base import Embeddings, Source
+from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.samples import Loaded, load_with_inputs
-from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Ptq, Stage
+from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.tasks import causal
-from mptrain.report import gates
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.export/v1"
@@ -43,7 +46,8 @@ def export_model(
 
     path: a model folder (also a pruned or quantized one), packaged:NAME or a hub name. options: further fields of a
     recipe's `export` entry of that format. data: as for `mptrain inspect`; the inputs that the exported model
-    is compared on. Returns {"schema", "model", "task", "format", "precision", "path", "size_bytes", "inputs",
+    is compared on. samples: inputs to compare on; what has to calibrate does so on as many others.
+    Returns {"schema", "model", "task", "format", "precision", "path", "size_bytes", "inputs",
     "parity", "judged_by", "limit", "runtime", "passed", "seconds"}; passed: judged_by ("parity" or "agreement", which
     counts where numbers are rounded) is within the default gate. Raises UserError, ExportError.
     """
@@ -65,45 +69,58 @@ def export_model(
         raise UserError(f"export {format} {precision}: {said}") from None
     spec.check_installed()
     cache = spec.cache
-    found = load_with_inputs(path, task, attn, data, samples, min(length, cache or length), allow_code)
+    limit = min(length, cache or length)
+    found = load_with_inputs(path, task, attn, data, 2 * samples, limit, allow_code)
+    compared, calibrated = _halves(found.samples.batches if cache is None else _for_cache(cache, found), samples)
+    source = _source(found, spec, precision, compared, calibrated)
     kind = format_of(spec)
-    quantize = Ptq(mode="ptq") if is_quantized(found.model) else None
-    stage = Stage.model_construct(id="model", quantize=quantize)  # a finished model: nothing to train
-    model = kind.model(found.model, precision, stage).eval()
-    batches = found.samples.batches if cache is None else _for_cache(cache, found)
-    example = next((b for b in batches if len(next(iter(b.values()))) > 1), batches[0])
-    with progress(f"export {to.name}"):
-        written = kind.write(
-            model,
-            example,
-            to,
-            precision=precision,
-            stage=stage,
-            calibration=lambda: batches,
-            processor=found.processor,
-        )
-    runner = kind.runner(written.path, Source(lambda: model, example, precision, written.facts))
-    with progress("verify"):
-        compared = parity.compare(model, runner, batches, task_class(TASKS[found.task]).agreement)
-    exact = gates.exact({"precision": precision, "runtime": written.facts})
-    limit = Gates().parity if exact else Gates().agreement
-    assert limit is not None
+    config = getattr(source.model, "config", None)
+    with progress(f"export {to.name}"), whole(to, config, found.processor) as scratch:
+        written = kind.write(source, scratch)
+    model_path = to / written.path.relative_to(scratch)
+    with progress("verify"), closing(kind.open(model_path, replace(source, written=written.facts))) as runner:
+        agreement = task_class(TASKS[found.task]).agreement
+        difference = parity.compare(source.model, runner, compared, signature=source.signature, agreement=agreement)
+        facts = runner.facts() | written.facts
+    exact = facts.exact(precision)
+    bound = Gates().parity if exact else Gates().agreement
+    assert bound is not None
     return {
         "schema": SCHEMA,
         "model": path,
         "task": found.task,
         "format": format,
         "precision": precision,
-        "path": str(written.path),
+        "path": str(model_path),
         "size_bytes": written.size_bytes,
         "inputs": found.samples.source,
-        "parity": compared,
+        "parity": difference,
         "judged_by": "parity" if exact else "agreement",
-        "runtime": kind.facts(runner) | written.facts,
-        "passed": compared["max_abs_diff"] <= limit if exact else compared["agreement"] >= limit,
-        "limit": limit,
+        "runtime": facts.as_json(),
+        "passed": difference["max_abs_diff"] <= bound if exact else difference["agreement"] >= bound,
+        "limit": bound,
         "seconds": round(time.monotonic() - begun, 1),
     }
+
+
+def _halves(batches: list[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
+    """(batches to compare on, others to calibrate on): where there is but one, it has to do for both."""
+    compared: list[Batch] = []
+    while batches and sum(map(rows_of, compared)) < samples:
+        compared, batches = [*compared, batches[0]], batches[1:]
+    if not batches and len(compared) > 1:
+        middle = (len(compared) + 1) // 2
+        return compared[:middle], compared[middle:]
+    return compared, batches or compared
+
+
+def _source(found: Loaded, spec: ExportSpec, precision: str, compared: list[Batch], calibrated: list[Batch]) -> Source:
+    quantized = is_quantized(found.model)
+    embeddings: Embeddings = "int8" if quantized else "fp32"
+    model = format_of(spec).torch(found.model, precision, embeddings).eval()
+    example = next((batch for batch in compared if rows_of(batch) > 1), compared[0])
+    signature = probed(model, example)
+    return Source(lambda: model, signature, example, precision, embeddings, quantized, lambda: calibrated)
 
 
 def _said(where: tuple[int | str, ...], message: str) -> str:

@@ -28,13 +28,15 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.host import host
+from mptrain.core.signature import probed
 from mptrain.models.samples import Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.policy import Compute
 from mptrain.verify import overflow
+from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import Difference, Found
-from mptrain.verify.programs.aten import TorchOps, counted
+from mptrain.verify.programs.aten import TorchOps
 from mptrain.verify.programs.modules import HalfModules
 
 SCHEMA = "mptrain.inspect/v1"
@@ -124,9 +126,11 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 @torch.no_grad()
 def _check_fp32(model: PreTrainedModel, inputs: Samples) -> None:
+    signature = None
     for batch in inputs.batches:
         try:
-            outputs = counted(model(**batch), batch)
+            signature = probed(model, batch) if signature is None else signature
+            outputs = rows(model(**batch), batch, signature)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise ModelError(
                 f"{type(model).__name__} does not run on inputs that were {inputs.source} ({', '.join(batch)}):"
@@ -177,10 +181,10 @@ def _export(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
     program = TorchOps(model, inputs.batches)
     found = overflow.search(program)
     ops = {op.name: op for op in program.ops}
-    rows = [
+    ranges = [
         {"op": name, "kind": ops[name].kind, "module": ops[name].module, **asdict(found.ranges[name])} for name in ops
     ]
-    facts = _found(found) | {"ops": len(ops), "ranges": rows, "sdpa": None}
+    facts = _found(found) | {"ops": len(ops), "ranges": ranges, "sdpa": None}
     if found.keep and model.config._attn_implementation == "eager" and getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
         other = overflow.search(TorchOps(model, inputs.batches))
@@ -229,9 +233,10 @@ def _difference(found: Difference) -> dict[str, Any]:
 
 @torch.no_grad()
 def _in_half(model: PreTrainedModel, inputs: Samples, keep: Sequence[str], compute: Compute) -> Difference:
-    half = in_half(model, keep, compute)
+    half, signature = in_half(model, keep, compute), probed(model, inputs.batches[0])
     return overflow.worst(
-        overflow.compare(counted(model(**batch), batch), counted(half(**batch), batch)) for batch in inputs.batches
+        overflow.compare(rows(model(**batch), batch, signature), rows(half(**batch), batch, signature))
+        for batch in inputs.batches
     )
 
 

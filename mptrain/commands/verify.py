@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
 from mptrain.core.hooks import is_quantized
-from mptrain.export.coreml.half import counted
+from mptrain.core.signature import by_name, probed, without_cache
 from mptrain.export.torch.texts import Texts
-from mptrain.export.torch.traceable import Positional, without_cache
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import LIMITS, Interpreter, Record, Rounding
 from mptrain.mil.program import Feature, Name, Program, is_float
@@ -28,6 +27,7 @@ from mptrain.models.load import load_model, read_config
 from mptrain.models.samples import guess_task
 from mptrain.recipe import Checkpoint, Model, tasks
 from mptrain.verify import overflow
+from mptrain.verify.outputs import rows
 
 SCHEMA = "mptrain.verify/v1"
 LONGEST = 128  # tokens of a made-up text, where the package takes more
@@ -193,15 +193,15 @@ def _merged(rows: list[Record]) -> list[Record]:
 
 @torch.no_grad()
 def _compared(model: nn.Module, batches: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+    signature = probed(model.eval(), batches[0])
     differences = []
     for batch, found in zip(batches, outputs):
-        wrapper = Positional(model.eval(), list(batch))
         with without_cache(model):
-            expected = dict(zip(wrapper.output_names(*batch.values()), wrapper(*batch.values())))
+            expected = by_name(model(**batch))
         missing = [name for name in found if name not in expected]
         if missing:
             raise ExportError(f"the package has the outputs {list(found)}, the model gives {list(expected)}")
-        kept = {name: counted(value, batch) for name, value in expected.items() if name in found}
-        differences.append(overflow.compare(kept, {name: counted(found[name], batch) for name in kept}))
+        kept = replace(signature, outputs=tuple(port for port in signature.outputs if port.name in found))
+        differences.append(overflow.compare(rows(expected, batch, kept), rows(found, batch, kept)))
     whole = overflow.worst(differences)
     return {"max_abs_diff": whole.max_diff, "cosine": whole.cosine, "error": whole.error, "finite": whole.finite}

@@ -10,7 +10,8 @@ axes that stay dynamic, parity and searches for what is padding, runtimes of fix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,11 @@ class Signature:
         if missing:
             raise ModelError(f"the model has the outputs {list(found)}, and lacks {missing} of its signature")
         return {name: found[name] for name in self.output_names}
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """Examples of a batch."""
+    return len(next(iter(batch.values())))
 
 
 def by_name(outputs: Any) -> dict[str, Tensor]:
@@ -170,8 +176,22 @@ def _fixed(port: Port, value: Tensor, word: str) -> Port:
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with without_cache(model):
+        return by_name(model(**inputs))
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A causal LM that returns logits alone."""
     config: Any = getattr(model, "config", None)
-    return by_name(model(**inputs, **({"use_cache": False} if getattr(config, "use_cache", None) else {})))
+    use_cache = getattr(config, "use_cache", None)
+    if use_cache is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if use_cache is not None:
+            config.use_cache = use_cache
 
 
 def _dtype(value: Tensor) -> str:

@@ -9,26 +9,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
-from mptrain.core.disk import read_json, write_json
+from mptrain.core.disk import read_json, whole, write_json
 from mptrain.core.errors import ModelError
 from mptrain.core.progress import progress
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.metrics import Measure, Score
-from mptrain.export.formats import Format, Source, format_of
+from mptrain.export.base import Embeddings, Format, Runner, Source
+from mptrain.export.facts import Facts
+from mptrain.export.formats import format_of
 from mptrain.flow.stage import Context
 from mptrain.measure import latency as measure
 from mptrain.models import artifact
 from mptrain.recipe import Recipe
+from mptrain.recipe.exports.base import compressed
 from mptrain.recipe.plan import Planned, variants
 from mptrain.report.build import Variant
 from mptrain.train import peaks
@@ -36,7 +39,8 @@ from mptrain.verify import parity
 
 log = logging.getLogger(__name__)
 
-PARITY_EXAMPLES = 64
+PARITY_EXAMPLES = 64  # of the validation split, which no calibration, search or training has seen
+CALIBRATION_EXAMPLES = 64  # of the training split, for fp16 searches
 TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound in frames
 
 
@@ -60,26 +64,19 @@ class Variants:
         if self._facts_file(variant).is_file():
             return variant
         begun = time.monotonic()
-        model = self._torch_model(planned)
-        with progress(f"export {variant}"):
-            written = self._format(variant).write(
-                model,
-                self._example(),
-                self.folder / variant,
-                precision=planned.precision,
-                stage=self.recipe.stage(stage),
-                calibration=lambda: self._calibration(stage),
-                processor=self.context.processor,
-            )
+        source = self._source(planned)
+        folder, config = self.folder / variant, getattr(source.model, "config", None)
+        with progress(f"export {variant}"), whole(folder, config, self.context.processor) as scratch:
+            written = self._format(variant).write(source, scratch)
         facts = {
             "id": variant,
             "stage": stage,
             "format": planned.export.format,
             "precision": planned.precision,
-            "path": written.path.relative_to(self.context.folder).as_posix(),
+            "path": (folder / written.path.relative_to(scratch)).relative_to(self.context.folder).as_posix(),
             "size_bytes": written.size_bytes,
-            "written": written.facts,
-            **_counts(model, self.data.example(1, self.recipe.data.max_length)),
+            "written": written.facts.as_json(),
+            **_counts(source.model, self.data.example(1, self.recipe.data.max_length)),
         }
         return self._keep(facts, "export", begun)
 
@@ -89,12 +86,14 @@ class Variants:
         if "parity" in facts:
             return variant
         begun = time.monotonic()
-        model = self._torch_model(self._planned[variant])
-        runner = self._runner(variant, facts)
-        batches = self.data.calibration(PARITY_EXAMPLES, self.data.batch_size("train", 16))
-        with progress(f"verify {variant}"):
-            facts["parity"] = parity.compare(model, runner, batches, self.data.agreement)
-        facts["runtime"] = self._format(variant).facts(runner) | facts.pop("written")
+        source = self._source(self._planned[variant], facts)
+        batches = self.data.held_out(PARITY_EXAMPLES, self.data.batch_size("validation", 16))
+        with progress(f"verify {variant}"), closing(self._open(source, facts)) as runner:
+            facts["parity"] = parity.compare(
+                source.model, runner, batches, signature=source.signature, agreement=self.data.agreement
+            )
+            facts["runtime"] = (runner.facts() | source.written).as_json()
+        del facts["written"]
         return self._keep(facts, "verify", begun)
 
     def evaluate(self, variant: str) -> str:
@@ -103,15 +102,15 @@ class Variants:
         if "scores" in facts:
             return variant
         begun = time.monotonic()
-        runner = self._runner(variant, facts)
-        scores = self.data.evaluate(runner, "test", self.recipe.evaluate.batch_size, f"test {variant}")
-        facts["scores"] = [score.kept() for score in scores]
-        log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
-        facts["multiple_choice"] = {}
-        for task in self.questions:
-            found = task.evaluate(runner, progress=f"{task.name} {variant}")
-            facts["multiple_choice"][task.name] = [score.kept() for score in found]
-            log.info("%s: %s %s", variant, task.name, ", ".join(f"{s.name} {s.value:.4f}" for s in found))
+        with closing(self._runner(variant, facts)) as runner:
+            scores = self.data.evaluate(runner, "test", self.recipe.evaluate.batch_size, f"test {variant}")
+            facts["scores"] = [score.kept() for score in scores]
+            log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
+            facts["multiple_choice"] = {}
+            for task in self.questions:
+                found = task.evaluate(runner, progress=f"{task.name} {variant}")
+                facts["multiple_choice"][task.name] = [score.kept() for score in found]
+                log.info("%s: %s %s", variant, task.name, ", ".join(f"{s.name} {s.value:.4f}" for s in found))
         return self._keep(facts, "evaluate", begun)
 
     def measure(self, ids: list[str]) -> list[Variant]:
@@ -120,7 +119,7 @@ class Variants:
         latency_file = self.folder / "latency.json"
         if not latency_file.is_file():
             begun = time.monotonic()
-            timed = [i for i in ids if self._format(i).timed]
+            timed = [i for i in ids if self._planned[i].export.timed]
             found = measure.latency(
                 timed,
                 lambda variant, threads: self._runner(variant, facts[variant], threads),
@@ -151,27 +150,40 @@ class Variants:
     def _calibration(self, stage: str) -> list[Batch]:
         """Training examples: some drawn, and those with the largest activations that training saw."""
         size = self.data.batch_size("train", 16)
-        return self.data.calibration(PARITY_EXAMPLES, size) + peaks.batches(self.context.phase_folders(stage))
+        return self.data.calibration(CALIBRATION_EXAMPLES, size) + peaks.batches(self.context.phase_folders(stage))
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
 
-    def _torch_model(self, planned: Planned) -> PreTrainedModel:
-        model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
-        return self._format(planned.id).model(model, planned.precision, self.recipe.stage(planned.stage)).eval()
-
     def _format(self, variant: str) -> Format:
         return format_of(self._planned[variant].export)
 
-    def _example(self) -> dict[str, Any]:
-        """The inputs that models are traced with."""
-        return self.data.example(2, TRACED_LENGTH * self.data.min_length)
+    def _source(self, planned: Planned, facts: Mapping[str, Any] | None = None) -> Source:
+        """facts: of the variant, once it is written."""
+        stage = self.recipe.stage(planned.stage)
+        embeddings: Embeddings = "int8" if getattr(stage.quantize, "embeddings", None) == "int8" else "fp32"
+        kept = {} if facts is None else facts["runtime"] if "runtime" in facts else facts["written"]
 
-    def _runner(self, variant: str, facts: dict[str, Any], threads: int | None = None) -> Any:
-        planned = self._planned[variant]
-        written = facts["runtime"] if "runtime" in facts else facts["written"]
-        source = Source(lambda: self._torch_model(planned), self._example(), planned.precision, written)
-        return self._format(variant).runner(self.context.folder / facts["path"], source, threads)
+        def load() -> nn.Module:
+            model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
+            return self._format(planned.id).torch(model, planned.precision, embeddings).eval()
+
+        return Source(
+            load,
+            self.data.signature(),
+            self.data.example(2, TRACED_LENGTH * self.data.min_length),
+            planned.precision,
+            embeddings,
+            any(weights.activations for _, weights in compressed(stage)),
+            lambda: self._calibration(planned.stage),
+            Facts.from_json(kept),
+        )
+
+    def _open(self, source: Source, facts: Mapping[str, Any], threads: int | None = None) -> Runner:
+        return self._format(facts["id"]).open(self.context.folder / facts["path"], source, threads)
+
+    def _runner(self, variant: str, facts: Mapping[str, Any], threads: int | None = None) -> Runner:
+        return self._open(self._source(self._planned[variant], facts), facts, threads)
 
 
 def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:

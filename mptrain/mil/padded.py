@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mptrain.core.errors import UserError
+from mptrain.core.signature import MASK, Signature
 from mptrain.mil.interpreter import Interpreter
 from mptrain.mil.program import as_tensor
 
@@ -19,11 +20,12 @@ LENGTH = 1  # the axis of a text's tokens
 class Padded:
     """Cuts a batch into pieces that the package takes and pads them as an app would: rows repeated, tokens masked.
 
-    Padding in length needs the input attention_mask; outputs lose what was padded.
+    signature: of the torch model: which axes are a length. Padding in length needs a mask; outputs per token lose
+    what was padded.
     """
 
-    def __init__(self, interpreter: Interpreter):
-        self.interpreter = interpreter
+    def __init__(self, interpreter: Interpreter, signature: Signature):
+        self.interpreter, self.signature = interpreter, signature
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         program = self.interpreter.program
@@ -32,17 +34,19 @@ class Padded:
             return self.interpreter(values)
         shape = tuple(next(iter(values.values())).shape)
         rows, size = self._sizes(shape)
-        if size != shape[LENGTH] and "attention_mask" not in values:
+        if size != shape[LENGTH] and not any(name.endswith(MASK) for name in values):
             raise UserError(
                 f"{self.interpreter.package}: a length of {shape[LENGTH]} needs padding to {size}, and the package"
                 " has no input attention_mask; give inputs of its length, or export with flexible shapes"
             )
         parts = []
         for first in range(0, shape[0], rows):
-            piece = {name: _padded(value[first : first + rows], rows, size) for name, value in values.items()}
+            piece = {
+                name: self._padded(name, value[first : first + rows], rows, size) for name, value in values.items()
+            }
             found = self.interpreter(piece)
             kept = min(rows, shape[0] - first)
-            parts.append({name: _cut(value, kept, shape, size) for name, value in found.items()})
+            parts.append({name: self._cut(name, value, kept, shape[LENGTH]) for name, value in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -61,15 +65,13 @@ class Padded:
             raise UserError(f"{self.interpreter.package}: inputs of shape {list(shape)} are too long for {feature}")
         return rows, size
 
+    def _padded(self, name: str, value: Tensor, rows: int, size: int) -> Tensor:
+        if LENGTH in self.signature.input(name).free and value.shape[LENGTH] < size:
+            value = F.pad(value, (0, 0) * (value.dim() - 1 - LENGTH) + (0, size - value.shape[LENGTH]))
+        if len(value) < rows:
+            value = torch.cat([value, value[:1].expand(rows - len(value), *value.shape[1:])])
+        return value
 
-def _padded(value: Tensor, rows: int, size: int) -> Tensor:
-    if value.dim() == 2 and value.shape[LENGTH] < size:
-        value = F.pad(value, (0, size - value.shape[LENGTH]))
-    if len(value) < rows:
-        value = torch.cat([value, value[:1].expand(rows - len(value), *value.shape[1:])])
-    return value
-
-
-def _cut(value: np.ndarray, rows: int, shape: tuple[int, ...], size: int) -> np.ndarray:
-    value = value[:rows]
-    return value[:, : shape[LENGTH]] if value.ndim > 2 and value.shape[LENGTH] == size else value
+    def _cut(self, name: str, value: np.ndarray, rows: int, length: int) -> np.ndarray:
+        per_token = self.signature.output(name).axes[LENGTH : LENGTH + 1] == tuple(self.signature.lengths()[:1])
+        return value[:rows, :length] if per_token else value[:rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mptrain.export.facts import Facts
 from mptrain.recipe import Gates
 from mptrain.recipe.exports import spec_of
 
@@ -22,8 +23,8 @@ def within(comparison: Row, max_drop: float | None) -> bool:
 
 
 def exact(variant: Row) -> bool:
-    """Whether it should compute what the torch model does, to the last digits: fp32, also in its key-value cache."""
-    return variant["precision"] == "fp32" and variant["runtime"].get("cache_precision") != "fp16"
+    """Whether the parity gate judges it, and not the agreement gate."""
+    return Facts.from_json(variant["runtime"]).exact(variant["precision"])
 
 
 def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], layers: int | None) -> list[Row]:
@@ -85,8 +86,10 @@ def _fused(limit: str | int, variants: Sequence[Row], layers: int | None) -> Row
     """The variant that misses its limit by most; "all" is its number of attention layers."""
     rows = []
     for v in variants:
-        fused = v["runtime"].get("fused_attention")
-        wanted = limit if isinstance(limit, int) else v["runtime"].get("attention_layers", layers)
+        facts = Facts.from_json(v["runtime"])
+        fused = facts.fused_attention
+        known = layers if facts.attention_layers is None else facts.attention_layers
+        wanted = limit if isinstance(limit, int) else known
         passed = fused is not None and wanted is not None and fused >= wanted
         short = float("inf") if fused is None or wanted is None else wanted - fused
         rows.append((short, _row("fused_attention", fused, wanted, passed, v["id"])))

@@ -10,55 +10,67 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
-from mptrain.core.signature import Batch, Outputs
+from mptrain.core.signature import Batch, Forward, Outputs, Signature, probed, without_cache
 from mptrain.data.tasks.agreement import decisions
+from mptrain.verify.outputs import rows
 
 Agreement = Callable[[Outputs, Outputs, Batch], np.ndarray]
 """(expected, got, inputs) to a number in 0..1 for each decision"""
-Forward = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 
 
 @torch.no_grad()
 def compare(
-    model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Tensor]], agreement: Agreement | None = None
+    model: nn.Module,
+    runner: Forward,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    signature: Signature | None = None,
+    agreement: Agreement | None = None,
 ) -> dict[str, Any]:
     """Differences over all outputs of all batches.
 
     model: torch model, evaluated as it is on its device. runner: the exported model, a function from
-    inputs by name to arrays by name. batches: inputs without labels, padded. agreement: of the task, default
-    whether the argmax of the last axis is the same, or, of outputs without one, the order of the examples.
-    Returns {"max_abs_diff", "mean_abs_diff", "agreement", "examples"}. Positions that the attention mask leaves out
-    are not compared. For quantized models agreement says more than the differences.
-    Raises ExportError when an output has another shape or values that are not finite.
+    inputs by name to arrays by name. batches: inputs without labels, padded, that nothing of the export was tuned on.
+    signature: which outputs count, and which of their places are padding and not compared; default what running the
+    model tells. agreement: of the task, default whether the argmax of the last axis is the same, or, of outputs
+    without one, the order of the examples.
+    Returns {"max_abs_diff", "mean_abs_diff", "agreement", "examples"}. For quantized models agreement says more than
+    the differences. Raises ExportError when an output is missing, has another shape or values that are not finite.
     """
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
     largest = total = 0.0
     values = examples = 0
     alike: list[np.ndarray] = []
     for batch in batches:
-        ours = model(**{name: value.to(device) for name, value in batch.items()})
+        signature = probed(model, batch) if signature is None else signature
+        with without_cache(model):
+            ours = signature.named(model(**{name: value.to(device) for name, value in batch.items()}))
         theirs = runner(batch)
-        whole = {name: ours[name].float().cpu().numpy() for name in theirs}
-        for name, array in theirs.items():
-            expected = whole[name]
-            if array.shape != expected.shape:
-                raise ExportError(f"output {name}: the exported model gives {array.shape}, the model {expected.shape}")
-            kept = _kept(expected, batch)
-            bad = int((~np.isfinite(array[kept])).sum())
+        missing = [name for name in ours if name not in theirs]
+        if missing:
+            raise ExportError(f"the exported model has the outputs {list(theirs)}, and lacks {missing} of the model's")
+        for name, value in ours.items():
+            if theirs[name].shape != tuple(value.shape):
+                raise ExportError(
+                    f"output {name}: the exported model gives {theirs[name].shape}, the model {tuple(value.shape)}"
+                )
+        expected, got = rows(ours, batch, signature), rows(theirs, batch, signature)
+        for name, wanted in expected.items():
+            bad = int((~got[name].isfinite()).sum())
             if bad:
                 raise ExportError(
-                    f"output {name}: {bad} of {array[kept].size} values of the exported model are not finite"
+                    f"output {name}: {bad} of {got[name].numel()} values of the exported model are not finite"
                 )
-            difference = np.abs(array.astype(np.float64) - expected)[kept]
-            largest = max(largest, float(difference.max(initial=0.0)))
+            difference = (got[name].double() - wanted.double().cpu()).abs()
+            largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
             total += float(difference.sum())
-            values += difference.size
-            if agreement is None:
-                alike.append(decisions({name: expected[kept]}, {name: array[kept]}))
-        if agreement is not None:
-            alike.append(agreement(whole, theirs, dict(batch)))
+            values += difference.numel()
+        if agreement is None:
+            alike.append(decisions(expected, got))
+        else:
+            alike.append(agreement({name: v.float().cpu().numpy() for name, v in ours.items()}, theirs, dict(batch)))
         examples += len(next(iter(batch.values())))
     model.train(training)
     return {
@@ -67,11 +79,3 @@ def compare(
         "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,
     }
-
-
-def _kept(output: np.ndarray, batch: Mapping[str, Tensor]) -> np.ndarray:
-    """Bool over the leading axes: [batch, length] for outputs with a length that has a mask, else [batch]."""
-    mask = batch.get("attention_mask")
-    if mask is not None and output.ndim > 1 and output.shape[:2] == tuple(mask.shape):
-        return mask.cpu().numpy().astype(bool)
-    return np.ones(output.shape[0], dtype=bool)

@@ -13,7 +13,8 @@ from benchmarks.soak import cases, inputs, recipes
 from mptrain.core.errors import DataError, ExportError, ModelError, MptrainError, RecipeError, UserError
 from mptrain.data.sources.tables import read_table
 from mptrain.export.coreml.convert import export_coreml
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.flow.run_folder import check_identity
 from mptrain.mil.program import read_program
 from mptrain.models.load import load_processor
@@ -88,7 +89,7 @@ def test_a_cut_ir_is_named(tmp_path):
     content = exported.xml.read_bytes()
     exported.xml.write_bytes(content[: len(content) // 2])
     with pytest.raises(ExportError, match=r"openvino_model.xml: OpenVINO cannot read or compile it .*export the model"):
-        Runner(exported.xml)
+        CompiledIr(exported.xml)
 
 
 def test_a_package_with_cut_weights_is_named(tmp_path):

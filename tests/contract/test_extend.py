@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from kit import tiny
@@ -70,7 +71,7 @@ def report(folder: Path) -> dict:
 
 
 def test_every_file_has_at_most_80_lines():
-    assert {"my_task.py", "my_method.py", "my_model.py"} <= set(FILES)
+    assert {"my_task.py", "my_method.py", "my_model.py", "my_format.py"} <= set(FILES)
     assert not [name for name, text in FILES.items() if len([line for line in text.splitlines() if line.strip()]) > 80]
 
 
@@ -142,3 +143,18 @@ def test_a_structure_of_ones_own(folder):
     assert [layer.down.in_features for layer in model.layers] == widths
     batch = {"input_ids": torch.randint(5, 20, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     assert model(**batch).logits.shape == (2, 2) and pruned["size_bytes"] < dense["size_bytes"]
+
+
+def test_a_format_of_ones_own(folder):
+    run(folder, "make_linear.py")
+    run(folder, "run_format.py")
+    found = report(folder / "runs" / "format")
+    exact, half = found["variants"]
+    assert exact["format"] == "npz" and exact["metrics"]["accuracy"]["value"] > 0.6, "it has learnt"
+    assert exact["runtime"]["weight_types"]["float32"] == 2 * half["runtime"]["weight_types"]["float16"]
+    assert exact["parity"]["max_abs_diff"] < 1e-4 < half["parity"]["max_abs_diff"] + 1e-4
+    assert {gate["name"] for gate in found["gates"]} >= {"parity", "agreement"} and exact["latency_ms"]
+    arrays = np.load(folder / "runs/format" / exact["path"])
+    assert arrays["weight"].shape[0] == 2
+    card = (folder / "runs/format/README.md").read_text(encoding="utf-8")
+    assert "NumPy" in card and "numpy.load(" in card

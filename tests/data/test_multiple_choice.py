@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, OPTConfig, 
 
 from mptrain.core.errors import DataError, MptrainError
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.runner import CompiledIr
 
 MOODS = str(Path(__file__).parents[1] / "kit" / "lm_eval" / "moods.yaml")
 ROWS = [
@@ -103,7 +104,7 @@ def test_log_likelihoods_and_accuracies_are_those_of_one_token_at_a_time(family,
             "input_ids": torch.ones(2, 8, dtype=torch.long),
             "attention_mask": torch.ones(2, 8, dtype=torch.long),
         }
-        forward = Runner(export_openvino(model, example, tmp_path / "ir", precision="fp32").xml, 1)
+        forward = CompiledIr(export_openvino(model, example, tmp_path / "ir", precision="fp32").xml, 1)
     found = questions.log_likelihoods(forward)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4 if exported else 2e-6)

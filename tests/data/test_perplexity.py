@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from mptrain.data.load import load_data
 from mptrain.data.tasks.metrics import EXP_RATIO, Score
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.recipe import Data
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown
@@ -77,7 +78,7 @@ def test_the_openvino_export_scores_the_same(family, tmp_path):
     model = MODELS[family]().eval()
     data, ids = stream(tmp_path, stride=5)
     done = export_openvino(model, data.example(2, 8), tmp_path / "ir", precision="fp32")
-    _, perplexity = data.evaluate(Runner(done.xml, 1), "test", 7)
+    _, perplexity = data.evaluate(CompiledIr(done.xml, 1), "test", 7)
     assert perplexity.value == pytest.approx(math.exp(reference(model, ids, 5).mean()), rel=1e-4)
 
 

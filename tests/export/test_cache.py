@@ -21,7 +21,7 @@ from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import DataError, ExportError, RecipeError, UserError
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.export.coreai.cached import export_decoder as to_coreai
-from mptrain.export.coreai.convert import Runner
+from mptrain.export.coreai.runner import Asset
 from mptrain.export.coreml.cached import export_decoder as to_coreml
 from mptrain.export.torch.cached_decoder import CachedDecoder, padded_right, texts
 from mptrain.export.torch.texts import Texts
@@ -142,7 +142,7 @@ def test_pruned_heads_have_a_smaller_cache(format_, family, tmp_path):
         runner = Interpreter(to_coreml(model, tmp_path / "out", max_length=20).package, "fp32")
         shapes = {name: list(result.shape) for name, result in runner.program.states.items()}
     else:
-        runner = Runner(to_coreai(model, tmp_path / "out", max_length=20).asset)
+        runner = Asset(to_coreai(model, tmp_path / "out", max_length=20).asset)
         shapes = runner.states
     heads = find_structure(tiny(family)).of_kind("heads")[0].units
     assert (shapes["key_0"], shapes["key_1"]) == ([1, 1, 20, 8], [1, heads, 20, 8])
@@ -277,7 +277,7 @@ def test_layers_that_attend_to_a_window_keep_the_whole_text(format_, tmp_path):
     if format_ == "coreml":
         runner = Interpreter(to_coreml(model, tmp_path / "out", max_length=20).package, "fp32")
     else:
-        runner = Runner(to_coreai(model, tmp_path / "out", max_length=20).asset)
+        runner = Asset(to_coreai(model, tmp_path / "out", max_length=20).asset)
     texts_of = Texts(runner, tokens=1 if format_ == "coreai" else 20, max_length=20)
     found = parity.compare(model, texts_of, [{"input_ids": IDS, "attention_mask": MASK}])
     assert found["max_abs_diff"] < 1e-4 and found["agreement"] == 1.0

@@ -7,10 +7,11 @@ from kit.tiny_models import inputs, logits, tiny
 
 from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.core.errors import UserError
-from mptrain.export.coreai.convert import Runner as Asset
 from mptrain.export.coreai.convert import export_coreai
+from mptrain.export.coreai.runner import Asset
 from mptrain.export.coreml.convert import export_coreml
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import Interpreter
 from mptrain.recipe import Palettize, WeightOnly
@@ -44,7 +45,7 @@ def check(model, found):
 def test_openvino_holds_them(config, kind, tmp_path):
     model = compressed(config)
     exported = export_openvino(model, inputs("gpt2"), tmp_path / "m", precision="compressed", embeddings="int8")
-    check(model, Runner(exported.xml))
+    check(model, CompiledIr(exported.xml))
     graph = ov.Core().read_model(exported.xml)
     constants = {n.get_friendly_name(): n for n in graph.get_ops() if n.get_type_name() == "Constant"}
     transposed = {name: r for name, r in records.distinct(records.of(model)).items() if r.transposed}

@@ -15,7 +15,8 @@ from mptrain.compress.weights.records import BlockQuantized, Palettized
 from mptrain.core.disk import size
 from mptrain.core.errors import ExportError, ModelError, UserError
 from mptrain.export.coreai import facts as verify
-from mptrain.export.coreai.convert import Runner, export_coreai
+from mptrain.export.coreai.convert import export_coreai
+from mptrain.export.coreai.runner import Asset
 from mptrain.export.coreai.weights import stored_bits
 from mptrain.recipe import Qat
 from mptrain.verify.parity import compare
@@ -50,12 +51,12 @@ def test_an_asset_runs_at_every_shape(family, tmp_path):
     model = tiny(family)
     model.config.auto_map = {"AutoModel": "modeling.Class"}
     done = export_coreai(model, inputs(family, batch=2), tmp_path / "out", processor=tokenizer())
-    runner = Runner(done.asset)
+    runner = Asset(done.asset)
     assert runner.inputs == list(inputs(family)) and runner.outputs == ["logits"]
     for batch in (inputs(family), other(family, 1, 1), other(family, 5, 13)):
         assert difference(model, runner, batch) < 1e-5
 
-    facts = verify.facts(runner)
+    facts = runner.facts().as_json()
     assert (facts["fused_attention"], facts["attention_layers"], facts["casts"]) == (2, 2, 0)
     assert facts["inference_precision"] == "f32" and list(facts["weight_types"]) == ["Float32"]
     assert facts["minimum_os"] == "27.0" and json.loads(json.dumps(facts)) == facts
@@ -73,11 +74,11 @@ def test_fp16_with_a_module_in_fp32(tmp_path):
     model, batch = tiny("bert"), inputs("bert")
     plain = export_coreai(model, batch, tmp_path / "plain", precision="fp16")
     kept = export_coreai(model, batch, tmp_path / "kept", precision="fp16", keep_fp32=["classifier"])
-    one, other_ = (Runner(done.asset) for done in (plain, kept))
+    one, other_ = (Asset(done.asset) for done in (plain, kept))
     assert difference(model, one, batch) < 2e-3
     assert difference(model, other_, batch) < 2e-3
     assert one(batch)["logits"].dtype == np.float16
-    first, second = verify.facts(one), verify.facts(other_)
+    first, second = one.facts().as_json(), other_.facts().as_json()
     assert first["inference_precision"] == second["inference_precision"] == "f16"
     assert (first["casts"], plain.half) == (0, {"kept_fp32": {}, "float_casts": 0})
     assert second["casts"] == 2 == kept.half["float_casts"] and set(kept.half["kept_fp32"].values()) == {"asked for"}
@@ -99,7 +100,7 @@ def test_left_padding_of_a_causal_model(attn, precision, limit, tmp_path):
     model, batch = tiny("llama", attn=attn, num_hidden_layers=1), inputs("llama")
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     done = export_coreai(model, inputs("llama", batch=2), tmp_path / precision, precision=precision)
-    assert difference(model, Runner(done.asset), batch) < limit
+    assert difference(model, Asset(done.asset), batch) < limit
 
 
 @pytest.mark.long
@@ -109,12 +110,12 @@ def test_left_padding_of_a_causal_model(attn, precision, limit, tmp_path):
 def test_every_family(family, attn, shapes, tmp_path):
     model, batch = tiny(family, attn=attn), inputs(family)
     done = export_coreai(model, batch, tmp_path / "fp32", shapes=shapes)
-    assert difference(model, Runner(done.asset), batch) < 1e-5
+    assert difference(model, Asset(done.asset), batch) < 1e-5
 
 
 def test_fixed_shapes_and_wrong_inputs(tmp_path):
     model, batch = tiny("distilbert", n_layers=1), inputs("distilbert")
-    runner = Runner(export_coreai(model, batch, tmp_path / "out", shapes="fixed").asset)
+    runner = Asset(export_coreai(model, batch, tmp_path / "out", shapes="fixed").asset)
     assert difference(model, runner, batch) < 1e-5
     with pytest.raises(ExportError, match=r"input_ids is \[1, 9\], the asset was exported for \[3, 9\]"):
         runner(inputs("distilbert", batch=1))
@@ -139,7 +140,7 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="bfloat16"):
         export_coreai(tiny("bert").bfloat16(), batch, tmp_path / "out")
     with pytest.raises(ExportError, match=r"no Core AI asset"):
-        Runner(tmp_path)
+        Asset(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +225,7 @@ HALF = pytest.param("fp16", marks=pytest.mark.long)
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), pytest.param("fp16", 5e-3, marks=pytest.mark.long)])
 def test_compressed_weights_compute_what_the_dense_model_computes(stored_model, precision, limit):
     model, _, export = stored_model
-    assert difference(model, Runner(export(precision).asset), other("bert", 5, 13)) < limit
+    assert difference(model, Asset(export(precision).asset), other("bert", 5, 13)) < limit
     assert type(model.bert.pooler.dense) is type(model.bert.encoder.layer[0].output.dense)  # nothing is left behind
     assert records.of(model).keys() == dict(model.named_parameters()).keys() & records.of(model).keys()
 
@@ -267,7 +268,7 @@ def test_a_tied_weight_is_stored_once(tmp_path):
     table = Palettized(integers(0, 15, (50, 32), 1, torch.uint8), reals((1, 16, 1), 2), 50, None, 4)
     records.attach(model, {"lm_head.weight": table})
     done = export_coreai(model, inputs("opt"), tmp_path / "out")
-    assert difference(model, Runner(done.asset), inputs("opt", seed=2)) < 1e-5
+    assert difference(model, Asset(done.asset), inputs("opt", seed=2)) < 1e-5
     assert verify.stored_types(done.asset)["UInt4"] == 50 * 32 // 2
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
@@ -279,7 +280,7 @@ def test_a_convolution_is_stored_too(tmp_path):
     q = BlockQuantized(integers(-8, 7, tuple(weight.shape), 1, torch.int8), reals((32, 3), 2).abs() / 16, None, 4)
     records.attach(model, {name: q})
     done = export_coreai(model, inputs("vit"), tmp_path / "out")
-    assert difference(model, Runner(done.asset), inputs("vit", seed=2)) < 1e-5
+    assert difference(model, Asset(done.asset), inputs("vit", seed=2)) < 1e-5
     assert any(k == "si4" and np.array_equal(v, q.q.numpy()) for k, v in constants(done.asset))
 
 

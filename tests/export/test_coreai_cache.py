@@ -7,8 +7,8 @@ from mptrain.compress.weights import records
 from mptrain.compress.weights.records import Palettized
 from mptrain.core.errors import UserError
 from mptrain.export.coreai.cached import export_decoder
-from mptrain.export.coreai.convert import Runner
 from mptrain.export.coreai.facts import stored_types
+from mptrain.export.coreai.runner import Asset
 
 
 @pytest.mark.long
@@ -26,7 +26,7 @@ def test_token_by_token_is_the_whole_text_at_once(family, tmp_path):
     )
     records.attach(model, {"lm_head.weight": table})
     done = export_decoder(model, tmp_path / "out", max_length=12)
-    runner = Runner(done.asset)
+    runner = Asset(done.asset)
     assert runner.inputs == ["input_ids", "position"] and runner.outputs == ["logits"]
     layers, heads = model.config.num_hidden_layers, {"opt": 4, "llama": 2}[family]
     assert runner.states == {f"{k}_{i}": [1, heads, 12, 8] for i in range(layers) for k in ("key", "value")}

@@ -1,14 +1,19 @@
 """The emulation of an fp16 asset against the asset itself, executed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kit import tiny_models
 
+from mptrain.core.signature import probed
+from mptrain.export.base import Source
 from mptrain.export.coreai import emulated as coreai_half
-from mptrain.export.coreai import facts
-from mptrain.export.coreai.convert import Runner, export_coreai
+from mptrain.export.coreai.convert import export_coreai
 from mptrain.export.coreai.emulated import EmulatedAsset
-from mptrain.export.formats import CoreAiFormat, Source
+from mptrain.export.coreai.format import CoreAiFormat
+from mptrain.export.coreai.runner import Asset
+from mptrain.export.facts import Facts
 from mptrain.recipe import CoreAi
 
 
@@ -23,7 +28,7 @@ def exported(tmp_path_factory):
 def test_the_emulation_is_much_nearer_to_the_asset_than_fp32_is(exported):
     model, batch, done = exported
     emulated = EmulatedAsset(done.asset, model, batch, done.half["kept_fp32"])
-    runner = Runner(done.asset)
+    runner = Asset(done.asset)
     smallest = {name: value[:2, :8] for name, value in batch.items()}
     (executed,), (guessed,) = runner(smallest).values(), emulated(smallest).values()
     with torch.no_grad():
@@ -37,13 +42,15 @@ def test_the_emulation_is_much_nearer_to_the_asset_than_fp32_is(exported):
 def test_a_host_without_fp16_arithmetic_scores_by_emulation(exported, monkeypatch, native):
     model, batch, done = exported
     monkeypatch.setattr(coreai_half, "computes_half", lambda: native)
-    source = Source(lambda: model, batch, "fp16", {"half": done.half})
+    source = Source(
+        lambda: model, probed(model, batch), batch, "fp16", "fp32", False, lambda: [], Facts(half=done.half)
+    )
     format_ = CoreAiFormat(CoreAi(id="coreai", format="coreai", of=["model"]))
-    runner = format_.runner(done.asset, source)
-    assert isinstance(runner, Runner if native else EmulatedAsset)
-    assert facts.facts(runner)["execution"] == type(runner).execution
-    exact = format_.runner(done.asset, Source(lambda: model, batch, "fp32", {}))
-    assert isinstance(exact, Runner)
+    runner = format_.open(done.asset, source)
+    assert isinstance(runner, Asset if native else EmulatedAsset)
+    assert runner.facts().execution == type(runner).execution
+    exact = format_.open(done.asset, replace(source, precision="fp32"))
+    assert isinstance(exact, Asset)
 
 
 @pytest.mark.parametrize(("flags", "native"), [(["avx2", "f16c"], False), (["avx512_fp16"], True), (["asimdhp"], True)])

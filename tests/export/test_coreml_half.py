@@ -11,12 +11,14 @@ from kit.tiny_models import tiny
 from torch import nn
 
 from mptrain.core.errors import ExportError
+from mptrain.core.signature import probed
 from mptrain.export.coreml import convert
 from mptrain.export.coreml.convert import export_coreml
-from mptrain.export.coreml.half import MilOps, counted, spellings
+from mptrain.export.coreml.half import MilOps, spellings
 from mptrain.export.torch.traceable import traceable_masks
 from mptrain.mil.interpreter import Interpreter
 from mptrain.report.words import kept_in_fp32
+from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import casts, compare
 
 
@@ -84,16 +86,16 @@ def plain(model, folder):
 
 
 def difference(model, package, batch):
+    signature = probed(model, batch)
     with torch.no_grad():
-        expected = {name: v for name, v in model(**batch).items() if isinstance(v, torch.Tensor)}
-    found = {name: torch.as_tensor(value).float() for name, value in Interpreter(package)(batch).items()}
-    return compare(*({name: counted(v, batch) for name, v in each.items()} for each in (expected, found)))
+        expected = model(**batch)
+    return compare(*(rows(each, batch, signature) for each in (expected, Interpreter(package)(batch))))
 
 
 def smallest(model, batches, folder, most):
     """Of all sets of at most `most` operations that heal the model: the smallest ones, and the fewest casts of one."""
     package = export_coreml(model.eval(), texts(2, 9), folder, shapes=RANGED).package
-    program = MilOps(package, batches)
+    program = MilOps(package, batches, probed(model, batches[0]))
     names = [op.name for op in program.ops]
     reference = [program.run(batch, names) for batch in range(len(batches))]
     for size in range(most + 1):
@@ -199,7 +201,7 @@ def test_a_left_padded_eager_llama_is_right_in_half(tmp_path, monkeypatch):
     check_casts(mended, 3)  # of the mask for the other layer, of the scores, of the softmax
     assert difference(model, mended.package, batches[0]).cosine > 0.9999
     exact = export_coreml(model, texts(2, 9), tmp_path / "fp32", shapes=RANGED).package
-    program = MilOps(exact, batches[:1])
+    program = MilOps(exact, batches[:1], probed(model, batches[0]))
     names = {op.name for op in program.ops}
     reference = program.run(0, names)
     for name in mended.half["kept_fp32"]:
@@ -230,7 +232,11 @@ def test_a_left_padded_llama_with_a_mask_of_its_own_is_mended(tmp_path):
     assert kept_in_fp32(done.half).endswith("; 4 float↔half casts")
     for batch in batches:
         assert difference(model, done.package, batch).cosine > 0.9999
-    program = MilOps(export_coreml(model, texts(2, 9), tmp_path / "fp32", shapes=RANGED).package, batches[:1])
+    program = MilOps(
+        export_coreml(model, texts(2, 9), tmp_path / "fp32", shapes=RANGED).package,
+        batches[:1],
+        probed(model, batches[0]),
+    )
     names = {op.name for op in program.ops}
     reference = program.run(0, names)
     for name in done.half["kept_fp32"]:

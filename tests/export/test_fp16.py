@@ -17,9 +17,11 @@ from transformers.utils import ModelOutput
 from mptrain.cli import main
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.signature import without_cache
 from mptrain.export.openvino import half as openvino_fp16
-from mptrain.export.openvino.convert import Runner, convert, export_openvino
-from mptrain.export.torch.traceable import traceable_masks, without_cache
+from mptrain.export.openvino.convert import convert, export_openvino
+from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.torch.traceable import traceable_masks
 from mptrain.recipe import Ptq
 from mptrain.report.words import kept_in_fp32
 from mptrain.verify.overflow import Op
@@ -64,10 +66,10 @@ def test_the_uform_mask_stays_in_fp32(tmp_path):
     assert all(x.size == 1 for kind, x in stored.values() if kind == "f32"), "all weights are in fp16"
     with torch.no_grad():
         expected = model(**batch)
-    for name, value in Runner(done.xml)(batch).items():
+    for name, value in CompiledIr(done.xml)(batch).items():
         np.testing.assert_allclose(value, expected[name].numpy(), atol=5e-3)
 
-    runner = Runner(done.xml, precision="f16")
+    runner = CompiledIr(done.xml, precision="f16")
     if runner.precision == "f16":  # this CPU computes in fp16
         assert facts["executed"]["max_diff"] < 0.05
         nodes = runner.compiled.get_runtime_model().get_ops()
@@ -90,7 +92,7 @@ def test_weights_that_fp16_would_distort_stay_fp32(tmp_path):
     assert any(0 < np.abs(x).max() < 1e-6 for x in kept.values()), "the tiny layer"
     with torch.no_grad():
         expected = model(**batch).logits.numpy()
-    np.testing.assert_allclose(Runner(done.xml)(batch)["logits"], expected, atol=5e-3)
+    np.testing.assert_allclose(CompiledIr(done.xml)(batch)["logits"], expected, atol=5e-3)
     naive = tmp_path / "naive.xml"
     ov.save_model(convert(model, batch), naive, compress_to_fp16=True)
     clipped = next(x for _, x in constants(naive).values() if x.shape == (50, 32))
@@ -107,7 +109,7 @@ def test_an_ordinary_model_is_half_the_size(tmp_path):
     assert done.half["constants"] == []
     with torch.no_grad():
         expected = model(**batch).logits.numpy()
-    np.testing.assert_allclose(Runner(done.xml)(batch)["logits"], expected, atol=5e-3)
+    np.testing.assert_allclose(CompiledIr(done.xml)(batch)["logits"], expected, atol=5e-3)
 
 
 def test_an_op_that_is_not_in_the_graph_is_an_error():

@@ -15,8 +15,9 @@ from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ExportError, UserError
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.torch.traceable import additive_mask
 from mptrain.recipe import Qat
 
@@ -76,7 +77,7 @@ def test_every_task_runs_at_every_shape_and_loads_in_optimum(name, tmp_path):
     model.config.mptrain_structure = {"version": 1}
     model.config.auto_map = {"AutoModel": "modeling.Class"}
     done = export(model, family, tmp_path)
-    runner = Runner(done.xml, threads=1)
+    runner = CompiledIr(done.xml, threads=1)
     expected = ["start_logits", "end_logits"] if "Question" in name else ["logits"]
     assert runner.inputs == list(inputs(family)) and runner.outputs == expected
     for batch in (inputs(family), longer(family, 1, 1), longer(family, 5, 2)):
@@ -100,12 +101,12 @@ def test_every_task_runs_at_every_shape_and_loads_in_optimum(name, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_eager_attention_is_exported_too(family, tmp_path):
     model = tiny(family, attn="eager")
-    assert differ(model, Runner(export(model, family, tmp_path).xml), longer(family, 3, 1)) < 1e-5
+    assert differ(model, CompiledIr(export(model, family, tmp_path).xml), longer(family, 3, 1)) < 1e-5
 
 
 def test_left_padding_of_a_causal_model(tmp_path):
     model, batch = tiny("llama"), inputs("llama")
-    runner = Runner(export(model, "llama", tmp_path).xml)
+    runner = CompiledIr(export(model, "llama", tmp_path).xml)
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     seen = batch["attention_mask"].bool().numpy()
     assert np.abs(runner(batch)["logits"] - outputs(model, batch)["logits"])[seen].max() < 1e-5
@@ -114,7 +115,7 @@ def test_left_padding_of_a_causal_model(tmp_path):
 def test_a_bfloat16_model_is_exported_in_fp32(tmp_path):
     model = tiny("bert").bfloat16()
     done = export(model, "bert", tmp_path)
-    assert differ(tiny("bert").bfloat16().float(), Runner(done.xml), inputs("bert")) < 1e-5
+    assert differ(tiny("bert").bfloat16().float(), CompiledIr(done.xml), inputs("bert")) < 1e-5
     assert model.dtype == torch.bfloat16
 
 
@@ -123,7 +124,7 @@ def test_a_shrunk_model(tmp_path):
     structure = find_structure(model)
     shrink(model, structure, keep(structure, {0: [1, 2]}, {0: list(range(16))}))
     done = export(model, "bert", tmp_path)
-    assert differ(model, Runner(done.xml), longer("bert", 2, 1)) < 1e-5
+    assert differ(model, CompiledIr(done.xml), longer("bert", 2, 1)) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["distilbert", "vit", "wav2vec2", "llama"])
@@ -141,7 +142,7 @@ def test_int8_weights_are_stored_as_int8(family, tmp_path):
     assert stored_types(graph)["f32"] >= 4 * sum(table.numel() for table in tables)
     expected, batch = outputs(q, inputs(family))["logits"], inputs(family)
     # One value that another order of summation rounds to the next level moves a logit by a few levels' worth.
-    error = np.abs(Runner(done.xml)(batch)["logits"] - expected)
+    error = np.abs(CompiledIr(done.xml)(batch)["logits"] - expected)
     assert error.mean() < 0.01 * np.abs(expected).max()
 
 
@@ -154,7 +155,7 @@ def test_int8_and_int4_embeddings(tmp_path):
         sizes[precision] = stored_types(ov.Core().read_model(done.xml))
         rows, batch = model.bert.embeddings.word_embeddings.weight, inputs("bert")
         expected = outputs(q, batch)["logits"]
-        error = np.abs(Runner(done.xml)(batch)["logits"] - expected).max()
+        error = np.abs(CompiledIr(done.xml)(batch)["logits"] - expected).max()
         assert error < (0.05 if precision == "int8" else 0.3) * np.abs(expected).max()
     other = sum(e.numel() for n, e in model.bert.embeddings.named_parameters() if "position" in n or "token_type" in n)
     linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -180,7 +181,7 @@ def test_four_bit_layers_are_stored_as_int4(tmp_path):
     assert stored_types(ov.Core().read_model(done.xml))["i4"] == four / 2
     batch = inputs("bert")
     expected = outputs(q, batch)["logits"]
-    assert np.abs(Runner(done.xml)(batch)["logits"] - expected).mean() < 0.02 * np.abs(expected).max()
+    assert np.abs(CompiledIr(done.xml)(batch)["logits"] - expected).mean() < 0.02 * np.abs(expected).max()
 
 
 def test_smooth_quant_and_asymmetric_weights(tmp_path):
@@ -189,7 +190,7 @@ def test_smooth_quant_and_asymmetric_weights(tmp_path):
     linears = sum(m.weight.numel() for m in q.modules() if isinstance(m, torch.nn.Linear))
     assert stored_types(ov.Core().read_model(done.xml))["i8"] >= linears
     expected = outputs(q, inputs("bert"))["logits"]
-    error = np.abs(Runner(done.xml)(inputs("bert"))["logits"] - expected)
+    error = np.abs(CompiledIr(done.xml)(inputs("bert"))["logits"] - expected)
     assert error.mean() < 0.01 * np.abs(expected).max()
 
 
@@ -211,7 +212,7 @@ def test_a_pipeline_runs_from_the_folder(tmp_path):
     )
     expected = outputs(model, dict(names("a poor plot", return_tensors="pt")))["logits"].argmax()
     assert pipe("a poor plot")[0]["label"] == ["bad", "fine", "good"][expected]
-    assert Runner(done.xml).inputs == ["input_ids", "token_type_ids", "attention_mask"]
+    assert CompiledIr(done.xml).inputs == ["input_ids", "token_type_ids", "attention_mask"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -287,7 +288,7 @@ def test_precision_and_model_must_fit(tmp_path):
 
 def test_the_runner_takes_arrays_and_tensors_and_drops_other_inputs(tmp_path):
     model = tiny("bert")
-    runner = Runner(export(model, "bert", tmp_path).xml, threads=1)
+    runner = CompiledIr(export(model, "bert", tmp_path).xml, threads=1)
     batch = inputs("bert", labels=True)
     first = runner(batch)
     second = runner({name: value.numpy() for name, value in batch.items()})

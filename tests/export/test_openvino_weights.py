@@ -15,7 +15,8 @@ import mptrain
 from mptrain.compress.weights import records, weight_only
 from mptrain.core.errors import ExportError, RecipeError, UserError
 from mptrain.export.openvino import facts, weights
-from mptrain.export.openvino.convert import Runner, export_openvino
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.recipe import WeightOnly, file
 from mptrain.run import run
 
@@ -67,7 +68,9 @@ def test_the_ir_holds_the_records(family, case, tmp_path):
         expected["i8" if "embed" in name else kind] += (record.q.numel() + zeros) * record.bits / 8
     types = facts.stored_types(read)
     assert all(types[k] == pytest.approx(v, abs=len(found)) for k, v in expected.items() if v)
-    difference = np.abs(Runner(exported.xml)(inputs(family))["logits"] - logits(model, inputs(family)).numpy()).max()
+    difference = np.abs(
+        CompiledIr(exported.xml)(inputs(family))["logits"] - logits(model, inputs(family)).numpy()
+    ).max()
     assert difference < 2e-6
 
 
@@ -78,7 +81,7 @@ def test_tables_are_expanded(tmp_path):
     exported = export_openvino(model, inputs("bert"), tmp_path / "m", precision="fp32")
     assert set(facts.stored_types(ov.Core().read_model(exported.xml))) == {"f32"}
     torch.testing.assert_close(
-        torch.from_numpy(Runner(exported.xml)(inputs("bert"))["logits"]), logits(model, inputs("bert"))
+        torch.from_numpy(CompiledIr(exported.xml)(inputs("bert"))["logits"]), logits(model, inputs("bert"))
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 from kit import tiny
 from kit.jobs import run
 
-from mptrain.export.coreai.convert import Runner
 from mptrain.export.coreai.emulated import EmulatedAsset, computes_half
+from mptrain.export.coreai.runner import Asset
 
 pytestmark = pytest.mark.long
 COREAI = {"id": "coreai", "format": "coreai", "of": ["dense", "jpqd"], "precision": ["fp32", "fp16"]}
@@ -39,7 +39,7 @@ def test_core_ai_variants_are_scored_by_executing_them(report):
         assert variant["size_bytes"] == sum(f.stat().st_size for f in asset.rglob("*") if f.is_file())
         emulated = name.endswith("fp16") and not computes_half()
         assert variant["latency_ms"] == {}
-        assert variant["runtime"]["execution"] == (EmulatedAsset if emulated else Runner).execution
+        assert variant["runtime"]["execution"] == (EmulatedAsset if emulated else Asset).execution
         assert variant["metrics"]["accuracy"]["n"] == variants["baseline_fp32"]["metrics"]["accuracy"]["n"]
         half = variant["runtime"].get("half")
         assert (half is None) == name.endswith("fp32")

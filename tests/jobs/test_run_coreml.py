@@ -10,7 +10,7 @@ from kit import tiny
 from kit.jobs import run
 
 from mptrain.compress.weights import records
-from mptrain.export.formats import stored_weights
+from mptrain.export.torch.stored_weights import stored_weights
 from mptrain.mil.interpreter import weights
 from mptrain.mil.program import Name, read_program
 from mptrain.models import artifact

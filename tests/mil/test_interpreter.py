@@ -11,6 +11,7 @@ from coremltools.converters.mil import Builder as mb
 from kit.mil import program, save
 
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.signature import BATCH, Port, Signature
 from mptrain.mil.constants import blockwise_shift_scale, lut_to_dense
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import OPERATIONS, Interpreter
@@ -219,7 +220,9 @@ def test_shapes_are_checked_and_fixed_packages_take_any_batch(tmp_path):
     with pytest.raises(UserError, match="lacks \\['x'\\]"):
         Interpreter(fixed)({"y": torch.zeros(3, 4)})
     x = torch.randn(5, 4)
-    total, double = Padded(Interpreter(fixed))({"x": x}).values()
+    outputs = (Port(name, axes) for name, axes in zip(Interpreter(fixed).outputs, ((BATCH,), (BATCH, 4))))
+    signature = Signature((Port("x", (BATCH, 4)),), tuple(outputs))
+    total, double = Padded(Interpreter(fixed), signature)({"x": x}).values()
     np.testing.assert_allclose(total, x.sum(1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(double, 2 * x)
 

@@ -8,16 +8,19 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mptrain.core.errors import ExportError
-from mptrain.export.coreai.convert import AIModelAsset, Runner, export_coreai, traced
+from mptrain.core.signature import probed
+from mptrain.export.coreai.convert import AIModelAsset, export_coreai, traced
+from mptrain.export.coreai.runner import Asset
 from mptrain.report.words import kept_in_fp32
 from mptrain.verify import overflow
-from mptrain.verify.programs.aten import counted
+from mptrain.verify.outputs import rows
 from mptrain.verify.programs.exported import GraphOps, with_copies
 
 
 def operations(model, batch, batches):
-    program = traced(model, batch)
-    return program, GraphOps(program, list(batch), ["logits"], batches)
+    signature = probed(model, batch)
+    program = traced(model, batch, signature)
+    return program, GraphOps(program, list(batch), ["logits"], batches, signature)
 
 
 def test_a_graph_kept_in_fp32_is_the_model_and_in_fp16_nearly():
@@ -31,7 +34,7 @@ def test_a_graph_kept_in_fp32_is_the_model_and_in_fp16_nearly():
     assert all(source in names for op in ops.ops for source in op.inputs)
     with torch.no_grad():
         for i, b in enumerate(batches):
-            expected = counted(model(**b), b)
+            expected = rows(model(**b), b, probed(model, b))
             assert torch.allclose(ops.run(i, names)["logits"], expected["logits"], atol=1e-6)
             half = ops.run(i, ())["logits"]
             assert 0 < float((half - expected["logits"]).abs().max()) < 2e-3
@@ -115,7 +118,7 @@ def casts_in(asset):
 
 def difference(model, asset, batch):
     with torch.no_grad():
-        return overflow.compare(model(**batch), {"logits": torch.from_numpy(Runner(asset)(batch)["logits"])})
+        return overflow.compare(model(**batch), {"logits": torch.from_numpy(Asset(asset)(batch)["logits"])})
 
 
 @pytest.mark.parametrize("function", OVERFLOWS)

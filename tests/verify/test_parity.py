@@ -10,8 +10,10 @@ from torch import nn
 
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ExportError
-from mptrain.export.openvino.convert import Runner, export_openvino
-from mptrain.export.openvino.facts import facts, stored_types
+from mptrain.export.openvino import facts as ir
+from mptrain.export.openvino.convert import export_openvino
+from mptrain.export.openvino.facts import stored_types
+from mptrain.export.openvino.runner import CompiledIr
 from mptrain.recipe import Qat
 from mptrain.verify.parity import compare
 
@@ -26,8 +28,12 @@ def exported(tmp_path_factory):
         done = export_openvino(
             source, inputs("bert"), folder / precision, precision=precision, embeddings="int8", processor=None
         )
-        found[precision] = (source, Runner(done.xml, threads=1))
+        found[precision] = (source, CompiledIr(done.xml, threads=1))
     return found
+
+
+def facts(runner):
+    return ir.facts(runner).as_json()
 
 
 # -- facts
@@ -77,7 +83,7 @@ def test_a_layer_with_only_its_weight_compressed_is_no_int8_layer(exported, tmp_
     with silenced():
         graph = nncf.compress_weights(ov.Core().read_model(runner.xml), mode=nncf.CompressWeightsMode.INT8_SYM)
     ov.save_model(graph, tmp_path / "weights.xml", compress_to_fp16=False)
-    found = facts(Runner(tmp_path / "weights.xml"))
+    found = facts(CompiledIr(tmp_path / "weights.xml"))
     assert found["int8_layers"] == [] and len(found["fp32_layers"]) == 14
     assert found["weight_types"]["i8"] > 10000
 
@@ -85,7 +91,7 @@ def test_a_layer_with_only_its_weight_compressed_is_no_int8_layer(exported, tmp_
 def test_what_the_plugin_took_is_read_back(exported):
     _, runner = exported["fp32"]
     for hint in ("bf16", "f16"):
-        other = Runner(runner.xml, precision=hint)
+        other = CompiledIr(runner.xml, precision=hint)
         assert other.precision in (hint, "bf16", "f32")  # a CPU without fp16 arithmetic may take bf16 for f16
         assert facts(other)["inference_precision"] == other.precision
 

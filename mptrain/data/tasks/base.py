@@ -261,11 +261,22 @@ class Task(ABC):
         return self._drawn(calibration.samples, calibration.batch_size)
 
     def _drawn(self, samples: int, batch_size: int) -> list[Batch]:
-        rows = random.Random(self.seed).sample(range(len(self.train)), min(samples, len(self.train)))
         # Little padding: what pads say about ranges is not what text says.
-        rows.sort(key=lambda i: (self.train.lengths[i], i))
+        return self._batches("train", samples, batch_size, key=self.train.lengths.__getitem__)
+
+    def held_out(self, samples: int, batch_size: int) -> list[Batch]:
+        """Model inputs of `samples` validation examples drawn by the seed: no weight, range or set of operations was
+        chosen by them. Batches mix lengths, so that padding is tried too."""
+        return [self.without_targets(batch) for batch in self._batches("validation", samples, batch_size)]
+
+    def _batches(
+        self, split: str, samples: int, batch_size: int, key: Callable[[int], int] = lambda i: 0
+    ) -> list[Batch]:
+        examples = self._splits[split]
+        rows = random.Random(self.seed).sample(range(len(examples)), min(samples, len(examples)))
+        rows.sort(key=lambda i: (key(i), i))
         return [
-            self.collate([self.train[i] for i in rows[start : start + batch_size]])
+            self.collate([examples[i] for i in rows[start : start + batch_size]])
             for start in range(0, len(rows), batch_size)
         ]
 

@@ -7,27 +7,36 @@ a state at places that the data says only where the number of places is fixed, s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from mptrain.compress.weights import records
+from mptrain.core.disk import whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
-from mptrain.export.coreai.convert import MASKED, Exported, converted, quiet, write
+from mptrain.export.coreai.convert import ASSET, MASKED, Exported, converted, quiet, save
 from mptrain.export.coreai.weights import stored
-from mptrain.export.torch.cached_decoder import CachedDecoder
+from mptrain.export.torch.cached_decoder import CALL, CachedDecoder
 from mptrain.export.torch.traceable import traceable_masks
 
 
-def export_decoder(model: PreTrainedModel, folder: Path, *, max_length: int, processor: Any = None) -> Exported:
-    """Write folder/ with model.aimodel, config.json and the processor's files; fp32.
+def export_decoder(model: nn.Module, folder: Path, *, max_length: int, processor: Any = None) -> Exported:
+    """Write folder/ with model.aimodel, config.json and the processor's files, as `write_decoder` does."""
+    with whole(folder, getattr(model, "config", None), processor) as scratch:
+        done = write_decoder(model, scratch, max_length=max_length)
+    return replace(done, folder=folder, asset=folder / ASSET)
+
+
+def write_decoder(model: nn.Module, folder: Path, *, max_length: int) -> Exported:
+    """Write model.aimodel into a folder that exists; fp32.
 
     model: a causal LM without quantizers, float32; weights with records are stored as such. It is not changed.
     max_length: tokens that the cache holds. The asset has the inputs `input_ids` int32 [1, 1] and `position` int32
-    [1], and the output `logits` float32 [1, 1, vocabulary]. Runner keeps its states, Runner.reset starts a new text.
+    [1], and the output `logits` float32 [1, 1, vocabulary]. Asset keeps its states, Asset.reset starts a new text.
     Raises UserError when the model does not fit, ExportError when the conversion fails.
     """
     if is_quantized(model):
@@ -49,5 +58,4 @@ def export_decoder(model: PreTrainedModel, folder: Path, *, max_length: int, pro
         ) from error
     finally:
         model.train(training)
-    program = converted(graph, model, ["input_ids", "position"], ["logits"], step.states)
-    return write(program, model, folder, processor)
+    return save(converted(graph, model, CALL.input_names, CALL.output_names, step.states), folder)

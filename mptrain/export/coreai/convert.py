@@ -12,45 +12,38 @@ unit accumulates, and how fast.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import io
-import threading
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedModel
 
 from mptrain.compress.weights import records
 from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
-from mptrain.export.torch.traceable import Positional, traceable_masks, without_cache
+from mptrain.core.signature import Signature, probed, without_cache
+from mptrain.export.coreai.runner import FUNCTION, Asset
+from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.verify import overflow
+from mptrain.verify.outputs import rows
 from mptrain.verify.programs import exported
-from mptrain.verify.programs.aten import counted
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deprecations inside these packages
     from coreai.authoring.asset import AIModelAsset, AIProgram
-    from coreai.runtime import NDArray
     from coreai_torch import TorchConverter, get_decomp_table
 
     from mptrain.export.coreai.weights import packing, stored
 
 ASSET = "model.aimodel"
-FUNCTION = "main"
 MASKED = -3e4  # added to scores that do not count: finite in fp16 even with a score beside it
-_FIXED = {"pixel_values"}  # inputs with only the batch dynamic: images have the size the model was built for
 
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -71,7 +64,16 @@ class Exported:
 
 
 def export_coreai(
-    model: PreTrainedModel,
+    model: nn.Module, example: Mapping[str, Tensor], folder: Path, *, processor: Any = None, **how: Any
+) -> Exported:
+    """Write folder/ with model.aimodel, config.json and the processor's files. how: as `write` takes it."""
+    with whole(folder, getattr(model, "config", None), processor) as scratch:
+        done = write(model, example, scratch, **how)
+    return replace(done, folder=folder, asset=folder / ASSET)
+
+
+def write(
+    model: nn.Module,
     example: Mapping[str, Tensor],
     folder: Path,
     *,
@@ -80,18 +82,19 @@ def export_coreai(
     calibration: Batches = (),
     few: bool = False,
     keep_fp32: Collection[str] = (),
-    processor: Any = None,
+    signature: Signature | None = None,
 ) -> Exported:
-    """Write folder/ with model.aimodel, config.json and the processor's files.
+    """Write model.aimodel into a folder that exists.
 
     model: plain, float32; weights with records (compress.records) are stored as their integers or tables,
     everything else in the precision. It is not changed.
     example: inputs by name; fixes the asset's inputs and, with shapes "fixed", their shapes. "dynamic" needs at
-    least 2 examples of at least 2 tokens, and leaves batch and length open (of images the batch). Integers are
-    int32 in the asset. A causal LM is exported without a cache.
+    least 2 examples of at least 2 tokens, and leaves the free axes of the signature open. signature: also says which
+    outputs count; default what running the model tells. Integers are int32 in the asset. A causal LM is exported
+    without a cache.
     calibration: for fp16, batches on which the smallest set of operations to keep in fp32 is found, and on
-    which the asset is run against the model before it is moved to `folder`. `few`: it is run on two of their
-    examples only, for hosts that compute fp16 in software.
+    which the asset is run against the model. `few`: it is run on two of their examples only, for hosts that
+    compute fp16 in software.
     keep_fp32: more operations (names in the graph of `traced`) or modules of an fp16 asset that compute in fp32.
     Raises UserError when model and arguments do not fit, ExportError when the conversion fails or when an
     fp16 asset is wrong on the calibration batches.
@@ -103,44 +106,50 @@ def export_coreai(
         )
     if precision != "fp16" and (keep_fp32 or calibration):
         raise UserError(f"Core AI export: keep_fp32 and calibration are for precision fp16, got {precision}")
-    graph, outputs = traced(model, example, shapes=shapes), output_names(model, example)
+    check_float32(model)
+    signature = probed(model, example) if signature is None else signature
+    graph = traced(model, example, signature, shapes=shapes)
     half: dict[str, Any] | None = None
     if precision == "fp16":
-        half = _to_half(graph, list(example), outputs, calibration, keep_fp32)
-    program = converted(graph, model, list(example), outputs)
+        half = _to_half(graph, signature, calibration, keep_fp32)
+    done = save(converted(graph, model, signature.input_names, signature.output_names), folder)
+    if half is None:
+        return done
+    half["float_casts"] = float_casts(AIModelAsset.load(done.asset).program)
+    if calibration:
+        batches = [_smallest(calibration)] if few else calibration
+        executed = _executed(model, done.asset, batches, signature)
+        examples = sum(len(next(iter(batch.values()))) for batch in batches)
+        half["executed"] = overflow.as_json(executed) | {"examples": examples}
+        if not executed.right():
+            raise ExportError(
+                f"the fp16 asset of {type(model).__name__} is wrong on the calibration batches: {half}."
+                " Export it as fp32, or name more modules in keep_fp32"
+            )
+    return replace(done, half=half)
 
-    def verify(asset: Path) -> None:
-        if half is not None:
-            half["float_casts"] = float_casts(AIModelAsset.load(asset).program)
-        if half is not None and calibration:
-            batches = [_smallest(calibration)] if few else calibration
-            executed = _executed(model, asset, batches)
-            examples = sum(len(next(iter(batch.values()))) for batch in batches)
-            half["executed"] = overflow.as_json(executed) | {"examples": examples}
-            if not executed.right():
-                raise ExportError(
-                    f"the fp16 asset of {type(model).__name__} is wrong on the calibration batches: {half}."
-                    " Export it as fp32, or name more modules in keep_fp32"
-                )
 
-    return write(program, model, folder, processor, half, verify)
+def check_float32(model: nn.Module) -> None:
+    if dtype_of(model) != torch.float32:
+        raise UserError(f"Core AI export: the model is {dtype_of(model)}; give the float32 model (model.float())")
 
 
 def traced(
-    model: PreTrainedModel, example: Mapping[str, Tensor], *, shapes: Literal["dynamic", "fixed"] = "dynamic"
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    signature: Signature,
+    *,
+    shapes: Literal["dynamic", "fixed"] = "dynamic",
 ) -> ExportedProgram:
-    """The graph that is converted: core ATen operations in fp32, inputs in the order of `example`.
-
-    Outputs are the model's tensors in order; `output_names` of a Positional tells their names.
-    """
-    if model.dtype != torch.float32:
-        raise UserError(f"Core AI export: the model is {model.dtype}; give the float32 model (model.float())")
+    """The graph that is converted: core ATen operations in fp32, inputs and outputs in the order of the signature."""
     training, held = model.training, records.of(model)
-    wrapper = Positional(model, list(example)).eval()
-    axes = _dynamic(example) if shapes == "dynamic" else None
+    names = signature.input_names
+    wrapper = Positional(model, names, signature.output_names).eval()
+    axes = _dynamic(example, signature) if shapes == "dynamic" else None
     try:
         with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model), stored(model, held):
-            program = torch.export.export(wrapper, tuple(example.values()), dynamic_shapes=axes)
+            values = tuple(example[name] for name in names)
+            program = torch.export.export(wrapper, values, dynamic_shapes=axes)
             return program.run_decompositions(get_decomp_table())
     except Exception as error:
         raise ExportError(
@@ -152,33 +161,22 @@ def traced(
         model.train(training)
 
 
-def _dynamic(example: Mapping[str, Tensor]) -> tuple[tuple[dict[int, Any], ...]]:
-    """Batch and length of every input; torch.export finds out which of them are equal."""
+def _dynamic(example: Mapping[str, Tensor], signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
+    """The free axes of every input; torch.export finds out which of them are equal."""
     found = []
-    for name, value in example.items():
-        axes = (0,) if name in _FIXED or value.dim() == 1 else (0, 1)
-        small = [axis for axis in axes if value.shape[axis] < 2]
+    for port in signature.inputs:
+        small = [place for place in port.free if example[port.name].shape[place] < 2]
         if small:
             raise UserError(
-                f"Core AI export with dynamic shapes: input {name} is {tuple(value.shape)}; a size of 1 would stay"
-                " fixed, so give an example of at least 2 rows and 2 tokens"
+                f"Core AI export with dynamic shapes: input {port.name} is {tuple(example[port.name].shape)}; a size of"
+                " 1 would stay fixed, so give an example of at least 2 rows and 2 tokens"
             )
-        found.append(dict.fromkeys(axes, torch.export.Dim.DYNAMIC))
+        found.append(dict.fromkeys(port.free, torch.export.Dim.DYNAMIC))
     return (tuple(found),)
 
 
-def output_names(model: nn.Module, example: Mapping[str, Tensor]) -> list[str]:
-    """Of the graph that `traced` gives."""
-    with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model):
-        return Positional(model, list(example)).output_names(*example.values())
-
-
 def _to_half(
-    graph: ExportedProgram,
-    inputs: list[str],
-    outputs: list[str],
-    calibration: Batches,
-    keep_fp32: Collection[str],
+    graph: ExportedProgram, signature: Signature, calibration: Batches, keep_fp32: Collection[str]
 ) -> dict[str, Any]:
     """Cast in place; returns Exported.half."""
     operations = [node for node in graph.graph.nodes if node.op == "call_function"]
@@ -190,7 +188,7 @@ def _to_half(
         kept |= dict.fromkeys(named, "asked for")
     facts: dict[str, Any] = {}
     if calibration:
-        ops = exported.GraphOps(graph, inputs, outputs, calibration)
+        ops = exported.GraphOps(graph, signature.input_names, signature.output_names, calibration, signature)
         found = overflow.search(ops, suspects=list(kept))
         kept |= found.reasons
         facts = overflow.described(found) | {"casts": overflow.casts(ops.ops, kept)}
@@ -222,16 +220,16 @@ def _smallest(batches: Batches) -> Mapping[str, Tensor]:
     return {name: value[:2] for name, value in least.items()}
 
 
-def _executed(model: nn.Module, asset: Path, batches: Batches) -> overflow.Difference:
+@torch.no_grad()
+def _executed(model: nn.Module, asset: Path, batches: Batches, signature: Signature) -> overflow.Difference:
     """The asset, run, against the fp32 model."""
-    runner = Runner(asset)
+    runner = Asset(asset)
     try:
         found = []
         for batch in batches:
-            with torch.no_grad(), without_cache(model):
-                expected = counted(model(**batch), batch)
-            got = counted({name: torch.from_numpy(value) for name, value in runner(batch).items()}, batch)
-            found.append(overflow.compare({name: expected[name] for name in got}, got))
+            with without_cache(model):
+                expected = rows(model(**batch), batch, signature)
+            found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
         return overflow.worst(found)
     finally:
         runner.close()
@@ -260,84 +258,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def write(
-    program: AIProgram,
-    model: PreTrainedModel,
-    folder: Path,
-    processor: Any,
-    half: Mapping[str, Any] | None = None,
-    verify: Callable[[Path], None] = lambda _: None,
-) -> Exported:
-    """Save asset, config and processor in a temporary folder, call `verify` on the asset, and move all to `folder`."""
-    with whole(folder, model.config, processor) as scratch:
-        program.save_asset(scratch / ASSET)
-        verify(scratch / ASSET)
-    return Exported(folder, folder / ASSET, size(folder / ASSET), half)
-
-
-# -- execution
-
-
-class Runner:
-    """An asset as a function of named inputs, computed by Core AI's runtime on this host's CPU.
-
-    The runtime chooses its threads itself. Usable where an event loop is already running (Jupyter):
-    the asynchronous calls are made in a thread of their own. States of the asset, such as a key-value
-    cache, start as zeros and stay between calls. `close` frees the model; so does the garbage collector.
-    """
-
-    execution = "Core AI's runtime on this host's CPU, not an Apple device"
-
-    def __init__(self, asset: Path | str):
-        self.asset = Path(asset)
-        if not AIModelAsset.is_valid(self.asset):
-            raise ExportError(f"{self.asset} is no Core AI asset: give the path of an .aimodel folder")
-        stack = AsyncExitStack()
-        try:
-            loaded = AIModelAsset.load(self.asset)
-            model = _wait(stack.enter_async_context(loaded.executable()))
-            self._function = model.load_function(FUNCTION)
-        except Exception as error:
-            _wait(stack.aclose())
-            raise ExportError(f"Core AI could not load {self.asset}: {str(error).strip()[-600:]}") from error
-        self.close = weakref.finalize(self, lambda: _wait(stack.aclose()))
-        described = self._function.desc
-        self.inputs = list(described.input_names)
-        self.outputs = list(described.output_names)
-        self._types = {name: np.dtype(described.input_descriptor(name).dtype) for name in self.inputs}
-        self._shapes = {name: described.input_descriptor(name).shape for name in self.inputs}
-        self.states = {name: described.state_descriptor(name).shape for name in described.state_names}
-        self._state_types = {name: described.state_descriptor(name).dtype for name in described.state_names}
-        self.reset()
-
-    def reset(self) -> None:
-        """Make the states zeros again."""
-        self._state = {name: NDArray(np.zeros(shape, self._state_types[name])) for name, shape in self.states.items()}
-
-    def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name. Takes torch tensors or arrays of any width; inputs that the asset lacks are dropped."""
-        missing = [name for name in self.inputs if name not in batch]
-        if missing:
-            raise ExportError(f"{self.asset} needs the inputs {self.inputs}, the batch lacks {missing}")
-        arrays = {name: self._array(name, batch[name]) for name in self.inputs}
-        results = _wait(self._function({name: NDArray(array) for name, array in arrays.items()}, self._state))
-        return {name: np.array(results[name].numpy()) for name in self.outputs}
-
-    def _array(self, name: str, value: Tensor | np.ndarray) -> np.ndarray:
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        expected = self._shapes[name]
-        if array.ndim != len(expected) or any(e not in (s, -1, None) for e, s in zip(expected, array.shape)):
-            shape = ["any" if size in (-1, None) else size for size in expected]
-            raise ExportError(f"{self.asset}: input {name} is {list(array.shape)}, the asset was exported for {shape}")
-        return np.ascontiguousarray(array, dtype=self._types[name])
-
-
-@functools.cache
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="coreai", daemon=True).start()
-    return loop
-
-
-def _wait(call: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run_coroutine_threadsafe(call, _loop()).result()
+def save(program: AIProgram, folder: Path) -> Exported:
+    """Write model.aimodel into a folder that exists."""
+    program.save_asset(folder / ASSET)
+    return Exported(folder, folder / ASSET, size(folder / ASSET))

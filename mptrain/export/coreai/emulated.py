@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from mptrain.core.host import host
-from mptrain.export.coreai.convert import output_names, traced
+from mptrain.core.signature import Signature, probed
+from mptrain.export.coreai.convert import traced
+from mptrain.export.coreai.facts import facts
+from mptrain.export.facts import Facts
 from mptrain.verify.programs.exported import GraphOps
 
 NATIVE = {"avx512_fp16", "asimdhp"}
@@ -30,7 +32,7 @@ def computes_half() -> bool:
 
 
 class EmulatedAsset:
-    """Stands in for `export.coreai.Runner`.
+    """Stands in for `runner.Asset`.
 
     asset: the file. model: plain, float32, with the records it was exported with. example: inputs it was exported
     with. kept: operations that stay in fp32, as `Exported.half["kept_fp32"]` names them.
@@ -42,13 +44,26 @@ class EmulatedAsset:
     )
 
     def __init__(
-        self, asset: Path, model: PreTrainedModel, example: Mapping[str, Tensor], kept: Collection[str]
+        self,
+        asset: Path,
+        model: nn.Module,
+        example: Mapping[str, Tensor],
+        kept: Collection[str],
+        signature: Signature | None = None,
     ) -> None:
         self.asset, self._kept = asset, kept
-        self._ops = GraphOps(traced(model, example), list(example), output_names(model, example), [])
+        signature = probed(model, example) if signature is None else signature
+        graph = traced(model, example, signature)
+        self._ops = GraphOps(graph, signature.input_names, signature.output_names, [])
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name; inputs that the asset lacks are dropped."""
         outputs = self._ops.outputs({name: torch.as_tensor(value) for name, value in batch.items()}, self._kept)
         return {name: value.numpy() for name, value in outputs.items()}
+
+    def facts(self) -> Facts:
+        return facts(self.asset, self.execution)
+
+    def close(self) -> None:
+        del self._ops

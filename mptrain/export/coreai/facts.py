@@ -7,22 +7,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mptrain.export.coreai.convert import FUNCTION, AIModelAsset, Runner, float_casts
-from mptrain.export.coreai.emulated import EmulatedAsset
+from mptrain.export.coreai.convert import AIModelAsset, float_casts
+from mptrain.export.coreai.runner import FUNCTION
+from mptrain.export.facts import Facts
 
 _INDICES = {"Int16", "Int32", "Int64", "UInt16", "UInt32", "UInt64", "Bool"}  # shapes, axes and positions
 _ATTENTION = '"scaled_dot_product_attention"'
 
 
-def facts(runner: Runner | EmulatedAsset) -> dict[str, Any]:
-    """JSON facts of an asset.
+def facts(path: Path, execution: str) -> Facts:
+    """Of an asset.
 
-    fused_attention, attention_layers: attention blocks that are one composite operation, and all.
-    weight_types: bytes of the constants in the file, by stored type. inference_precision: of the
-    floating-point part. casts: conversions between float and half in the graph; composite operations
-    such as layer_norm have their own inside. execution: what computed the scores. minimum_os: of the file.
+    fused_attention: of composite operations. casts: in the graph; composite operations such as layer_norm have
+    their own inside. execution: what computed the scores. more: minimum_os, of the file.
     """
-    asset: Any = AIModelAsset.load(runner.asset)
+    asset: Any = AIModelAsset.load(path)
     program = asset.program
     attention = {
         str(graph.attributes["sym_name"]).strip('"')
@@ -36,16 +35,16 @@ def facts(runner: Runner | EmulatedAsset) -> dict[str, Any]:
             fused += callee is not None and callee[1] in attention
         elif operation.name == "coreai.softmax":
             unfused += 1
-    types = stored_types(runner.asset)
-    return {
-        "fused_attention": fused,
-        "attention_layers": fused + unfused,
-        "weight_types": types,
-        "inference_precision": "f16" if types.get("Float16", 0) > types.get("Float32", 0) else "f32",
-        "casts": float_casts(program),
-        "execution": runner.execution,
-        "minimum_os": asset.summary(include_statistics=False)._compatibility_version,
-    }
+    types = stored_types(path)
+    return Facts(
+        fused_attention=fused,
+        attention_layers=fused + unfused,
+        weight_types=types,
+        inference_precision="f16" if types.get("Float16", 0) > types.get("Float32", 0) else "f32",
+        casts=float_casts(program),
+        execution=execution,
+        more={"minimum_os": asset.summary(include_statistics=False)._compatibility_version},
+    )
 
 
 def stored_types(asset: Path) -> dict[str, int]:

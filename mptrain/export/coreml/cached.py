@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core.errors import UserError
-from mptrain.export.coreml.convert import Exported, convert, safe_half, write
-from mptrain.export.torch.cached_decoder import texts
+from mptrain.export.coreml.convert import Converted, Exported, convert, safe_half, write
+from mptrain.export.torch.cached_decoder import CALL, texts
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
 
 
-def export_decoder(
+def export_decoder(model: nn.Module, folder: Path, *, processor: Any = None, **how: Any) -> Exported:
+    """Write folder/ with model.mlpackage, config.json and the processor's files. how: as `convert_decoder` takes it."""
+    return write(convert_decoder(model, **how), folder, config=getattr(model, "config", None), processor=processor)
+
+
+def convert_decoder(
     model: nn.Module,
-    folder: Path,
     *,
     max_length: int,
     tokens: int | None = None,
@@ -27,15 +31,14 @@ def export_decoder(
     keep_fp32: Collection[str] = (),
     scaled_tables: bool = False,
     calibration: Sequence[Mapping[str, Tensor]] = (),
-    processor: Any = None,
-) -> Exported:
-    """A causal LM as `export_coreml` writes it, with its key-value cache as states of the package.
+) -> Converted:
+    """A causal LM as a package with its key-value cache as states, in memory.
 
     max_length: tokens that the cache holds. tokens: most tokens of one call, default max_length; 1 fixes the shape.
     Inputs are `input_ids` int32 [1, 1..tokens] and `position` int32 [1], the place of the first of these tokens; the
     output is `logits` [1, tokens, vocabulary]. The states key_<layer> and value_<layer>, [1, key-value heads,
     max_length, head size], are float16, as all states of Core ML are, also in an fp32 package. calibration: batches of
-    input_ids and attention_mask, for fp16 as in `export_coreml`; of each text the first `tokens` tokens are used.
+    input_ids and attention_mask, for fp16 as in `convert_checked`; of each text the first `tokens` tokens are used.
     Raises UserError when model, target or lengths do not fit, ExportError when the conversion fails or an fp16 package
     is wrong on the calibration batches.
     """
@@ -51,12 +54,11 @@ def export_decoder(
         target=target,
         shapes=CoreMlShapes(kind="ranged", batch=[1], length=[1, tokens] if tokens > 1 else [1]),
         scaled_tables=scaled_tables,
+        signature=CALL,
         cache=max_length,
     )
     if precision == "fp16" and calibration:
         start = torch.zeros(1, dtype=torch.int32)
         calls = [{"input_ids": ids[:, :tokens], "position": start} for batch in calibration for ids in texts(batch)]
-        converted = safe_half(into, calls, keep_fp32)
-    else:
-        converted = into(precision=precision, keep_fp32=keep_fp32)
-    return write(converted, folder, config=getattr(model, "config", None), processor=processor)
+        return safe_half(into, calls, CALL, keep_fp32)
+    return into(precision=precision, keep_fp32=keep_fp32)

@@ -25,21 +25,24 @@ from torch import Tensor, nn
 from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.core.signature import BATCH, Signature, probed, without_cache
 from mptrain.export.coreml.cache_ops import index_copy
 from mptrain.export.coreml.compat import compatible, storing, supported
-from mptrain.export.coreml.half import MilOps, counted, spellings
+from mptrain.export.coreml.half import MilOps, spellings
 from mptrain.export.coreml.weights import constants
 from mptrain.export.torch.cached_decoder import CachedDecoder
-from mptrain.export.torch.traceable import Positional, traceable_masks, without_cache
+from mptrain.export.torch.traceable import Positional, traceable_masks
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import Interpreter
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
 from mptrain.verify import overflow
+from mptrain.verify.outputs import rows
 
 PACKAGE = "model.mlpackage"
 MASKED = -32752.0  # half the least float16: a score added to it stays finite, and its exponential is zero
-IMAGES = {"pixel_values"}  # inputs whose batch alone is flexible
 Route = Literal["export", "trace"]
+Axes = Mapping[str, Sequence[tuple[int, str]]]
+"""of each input: (place, "batch" or "length") of the axes that may be flexible"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,19 @@ def export_coreml(
     example: Mapping[str, Tensor],
     folder: Path,
     *,
+    processor: Any = None,
+    **how: Any,
+) -> Exported:
+    """Write folder/ with model.mlpackage, config.json and the processor's files. how: as `convert_checked` takes it."""
+    return write(
+        convert_checked(model, example, **how), folder, config=getattr(model, "config", None), processor=processor
+    )
+
+
+def convert_checked(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    *,
     precision: Literal["fp32", "fp16"] = "fp32",
     target: CoreMlTarget = "iOS18",
     shapes: CoreMlShapes | None = None,
@@ -74,24 +90,33 @@ def export_coreml(
     keep_fp32: Collection[str] = (),
     scaled_tables: bool = False,
     calibration: Sequence[Mapping[str, Tensor]] = (),
-    processor: Any = None,
-) -> Exported:
-    """Write folder/ with model.mlpackage, config.json and the processor's files.
+    signature: Signature | None = None,
+) -> Converted:
+    """The package in memory, of fp16 with calibration the one that was checked.
 
     model: a plain model; it is not changed. Weights with a record (mptrain.compress.weights.records)
     are stored as the record's integers or tables. example: inputs by name, of any batch and length.
+    signature: says which axes may be flexible, and which outputs count; default what running the model tells.
     keep_fp32: names of MIL operations that an fp16 package computes in float32. calibration: for
     fp16, batches on which the smallest set of such operations is found, and the package is checked.
     Raises UserError for shapes that do not fit, ExportError when the conversion fails, or when an
     fp16 package is wrong on the calibration batches.
     """
-    into = partial(convert, model, example, target=target, shapes=shapes, route=route, scaled_tables=scaled_tables)
+    signature = probed(model, example) if signature is None else signature
+    into = partial(
+        convert,
+        model,
+        example,
+        target=target,
+        shapes=shapes,
+        route=route,
+        scaled_tables=scaled_tables,
+        signature=signature,
+    )
     if precision == "fp16" and calibration:
         sizes = shapes or CoreMlShapes()
-        converted = safe_half(into, [_fitted(batch, list(example), sizes) for batch in calibration], keep_fp32)
-    else:
-        converted = into(precision=precision, keep_fp32=keep_fp32)
-    return write(converted, folder, config=getattr(model, "config", None), processor=processor)
+        return safe_half(into, [_fitted(batch, signature, sizes) for batch in calibration], signature, keep_fp32)
+    return into(precision=precision, keep_fp32=keep_fp32)
 
 
 def convert(
@@ -104,18 +129,21 @@ def convert(
     route: Route = "export",
     keep_fp32: Collection[str] = (),
     scaled_tables: bool = False,
+    signature: Signature,
     cache: int | None = None,
 ) -> Converted:
     """The package in memory; inputs and outputs have the names of the torch model's. cache: tokens of a
-    causal LM's key-value cache (coreml_decoder.py)."""
+    causal LM's key-value cache (cached.py)."""
     shapes = shapes or CoreMlShapes()
     _check(model, precision, keep_fp32)
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.dtype != torch.float32:
         model = copy.deepcopy(model).float()
     training = model.training
-    wrapper = (Positional(model, list(example)) if cache is None else CachedDecoder(model, cache)).eval()
-    values = _values(example, shapes)
+    plain = Positional(model, list(example), signature.output_names)
+    wrapper = (plain if cache is None else CachedDecoder(model, cache)).eval()
+    axes = _axes(signature)
+    values = _values(example, shapes, axes)
     try:
         with (
             torch.no_grad(),
@@ -125,11 +153,10 @@ def convert(
             compatible(**({} if cache is None else {"index_copy": index_copy})),
         ):
             warnings.simplefilter("ignore")
-            outputs = wrapper.output_names(*values.values()) if isinstance(wrapper, Positional) else ["logits"]
-            source = traced(wrapper, values, shapes, route)
+            source = traced(wrapper, values, shapes, axes, route)
             stored, floats = constants(model, source, target, scaled_tables=scaled_tables)
             with storing(stored):
-                package = _to_package(source, values, outputs, precision, target, shapes, keep_fp32)
+                package = _to_package(source, values, signature, precision, target, shapes, keep_fp32)
             return Converted(package, floats)
     except (ExportError, UserError):
         raise
@@ -144,7 +171,10 @@ def convert(
 
 
 def safe_half(
-    into: Callable[..., Converted], batches: Sequence[Mapping[str, Tensor]], suspects: Collection[str] = ()
+    into: Callable[..., Converted],
+    batches: Sequence[Mapping[str, Tensor]],
+    signature: Signature,
+    suspects: Collection[str] = (),
 ) -> Converted:
     """An fp16 package in which the fewest operations compute in float32, found in the float32 one and checked.
 
@@ -154,7 +184,7 @@ def safe_half(
     with tempfile.TemporaryDirectory() as folder:
         exact = Path(folder) / "fp32.mlpackage"
         into(precision="fp32").model.save(str(exact))
-        program = MilOps(exact, batches)
+        program = MilOps(exact, batches, signature)
         found = overflow.search(program, suspects=suspects)
         kept = {spelling for name in program.with_views(found.keep) for spelling in spellings(name)}
         converted = into(precision="fp16", keep_fp32=kept)
@@ -162,10 +192,8 @@ def safe_half(
         converted.model.save(str(package))
         runners = Interpreter(exact), Interpreter(package)
         executed = overflow.worst(
-            overflow.compare(*({n: counted(torch.as_tensor(v).float(), batch) for n, v in runner(batch).items()}
-                               for runner in runners))
-            for batch in batches
-        )  # fmt: skip
+            overflow.compare(*(rows(runner(batch), batch, signature) for runner in runners)) for batch in batches
+        )
         described = facts(runners[1].program)
     if not executed.right():
         raise ExportError(
@@ -183,7 +211,7 @@ def safe_half(
     return replace(converted, half=half)
 
 
-def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, route: Route) -> Any:
+def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes, route: Route) -> Any:
     """The graph to convert. Raises ExportError that lists every operation Core ML has no translation for."""
     arguments = tuple(values.values())
     if route == "trace":
@@ -192,8 +220,8 @@ def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShape
         kinds = Counter(_kinds(graph.graph))
     else:
         dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in _flexible(shapes)}
-        axes = tuple({axis: dims[n] for axis, n in _axes(name, value) if n in dims} for name, value in values.items())
-        flexible = (axes,) if isinstance(wrapper, Positional) else axes  # Positional takes *values: one argument
+        free = tuple({axis: dims[n] for axis, n in axes[name] if n in dims} for name in values)
+        flexible = (free,) if isinstance(wrapper, Positional) else free  # Positional takes *values: one argument
         graph = torch.export.export(wrapper, arguments, dynamic_shapes=flexible, strict=False)
         graph = graph.run_decompositions({})
         calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
@@ -211,7 +239,7 @@ def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShape
 def _to_package(
     source: Any,
     values: Mapping[str, Tensor],
-    outputs: Sequence[str],
+    signature: Signature,
     precision: str,
     target: str,
     shapes: CoreMlShapes,
@@ -221,8 +249,8 @@ def _to_package(
     selector: Callable[[Any], bool] = lambda operation: operation.name not in keep_fp32  # noqa: E731
     return ct.convert(
         source,
-        inputs=_inputs(values, shapes, np.float16 if half else np.float32),
-        outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in outputs],
+        inputs=_inputs(values, shapes, _axes(signature), np.float16 if half else np.float32),
+        outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in signature.output_names],
         convert_to="mlprogram",
         minimum_deployment_target=getattr(ct.target, target),
         compute_precision=ct.transform.FP16ComputePrecision(selector) if precision == "fp16" else ct.precision.FLOAT32,
@@ -230,7 +258,7 @@ def _to_package(
     )
 
 
-def _inputs(values: Mapping[str, Tensor], shapes: CoreMlShapes, floats: Any) -> list[ct.TensorType]:
+def _inputs(values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes, floats: Any) -> list[ct.TensorType]:
     """One RangeDim to each axis name, shared by the inputs: Core ML then knows that their lengths agree."""
     ranges = {
         name: ct.RangeDim(min(sizes), max(sizes), default=min(max(sizes), max(min(sizes), 2)))
@@ -241,18 +269,18 @@ def _inputs(values: Mapping[str, Tensor], shapes: CoreMlShapes, floats: Any) -> 
         dtype = floats if value.is_floating_point() else np.int32
         if shapes.kind == "enumerated":
             pairs = [(b, n) for b in sorted(set(shapes.batch)) for n in sorted(set(shapes.length))]
-            axes = {tuple(_sized(name, value, batch, length)) for batch, length in pairs}
-            shape: Any = ct.EnumeratedShapes([list(one) for one in sorted(axes)]) if len(axes) > 1 else axes.pop()
+            sizes = {tuple(_sized(axes[name], value, batch, length)) for batch, length in pairs}
+            shape: Any = ct.EnumeratedShapes([list(one) for one in sorted(sizes)]) if len(sizes) > 1 else sizes.pop()
         else:
             shape = list(value.shape)
-            for axis, axis_name in _axes(name, value):
+            for axis, axis_name in axes[name]:
                 if axis_name in ranges:
                     shape[axis] = ranges[axis_name]
         found.append(ct.TensorType(name=name, shape=shape, dtype=dtype))
     return found
 
 
-def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes) -> dict[str, Tensor]:
+def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes) -> dict[str, Tensor]:
     """The example at a size inside the shapes; at least 2 of a flexible axis, for torch takes a size of 1 as fixed."""
     sizes = {"batch": shapes.batch, "length": shapes.length}
     flexible = dict(_flexible(shapes))
@@ -260,7 +288,7 @@ def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes) -> dict[str, Te
     values = {}
     for name, value in example.items():
         value = value.to(torch.float32 if value.is_floating_point() else torch.int32)
-        for axis, axis_name in _axes(name, value):
+        for axis, axis_name in axes[name]:
             repeats = [1] * value.dim()
             repeats[axis] = -(-chosen[axis_name] // value.shape[axis])
             value = value.repeat(repeats).narrow(axis, 0, chosen[axis_name])
@@ -268,12 +296,12 @@ def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes) -> dict[str, Te
     return values
 
 
-def _fitted(batch: Mapping[str, Tensor], names: Sequence[str], shapes: CoreMlShapes) -> dict[str, Tensor]:
+def _fitted(batch: Mapping[str, Tensor], signature: Signature, shapes: CoreMlShapes) -> dict[str, Tensor]:
     """Calibration inputs at a size that the package takes: rows cut or repeated, texts cut or padded."""
     found = {}
-    for name in names:
+    for name, axes in _axes(signature).items():
         value = torch.as_tensor(batch[name])
-        for axis, axis_name in _axes(name, value):
+        for axis, axis_name in axes:
             sizes = sorted(shapes.batch if axis_name == "batch" else shapes.length)
             count = value.shape[axis]
             if shapes.kind == "ranged":
@@ -294,13 +322,17 @@ def _flexible(shapes: CoreMlShapes) -> list[tuple[str, list[int]]]:
     return [(name, sizes) for name, sizes in found.items() if min(sizes) < max(sizes)]
 
 
-def _axes(name: str, value: Tensor) -> list[tuple[int, str]]:
-    return [(0, "batch")] if name in IMAGES or value.dim() < 2 else [(0, "batch"), (1, "length")]
+def _axes(signature: Signature) -> Axes:
+    """Of each input the axes that a package may leave flexible: the batch, and the length of what has one."""
+    return {
+        port.name: [(place, "batch" if word == BATCH else "length") for place, word in port.free.items()]
+        for port in signature.inputs
+    }
 
 
-def _sized(name: str, value: Tensor, batch: int, length: int) -> list[int]:
+def _sized(axes: Sequence[tuple[int, str]], value: Tensor, batch: int, length: int) -> list[int]:
     shape = list(value.shape)
-    for axis, axis_name in _axes(name, value):
+    for axis, axis_name in axes:
         shape[axis] = batch if axis_name == "batch" else length
     return shape
 
@@ -323,8 +355,15 @@ def _check(model: nn.Module, precision: str, keep_fp32: Collection[str]) -> None
         raise UserError(f"keep_fp32 is for precision fp16, this export has precision {precision}")
 
 
-def write(converted: Converted, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
-    with whole(folder, config, processor) as scratch:
-        converted.model.save(str(scratch / PACKAGE))
+def save(converted: Converted, folder: Path) -> Exported:
+    """Write model.mlpackage into a folder that exists."""
     package = folder / PACKAGE
+    converted.model.save(str(package))
     return Exported(folder, package, size(package), converted.floats, converted.half)
+
+
+def write(converted: Converted, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
+    """The same, with config.json and the processor's files in a folder of its own."""
+    with whole(folder, config, processor) as scratch:
+        done = save(converted, scratch)
+    return replace(done, folder=folder, package=folder / PACKAGE)

@@ -10,12 +10,13 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from mptrain.core.signature import Signature
 from mptrain.mil.interpreter import Interpreter
 from mptrain.mil.program import Name, Operation, Value, is_float
 from mptrain.verify.difference import of_tensors
+from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import Op, Watch
 
 VIEWS = frozenset(
@@ -26,10 +27,13 @@ VIEWS = frozenset(
 class MilOps:
     """`mptrain.verify.overflow.Program` of a float32 package.
 
-    batches: inputs by name. Rows of an output that `attention_mask` leaves out are not compared.
+    batches: inputs by name. signature: says what of the outputs is padding and not compared; without one nothing is.
     """
 
-    def __init__(self, package: Path, batches: Sequence[Mapping[str, Tensor]]):
+    def __init__(
+        self, package: Path, batches: Sequence[Mapping[str, Tensor]], signature: Signature | None = None
+    ) -> None:
+        self._signature = signature
         self._interpreter = Interpreter(package, "fp16")
         self._batches = batches
         self._source: dict[str, frozenset[str]] = {}  # by value: the ops whose float results it is or shows
@@ -88,9 +92,7 @@ class MilOps:
         known = {op.name for op in self._ops}
         runner.observe = None if watch is None else lambda name, value: watch(name, value) if name in known else None
         runner.reset()
-        found = runner(self._batches[batch])
-        outputs = {name: torch.as_tensor(value) for name, value in found.items()}
-        return {n: counted(v, self._batches[batch]) for n, v in outputs.items() if v.is_floating_point()}
+        return rows(runner(self._batches[batch]), self._batches[batch], self._signature)
 
     def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
         runner = self._interpreter
@@ -114,14 +116,6 @@ class MilOps:
 
 def _computes(operation: Operation) -> bool:
     return any(is_float(result.dtype) for result in operation.results)
-
-
-def counted(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Without the positions that the mask leaves out."""
-    mask = batch.get("attention_mask")
-    if mask is not None and output.dim() > 2 and output.shape[:2] == mask.shape:
-        return output[torch.as_tensor(mask).bool()]
-    return output
 
 
 def spellings(name: str) -> set[str]:

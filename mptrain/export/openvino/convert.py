@@ -4,7 +4,7 @@ Linears and convolutions with fake quantizers become i8 (or i4) constants with F
 their inputs, which the CPU plugin turns into integer kernels. Embeddings have no quantizers:
 their rows are compressed here, int8 with one scale to a row, or int4 with one scale to every
 64 values (the token embedding of `int8_emb4`). Weights that were compressed in torch keep the
-integers and scales they have there (openvino_weights.py).
+integers and scales they have there (weights.py).
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import nncf
-import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
 from mptrain.core.disk import whole
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.signature import Signature, probed, without_cache
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
-from mptrain.export.torch.traceable import Positional, traceable_masks, without_cache
+from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe import Precision
 from mptrain.verify import overflow
-from mptrain.verify.programs.aten import counted
+from mptrain.verify.outputs import rows
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
 _INT4_GROUP = 64
-_FIXED = {"pixel_values"}  # inputs with only the batch dynamic: images have the size the model was built for
 _WRAPPED = "__module.model."  # scope of everything inside Positional
 
 
@@ -52,29 +51,56 @@ class Exported:
 
 
 def export_openvino(
-    model: PreTrainedModel,
+    model: nn.Module,
     example: Mapping[str, Tensor],
     folder: Path,
     *,
     precision: Precision,
     embeddings: str = "fp32",
     calibration: Sequence[Mapping[str, Tensor]] = (),
+    signature: Signature | None = None,
     processor: Any = None,
 ) -> Exported:
-    """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files.
+    """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files, as `write` does."""
+    with whole(folder, getattr(model, "config", None), processor) as scratch:
+        done = write(
+            model,
+            example,
+            scratch,
+            precision=precision,
+            embeddings=embeddings,
+            calibration=calibration,
+            signature=signature,
+        )
+    return replace(done, folder=folder, xml=folder / XML)
+
+
+def write(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    precision: Precision,
+    embeddings: str = "fp32",
+    calibration: Sequence[Mapping[str, Tensor]] = (),
+    signature: Signature | None = None,
+) -> Exported:
+    """Write openvino_model.xml and .bin into a folder that exists.
 
     model: a plain model for "fp32" and "fp16", one with quantizers for "int8" and "int8_emb4", one with
     records for "compressed". It is not changed.
-    example: inputs by name, at least 2 examples; fixes the inputs of the IR and their order. Batch
-    and length stay dynamic (for images the batch). A causal LM is exported without a cache.
+    example: inputs by name, at least 2 examples; fixes the inputs of the IR and their order. signature: says which
+    of their axes stay dynamic, and which outputs count; default what running the model tells. A causal LM is
+    exported without a cache.
     embeddings: "fp32" or "int8"; int8_emb4 has an int4 token embedding, and int8 for the others.
     calibration: real inputs, on which "fp16" is checked for overflow; default: the example.
     Raises UserError when precision and model do not fit, ExportError when the conversion fails.
     """
     _check(model, precision)
-    graph = convert(model, example)
+    signature = probed(model, example) if signature is None else signature
+    graph = convert(model, example, signature)
     if precision == "fp16":
-        return _export_fp16(graph, model, list(calibration) or [example], folder, processor)
+        return _write_fp16(graph, model, list(calibration) or [example], folder, signature)
     if precision == "int8_emb4":
         token = _token_embedding(model)
         graph = _compress_embeddings(graph, {token}, bits=4, group=_group(model, token))
@@ -83,50 +109,50 @@ def export_openvino(
         graph = _compress_embeddings(graph, _embeddings(model), bits=8)
     elif precision == "compressed":
         weights.store(graph, records.of(model))
-    return _write(graph, model, folder, processor)
+    return _save(graph, folder)
 
 
-def _export_fp16(
-    graph: ov.Model, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], folder: Path, processor: Any
+def _write_fp16(
+    graph: ov.Model, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], folder: Path, signature: Signature
 ) -> Exported:
-    plain = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    found, ops = openvino_fp16.find(plain.eval(), batches)
+    plain = model if dtype_of(model) == torch.float32 else copy.deepcopy(model).float()
+    found, ops = openvino_fp16.find(plain.eval(), batches, signature)
     graph, nodes, constants = openvino_fp16.marked(graph, found.keep, ops)
     facts = openvino_fp16.described(found, nodes, constants)
-    done = _write(graph, model, folder, processor, half=True)
-    runner = Runner(done.xml, precision="f16")
+    done = _save(graph, folder, half=True)
+    runner = CompiledIr(done.xml, precision="f16")
     if runner.precision == "f16":
-        facts["executed"] = overflow.as_json(_executed(plain, runner, batches))
+        facts["executed"] = overflow.as_json(_executed(plain, runner, batches, signature))
         if not facts["executed"]["finite"]:
             raise ExportError(
-                f"{folder}: computed in fp16 on this CPU, the exported model gives values that are not finite, although"
+                "computed in fp16 on this CPU, the exported model gives values that are not finite, although"
                 f" {', '.join(found.keep) or 'nothing'} was kept in fp32. Export it as fp32."
             )
     return replace(done, half=facts)
 
 
 @torch.no_grad()
-def _executed(model: PreTrainedModel, runner: Runner, batches: Sequence[Mapping[str, Tensor]]) -> overflow.Difference:
+def _executed(
+    model: nn.Module, runner: CompiledIr, batches: Sequence[Mapping[str, Tensor]], signature: Signature
+) -> overflow.Difference:
     found = []
     for batch in batches:
         with without_cache(model):
-            expected = counted(model(**batch), batch)
-        got = counted({name: torch.from_numpy(value) for name, value in runner(batch).items()}, batch)
-        found.append(overflow.compare({name: expected[name] for name in got}, got))
+            expected = rows(model(**batch), batch, signature)
+        found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
     return overflow.worst(found)
 
 
-def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
+def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> ov.Model:
     """The IR in memory; inputs and outputs carry the names that the torch model has, operations its module names."""
     if quantizers.is_quantized(model):
         model = quantizers.frozen(model)
-    if model.dtype != torch.float32:  # OpenVINO's frontend reads bf16 constants with the bits of f16
+    if dtype_of(model) != torch.float32:  # OpenVINO's frontend reads bf16 constants with the bits of f16
         model = copy.deepcopy(model).float()
     training = model.training
-    wrapper = Positional(model.eval(), list(example))
+    wrapper = Positional(model.eval(), list(example), signature.output_names)
     try:
         with torch.no_grad(), silenced(), traceable_masks(), without_cache(model):
-            outputs = wrapper.output_names(*example.values())
             graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
     except Exception as error:
         raise ExportError(
@@ -135,12 +161,13 @@ def convert(model: PreTrainedModel, example: Mapping[str, Tensor]) -> ov.Model:
         ) from error
     finally:
         model.train(training)
-    _name(graph, example, outputs)
+    _name(graph, example, signature)
     _number_names(graph)
     return graph
 
 
-def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
+def _name(graph: ov.Model, example: Mapping[str, Tensor], signature: Signature) -> None:
+    outputs = signature.output_names
     if len(graph.inputs) != len(example) or len(graph.outputs) != len(outputs):
         raise ExportError(
             f"the IR has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, the model was called with"
@@ -149,8 +176,9 @@ def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]
     for port, (name, value) in zip(graph.inputs, example.items()):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
-        fixed = list(value.shape[1:]) if name in _FIXED else [-1] * (value.dim() - 1)
-        port.get_node().set_partial_shape(ov.PartialShape([-1, *fixed]))
+        free = signature.input(name).free
+        shape = [-1 if place in free else size for place, size in enumerate(value.shape)]
+        port.get_node().set_partial_shape(ov.PartialShape(shape))
     for port, name in zip(graph.outputs, outputs):
         port.get_tensor().set_names({name})
     for node in graph.get_ops():
@@ -160,7 +188,7 @@ def _name(graph: ov.Model, example: Mapping[str, Tensor], outputs: Sequence[str]
     graph.validate_nodes_and_infer_types()
 
 
-def _check(model: PreTrainedModel, precision: str) -> None:
+def _check(model: nn.Module, precision: str) -> None:
     quantized = quantizers.is_quantized(model)
     if quantized and precision in ("fp32", "fp16"):
         raise UserError(
@@ -180,13 +208,13 @@ def _check(model: PreTrainedModel, precision: str) -> None:
         )
 
 
-def _embeddings(model: PreTrainedModel) -> set[str]:
+def _embeddings(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-def _token_embedding(model: PreTrainedModel) -> str:
+def _token_embedding(model: nn.Module) -> str:
     try:
-        token = model.get_input_embeddings()
+        token = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         token = None
     if not isinstance(token, nn.Embedding):
@@ -194,7 +222,7 @@ def _token_embedding(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is token)
 
 
-def _group(model: PreTrainedModel, embedding: str) -> int:
+def _group(model: nn.Module, embedding: str) -> int:
     """The largest group of at most 64 that divides the width evenly."""
     width = model.get_parameter(f"{embedding}.weight").shape[1]
     group = next(g for g in range(min(_INT4_GROUP, width), 0, -1) if width % g == 0)
@@ -225,10 +253,9 @@ def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group
     return graph
 
 
-def _write(graph: ov.Model, model: PreTrainedModel, folder: Path, processor: Any, *, half: bool = False) -> Exported:
-    with whole(folder, model.config, processor) as scratch:
-        ov.save_model(graph, scratch / XML, compress_to_fp16=half)
+def _save(graph: ov.Model, folder: Path, *, half: bool = False) -> Exported:
     xml = folder / XML
+    ov.save_model(graph, xml, compress_to_fp16=half)
     return Exported(folder, xml, xml.stat().st_size + xml.with_suffix(".bin").stat().st_size)
 
 
@@ -241,46 +268,3 @@ def _number_names(graph: ov.Model) -> None:
     for index, node in enumerate(graph.get_ordered_ops()):
         if node.get_friendly_name() == node.get_name():
             node.set_friendly_name(f"{node.get_type_name()}_{index}")
-
-
-class Runner:
-    """A compiled IR as a function of named inputs, on the CPU.
-
-    threads: all usable ones by default. precision: of the floating-point part; "f32" by
-    default, for OpenVINO would take bf16 on CPUs that have it. `precision` afterwards is what
-    the plugin really took: on a CPU without bf16 or f16 it silently stays f32. Activations are not
-    quantized on the fly, as OpenVINO does by default before compressed weights. Raises ExportError for a file
-    that OpenVINO does not take.
-    """
-
-    def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
-        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = threads
-        self.xml = Path(xml)
-        try:
-            self.compiled = ov.Core().compile_model(self.xml, "CPU", options)
-        except RuntimeError as error:  # the plugin's own, of many lines
-            reason = " ".join(str(error).split())[-300:]
-            raise ExportError(
-                f"{self.xml}: OpenVINO cannot read or compile it (…{reason}). The file or its .bin is damaged or not"
-                " whole, or the plugin does not know an operation: export the model again."
-            ) from error
-        self.precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self.inputs = [port.any_name for port in self.compiled.inputs]
-        self.outputs = [port.any_name for port in self.compiled.outputs]
-        self._request = self.compiled.create_infer_request()
-
-    def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name. Takes torch tensors or arrays; inputs that the IR does not have are dropped."""
-        missing = [name for name in self.inputs if name not in batch]
-        if missing:
-            raise ExportError(f"{self.xml} needs the inputs {self.inputs}, the batch lacks {missing}")
-        arrays = {name: _array(batch[name]) for name in self.inputs}
-        results = self._request.infer(arrays, share_inputs=True)
-        return {name: results[i] for i, name in enumerate(self.outputs)}
-
-
-def _array(value: Tensor | np.ndarray) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING
 
 import openvino as ov
 
 from mptrain.compress.structure.scopes import openvino_module
-from mptrain.export.openvino.convert import Runner
+from mptrain.export.facts import Facts
+
+if TYPE_CHECKING:
+    from mptrain.export.openvino.runner import CompiledIr
 
 _FUSED = {"Subgraph", "MHA", "ScaledDotProductAttention"}
 _INTEGER = {"i8", "u8"}
@@ -16,14 +19,11 @@ _WEIGHTED = {"FullyConnected", "Convolution"}
 _INDICES = {"i64", "i32", "boolean"}  # constants of these types are shapes, axes and positions
 
 
-def facts(runner: Runner) -> dict[str, Any]:
-    """JSON facts of a compiled model.
+def facts(runner: CompiledIr) -> Facts:
+    """Of a compiled model.
 
-    fused_attention, attention_layers: attention blocks that run as one kernel, and all.
-    int8_layers, fp32_layers: torch names of the Linears and convolutions, by whether their
-    inputs arrive as 8-bit integers (a layer with only its weight compressed computes in floating point).
-    weight_types: bytes of the constants in the file, by stored type. inference_precision: of
-    the floating-point part. converts: conversions left in the graph that runs.
+    int8_layers, fp32_layers: by whether the inputs of a layer arrive as 8-bit integers; one with only its weight
+    compressed computes in floating point. more: converts, the conversions left in the graph that runs.
     """
     fused = unfused = converts = 0
     layers: dict[bool, list[str]] = {True: [], False: []}
@@ -40,15 +40,15 @@ def facts(runner: Runner) -> dict[str, Any]:
             name = node.get_friendly_name()
             integer = node.input(0).get_element_type().get_type_name() in _INTEGER
             layers[integer].append(openvino_module(name) or name)
-    return {
-        "fused_attention": fused,
-        "attention_layers": fused + unfused,
-        "int8_layers": sorted(layers[True]),
-        "fp32_layers": sorted(layers[False]),
-        "weight_types": stored_types(ov.Core().read_model(runner.xml)),
-        "inference_precision": runner.precision,
-        "converts": converts,
-    }
+    return Facts(
+        fused_attention=fused,
+        attention_layers=fused + unfused,
+        int8_layers=sorted(layers[True]),
+        fp32_layers=sorted(layers[False]),
+        weight_types=stored_types(ov.Core().read_model(runner.xml)),
+        inference_precision=runner.precision,
+        more={"converts": converts},
+    )
 
 
 def stored_types(graph: ov.Model) -> dict[str, int]:

@@ -22,7 +22,8 @@ import openvino as ov
 from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
-from mptrain.export.torch.traceable import traceable_masks, without_cache
+from mptrain.core.signature import Signature, without_cache
+from mptrain.export.torch.traceable import traceable_masks
 from mptrain.verify import overflow
 from mptrain.verify.overflow import HALF_MAX, Found, Op
 from mptrain.verify.programs.aten import TorchOps
@@ -45,10 +46,10 @@ _TRACED = {
 """what a trace calls the ATen operations that run"""
 
 
-def find(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Found, list[Op]]:
+def find(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signature: Signature) -> tuple[Found, list[Op]]:
     """The ops to keep in fp32, and all ops, of the model with the masks that it is exported with."""
     with traceable_masks(), without_cache(model):
-        program = TorchOps(model, batches)
+        program = TorchOps(model, batches, signature)
         return overflow.search(program), list(program.ops)
 
 

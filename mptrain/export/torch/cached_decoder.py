@@ -20,10 +20,15 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 from transformers.cache_utils import StaticLayer
 
 from mptrain.core.errors import UserError
+from mptrain.core.signature import BATCH, Port, Signature, without_cache
 from mptrain.export.torch.texts import unmasked
-from mptrain.export.torch.traceable import without_cache
 from mptrain.recipe import Recipe
 
+CALL = Signature(
+    (Port("input_ids", (BATCH, "tokens"), "int64"), Port("position", (BATCH,), "int64")),
+    (Port("logits", (BATCH, "tokens", "vocabulary")),),
+)
+"""of a call"""
 CHECKED = 8  # tokens on which a cached model is compared with the model itself
 
 

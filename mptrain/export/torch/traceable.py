@@ -18,42 +18,24 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from mptrain.core.patch import replaced
+from mptrain.core.signature import by_name
 
 
 class Positional(nn.Module):
-    """The model with inputs by position and its tensor outputs as a tuple."""
+    """The model with inputs by position and its tensor outputs as a tuple. outputs: their names, default all."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str]):
+    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str] | None = None):
         super().__init__()
-        self.model, self.inputs = model, list(inputs)
+        self.model, self.inputs, self.outputs = model, list(inputs), outputs
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._named(values).values())
-
-    def output_names(self, *values: Tensor) -> list[str]:
-        return list(self._named(values))
-
-    def _named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
-        outputs = self.model(**dict(zip(self.inputs, values)))
-        if isinstance(outputs, Tensor):
-            outputs = {"output": outputs}
-        elif isinstance(outputs, tuple | list):
-            outputs = {f"output_{index}": value for index, value in enumerate(outputs)}
-        return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+        found = by_name(self.model(**dict(zip(self.inputs, values))))
+        return tuple(found.values() if self.outputs is None else (found[name] for name in self.outputs))
 
 
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """A causal LM that returns logits alone."""
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
-    if use_cache is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if use_cache is not None:
-            config.use_cache = use_cache
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its floating parameters; float32 for a model without any."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextmanager

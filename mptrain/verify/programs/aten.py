@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mptrain.core.signature import Signature, probed
 from mptrain.verify.difference import of_tensors
+from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import Op, Watch
 
 _COPIES = {
@@ -41,11 +43,14 @@ _FIRST_ONLY = ("native_", "_native", "_scaled_dot_product", "_fused", "miopen", 
 class TorchOps:
     """`mptrain.verify.overflow.Program` of a model in fp32 and eval mode.
 
-    batches: model inputs without labels. Rows of an output that `attention_mask` leaves out are not compared.
+    batches: model inputs without labels. signature: default what running the model tells; padding is not compared.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signature: Signature | None = None
+    ) -> None:
         self.model, self._inputs = model, batches
+        self._signature = probed(model, batches[0]) if signature is None else signature
         self._weights: dict[Any, Tensor] = {}
         storages = [t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]]
         self._stored = frozenset(storages)
@@ -78,20 +83,7 @@ class TorchOps:
         mode = Rounding(keep, watch, self._stored, self._weights, harm)
         with torch.no_grad(), scopes(self.model, mode.scope), mode:
             outputs = self.model(**inputs)
-        return counted(outputs, inputs), mode
-
-
-def counted(outputs: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating outputs by name, fp32, without the rows [batch, length] that the attention mask leaves out."""
-    if isinstance(outputs, Tensor):
-        outputs = {"output": outputs}
-    elif isinstance(outputs, (tuple, list)):
-        outputs = {f"output{i}": value for i, value in enumerate(outputs)}
-    found = {k: v.detach().float() for k, v in outputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return found
-    return {k: v[mask.bool()] if v.dim() > 1 and v.shape[:2] == mask.shape else v for k, v in found.items()}
+        return rows(outputs, inputs, self._signature), mode
 
 
 @contextmanager

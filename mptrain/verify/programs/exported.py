@@ -18,9 +18,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from mptrain.core.signature import Signature
 from mptrain.verify.difference import of_tensors
+from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import HALF_LEAST, HALF_MAX, Op, Watch
-from mptrain.verify.programs.aten import counted
 
 _COPIES = {"alias", "clone", "_to_copy", "detach", "lift_fresh_copy", "copy", "getitem", "_unsafe_view"}
 _INFINITE = 1e38
@@ -30,7 +31,7 @@ class GraphOps:
     """`mptrain.verify.overflow.Program` of a decomposed fp32 export.
 
     outputs: names of its outputs. inputs: names in the order of its user inputs. batches: model inputs
-    without labels; rows of an output that `attention_mask` leaves out are not compared.
+    without labels. signature: says what of the outputs is padding and not compared; without one nothing is.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class GraphOps:
         inputs: Sequence[str],
         outputs: Sequence[str],
         batches: Sequence[Mapping[str, Tensor]],
+        signature: Signature | None = None,
     ) -> None:
+        self._signature = signature
         self._nodes = list(program.graph.nodes)
         self._names, self._outputs, self._batches = list(inputs), list(outputs), batches
         self._constants = dict(_weights(program))
@@ -63,7 +66,7 @@ class GraphOps:
 
     def run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
         inputs = self._batches[batch]
-        return counted(self.outputs(inputs, keep, watch), inputs)
+        return rows(self.outputs(inputs, keep, watch), inputs, self._signature)
 
     @torch.no_grad()
     def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:

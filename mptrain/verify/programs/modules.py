@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core.errors import ModelError
+from mptrain.core.signature import probed
 from mptrain.precision.half import in_half, pattern
+from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import Op, Watch
-from mptrain.verify.programs.aten import Rounding, counted, scopes
+from mptrain.verify.programs.aten import Rounding, scopes
 
 
 class HalfModules:
@@ -24,6 +26,7 @@ class HalfModules:
 
     def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self._inputs = model, batches
+        self._signature = probed(model, batches[0])
         self._built: tuple[frozenset[str], nn.Module] | None = None
         units = [name for name, module in model.named_modules() if name and _called(module)]
         self._units = set(units)
@@ -54,7 +57,7 @@ class HalfModules:
         if watch is not None:
             return self._watched(model, batch, watch)[0]
         with torch.no_grad():
-            return counted(model(**self._inputs[batch]), self._inputs[batch])
+            return rows(model(**self._inputs[batch]), self._inputs[batch], self._signature)
 
     def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
         return {}  # a module in fp16 cannot be run on inputs in fp32
@@ -79,7 +82,7 @@ class HalfModules:
         recorder = Rounding(None, see)
         with torch.no_grad(), scopes(model, recorder.scope), recorder:
             outputs = model(**self._inputs[batch])
-        return counted(outputs, self._inputs[batch]), recorder
+        return rows(outputs, self._inputs[batch], self._signature), recorder
 
     def _unit(self, module: str) -> str:
         """The module itself or the closest one around it that is a unit."""

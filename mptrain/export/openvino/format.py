@@ -1,0 +1,42 @@
+"""OpenVINO IR as a format of the flow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from mptrain.compress.quantize import quantizers
+from mptrain.core.silence import import_unreported
+from mptrain.export.base import Embeddings, Runner, Source, Written
+from mptrain.export.facts import Facts
+from mptrain.recipe import OpenVino
+
+
+class OpenVinoFormat:
+    def __init__(self, spec: OpenVino):
+        import_unreported("openvino")
+
+    def torch(self, model: nn.Module, precision: str, embeddings: Embeddings) -> nn.Module:
+        plain = precision in ("fp32", "fp16")
+        return quantizers.detach(model)[0] if plain and quantizers.is_quantized(model) else model
+
+    def write(self, source: Source, folder: Path) -> Written:
+        from mptrain.export.openvino.convert import write
+
+        done = write(
+            source.model,
+            source.example,
+            folder,
+            precision=cast(Any, source.precision),
+            embeddings=source.embeddings,
+            calibration=source.calibration() if source.precision == "fp16" else (),
+            signature=source.signature,
+        )
+        return Written(done.xml, done.size_bytes, Facts(half=done.half))
+
+    def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
+        from mptrain.export.openvino.runner import CompiledIr
+
+        return CompiledIr(path, threads)

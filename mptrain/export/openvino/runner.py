@@ -1,0 +1,65 @@
+"""An IR compiled for the CPU, as a function of named inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from torch import Tensor
+
+from mptrain.core.errors import ExportError
+from mptrain.export.facts import Facts
+
+
+class CompiledIr:
+    """A compiled IR as a function of named inputs, on the CPU.
+
+    threads: all usable ones by default. precision: of the floating-point part; "f32" by
+    default, for OpenVINO would take bf16 on CPUs that have it. `precision` afterwards is what
+    the plugin really took: on a CPU without bf16 or f16 it silently stays f32. Activations are not
+    quantized on the fly, as OpenVINO does by default before compressed weights. Raises ExportError for a file
+    that OpenVINO does not take.
+    """
+
+    def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self.xml = Path(xml)
+        try:
+            self.compiled = ov.Core().compile_model(self.xml, "CPU", options)
+        except RuntimeError as error:  # the plugin's own, of many lines
+            reason = " ".join(str(error).split())[-300:]
+            raise ExportError(
+                f"{self.xml}: OpenVINO cannot read or compile it (…{reason}). The file or its .bin is damaged or not"
+                " whole, or the plugin does not know an operation: export the model again."
+            ) from error
+        self.precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.inputs = [port.any_name for port in self.compiled.inputs]
+        self.outputs = [port.any_name for port in self.compiled.outputs]
+        self._request = self.compiled.create_infer_request()
+
+    def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name. Takes torch tensors or arrays; inputs that the IR does not have are dropped."""
+        missing = [name for name in self.inputs if name not in batch]
+        if missing:
+            raise ExportError(f"{self.xml} needs the inputs {self.inputs}, the batch lacks {missing}")
+        arrays = {name: _array(batch[name]) for name in self.inputs}
+        results = self._request.infer(arrays, share_inputs=True)
+        return {name: results[i] for i, name in enumerate(self.outputs)}
+
+    def facts(self) -> Facts:
+        from mptrain.export.openvino.facts import facts
+
+        return facts(self)
+
+    def close(self) -> None:
+        del self._request, self.compiled
+
+
+def _array(value: Tensor | np.ndarray) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
