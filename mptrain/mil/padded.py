@@ -73,5 +73,6 @@ class Padded:
         return value
 
     def _cut(self, name: str, value: np.ndarray, rows: int, length: int) -> np.ndarray:
-        per_token = self.signature.output(name).axes[LENGTH : LENGTH + 1] == tuple(self.signature.lengths()[:1])
+        lengths = self.signature.lengths()[:1]
+        per_token = bool(lengths) and self.signature.output(name).axes[LENGTH : LENGTH + 1] == tuple(lengths)
         return value[:rows, :length] if per_token else value[:rows]

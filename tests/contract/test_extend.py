@@ -157,4 +157,4 @@ def test_a_format_of_ones_own(folder):
     arrays = np.load(folder / "runs/format" / exact["path"])
     assert arrays["weight"].shape[0] == 2
     card = (folder / "runs/format/README.md").read_text(encoding="utf-8")
-    assert "NumPy" in card and "numpy.load(" in card
+    assert "library_name: numpy" in card and "numpy.load(" in card

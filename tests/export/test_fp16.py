@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from mptrain.cli import main
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ExportError, UserError
-from mptrain.core.signature import without_cache
+from mptrain.core.signature import probed, without_cache
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino.convert import convert, export_openvino
 from mptrain.export.openvino.runner import CompiledIr
@@ -94,7 +94,7 @@ def test_weights_that_fp16_would_distort_stay_fp32(tmp_path):
         expected = model(**batch).logits.numpy()
     np.testing.assert_allclose(CompiledIr(done.xml)(batch)["logits"], expected, atol=5e-3)
     naive = tmp_path / "naive.xml"
-    ov.save_model(convert(model, batch), naive, compress_to_fp16=True)
+    ov.save_model(convert(model, batch, probed(model, batch)), naive, compress_to_fp16=True)
     clipped = next(x for _, x in constants(naive).values() if x.shape == (50, 32))
     assert clipped.max() == 65504, "what OpenVINO does by itself"
 
@@ -116,13 +116,13 @@ def test_an_op_that_is_not_in_the_graph_is_an_error():
     model, batch = tiny_models.tiny("bert"), tiny_models.inputs("bert")
     op = Op("bert.encoder/fft", "fft", "bert.encoder", ())
     with pytest.raises(ExportError, match="the IR has no node of that name"):
-        openvino_fp16.marked(convert(model, batch), {op.name}, [op])
+        openvino_fp16.marked(convert(model, batch, probed(model, batch)), {op.name}, [op])
 
 
 @pytest.mark.parametrize("family", ["bert", "opt", "llama", "vit"])
 def test_every_op_of_a_model_is_found_in_its_graph(family):
     model, batch = tiny_models.tiny(family, use_cache=False), tiny_models.inputs(family)
-    graph = convert(model, batch)
+    graph = convert(model, batch, probed(model, batch))
     with traceable_masks(), without_cache(model):
         ops = TorchOps(model, [batch]).ops
     found = {}

@@ -33,7 +33,7 @@ def exported(tmp_path_factory):
 
 
 def facts(runner):
-    return ir.facts(runner).as_json()
+    return ir.facts(runner.compiled, runner.xml, runner.precision).as_json()
 
 
 # -- facts

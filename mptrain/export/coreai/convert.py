@@ -29,7 +29,8 @@ from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.signature import Signature, probed, without_cache
-from mptrain.export.coreai.runner import FUNCTION, Asset
+from mptrain.export.coreai.facts import float_casts
+from mptrain.export.coreai.runner import Asset
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.verify import overflow
 from mptrain.verify.outputs import rows
@@ -199,14 +200,6 @@ def _to_half(
         cast_fp32_to_fp16(graph, ignored_ops=lambda node: node.name in stays)
     more = exported.in_fp32(graph.graph.nodes) - kept.keys()  # coreai-opt's own choice
     return facts | {"kept_fp32": kept | dict.fromkeys(sorted(more), "reads a number that fp16 does not hold")}
-
-
-def float_casts(program: AIProgram) -> int:
-    """Conversions between float and half. Composite operations such as layer_norm have more inside: not counted."""
-    graph: Any = program._get_graph(FUNCTION)
-    casts = (op for op in graph.bodyRegion.blocks[0].operations if op.name == "coreai.cast")
-    ends = ({str(value.type.element_type) for value in (op.operands[0], op.results[0])} for op in casts)
-    return sum(pair == {"f16", "f32"} for pair in ends)
 
 
 def _inside(node: fx.Node, name: str) -> bool:

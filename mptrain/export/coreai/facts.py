@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mptrain.export.coreai.convert import AIModelAsset, float_casts
-from mptrain.export.coreai.runner import FUNCTION
 from mptrain.export.facts import Facts
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of deprecations inside the package
+    from coreai.authoring.asset import AIModelAsset, AIProgram
+
+FUNCTION = "main"
 
 _INDICES = {"Int16", "Int32", "Int64", "UInt16", "UInt32", "UInt64", "Bool"}  # shapes, axes and positions
 _ATTENTION = '"scaled_dot_product_attention"'
@@ -55,3 +60,11 @@ def stored_types(asset: Path) -> dict[str, int]:
         digits = re.search(r"\d+", kind)
         sizes[kind] += -(-count * (int(digits[0]) if digits else 8) // 8)
     return {kind: size for kind, size in sizes.most_common() if kind not in _INDICES}
+
+
+def float_casts(program: AIProgram) -> int:
+    """Conversions between float and half. Composite operations such as layer_norm have more inside: not counted."""
+    graph: Any = program._get_graph(FUNCTION)
+    casts = (op for op in graph.bodyRegion.blocks[0].operations if op.name == "coreai.cast")
+    ends = ({str(value.type.element_type) for value in (op.operands[0], op.results[0])} for op in casts)
+    return sum(pair == {"f16", "f32"} for pair in ends)

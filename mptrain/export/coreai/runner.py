@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from mptrain.core.errors import ExportError
+from mptrain.export.coreai.facts import FUNCTION, facts
 from mptrain.export.facts import Facts
 from mptrain.export.torch.texts import Texts
 
@@ -23,8 +24,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deprecations inside these packages
     from coreai.authoring.asset import AIModelAsset
     from coreai.runtime import NDArray
-
-FUNCTION = "main"
 
 
 class Asset:
@@ -81,8 +80,6 @@ class Asset:
         return np.ascontiguousarray(array, dtype=self._types[name])
 
     def facts(self) -> Facts:
-        from mptrain.export.coreai.facts import facts
-
         return facts(self.asset, self.execution)
 
 

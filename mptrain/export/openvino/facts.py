@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import openvino as ov
 
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.export.facts import Facts
-
-if TYPE_CHECKING:
-    from mptrain.export.openvino.runner import CompiledIr
 
 _FUSED = {"Subgraph", "MHA", "ScaledDotProductAttention"}
 _INTEGER = {"i8", "u8"}
@@ -19,15 +16,15 @@ _WEIGHTED = {"FullyConnected", "Convolution"}
 _INDICES = {"i64", "i32", "boolean"}  # constants of these types are shapes, axes and positions
 
 
-def facts(runner: CompiledIr) -> Facts:
-    """Of a compiled model.
+def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
+    """Of a compiled model. xml: its file. precision: that the plugin took.
 
     int8_layers, fp32_layers: by whether the inputs of a layer arrive as 8-bit integers; one with only its weight
     compressed computes in floating point. more: converts, the conversions left in the graph that runs.
     """
     fused = unfused = converts = 0
     layers: dict[bool, list[str]] = {True: [], False: []}
-    for node in runner.compiled.get_runtime_model().get_ordered_ops():
+    for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
         kind = info["layerType"]
         if kind in _FUSED and _has_softmax(info["originalLayersNames"]):
@@ -45,8 +42,8 @@ def facts(runner: CompiledIr) -> Facts:
         attention_layers=fused + unfused,
         int8_layers=sorted(layers[True]),
         fp32_layers=sorted(layers[False]),
-        weight_types=stored_types(ov.Core().read_model(runner.xml)),
-        inference_precision=runner.precision,
+        weight_types=stored_types(ov.Core().read_model(xml)),
+        inference_precision=precision,
         more={"converts": converts},
     )
 

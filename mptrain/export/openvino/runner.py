@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mptrain.core.errors import ExportError
 from mptrain.export.facts import Facts
+from mptrain.export.openvino.facts import facts
 
 
 class CompiledIr:
@@ -53,9 +54,7 @@ class CompiledIr:
         return {name: results[i] for i, name in enumerate(self.outputs)}
 
     def facts(self) -> Facts:
-        from mptrain.export.openvino.facts import facts
-
-        return facts(self)
+        return facts(self.compiled, self.xml, self.precision)
 
     def close(self) -> None:
         del self._request, self.compiled
