@@ -25,15 +25,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers as t
 
 from mptrain.core.errors import MptrainError
+from mptrain.core.signature import probed
 from mptrain.export.coreai.convert import export_coreai
 from mptrain.export.coreai.runner import Asset
 from mptrain.verify import overflow
-from mptrain.verify.programs.aten import counted
+from mptrain.verify.outputs import rows
 
 RESULT = Path(__file__).parents[1] / "results" / "coreai_matrix.json"
 BARS = {"parity_fp32": 1e-5, "cosine_fp16": 0.9999}
@@ -113,10 +113,10 @@ def row(name: str, scratch: Path) -> dict[str, Any]:
 
 
 def compare(torch_model: Any, runner: Asset, batch: dict[str, torch.Tensor]) -> overflow.Difference:
+    signature = probed(torch_model, batch)
     with torch.no_grad():
-        expected = counted(torch_model(**batch), batch)
-    got = counted({name: torch.from_numpy(np.array(value)) for name, value in runner(batch).items()}, batch)
-    return overflow.compare({name: expected[name] for name in got}, got)
+        expected = rows(torch_model(**batch), batch, signature)
+    return overflow.compare(expected, rows(runner(batch), batch, signature))
 
 
 def passed(found: dict[str, Any]) -> bool:

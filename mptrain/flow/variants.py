@@ -31,7 +31,6 @@ from mptrain.flow.stage import Context
 from mptrain.measure import latency as measure
 from mptrain.models import artifact
 from mptrain.recipe import Recipe
-from mptrain.recipe.exports.base import compressed
 from mptrain.recipe.plan import Planned, variants
 from mptrain.report.build import Variant
 from mptrain.train import peaks
@@ -174,7 +173,7 @@ class Variants:
             self.data.example(2, TRACED_LENGTH * self.data.min_length),
             planned.precision,
             embeddings,
-            any(weights.activations for _, weights in compressed(stage)),
+            stage.quantizes,
             lambda: self._calibration(planned.stage),
             Facts.from_json(kept),
         )

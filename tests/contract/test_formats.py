@@ -22,7 +22,7 @@ from mptrain.core.signature import BATCH, Port, Signature, probed
 from mptrain.export.base import Source
 from mptrain.export.formats import FORMATS, format_of
 from mptrain.recipe import EXPORTS, Qat, WeightOnly
-from mptrain.recipe.exports.base import Use, compressed
+from mptrain.recipe.exports.base import Use
 from mptrain.recipe.stage import Stage
 from mptrain.verify import parity
 
@@ -153,7 +153,7 @@ def test_quantized_weights_are_stored_and_what_is_dropped_is_said(name):
         facts = runner.facts() | found.facts
         assert parity.compare(taken, runner, [batch])["agreement"] == 1
     assert sum(size for kind_, size in facts.weight_types.items() if "8" in kind_) > 8000, facts.weight_types
-    stored = [spec.stores(weights) for _, weights in compressed(stage)]
+    stored = [spec.stores(weights) for _, weights in stage.leaves()]
     assert all(found.result == "stored" for found in stored)
     assert (facts.dropped is None) == (precision == "int8")
 
