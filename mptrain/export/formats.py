@@ -11,6 +11,7 @@ FORMATS = {
     "openvino": "mptrain.export.openvino.format:OpenVinoFormat",
     "coreml": "mptrain.export.coreml.format:CoreMlFormat",
     "coreai": "mptrain.export.coreai.format:CoreAiFormat",
+    "onnx": "mptrain.export.onnx.format:OnnxFormat",
 }
 """by the name of a spec, the class of its Format: imported when it is used"""
 

@@ -8,6 +8,7 @@ had them, on the inputs of their Linears: folding them into the weights would ch
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from mptrain.compress.weights import records
 from mptrain.compress.weights.layers import is_transposed
 from mptrain.compress.weights.records import BlockQuantized
 from mptrain.core.errors import ModelError
+from mptrain.core.hooks import HOOKS
 
 
 @torch.no_grad()
@@ -44,6 +46,35 @@ def weight_only(model: nn.Module, *, embeddings: Literal["fp32", "int8"] = "fp32
     embeddings: they have no quantizers; "int8" rounds each row to nearest, with its own scale, but for a table that
     is tied to a quantized weight.
     """
+    made = _stored(model, embeddings)
+    plain = copy.deepcopy(model)
+    smooth = [module for _, module in placement.hooks(plain) if isinstance(module, placement.Smooth)]
+    placement.unhook(plain)
+    for module in smooth:
+        plain.get_submodule(module.input_of).register_forward_pre_hook(_Scaled(module.scale))
+    records.attach(plain, made)
+    return plain
+
+
+@torch.no_grad()
+def activations_only(
+    model: nn.Module, *, embeddings: Literal["fp32", "int8"], stands: Callable[[FakeQuantizer], nn.Module]
+) -> nn.Module:
+    """A copy to trace, which computes what the model does: weights are the values of their records, which are
+    attached, and in the place of each fake quantizer of activations is what `stands` makes of it.
+    """
+    made = _stored(model, embeddings)
+    frozen = copy.deepcopy(model)
+    for names, module in placement.hooks(frozen):
+        if isinstance(module, FakeQuantizer):
+            placed = nn.Identity() if module.weight_of is not None else stands(module)
+            for name in names:
+                frozen.get_submodule(HOOKS).set_submodule(name, placed)
+    records.attach(frozen, made)
+    return frozen
+
+
+def _stored(model: nn.Module, embeddings: Literal["fp32", "int8"]) -> dict[str, BlockQuantized]:
     made: dict[str, BlockQuantized] = records_from_quantizers(model)
     if embeddings == "int8":
         quantized = {id(model.get_parameter(name)) for name in made}
@@ -53,13 +84,7 @@ def weight_only(model: nn.Module, *, embeddings: Literal["fp32", "int8"] = "fp32
             for name, module in model.named_modules()
             if isinstance(module, nn.Embedding) and id(module.weight) not in quantized
         }
-    plain = copy.deepcopy(model)
-    smooth = [module for _, module in placement.hooks(plain) if isinstance(module, placement.Smooth)]
-    placement.unhook(plain)
-    for module in smooth:
-        plain.get_submodule(module.input_of).register_forward_pre_hook(_Scaled(module.scale))
-    records.attach(plain, made)
-    return plain
+    return made
 
 
 class _Scaled:

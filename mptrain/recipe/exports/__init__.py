@@ -8,12 +8,14 @@ from mptrain.recipe.base import OneOf
 from mptrain.recipe.exports.base import ExportSpec
 from mptrain.recipe.exports.coreai import CoreAi
 from mptrain.recipe.exports.coreml import CoreMl
+from mptrain.recipe.exports.onnx import Onnx
 from mptrain.recipe.exports.openvino import OpenVino
 
 EXPORTS: dict[str, type[ExportSpec]] = {
     "openvino": OpenVino,
     "coreml": CoreMl,
     "coreai": CoreAi,
+    "onnx": Onnx,
 }
 
 

@@ -1,0 +1,209 @@
+"""Torch models to ONNX: exported by torch, compressed weights stored as their integers, half where it is safe.
+
+torch.export    fp32, free axes symbolic; fake quantizers of activations as one operation each
+torch.onnx      opset 23: attention is one operation; every node knows its node of the torch graph
+weights         records of int8 and int4 as DequantizeLinear or MatMulNBits (weights.py)
+half            all values float16 but for the operations that a search keeps in float32 (half.py)
+save            model.onnx, and model.onnx.data beside it where the file would pass 2 GB
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operations that torch.onnx knows
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.weights import records
+from mptrain.core.disk import size
+from mptrain.core.errors import ExportError, UserError
+from mptrain.core.signature import Signature, probed, without_cache
+from mptrain.export.base import Embeddings
+from mptrain.export.onnx import half as onnx_half
+from mptrain.export.onnx import weights
+from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
+from mptrain.recipe.exports.onnx import OPSET
+from mptrain.verify import overflow
+from mptrain.verify.outputs import rows
+
+FILE = "model.onnx"
+MASKED = -3e4  # added to scores that do not count: finite in fp16 even with a score beside it
+LEVELS = ((0, 255), (-128, 127))
+DECOMPOSED = torch.ops.quantized_decomposed
+LARGEST = 1_800_000_000
+"""bytes of weights in the file itself; protobuf's limit is 2 GiB for all of it"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """size_bytes: with the file of the weights beside it. half: of an fp16 file, JSON facts as of `half.find`."""
+
+    path: Path
+    size_bytes: int
+    half: dict[str, Any] | None = None
+
+
+def write(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    embeddings: Embeddings = "fp32",
+    calibration: Sequence[Mapping[str, Tensor]] = (),
+    signature: Signature | None = None,
+) -> Exported:
+    """Write model.onnx into a folder that exists.
+
+    model: float32, plain, with records, or with fake quantizers; it is not changed. example: inputs by name, at
+    least 2 examples of 2 tokens. signature: its free axes stay free, its outputs are those of the file; default what
+    running the model tells. A causal LM is exported without a cache. embeddings: of a model with fake quantizers.
+    calibration: for fp16, batches on which the operations that stay in fp32 are found, and the file is checked;
+    default: the example. Inputs and outputs are float32 in an fp16 file too.
+    Raises UserError when model and arguments do not fit, ExportError when the conversion fails or an fp16 file is
+    wrong on the calibration batches.
+    """
+    if dtype_of(model) != torch.float32:
+        raise UserError(f"ONNX export: the model is {dtype_of(model)}; give the float32 model (model.float())")
+    signature = probed(model, example) if signature is None else signature
+    if quantizers.is_quantized(model):
+        from mptrain.compress.quantize.integers import activations_only
+
+        if precision == "fp16":
+            raise UserError("ONNX export: fp16 of a model with quantizers; detach them first (quantizers.detach)")
+        model = activations_only(model, embeddings=embeddings, stands=_QuantizeDequantize)
+    graph, program = converted(model, example, signature)
+    found: dict[str, Any] | None = None
+    if precision == "fp16":
+        batches = list(calibration) or [example]
+        found = onnx_half.find(program, signature, batches)
+        onnx_half.cast(graph, program, found["kept_fp32"])
+    weights.store(graph, records.of(model))
+    done = save(graph, folder)
+    if found is not None:
+        found["executed"] = overflow.as_json(executed := _executed(model, done.path, batches, signature))
+        if not executed.right():
+            raise ExportError(
+                f"the fp16 file of {type(model).__name__} is wrong on the calibration batches: {found['executed']}."
+                " Export it as fp32"
+            )
+    return Exported(done.path, done.size_bytes, found)
+
+
+def converted(
+    model: nn.Module, example: Mapping[str, Tensor], signature: Signature
+) -> tuple[ir.Model, ExportedProgram]:
+    """The graph in memory, and the torch graph that its nodes name. Raises ExportError."""
+    training = model.training
+    names = signature.input_names
+    wrapper = Positional(model, names, signature.output_names).eval()
+    axes = tuple(dict.fromkeys(port.free, Dim.DYNAMIC) for port in signature.inputs)
+    values = tuple(example[name] for name in names)
+    try:
+        with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model):
+            traced = torch.export.export(wrapper, values, dynamic_shapes=(axes,))
+            made = torch.onnx.export(
+                traced,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=signature.output_names,
+                optimize=False,  # its rewriting of rotary embeddings gives files that onnxruntime refuses
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch could not export {type(model).__name__} to ONNX: {str(error).strip()[-600:]}. If its forward pass"
+            " depends on the values of its inputs, or has an operation that ONNX lacks, rewrite that part; else report"
+            " it with the model's config.json."
+        ) from error
+    finally:
+        model.train(training)
+    assert made is not None and made.exported_program is not None
+    graph = made.model
+    optimizer.fold_constants(graph)
+    optimizer.remove_unused_nodes(graph)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    common.DeduplicateInitializersPass()(graph)
+    common.CommonSubexpressionEliminationPass()(graph)
+    _name_axes(graph, signature)
+    return graph, made.exported_program
+
+
+def save(graph: ir.Model, folder: Path) -> Exported:
+    """Write model.onnx, and the weights beside it where they are too many for one file."""
+    graph.producer_name = "mptrain"
+    held = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
+    ir.save(graph, folder / FILE, external_data=f"{FILE}.data" if held > LARGEST else None)
+    return Exported(folder / FILE, size(folder))
+
+
+def _name_axes(graph: ir.Model, signature: Signature) -> None:
+    """Free axes carry the words of the signature instead of torch's s48."""
+    words: dict[str | None, str] = {}
+    for value, port in zip(graph.graph.inputs, signature.inputs):
+        assert value.shape is not None
+        words |= {str(value.shape[place]): word for place, word in port.free.items()}
+    for value in [*graph.graph.inputs, *graph.graph.outputs, *(v for n in graph.graph.all_nodes() for v in n.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else words.get(str(d), str(d)) for d in value.shape])
+
+
+@torch.no_grad()
+def _executed(
+    model: nn.Module, path: Path, batches: Sequence[Mapping[str, Tensor]], signature: Signature
+) -> overflow.Difference:
+    from mptrain.export.onnx.runner import Session
+
+    runner, found = Session(path), []
+    for batch in batches:
+        with without_cache(model):
+            expected = rows(model(**batch), batch, signature)
+        found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
+    return overflow.worst(found)
+
+
+class _QuantizeDequantize(nn.Module):
+    """A fake quantizer of activations as the two operations that become QuantizeLinear and DequantizeLinear."""
+
+    def __init__(self, quantizer: FakeQuantizer) -> None:
+        super().__init__()
+        frozen = quantizer.frozen()
+        if frozen.axis is not None or frozen.levels not in LEVELS:
+            raise UserError(
+                f"ONNX export: activations quantized to {frozen.levels}, {len(frozen.step)} scales; it holds one scale"
+                f" and the levels {' or '.join(map(str, LEVELS))}"
+            )
+        self.scale, zero = frozen.single
+        self.zero = zero - frozen.levels[0]  # unsigned: onnxruntime's kernels on x86 want it, and it changes nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = (self.scale, self.zero, 0, 255, torch.uint8)
+        return DECOMPOSED.dequantize_per_tensor(DECOMPOSED.quantize_per_tensor(x, *grid), *grid)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's log and its warnings of functions that it will not have."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

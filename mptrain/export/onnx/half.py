@@ -1,0 +1,165 @@
+"""A float32 ONNX graph in fp16, with the fewest casts around what fp16 would break.
+
+    find     on the torch graph that the ONNX nodes name, which operations must stay in float32
+    cast     every floating value gets one type: float32 where an operation that stays makes it, float16 elsewhere.
+             A value that is read in the other type is cast once, where it is made; views follow what they show;
+             constants are stored in the type (or the types) that they are read in
+
+So there are as many casts as there are values that cross, not two around each operation. Inputs and outputs stay
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from mptrain.core.errors import ExportError
+from mptrain.core.signature import Signature
+from mptrain.export.onnx.facts import NODE
+from mptrain.verify import overflow
+from mptrain.verify.overflow import HALF_LEAST, HALF_MAX
+from mptrain.verify.programs import exported
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+INFINITE = 1e38
+"""numbers from here on mean infinity, and become 65504"""
+STAYS: Mapping[str, Collection[int]] = {"Resize": (1, 2), "Upsample": (1,)}
+"""operands that are float32 whatever the operation computes in"""
+
+
+def find(program: ExportedProgram, signature: Signature, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """JSON facts; kept_fp32 has the names of nodes of the torch graph, each with its reason."""
+    ops = exported.GraphOps(program, signature.input_names, signature.output_names, batches, signature)
+    found = overflow.search(ops)
+    return overflow.described(found) | {"casts": overflow.casts(ops.ops, found.keep)}
+
+
+def cast(graph: ir.Model, program: ExportedProgram, keep: Collection[str]) -> None:
+    """Change the graph in place. Raises ExportError for an operation to keep that it lacks, and for control flow."""
+    nodes = list(graph.graph)
+    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for node in nodes
+           for attribute in node.attributes.values()):  # fmt: skip
+        raise ExportError("ONNX export: fp16 of a model with loops or branches in its graph; export it as fp32")
+    missing = set(keep) - {source(node) for node in nodes}
+    if missing:
+        raise ExportError(
+            f"{', '.join(sorted(missing))} must stay in fp32 in an fp16 export, and the ONNX graph has no node of it."
+            " Export it as fp32, or change the model so that its values stay below 65504."
+        )
+    _Caster(graph, exported.with_copies(program, keep)).run()
+
+
+def source(node: ir.Node) -> str:
+    """The name of the torch graph's node that a node was made from; "" where none is known."""
+    return node.metadata_props.get(NODE, "").partition(" ")[0].lstrip("%").rstrip(":")
+
+
+class _Caster:
+    """keep: names of nodes of the torch graph that stay in float32."""
+
+    def __init__(self, model: ir.Model, keep: Collection[str]) -> None:
+        self.graph, self.keep = model.graph, keep
+        values = [*self.graph.inputs, *self.graph.initializers.values()]
+        values += [output for node in self.graph for output in node.outputs]
+        self.types: dict[ir.Value, ir.DataType] = {value: FLOAT for value in values if value.dtype == FLOAT}
+        self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph):
+            self._node(node)
+        for place, output in enumerate(self.graph.outputs):
+            if self.types.get(output) == HALF:
+                self.graph.outputs[place] = self._output(output)
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[name]
+
+    def _node(self, node: ir.Node) -> None:
+        floats = [i for i, value in enumerate(node.inputs) if value is not None and value in self.types]
+        makes = [output for output in node.outputs if output in self.types]
+        wanted = self._wanted(node, floats, bool(makes))
+        if node.op_type == "Cast":
+            if makes:
+                node.attributes["to"] = ir.AttrInt64("to", int(wanted))
+        else:
+            for i in floats:
+                if i not in STAYS.get(node.op_type, ()):
+                    value = node.inputs[i]
+                    assert value is not None
+                    node.replace_input_with(i, self._as(value, wanted))
+        if node.op_type == "ConstantOfShape" and makes and "value" in node.attributes:
+            filling = node.attributes["value"].as_tensor().numpy()
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_number(filling, wanted)))
+        for output in makes:
+            self.types[output] = wanted
+            output.type = ir.TensorType(wanted)
+
+    def _wanted(self, node: ir.Node, floats: Sequence[int], makes: bool) -> ir.DataType:
+        """What an operation computes in; a comparison or a size takes what it is given."""
+        given = [self.types[v] for i in floats if (v := node.inputs[i]) is not None and v.const_value is None]
+        if not makes:
+            return given[0] if given else FLOAT
+        if source(node) in self.keep or any(_too_large(node.inputs[i]) for i in floats):
+            return FLOAT
+        return HALF
+
+    def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        """The value in a type, cast once for all who read it so."""
+        if self.types[value] == wanted:
+            return value
+        known = self.made.get((value, wanted))
+        if known is not None:
+            return known
+        name = f"{value.name}_{'half' if wanted == HALF else 'float'}"
+        if value.const_value is not None:
+            array = _number(value.const_value.numpy(), wanted)
+            made = ir.Value(
+                name=name, shape=value.shape, type=ir.TensorType(wanted), const_value=ir.tensor(array, name=name)
+            )
+            self.graph.register_initializer(made)
+        else:
+            node = ir.node("Cast", [value], attributes={"to": int(wanted)}, name=f"cast_{name}")
+            (made,) = node.outputs
+            made.name, made.shape, made.type = name, value.shape, ir.TensorType(wanted)
+            producer = value.producer()
+            if producer is None:
+                self.graph.insert_before(self.graph[0], node)
+            else:
+                self.graph.insert_after(producer, node)
+        self.made[value, wanted] = made
+        self.types[made] = wanted
+        return made
+
+    def _output(self, output: ir.Value) -> ir.Value:
+        """In float32 under its own name."""
+        name = output.name
+        output.name = f"{name}_half"
+        made = self._as(output, FLOAT)
+        made.name = name
+        return made
+
+
+def _too_large(value: ir.Value | None) -> bool:
+    """A number that fp16 does not hold, and that does not mean infinity."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return False
+    return HALF_MAX < abs(float(value.const_value.numpy().reshape(()))) < INFINITE
+
+
+def _number(array: np.ndarray, wanted: ir.DataType) -> np.ndarray:
+    """Constants as the search takes them: single numbers do not become infinite or 0."""
+    if wanted == FLOAT:
+        return array.astype(np.float32)
+    if array.size == 1:
+        x = array.astype(np.float64)
+        x = np.where(np.abs(x) >= INFINITE, np.sign(x) * HALF_MAX, x)
+        x = np.where((x != 0) & (np.abs(x) < HALF_LEAST), np.sign(x) * HALF_LEAST, x)
+        return x.astype(np.float16)
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16)
