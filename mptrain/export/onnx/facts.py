@@ -37,7 +37,7 @@ def facts(path: Path) -> Facts:
         if value.const_value is not None:
             sizes[value.const_value.dtype.name] += value.const_value.nbytes
     casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
-    between = [node for node in casts if {node.inputs[0].dtype, node.outputs[0].dtype} <= FLOATS]
+    between = [node for node in casts if {v.dtype for v in (*node.inputs, *node.outputs) if v is not None} <= FLOATS]
     optimized = list(_optimized(path).graph.all_nodes())
     kinds = Counter(node.op_type for node in optimized)
     fused = sum(kinds[kind] for kind in ATTENTION)
