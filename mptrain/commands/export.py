@@ -71,8 +71,8 @@ def export_model(
     cache = spec.cache
     limit = min(length, cache or length)
     found = load_with_inputs(path, task, attn, data, 2 * samples, limit, allow_code)
-    compared, calibrated = _halves(found.samples.batches if cache is None else _for_cache(cache, found), samples)
-    source = _source(found, spec, precision, compared, calibrated)
+    inputs = _Inputs(found.samples.batches if cache is None else _for_cache(cache, found), samples)
+    source = _source(found, spec, precision, inputs)
     kind = format_of(spec)
     config = getattr(source.model, "config", None)
     with progress(f"export {to.name}"), whole(to, config, found.processor) as scratch:
@@ -80,7 +80,9 @@ def export_model(
     model_path = to / written.path.relative_to(scratch)
     with progress("verify"), closing(kind.open(model_path, replace(source, written=written.facts))) as runner:
         agreement = task_class(TASKS[found.task]).agreement
-        difference = parity.compare(source.model, runner, compared, signature=source.signature, agreement=agreement)
+        difference = parity.compare(
+            source.model, runner, inputs.compared, signature=source.signature, agreement=agreement
+        )
         facts = runner.facts() | written.facts
     exact = facts.exact(precision)
     bound = Gates().parity if exact else Gates().agreement
@@ -103,24 +105,32 @@ def export_model(
     }
 
 
-def _halves(batches: list[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
-    """(batches to compare on, others to calibrate on): where there is but one, it has to do for both."""
-    compared: list[Batch] = []
-    while batches and sum(map(rows_of, compared)) < samples:
-        compared, batches = [*compared, batches[0]], batches[1:]
-    if not batches and len(compared) > 1:
-        middle = (len(compared) + 1) // 2
-        return compared[:middle], compared[middle:]
-    return compared, batches or compared
+class _Inputs:
+    """`samples` of the inputs to compare on, and as many others to calibrate on, for a format that asks for them.
+
+    Too few for both are shared out when they are asked for; a single batch has to do for both.
+    """
+
+    def __init__(self, batches: list[Batch], samples: int) -> None:
+        count = 0
+        while count < len(batches) and sum(map(rows_of, batches[:count])) < samples:
+            count += 1
+        self.compared, self._others = batches[:count], batches[count:]
+
+    def calibration(self) -> list[Batch]:
+        if not self._others and len(self.compared) > 1:
+            middle = (len(self.compared) + 1) // 2
+            self.compared, self._others = self.compared[:middle], self.compared[middle:]
+        return self._others or self.compared
 
 
-def _source(found: Loaded, spec: ExportSpec, precision: str, compared: list[Batch], calibrated: list[Batch]) -> Source:
+def _source(found: Loaded, spec: ExportSpec, precision: str, inputs: _Inputs) -> Source:
     quantized = is_quantized(found.model)
     embeddings: Embeddings = "int8" if quantized else "fp32"
     model = format_of(spec).torch(found.model, precision, embeddings).eval()
-    example = next((batch for batch in compared if rows_of(batch) > 1), compared[0])
+    example = next((batch for batch in inputs.compared if rows_of(batch) > 1), inputs.compared[0])
     signature = probed(model, example)
-    return Source(lambda: model, signature, example, precision, embeddings, quantized, lambda: calibrated)
+    return Source(lambda: model, signature, example, precision, embeddings, quantized, inputs.calibration)
 
 
 def _said(where: tuple[int | str, ...], message: str) -> str:

@@ -93,7 +93,7 @@ PINS: dict[str, Pin] = {
     "coreai-core": Pin(
         tested=("1.0",),
         private={
-            "coreai.authoring.asset:AIProgram._get_graph": "export/coreai/convert.py",
+            "coreai.authoring.asset:AIProgram._get_graph": "export/coreai/facts.py",
             "coreai.authoring.asset:AIProgram@_module": "export/coreai/facts.py",
             "coreai.authoring.asset:AIProgram@_mlir_module": "export/coreai/facts.py",
             "coreai.runtime:AIModelAssetSummary._compatibility_version": "export/coreai/facts.py",

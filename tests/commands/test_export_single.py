@@ -57,7 +57,7 @@ def test_a_quantized_model_keeps_its_integers(bert, tmp_path, capsys):
     [
         (["--precision", "int8"], "needs a quantized model"),
         (["--precision", "int3"], "precision"),
-        (["--format", "onnx"], "'openvino', 'coreml'"),
+        (["--format", "tflite"], "'openvino', 'coreml'"),
         (["--target", "iOS18"], "minimum_deployment_target"),
         (["--task", "poetry"], "--task must be one of"),
         (["--json", "nowhere/facts.json"], "there is no folder"),
@@ -77,6 +77,6 @@ def test_a_folder_that_is_there_is_left_alone(bert, tmp_path, capsys):
 
 def test_a_difference_is_exit_status_3(bert, tmp_path, capsys, monkeypatch):
     compared = {"max_abs_diff": 0.5, "mean_abs_diff": 0.1, "agreement": 0.5, "examples": 4}
-    monkeypatch.setattr(single.parity, "compare", lambda *_: compared)
+    monkeypatch.setattr(single.parity, "compare", lambda *_, **__: compared)
     status, _, err = export(capsys, bert / "plain", "--to", tmp_path / "ov")
     assert status == 3 and "differs from the torch model" in err
