@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 from kit.architectures import build, without_loss
+from torch import nn
 
 from mptrain.compress.structure.dataflow import examples, proof
 from mptrain.compress.structure.dataflow.finder import find
 from mptrain.compress.structure.dataflow.labels import CODES, Labels
 from mptrain.compress.structure.dataflow.record import run
 from mptrain.compress.structure.dataflow.stand_in import stand_in
+from mptrain.compress.structure.dataflow.ways import Way, ways
 
 
 def bench_of(model, slots, batch):
     inputs = examples.given(batch)[0]
-    return proof.Bench(model, slots, [(inputs, run(model, inputs))])
+    return proof.Bench(model, slots, [Way("", lambda: run(model, inputs), run(model, inputs))])
 
 
 def shifted(block, role, number):
@@ -75,6 +77,48 @@ def test_a_unit_without_effect_is_no_proof():
         bench = bench_of(model, slots, batch)
         no_sinks = replace(block, axes=tuple(axis for axis in block.axes if axis.role != "sink"))
         assert "change nothing" in (bench.fault([no_sinks]) or "")
+
+
+# -- ways to run
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bert", ["", "on inputs of another size", "in training mode"]),
+        ("gpt2", ["", "on inputs of another size", "with a cache", "in training mode"]),
+        ("bart", ["", "on inputs of another size", "with a cache", "in training mode"]),
+        ("resnet", ["", "on inputs of another size", "in training mode"]),
+    ],
+)
+def test_a_proof_runs_the_model_in_every_way_it_has(name, expected):
+    model, batch = build(name)
+    inputs = examples.given(without_loss(name, batch))[0]
+    with stand_in(model) as slots:
+        buffers = {buffer: slots.now(buffer).clone() for buffer in slots.buffers}
+        found = ways(model, slots, inputs, run(model, inputs))
+        assert [way.name for way in found] == expected
+        for way in found:
+            assert all(torch.equal(a, b) for a, b in zip(way.run(), way.outputs, strict=True))
+        assert all(torch.equal(slots.now(buffer), values) for buffer, values in buffers.items())
+        assert not model.training
+
+
+class Trained(nn.Module):
+    """In training mode its first channels are counted on."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.up(x))
+        return self.down(x + x[..., :1] if self.training else nn.functional.dropout(x, 0.5, self.training))
+
+
+def test_a_block_that_is_another_in_training_is_left_out():
+    blocks, refused = find(Trained(), {"x": torch.randn(3, 4)})
+    assert not blocks and "in training mode, the smaller model computes something else" in refused[0].reason
 
 
 # -- labels

@@ -33,6 +33,7 @@ from mptrain.compress.structure.dataflow.labels import Labels
 from mptrain.compress.structure.dataflow.record import Reads, Recorder, run
 from mptrain.compress.structure.dataflow.rules import Flow
 from mptrain.compress.structure.dataflow.stand_in import Slots, stand_in
+from mptrain.compress.structure.dataflow.ways import ways
 from mptrain.compress.structure.naming import layer_of, name_of
 from mptrain.core.errors import ModelError
 
@@ -63,7 +64,7 @@ def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
         blocks, left = _offered(model, flow, pairs, attention)
         refused += left
         blocks = _shared(_ordered(model, blocks))
-        bench = proof.Bench(model, slots, [(inputs, results), *_other(model, inputs)] if blocks else [])
+        bench = proof.Bench(model, slots, ways(model, slots, inputs, results) if blocks else [])
         return _proved(bench, model, blocks, reads, refused)
 
 
@@ -93,16 +94,6 @@ def _flow(
     floating = {name: t for name, t in named.items() if t.is_floating_point() and t.numel()}
     flow = Flow(Labels(floating, slots.parameters), recorder.live(results), results)
     return inputs, flow, reads.found, results
-
-
-def _other(model: nn.Module, inputs: examples.Inputs) -> list[tuple[examples.Inputs, Sequence[Tensor]]]:
-    """Inputs of another size that the model takes, with its outputs."""
-    for other in examples.others(inputs):
-        try:
-            return [(other, run(model, other))]
-        except Exception:  # a size that the model's code does not take
-            continue
-    return []
 
 
 # -- blocks

@@ -4,8 +4,8 @@ masked, and not what it computed before.
     masked   zeros in the columns of the sinks that belong to the units
     shrunk   the units' indices taken out of every axis, attributes edited
 
-on random values, and on other inputs with another half. Both are made by hanging other tensors into the modules and
-taking them out again; no copy of the model is made.
+on random values, and in every way of ways.py with another half. Both are made by hanging other tensors into the modules
+and taking them out again; no copy of the model is made.
 """
 
 from __future__ import annotations
@@ -21,39 +21,38 @@ from torch import Tensor, nn
 
 from mptrain.compress.structure import attributes
 from mptrain.compress.structure.blocks import Block, Edit
-from mptrain.compress.structure.dataflow.examples import Inputs
-from mptrain.compress.structure.dataflow.record import run
 from mptrain.compress.structure.dataflow.stand_in import Slots
+from mptrain.compress.structure.dataflow.ways import Way
 
 TOLERANCE = 5e-6
 """of the largest output; float32 in another order of sums differs by a tenth of it"""
 
 
 class Bench:
-    """A model in `stand_in`, and inputs on which masked and shrunk must agree."""
+    """A model in `stand_in`, and the ways to run it in which masked and shrunk must agree."""
 
-    def __init__(self, model: nn.Module, slots: Slots, examples: Sequence[tuple[Inputs, Sequence[Tensor]]]) -> None:
-        """examples: inputs, with what the model makes of them."""
-        self._model, self._slots, self._examples = model, slots, examples
+    def __init__(self, model: nn.Module, slots: Slots, ways: Sequence[Way]) -> None:
+        self._model, self._slots, self._ways = model, slots, ways
 
     def fault(self, blocks: Sequence[Block]) -> str | None:
         """What is wrong when all `blocks` are cut at once; None: nothing is. Every block has its edits."""
         blocks = [block for block in blocks if block.units > 1]
         if not blocks:
             return None
-        for seed, (inputs, whole) in enumerate(self._examples):
+        for seed, way in enumerate(self._ways):
+            where = f"{way.name}, " if way.name else ""
             kept = {block.name: half(block, seed) for block in blocks}
             with self._slots.swapped(self._masked(blocks, kept)):
-                expected = run(self._model, inputs)
-            if same(expected, whole, 1e-9):
-                return "its units change nothing in what the model computes"
+                expected = way.run()
+            if same(expected, way.outputs, 1e-9):
+                return f"{where}its units change nothing in what the model computes"
             try:
                 with self._slots.swapped(self._shrunk(blocks, kept)), edited(self._model, blocks, kept):
-                    found = run(self._model, inputs)
+                    found = way.run()
             except Exception as error:  # whatever the model's code raises when a size is not what it thinks
-                return f"the smaller model does not run ({type(error).__name__}: {_first_line(error)})"
+                return f"{where}the smaller model does not run ({type(error).__name__}: {_first_line(error)})"
             if not same(found, expected, TOLERANCE):
-                return "the smaller model computes something else than the masked one"
+                return f"{where}the smaller model computes something else than the masked one"
         return None
 
     def _masked(self, blocks: Sequence[Block], kept: Mapping[str, list[int]]) -> dict[str, Tensor]:

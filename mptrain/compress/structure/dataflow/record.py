@@ -163,7 +163,7 @@ def counts(value: Any) -> bool:
     return type(value) is int
 
 
-def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """All floating-point outputs; what is drawn at random is drawn alike each time."""
     torch.manual_seed(0)
     with torch.no_grad():
