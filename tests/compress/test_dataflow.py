@@ -12,11 +12,13 @@ from kit.tiny_models import FAMILIES, RELATIVES, tiny
 from torch import nn
 
 from mptrain.compress.structure import version1
-from mptrain.compress.structure.blocks import Structure
+from mptrain.compress.structure.blocks import Kept, Structure
+from mptrain.compress.structure.budget import Budget
 from mptrain.compress.structure.dataflow.finder import find
 from mptrain.compress.structure.dataflow.record import tensors
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ModelError
+from mptrain.recipe.prune import Keep
 
 HEADS_FFN = [("heads", 4), ("ffn", 48)] * 2
 GROUPED = [("heads", 2), ("ffn", 48)] * 2
@@ -37,14 +39,15 @@ EXPECTED = {
     "swin": [("heads", 2), ("ffn", 64), ("heads", 4), ("ffn", 128)],
     "segformer": [("heads", 2), ("ffn", 32), ("heads", 4), ("ffn", 64)],
     "clip": [("heads", 2), ("ffn", 32)] * 2,
-    "deepseek_v3": [("heads", 4), ("ffn", 48), ("heads", 4), ("ffn", 48)],  # the first layer's FFN, then shared experts
+    "deepseek_v3": [("heads", 4), ("ffn", 48), ("heads", 4), ("ffn", 48), ("ffn", 48)],
     "convnext": [("ffn", 64), ("ffn", 128)],
+    **dict.fromkeys("mixtral qwen3_moe gpt_oss".split(), GROUPED),  # a channel of all experts is one unit
+    "qwen2_moe": [("heads", 2), ("ffn", 48), ("ffn", 48)] * 2,  # and the shared expert's
 }
 REFUSED = {
     "bloom": ([("ffn", 128)] * 2, "ALiBi"),
     "olmo2": ([("ffn", 48)] * 2, "mixes their channels"),
     "mamba": ([], "low rank"),
-    "qwen3_moe": ([("heads", 2)] * 2, "strides should be multiple of 16 bytes"),
     "codegen": ([("ffn", 48)] * 2, "the proof failed"),
     "siglip": ([("heads", 2), ("ffn", 32)] * 2, "nn.MultiheadAttention"),
 }
@@ -114,6 +117,17 @@ def test_a_network_of_convolutions():
     cut_twice = [axis for block in channels for axis in block.axes if axis.parts == 2]
     assert cut_twice and all(axis.parameter.endswith("convolution.weight") for axis in cut_twice)
     check_shrunk_is_masked(model, blocks, batch)
+
+
+def test_experts_are_cut_in_steps_of_their_kernel():
+    model, batch = build("qwen3_moe")
+    structure = Structure("", tuple(find(model, batch)[0]))
+    experts = structure.of_kind("ffn")[0]
+    assert (experts.step, structure.of_kind("heads")[0].step) == (8, 1)
+    budget = Budget(structure, Keep(ffn=0.5, heads=1.0), round_ffn=3)
+    assert budget.round_up(experts, 20) == 24
+    with pytest.raises(ModelError, match="multiple of 8"):
+        shrink(model, structure, Kept({experts.name: list(range(20))}))
 
 
 # -- modules of one's own

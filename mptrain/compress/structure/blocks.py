@@ -90,7 +90,7 @@ class Block:
     layer: the module whose row of a report the block is in. heads: query heads to a unit, 0 for channels.
     fixed_params: parameters of the block that stay when units go (the bias of a sink). cores: modules in which
     attention between the units' own tokens happens. prunable False: named by `ignore`; counts in a budget but is left
-    alone.
+    alone. step: as many units stay as it divides, or all; more than 1 where a kernel wants whole 16 bytes.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Block:
     fixed_params: int = 0
     cores: tuple[str, ...] = ()
     prunable: bool = True
+    step: int = 1
 
     def of_role(self, *roles: Role) -> tuple[Axis, ...]:
         return tuple(axis for axis in self.axes if axis.role in roles)
@@ -184,7 +185,7 @@ class Kept:
         return self.count(block) < block.units
 
     def check(self, structure: Structure) -> None:
-        """Raises ModelError unless every entry names existing units, ascending, at least one each."""
+        """Raises ModelError unless every entry names existing units, ascending, at least one and whole steps each."""
         blocks = {block.name: block for block in structure}
         for name, units in self.units.items():
             if name not in blocks:
@@ -194,6 +195,11 @@ class Kept:
                 raise ModelError(
                     f"kept units of {name} must be ascending, without repeats, between 0 and {limit - 1}, at least"
                     f" one; got {short(units)}"
+                )
+            if len(units) % blocks[name].step and len(units) < limit:
+                raise ModelError(
+                    f"kept units of {name} must be a multiple of {blocks[name].step}, which its kernel needs, or all;"
+                    f" got {len(units)}"
                 )
 
 

@@ -141,15 +141,19 @@ class Budget:
                 choices.append(_Choice(block, counts, cost))
         least = (fixed + sum(c.cost[0] for c in choices)) / total
         if least > keep * (1 + 1e-12):
+            (heads, _), (ffn, rounded) = self._floors["heads"], self._floors["ffn"]
+            step = max(block.step for block in blocks)
+            kernels = f", kernels that take {step} channels at once" if step > 1 else ""
             raise UserError(
-                f"prune.keep.{name}: {keep:g} cannot be reached: with min_heads {self._floors['heads'][0]},"
-                f" min_ffn {self._floors['ffn'][0]}, round_ffn {self._floors['ffn'][1]} and the ignored layers at least"
-                f" {math.ceil(least * 1000) / 1000:g} stays. Raise the budget or lower the floors."
+                f"prune.keep.{name}: {keep:g} cannot be reached: with min_heads {heads}, min_ffn {ffn}, round_ffn"
+                f" {rounded}{kernels} and the ignored layers at least {math.ceil(least * 1000) / 1000:g} stays. Raise"
+                " the budget or lower the floors."
             )
         return _Limit(name, keep, cost_of, blocks, total, fixed, choices)
 
     def _allowed(self, block: Block) -> np.ndarray:
         floor, step = self._floors[block.kind]
+        step = math.lcm(step, block.step)
         first = math.ceil(min(floor, block.units) / step) * step
         return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
 

@@ -156,6 +156,8 @@ def describe(structure: Structure, kept: Kept) -> dict[str, Any]:
 def kind(block: Block) -> str:
     """Blocks of one kind take the same time for the same units. Raises UserError for those that cannot be timed."""
     first = block.sources[0]
+    if block.step > 1:
+        raise UserError(f"prune.keep.latency: {block.name} holds channels of experts, whose time is not measured here")
     if block.kind == "heads":
         return f"attention/{first.weights}/{head_dim(block)}/{block.heads}"
     if block.kind == "ffn":

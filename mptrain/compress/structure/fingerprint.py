@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mptrain.compress.structure.attributes import OwnConfig
 from mptrain.core.hooks import HOOKS, is_quantized
@@ -27,7 +27,7 @@ def of(model: nn.Module) -> Hashable | None:
         if changed or module._forward_hooks or module._forward_pre_hooks:
             return None
         own = tuple(
-            (last, tensors.setdefault(id(tensor), len(tensors)), tuple(tensor.shape), tensor.is_floating_point())
+            (last, tensors.setdefault(id(tensor), len(tensors)), tuple(tensor.shape), _table(tensor))
             for store in (module._parameters, module._buffers)
             for last, tensor in store.items()
             if tensor is not None
@@ -35,6 +35,13 @@ def of(model: nn.Module) -> Hashable | None:
         modules.append((name, type(module), _settings(module), own))
     config: Any = getattr(model, "config", None)
     return (repr(config.to_dict()) if hasattr(config, "to_dict") else "", _kernels(config), tuple(modules))
+
+
+def _table(tensor: Tensor) -> Hashable:
+    """The values of integers, which may say which channels go where; of others that they are real numbers."""
+    if tensor.is_floating_point() or tensor.is_meta:
+        return tensor.is_floating_point()
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:

@@ -39,6 +39,8 @@ from mptrain.core.errors import ModelError
 
 MOST_TRIES = 64
 """choices of attributes that are tried for a kind of block"""
+STEP = 8
+"""numbers of 2 bytes that grouped products of experts take at once"""
 
 
 def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[list[Block], list[Refusal]]:
@@ -263,6 +265,15 @@ def _proved(
     if bench.fault(edited) is None:
         return edited, refused
     faults = {block.name: bench.fault([block]) for block in edited}
+    for place, block in enumerate(edited):
+        wide = replace(block, step=STEP)
+        if (
+            faults[block.name] is not None
+            and block.kind != "heads"
+            and block.units > STEP
+            and bench.fault([wide]) is None
+        ):
+            edited[place], faults[block.name] = wide, None
     refused += [Refusal(name, f"the proof failed: {fault}") for name, fault in faults.items() if fault is not None]
     blocks = [block for block in edited if faults[block.name] is None]
     if blocks and (fault := bench.fault(blocks)) is not None:

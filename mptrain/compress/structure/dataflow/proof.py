@@ -78,8 +78,9 @@ class Bench:
 
 
 def half(block: Block, seed: int) -> list[int]:
-    """About half of the units, not the same number for every seed: a kernel may want even ones."""
-    count = max(1, min(block.units - 1, block.units // 2 + seed % 2))
+    """About half of the units; not the same number for every seed, for a kernel may want even ones."""
+    wanted = block.units // 2 + seed % 2
+    count = max(block.step, min(block.units - 1, wanted // block.step * block.step))
     return sorted(random.Random(f"{seed} {block.name}").sample(range(block.units), count))
 
 
