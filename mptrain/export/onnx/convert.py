@@ -139,6 +139,7 @@ def converted(
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
     common.DeduplicateInitializersPass()(graph)
     common.CommonSubexpressionEliminationPass()(graph)
+    common.ShapeInferencePass()(graph)  # every value has a type afterwards
     _name_axes(graph, signature)
     return graph, made.exported_program
 

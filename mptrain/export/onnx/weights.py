@@ -74,14 +74,27 @@ class _Stored:
         self.made: dict[str, ir.Value] = {}
 
     def use(self, node: ir.Node, place: int, value: ir.Value, turned: bool) -> None:
-        producer = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        integer = producer is not None and producer.op_type == "DequantizeLinear"
-        if node.op_type == "MatMul" and place == 1 and turned and not integer and self._block() is not None:
+        if node.op_type == "Transpose" and not turned:  # a tied head: the table is turned where it is read
+            readers = [use.node for use in node.outputs[0].uses()]
+            if readers and all(self._multiplies(reader, node.outputs[0]) for reader in readers):
+                for reader in readers:
+                    self._matmul(reader)
+                self.graph.remove(node, safe=True)
+                return
+        if turned and place == 1 and self._multiplies(node, value):
             self._matmul(node)
         elif node.op_type == "Gather" and place == 0 and not turned and self.scale.shape == (len(self.q), 1):
             self._gather(node)
         else:
             node.replace_input_with(place, self._dequantized(value, turned))
+
+    def _multiplies(self, node: ir.Node, weight: ir.Value) -> bool:
+        """Whether a node is x · weight with x in floating point, in blocks that MatMulNBits knows."""
+        if node.op_type != "MatMul" or node.inputs[1] is not weight or node.inputs[0] is None:
+            return False
+        producer = node.inputs[0].producer()
+        integer = producer is not None and producer.op_type == "DequantizeLinear"
+        return not integer and self._block() is not None
 
     def _block(self) -> int | None:
         return next((block for block in BLOCKS if self.record.block_size % block == 0), None)
