@@ -67,6 +67,8 @@ def pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Any = 0.0)
     pairs = [n for i in reversed(range(0, len(flat), 2)) for n in flat[i : i + 2]]
     if mode == "constant":
         return F.pad(x, pairs, value=float(constant_val))
+    while len(pairs) > 2 and not any(pairs[-2:]):  # torch takes none for the axes before
+        pairs = pairs[:-2]
     return F.pad(x, pairs, mode=mode)
 
 

@@ -53,6 +53,10 @@ def real_div(x: Tensor, y: Tensor) -> Tensor:
     return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
 
 
+def thresholded_relu(x: Tensor, alpha: Any = 1.0) -> Tensor:
+    return torch.where(x >= alpha, x, 0.0)
+
+
 def relu6(x: Tensor) -> Tensor:
     return x.clamp(0, 6)
 
@@ -281,6 +285,7 @@ MATH: dict[str, Operation] = {
     "softsign": unary(F.softsign),
     "identity": unary(lambda x: x),
     "relu6": relu6,
+    "thresholded_relu": thresholded_relu,
     "gelu": gelu,
     "leaky_relu": leaky_relu,
     "prelu": prelu,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mptrain.core.signature import Signature, by_name
+from mptrain.core.signature import Signature, by_name, without_cache
 
 
 def rows(outputs: Any, batch: Mapping[str, Any], signature: Signature | None = None) -> dict[str, Tensor]:
@@ -25,6 +25,20 @@ def rows(outputs: Any, batch: Mapping[str, Any], signature: Signature | None = N
     found = {name: value.detach().float() for name, value in found.items() if value.is_floating_point()}
     return {name: value[kept] if (kept := counted(name, batch, signature)) is not None else value
             for name, value in found.items()}  # fmt: skip
+
+
+@torch.no_grad()
+def of_model(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signature: Signature
+) -> list[dict[str, Tensor]]:
+    """To each batch the rows of the torch model itself, in eval mode and without a cache."""
+    training = model.training
+    model.eval()
+    try:
+        with without_cache(model):
+            return [rows(model(**batch), batch, signature) for batch in batches]
+    finally:
+        model.train(training)
 
 
 def counted(name: str, batch: Mapping[str, Any], signature: Signature | None) -> Tensor | None:

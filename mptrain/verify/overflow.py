@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mptrain.core.errors import ExportError
 from mptrain.core.progress import Progress, progress
 from mptrain.verify.difference import MAX_ERROR, Difference, as_json, compare, worst
 from mptrain.verify.fewest import fewest
@@ -36,6 +37,8 @@ HALF_LEAST = 2.0**-24
 """least fp16 above 0, 6.0e-8; half of it and less rounds to 0"""
 MIN_UNDERFLOW = 1e-3
 """fraction of an op's values that fp16 makes 0, from which on the op is suspected"""
+MAX_CONVERTED = 1e-3
+"""of a row of an output of a converted program in fp32, relative to its norm"""
 SECONDS = 120.0
 """for dropping candidates"""
 ONE_BY_ONE = 20_000
@@ -125,16 +128,19 @@ def search(
     *,
     max_error: float = MAX_ERROR,
     suspects: Collection[str] = (),
+    reference: Sequence[Mapping[str, Tensor]] | None = None,
     seconds: float = SECONDS,
 ) -> Found:
     """Find the ops to keep in fp32.
 
-    suspects: ops to try first with those that overflow, e.g. because they did in training. seconds: of dropping
-    candidates, after which the smallest set that was found right is taken (`note` says so).
+    suspects: ops to try first with those that overflow, e.g. because they did in training. reference: to each batch
+    what the program should give in fp32, of a model that it was converted from; default what it gives. seconds: of
+    dropping candidates, after which the smallest set that was found right is taken (`note` says so).
+    Raises ExportError where the program in fp32 is not the reference.
     """
     begun = time.monotonic()
     with progress("fp16 search") as bar:
-        trial = _Trial(program, max_error, bar)
+        trial = _Trial(program, max_error, bar, reference)
         before = trial.difference(())
         keep: list[str] = []
         note = ""
@@ -226,17 +232,28 @@ def reason(op: Op, ranges: Mapping[str, Range]) -> str:
 
 
 class _Trial:
-    """Runs of the program, compared with its fp32 outputs. No run is made twice."""
+    """Runs of the program, compared with the reference. No run is made twice."""
 
-    def __init__(self, program: Program, max_error: float, bar: Progress) -> None:
+    def __init__(
+        self, program: Program, max_error: float, bar: Progress, reference: Sequence[Mapping[str, Tensor]] | None
+    ) -> None:
         self.program, self.max_error, self.bar = program, max_error, bar
         self.runs = 0
         self._known: dict[tuple[int, frozenset[str]], Difference] = {}
         meters = {op.name: _Meter() for op in program.ops}
         everything = set(meters)
-        self.reference = [
+        exact = [
             self._run(batch, everything, lambda op, value: meters[op].add(value)) for batch in range(program.batches)
         ]
+        self.reference = exact if reference is None else reference
+        converted = worst(compare(*pair) for pair in zip(self.reference, exact, strict=True))
+        if not converted.right(MAX_CONVERTED):
+            raise ExportError(
+                f"computed in fp32, the converted program is not the model: its outputs differ by up to"
+                f" {converted.max_diff:.2g} ({converted.error:.2g} of their size): the converter takes an"
+                " operation for another, and its fp16 form cannot be right either. Export to another format, and report"
+                " the model's config.json."
+            )
         self.ranges = {name: meter.range() for name, meter in meters.items()}
         self._spoiled: Counter[str] = Counter({name: -meter.broken for name, meter in meters.items()})
 

@@ -18,6 +18,7 @@ from mptrain.compress.weights import records
 from mptrain.core.disk import whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.export.coreai import arguments
 from mptrain.export.coreai.convert import ASSET, MASKED, Exported, converted, quiet, save
 from mptrain.export.coreai.weights import stored
 from mptrain.export.torch.cached_decoder import CALL, CachedDecoder
@@ -50,7 +51,7 @@ def write_decoder(model: nn.Module, folder: Path, *, max_length: int) -> Exporte
         with quiet():
             from coreai_torch import get_decomp_table
 
-            graph = graph.run_decompositions(get_decomp_table())  # changes buffers: not under no_grad
+            graph = graph.run_decompositions(arguments.table(get_decomp_table()))  # changes buffers: not under no_grad
     except Exception as error:
         raise ExportError(
             f"torch.export could not trace {type(model).__name__} with a cache: {str(error).strip()[-600:]}."
@@ -58,4 +59,5 @@ def write_decoder(model: nn.Module, folder: Path, *, max_length: int) -> Exporte
         ) from error
     finally:
         model.train(training)
+    arguments.check(graph)
     return save(converted(graph, model, CALL.input_names, CALL.output_names, step.states), folder)

@@ -29,11 +29,12 @@ from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.signature import Signature, probed, without_cache
+from mptrain.export.coreai import arguments
 from mptrain.export.coreai.facts import float_casts
 from mptrain.export.coreai.runner import Asset
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.verify import overflow
-from mptrain.verify.outputs import rows
+from mptrain.verify.outputs import of_model, rows
 from mptrain.verify.programs import exported
 
 with warnings.catch_warnings():
@@ -112,7 +113,8 @@ def write(
     graph = traced(model, example, signature, shapes=shapes)
     half: dict[str, Any] | None = None
     if precision == "fp16":
-        half = _to_half(graph, signature, calibration, keep_fp32)
+        expected = of_model(model, calibration, signature)
+        half = _to_half(graph, signature, calibration, expected, keep_fp32)
     done = save(converted(graph, model, signature.input_names, signature.output_names), folder)
     if half is None:
         return done
@@ -151,7 +153,7 @@ def traced(
         with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model), stored(model, held):
             values = tuple(example[name] for name in names)
             program = torch.export.export(wrapper, values, dynamic_shapes=axes)
-            return program.run_decompositions(get_decomp_table())
+            program = program.run_decompositions(arguments.table(get_decomp_table()))
     except Exception as error:
         raise ExportError(
             f"torch.export could not trace {type(model).__name__} with {shapes} shapes: {str(error).strip()[-600:]}."
@@ -160,6 +162,8 @@ def traced(
         ) from error
     finally:
         model.train(training)
+    arguments.check(program)
+    return program
 
 
 def _dynamic(example: Mapping[str, Tensor], signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
@@ -177,9 +181,13 @@ def _dynamic(example: Mapping[str, Tensor], signature: Signature) -> tuple[tuple
 
 
 def _to_half(
-    graph: ExportedProgram, signature: Signature, calibration: Batches, keep_fp32: Collection[str]
+    graph: ExportedProgram,
+    signature: Signature,
+    calibration: Batches,
+    expected: Sequence[Mapping[str, Tensor]],
+    keep_fp32: Collection[str],
 ) -> dict[str, Any]:
-    """Cast in place; returns Exported.half."""
+    """Cast in place; returns Exported.half. expected: to each batch what the model gives."""
     operations = [node for node in graph.graph.nodes if node.op == "call_function"]
     kept: dict[str, str] = {}
     for wanted in keep_fp32:
@@ -190,7 +198,7 @@ def _to_half(
     facts: dict[str, Any] = {}
     if calibration:
         ops = exported.GraphOps(graph, signature.input_names, signature.output_names, calibration, signature)
-        found = overflow.search(ops, suspects=list(kept))
+        found = overflow.search(ops, suspects=list(kept), reference=expected)
         kept |= found.reasons
         facts = overflow.described(found) | {"casts": overflow.casts(ops.ops, kept)}
     stays = exported.with_copies(graph, kept)

@@ -14,6 +14,7 @@ from mptrain.core.errors import UserError
 from mptrain.export.coreml.convert import Converted, Exported, convert, safe_half, write
 from mptrain.export.torch.cached_decoder import CALL, texts
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
+from mptrain.verify.outputs import of_model
 
 
 def export_decoder(model: nn.Module, folder: Path, *, processor: Any = None, **how: Any) -> Exported:
@@ -60,5 +61,6 @@ def convert_decoder(
     if precision == "fp16" and calibration:
         start = torch.zeros(1, dtype=torch.int32)
         calls = [{"input_ids": ids[:, :tokens], "position": start} for batch in calibration for ids in texts(batch)]
-        return safe_half(into, calls, CALL, keep_fp32)
+        texts_alone = [{"input_ids": call["input_ids"]} for call in calls]
+        return safe_half(into, calls, of_model(model, texts_alone, CALL), CALL, keep_fp32)
     return into(precision=precision, keep_fp32=keep_fp32)

@@ -26,17 +26,19 @@ from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.signature import BATCH, Signature, probed, without_cache
+from mptrain.export.coreml import arguments
 from mptrain.export.coreml.cache_ops import index_copy
 from mptrain.export.coreml.compat import compatible, storing, supported
 from mptrain.export.coreml.half import MilOps, spellings
 from mptrain.export.coreml.weights import constants
+from mptrain.export.torch import calls
 from mptrain.export.torch.cached_decoder import CachedDecoder
 from mptrain.export.torch.traceable import Positional, traceable_masks
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import Interpreter
 from mptrain.recipe import CoreMlShapes, CoreMlTarget
 from mptrain.verify import overflow
-from mptrain.verify.outputs import rows
+from mptrain.verify.outputs import of_model, rows
 
 PACKAGE = "model.mlpackage"
 MASKED = -32752.0  # half the least float16: a score added to it stays finite, and its exponential is zero
@@ -115,7 +117,8 @@ def convert_checked(
     )
     if precision == "fp16" and calibration:
         sizes = shapes or CoreMlShapes()
-        return safe_half(into, [_fitted(batch, signature, sizes) for batch in calibration], signature, keep_fp32)
+        batches = [_fitted(batch, signature, sizes) for batch in calibration]
+        return safe_half(into, batches, of_model(model, batches, signature), signature, keep_fp32)
     return into(precision=precision, keep_fp32=keep_fp32)
 
 
@@ -173,11 +176,13 @@ def convert(
 def safe_half(
     into: Callable[..., Converted],
     batches: Sequence[Mapping[str, Tensor]],
+    expected: Sequence[Mapping[str, Tensor]],
     signature: Signature,
     suspects: Collection[str] = (),
 ) -> Converted:
     """An fp16 package in which the fewest operations compute in float32, found in the float32 one and checked.
 
+    expected: to each batch what the torch model gives. Raises ExportError where a package does not give it.
     Its facts: kept_fp32 {operation: why}, all_half and kept (differences that the search measured
     without and with them), executed (of the package itself), float_casts in it, and a sentence.
     """
@@ -185,16 +190,17 @@ def safe_half(
         exact = Path(folder) / "fp32.mlpackage"
         into(precision="fp32").model.save(str(exact))
         program = MilOps(exact, batches, signature)
-        found = overflow.search(program, suspects=suspects)
+        found = overflow.search(program, suspects=suspects, reference=expected)
         kept = {spelling for name in program.with_views(found.keep) for spelling in spellings(name)}
         converted = into(precision="fp16", keep_fp32=kept)
         package = Path(folder) / "fp16.mlpackage"
         converted.model.save(str(package))
-        runners = Interpreter(exact), Interpreter(package)
+        runner = Interpreter(package)
         executed = overflow.worst(
-            overflow.compare(*(rows(runner(batch), batch, signature) for runner in runners)) for batch in batches
+            overflow.compare(wanted, rows(runner(batch), batch, signature))
+            for batch, wanted in zip(batches, expected, strict=True)
         )
-        described = facts(runners[1].program)
+        described = facts(runner.program)
     if not executed.right():
         raise ExportError(
             f"the fp16 package is wrong on the calibration batches (relative error {executed.error:.2g}), with"
@@ -213,20 +219,23 @@ def safe_half(
 
 def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes, route: Route) -> Any:
     """The graph to convert. Raises ExportError that lists every operation Core ML has no translation for."""
-    arguments = tuple(values.values())
+    inputs = tuple(values.values())
     if route == "trace":
-        graph = torch.jit.trace(wrapper, arguments, check_trace=False, strict=False)
+        with calls.WrittenOut(calls.COREML):
+            graph = torch.jit.trace(wrapper, inputs, check_trace=False, strict=False)
         torch._C._jit_pass_inline(graph.graph)
         kinds = Counter(_kinds(graph.graph))
     else:
         dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in _flexible(shapes)}
         free = tuple({axis: dims[n] for axis, n in axes[name] if n in dims} for name in values)
         flexible = (free,) if isinstance(wrapper, Positional) else free  # Positional takes *values: one argument
-        graph = torch.export.export(wrapper, arguments, dynamic_shapes=flexible, strict=False)
-        graph = graph.run_decompositions({})
-        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        kinds = Counter(call.name() for call in calls if hasattr(call, "name"))
-    missing = {kind: count for kind, count in sorted(kinds.items()) if not supported(kind)}
+        graph = torch.export.export(wrapper, inputs, dynamic_shapes=flexible, strict=False)
+        graph = graph.run_decompositions(arguments.table())
+        arguments.check(graph)
+        targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        kinds = Counter(target.name() for target in targets if hasattr(target, "name"))
+    mistaken = {kind for kind in kinds if kind.removeprefix("aten::").partition(".")[0] in arguments.MISTAKEN}
+    missing = {kind: count for kind, count in sorted(kinds.items()) if not supported(kind) or kind in mistaken}
     if missing:
         raise ExportError(
             "Core ML has no translation for these operations of the model:"

@@ -34,12 +34,15 @@ from mptrain.core.signature import Signature, probed, without_cache
 from mptrain.export.base import Embeddings
 from mptrain.export.onnx import half as onnx_half
 from mptrain.export.onnx import weights
+from mptrain.export.torch import arguments
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe.exports.onnx import OPSET
 from mptrain.verify import overflow
-from mptrain.verify.outputs import rows
+from mptrain.verify.outputs import of_model, rows
 
 FILE = "model.onnx"
+IGNORED = {"avg_pool2d": {"divisor_override"}, "cross_entropy_loss": {"label_smoothing"}}
+"""arguments that torch's ONNX functions do not read"""
 MASKED = -3e4  # added to scores that do not count: finite in fp16 even with a score beside it
 LEVELS = ((0, 255), (-128, 127))
 DECOMPOSED = torch.ops.quantized_decomposed
@@ -89,7 +92,7 @@ def write(
     found: dict[str, Any] | None = None
     if precision == "fp16":
         batches = list(calibration) or [example]
-        found = onnx_half.find(program, signature, batches)
+        found = onnx_half.find(program, signature, batches, of_model(model, batches, signature))
         onnx_half.cast(graph, program, found["kept_fp32"])
     weights.store(graph, records.of(model))
     done = save(graph, folder)
@@ -115,6 +118,7 @@ def converted(
     try:
         with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model):
             traced = torch.export.export(wrapper, values, dynamic_shapes=(axes,))
+            arguments.check(traced, "ONNX", None, IGNORED)
             made = torch.onnx.export(
                 traced,
                 dynamo=True,
@@ -124,6 +128,8 @@ def converted(
                 optimize=False,  # its rewriting of rotary embeddings gives files that onnxruntime refuses
                 verbose=False,
             )
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(
             f"torch could not export {type(model).__name__} to ONNX: {str(error).strip()[-600:]}. If its forward pass"

@@ -33,10 +33,16 @@ STAYS: Mapping[str, Collection[int]] = {"Resize": (1, 2), "Upsample": (1,)}
 """operands that are float32 whatever the operation computes in"""
 
 
-def find(program: ExportedProgram, signature: Signature, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """JSON facts; kept_fp32 has the names of nodes of the torch graph, each with its reason."""
+def find(
+    program: ExportedProgram,
+    signature: Signature,
+    batches: Sequence[Mapping[str, Tensor]],
+    expected: Sequence[Mapping[str, Tensor]],
+) -> dict[str, Any]:
+    """JSON facts; kept_fp32 has the names of nodes of the torch graph, each with its reason. expected: to each batch
+    what the model gives."""
     ops = exported.GraphOps(program, signature.input_names, signature.output_names, batches, signature)
-    found = overflow.search(ops)
+    found = overflow.search(ops, reference=expected)
     return overflow.described(found) | {"casts": overflow.casts(ops.ops, found.keep)}
 
 

@@ -30,6 +30,7 @@ from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.torch import calls
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe import Precision
 from mptrain.verify import overflow
@@ -152,8 +153,10 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
     training = model.training
     wrapper = Positional(model.eval(), list(example), signature.output_names)
     try:
-        with torch.no_grad(), silenced(), traceable_masks(), without_cache(model):
+        with torch.no_grad(), silenced(), traceable_masks(), without_cache(model), calls.WrittenOut(calls.OPENVINO):
             graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(
             f"OpenVINO could not convert {type(model).__name__}: {str(error).strip()[-600:]}. If the forward pass"
