@@ -228,7 +228,7 @@ def avg_pool2d(
     """For converters that count the padding: the sum of each window over the values in it."""
     if count_include_pad or ceil_mode or divisor_override is not None or not any(padding):
         return NotImplemented
-    pool = torch.nn.functional.avg_pool2d
+    pool: Any = torch.nn.functional.avg_pool2d
     return pool(x, kernel, stride or None, padding) / pool(torch.ones_like(x[:1, :1]), kernel, stride or None, padding)
 
 
