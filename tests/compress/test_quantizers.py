@@ -356,3 +356,10 @@ def test_a_failure_leaves_nothing_changed():
     with pytest.raises(ValueError, match="input_ids"):
         quantizers.quantize(tiny("bert"), ptq(), [inputs("bert"), {"no_such_input": torch.zeros(1)}])
     assert (SmoothQuant.__dict__["_calculate_scale_and_ratio"], nncf_logger.level) == before
+
+
+def test_torchs_own_attention_is_refused_by_name():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn is an nn\.MultiheadAttention.*weight_only"):
+        quantizers.quantize(model, Ptq(mode="ptq"), [{"src": torch.randn(2, 3, 16)}])

@@ -23,6 +23,7 @@ class Quantization(Method[Qat | Ptq]):
     @classmethod
     def check(cls, config: Qat | Ptq, skeleton: nn.Module, site: Site) -> None:
         quantizers.check_installed()
+        quantizers.check_attention(skeleton)
         names = [name for name, _ in skeleton.named_modules()]
         resolve(config.ignore, names, "quantize.ignore")
         resolve(list(config.bits), names, "quantize.bits")

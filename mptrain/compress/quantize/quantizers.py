@@ -37,9 +37,11 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     batches: keyword arguments of the model, without labels; moved to its device. The same
     batches give the same ranges. Ranges are trainable. Embeddings and the products inside
     attention have no quantizers (see placement.py).
-    Raises UserError for a pattern in `ignore` or `bits` that matches nothing it could act on.
+    Raises UserError for a pattern in `ignore` or `bits` that matches nothing it could act on, ModelError for a model
+    that NNCF cannot follow.
     """
     nncf_side = _placement()
+    check_attention(model)
     if is_quantized(model):
         raise UserError("the model is quantized already: quantize in one stage only, or start from an earlier stage")
     names = [name for name, _ in model.named_modules()]
@@ -65,6 +67,16 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if getattr(getattr(quantized, "config", None), "layerdrop", 0):
         quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next
     return quantized.train(model.training)
+
+
+def check_attention(model: nn.Module) -> None:
+    """Raises ModelError for torch's own attention: NNCF finds no weight behind the parts of a packed projection."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    if packed:
+        raise ModelError(
+            f"{packed[0]} is an nn.MultiheadAttention, whose packed projection cannot have quantizers: replace it by a"
+            " module with projections of its own, or compress weights only (quantize.mode: weight_only)."
+        )
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
