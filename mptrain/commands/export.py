@@ -99,7 +99,7 @@ def export_model(
         "parity": difference,
         "judged_by": "parity" if exact else "agreement",
         "runtime": facts.as_json(),
-        "passed": difference["max_abs_diff"] <= bound if exact else difference["agreement"] >= bound,
+        "passed": difference["relative"] <= bound if exact else difference["agreement"] >= bound,
         "limit": bound,
         "seconds": round(time.monotonic() - begun, 1),
     }

@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"A key-value cache of {cache:,} tokens in {kept}; judged by {facts['judged_by']}.")
     if not facts["passed"]:
         raise GateFailed(
-            f"the exported model differs from the torch model by more than {facts['limit']:g}; it was kept."
+            f"the exported model differs from the torch model by more than {facts['limit']:g} of its largest output; it"
+            " was kept."
             if facts["judged_by"] == "parity"
             else f"the exported model decides as the torch model in less than {100 * facts['limit']:.0f}%; it was kept."
         )

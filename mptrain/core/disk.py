@@ -55,6 +55,8 @@ def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[P
         if config is not None:
             described = config.to_dict()
             described.pop("auto_map", None)  # an exported model needs no modeling code
+            if "use_cache" in described:  # it takes none from its caller; optimum-intel refuses one that says it does
+                described["use_cache"] = False
             (scratch / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
         if processor is not None:
             processor.save_pretrained(scratch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,9 +81,10 @@ def load_with_inputs(
     if spec.kind.processor != "tokenizer":
         if data is not None:
             raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
-        return Loaded(model, task, made_up(model, spec.kind, samples), processor)
+        return Loaded(model, task, made_up(model, spec.kind, samples, processor=processor), processor)
     texts = texts_for(data) if processor is not None else None
-    limit = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    positions = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's -1 means that there is no bound
+    limit = min(length, positions) if positions > 0 else length
     if texts is None or processor is None:
         return Loaded(model, task, made_up(model, spec.kind, samples, limit), processor)
     return Loaded(model, task, tokenized(*texts, processor, spec.kind, samples, limit), processor)
@@ -111,17 +112,22 @@ def _has_head(config: PreTrainedConfig, kind: TaskSpec) -> bool:
     return cls is not None and (kind.processor != "tokenizer" or cls.main_input_name == "input_ids")
 
 
-def made_up(model: PreTrainedModel, kind: TaskSpec, samples: int, length: int | None = None) -> Samples:
+def made_up(
+    model: PreTrainedModel, kind: TaskSpec, samples: int, length: int | None = None, processor: Any = None
+) -> Samples:
     """Random inputs of the kind that the model takes. Text has padding, of a causal LM also on the left.
 
-    length: tokens (default 128) or samples (default 16,000); pictures have the model's size.
+    length: tokens (default 128) or samples (default 16,000); pictures have the size that the processor makes, else the
+    model's.
     """
     if kind.processor is None:
         raise UserError(f"--data: for {kind.name} give a recipe, whose `data:` is then used")
     generator = torch.Generator().manual_seed(0)
-    make = _MADE_UP[kind.processor]
     sizes = [min(BATCH, samples - start) for start in range(0, samples, BATCH)]
-    batches = [make(model, size, length, generator) for size in sizes]
+    if kind.processor == "image":
+        batches = [_picture(model, size, processor, generator) for size in sizes]
+    else:
+        batches = [_MADE_UP[kind.processor](model, size, length, generator) for size in sizes]
     return Samples(_with_left_padding(batches) if kind.causal else batches, "made up at random")
 
 
@@ -132,11 +138,26 @@ def _text(model: PreTrainedModel, size: int, length: int | None, generator: torc
     return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()}
 
 
-def _picture(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:
-    side = getattr(model.config, "image_size", None) or _SIDE  # a convolutional network takes any
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    channels = getattr(model.config, "num_channels", 3)
+def _picture(model: PreTrainedModel, size: int, processor: Any, generator: torch.Generator) -> Batch:
+    vision = getattr(model.config, "vision_config", model.config)  # CLIP's and SigLIP's
+    side = getattr(vision, "image_size", None) or _SIDE  # a convolutional network takes any
+    height, width = _made_size(processor) or (side if isinstance(side, (list, tuple)) else (side, side))
+    channels = getattr(vision, "num_channels", 3)
     return {"pixel_values": torch.randn(size, channels, height, width, generator=generator)}
+
+
+def _made_size(processor: Any) -> tuple[int, int] | None:
+    """Height and width of every picture that an image processor makes; None where it is none, or leaves them open."""
+    for name, step in (("crop_size", "do_center_crop"), ("size", "do_resize")):
+        if getattr(processor, step, False) and (size := getattr(processor, name, None)):
+            height, width, edge = (_size(size, key) for key in ("height", "width", "shortest_edge"))
+            if (height and width) or edge:  # of a square picture both are the shortest edge
+                return int(height or edge), int(width or edge)
+    return None
+
+
+def _size(size: Any, key: str) -> Any:
+    return size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)
 
 
 def _sound(model: PreTrainedModel, size: int, length: int | None, generator: torch.Generator) -> Batch:
@@ -149,7 +170,7 @@ def _sound(model: PreTrainedModel, size: int, length: int | None, generator: tor
     return {model.main_input_name: torch.randn(size, *shape, generator=generator)}
 
 
-_MADE_UP = {"tokenizer": _text, "image": _picture, "audio": _sound}
+_MADE_UP = {"tokenizer": _text, "audio": _sound}
 
 
 def texts_for(data: str | None) -> tuple[list[str], str] | None:

@@ -53,7 +53,9 @@ class Gates(Strict):
     )
     min_speedup: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="e.g. {b1_s128_t1: 1.8}")
     parity: Annotated[float, Field(gt=0)] | None = Field(
-        1e-4, description="|fp32 export - torch|, largest logit difference; not of those with a float16 cache"
+        1e-4,
+        description="|fp32 export - torch|, largest difference of an output, over its largest value where that is above"
+        " 1; not of those with a float16 cache",
     )
     agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
         0.9,

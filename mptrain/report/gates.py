@@ -70,7 +70,8 @@ def _largest(name: str, limit: float, values: Iterable[tuple[float | None, str]]
 
 def _parity(limit: float, variants: Sequence[Row]) -> Row:
     """The worst of all fp32 variants; one without a number is the worst."""
-    values = [((v["parity"] or {}).get("max_abs_diff"), v["id"]) for v in variants]
+    found = [(v["parity"] or {}, v["id"]) for v in variants]  # reports of before have no relative difference
+    values = [(parity.get("relative", parity.get("max_abs_diff")), name) for parity, name in found]
     value, variant = max(values, key=lambda pair: float("inf") if pair[0] is None else pair[0])
     return _row("parity", value, limit, value is not None and value <= limit, variant)
 

@@ -34,13 +34,15 @@ def compare(
     signature: which outputs count, and which of their places are padding and not compared; default what running the
     model tells. agreement: of the task, default whether the argmax of the last axis is the same, or, of outputs
     without one, the order of the examples.
-    Returns {"max_abs_diff", "mean_abs_diff", "agreement", "examples"}. For quantized models agreement says more than
-    the differences. Raises ExportError when an output is missing, has another shape or values that are not finite.
+    Returns {"max_abs_diff", "relative", "mean_abs_diff", "agreement", "examples"}; relative: the largest difference of
+    an output over its largest value in the batch, where that is above 1, as rounding grows with the values. For
+    quantized models agreement says more than the differences. Raises ExportError when an output is missing, has
+    another shape or values that are not finite.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
-    largest = total = 0.0
+    largest = relative = total = 0.0
     values = examples = 0
     alike: list[np.ndarray] = []
     for batch in batches:
@@ -64,7 +66,10 @@ def compare(
                     f"output {name}: {bad} of {got[name].numel()} values of the exported model are not finite"
                 )
             difference = (got[name].double() - wanted.double().cpu()).abs()
-            largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
+            furthest = float(difference.max()) if difference.numel() else 0.0
+            largest = max(largest, furthest)
+            known = wanted[wanted.isfinite()]
+            relative = max(relative, furthest / max(1.0, float(known.abs().max()) if known.numel() else 0.0))
             total += float(difference.sum())
             values += difference.numel()
         if agreement is None:
@@ -75,6 +80,7 @@ def compare(
     model.train(training)
     return {
         "max_abs_diff": largest,
+        "relative": relative,
         "mean_abs_diff": total / max(values, 1),
         "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,

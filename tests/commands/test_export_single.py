@@ -55,7 +55,7 @@ def test_a_quantized_model_keeps_its_integers(bert, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--precision", "int8"], "needs a quantized model"),
+        (["--precision", "int8"], "needs a model with fake quantizers, and this one has none: quantize it in a recipe"),
         (["--precision", "int3"], "precision"),
         (["--format", "tflite"], "'openvino', 'coreml'"),
         (["--target", "iOS18"], "minimum_deployment_target"),
@@ -76,7 +76,7 @@ def test_a_folder_that_is_there_is_left_alone(bert, tmp_path, capsys):
 
 
 def test_a_difference_is_exit_status_3(bert, tmp_path, capsys, monkeypatch):
-    compared = {"max_abs_diff": 0.5, "mean_abs_diff": 0.1, "agreement": 0.5, "examples": 4}
+    compared = {"max_abs_diff": 0.5, "relative": 0.5, "mean_abs_diff": 0.1, "agreement": 0.5, "examples": 4}
     monkeypatch.setattr(single.parity, "compare", lambda *_, **__: compared)
     status, _, err = export(capsys, bert / "plain", "--to", tmp_path / "ov")
     assert status == 3 and "differs from the torch model" in err

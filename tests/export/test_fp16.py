@@ -134,6 +134,33 @@ def test_every_op_of_a_model_is_found_in_its_graph(family):
     assert all(len({n.rpartition("/")[0] for n in found[name]}) == 1 for name in single)
 
 
+def test_a_batch_norm_that_conversion_folds_away_is_no_error(tmp_path):
+    from transformers import AutoModelForImageClassification, ResNetConfig
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = AutoModelForImageClassification.from_config(config).eval()
+    first = model.resnet.embedder.embedder
+    first.convolution.weight.data *= 450
+    first.normalization.running_var.fill_(2e5)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    done = export_openvino(model, batch, tmp_path / "fp16", precision="fp16")
+    assert list(done.half["kept_fp32"]) == ["resnet.embedder.embedder.normalization/native_batch_norm"]
+    assert done.half["nodes"] == [], "it is in the weights of the convolution"
+    with torch.no_grad():
+        expected = model(**batch).logits.numpy()
+    np.testing.assert_allclose(CompiledIr(done.xml)(batch)["logits"], expected, atol=2e-3)
+
+
+def test_exports_say_that_they_take_no_cache(tmp_path):
+    """optimum-intel refuses a causal LM without a cache whose config says that it uses one."""
+    model, batch = tiny_models.tiny("llama"), tiny_models.inputs("llama")
+    assert model.config.use_cache
+    export_openvino(model, batch, tmp_path / "ov", precision="fp32")
+    assert json.loads((tmp_path / "ov" / "config.json").read_text())["use_cache"] is False
+    assert model.config.use_cache, "the model is as it was"
+
+
 def test_a_model_with_quantizers_is_refused(tmp_path):
     batch = tiny_models.inputs("bert")
     model = quantizers.quantize(tiny_models.tiny("bert"), Ptq(mode="ptq"), [batch])

@@ -75,6 +75,12 @@ def test_parity_is_the_worst_fp32_variant():
     assert "parity" not in run({"parity": 1e-4}, [variant("i", "int8")])
 
 
+def test_parity_is_judged_relative_to_the_outputs():
+    found = variant("a", parity={"max_abs_diff": 2e-4, "relative": 1e-5})
+    gate = run({"parity": 1e-4}, [found])["parity"]
+    assert (gate["value"], gate["passed"]) == (1e-5, True)
+
+
 def test_agreement_is_that_of_the_worst_quantized_variant():
     rows = [variant("a", parity={"agreement": 0.1})]
     assert "agreement" not in run({"agreement": 0.9}, rows)

@@ -135,6 +135,19 @@ def test_parity_measures_what_differs():
     assert model.training
 
 
+def test_differences_are_relative_to_outputs_above_one():
+    class Large(torch.nn.Module):
+        def forward(self, x):
+            return {"logits": 20 * x, "small": 1e-3 * x}
+
+    x = torch.tensor([[1.0, -0.5], [0.25, 0.75]])
+    found = compare(Large(), lambda batch: {"logits": (20 * x + 2e-4).numpy(), "small": (1e-3 * x).numpy()}, [{"x": x}])
+    assert found["max_abs_diff"] == pytest.approx(2e-4, rel=0.02)
+    assert found["relative"] == pytest.approx(1e-5, rel=0.02), "2e-4 of logits of 20 is rounding"
+    off = compare(Large(), lambda batch: {"logits": (20 * x).numpy(), "small": (1e-3 * x + 2e-4).numpy()}, [{"x": x}])
+    assert off["relative"] == pytest.approx(2e-4, rel=0.02), "small outputs count as they are"
+
+
 def test_padding_is_not_compared():
     model, batch = tiny("llama"), inputs("llama")
 

@@ -207,7 +207,8 @@ def _check(model: nn.Module, precision: str) -> None:
             )
     elif not quantized and precision not in ("fp32", "fp16"):
         raise UserError(
-            f"export precision {precision} needs a quantized model: add `quantize` to the stage, or export it as fp32"
+            f"export precision {precision} needs a model with fake quantizers, and this one has none: quantize it in a"
+            " recipe (`quantize`) and export what that made, or export this one as fp32 or fp16"
         )
 
 

@@ -41,9 +41,13 @@ _TRACED = {
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
     "native_layer_norm": "layer_norm",
+    "native_batch_norm": "batch_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm",
     "native_group_norm": "group_norm",
 }
 """what a trace calls the ATen operations that run"""
+_FOLDED = {"native_batch_norm", "_native_batch_norm_legit_no_training"}
+"""conversion may put these into the weights of the convolution before: their large numbers are gone with them"""
 
 
 def find(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signature: Signature) -> tuple[Found, list[Op]]:
@@ -88,6 +92,8 @@ def _nodes(graph: ov.Model, op: Op, ops: Sequence[Op]) -> list[str]:
         found = _SCOPE.fullmatch(node.get_friendly_name())
         if found and found["module"] in modules and found["call"].rstrip("_") in calls:
             by_type.setdefault(found["type"], []).append((int(found["number"] or 0), node.get_friendly_name()))
+    if not by_type and op.kind in _FOLDED:
+        return []
     if not by_type:
         raise ExportError(
             f"{op.name} must stay in fp32 in an fp16 export, and the IR has no node of that name. Export it as fp32, or"

@@ -110,7 +110,8 @@ def _first(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
 
 def check_length(field: str, tokens: int, config: PreTrainedConfig) -> None:
     """Raises UserError when models of this config cannot have a cache of so many tokens."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    limit = positions if positions > 0 else max(tokens, 1)
     if not 1 <= tokens <= limit:
         raise UserError(f"{field} {tokens} must be 1 to {limit}, the model's limit; lower it")
 
