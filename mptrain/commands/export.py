@@ -14,12 +14,12 @@ from mptrain.core.disk import whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
-from mptrain.core.signature import Batch, probed, rows_of
+from mptrain.core.signature import BATCH, Batch, probed, rows_of
 from mptrain.data.load import task_class
 from mptrain.export.base import Embeddings, Source
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
-from mptrain.models.samples import Loaded, load_with_inputs
+from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
 from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.tasks import causal
@@ -73,6 +73,10 @@ def export_model(
     found = load_with_inputs(path, task, attn, data, 2 * samples, limit, allow_code)
     inputs = _Inputs(found.samples.batches if cache is None else _for_cache(cache, found), samples)
     source = _source(found, spec, precision, inputs)
+    if TASKS[found.task].unit == "tokens":
+        spec = spec.sized(tokens_read(found.model, limit), True)
+    elif lengths := _lengths(source):
+        spec = spec.sized(max(lengths), False)
     kind = format_of(spec)
     config = getattr(source.model, "config", None)
     with progress(f"export {to.name}"), whole(to, config, found.processor) as scratch:
@@ -122,6 +126,14 @@ class _Inputs:
             middle = (len(self.compared) + 1) // 2
             self.compared, self._others = self.compared[:middle], self.compared[middle:]
         return self._others or self.compared
+
+
+def _lengths(source: Source) -> list[int]:
+    """Of the example, along the free axes beside the batch."""
+    ports = [
+        (port.name, place) for port in source.signature.inputs for place, word in port.free.items() if word != BATCH
+    ]
+    return [source.example[name].shape[place] for name, place in ports]
 
 
 def _source(found: Loaded, spec: ExportSpec, precision: str, inputs: _Inputs) -> Source:

@@ -19,6 +19,7 @@ from mptrain.data.sources.tables import check_unicode, read_table
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.text import examples_of, pad, tokenize
 from mptrain.models.load import head_class, load_model, load_processor, read_config
+from mptrain.models.positions import positions_of
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
 
 BATCH = 8
@@ -83,11 +84,17 @@ def load_with_inputs(
             raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
         return Loaded(model, task, made_up(model, spec.kind, samples, processor=processor), processor)
     texts = texts_for(data) if processor is not None else None
-    positions = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's -1 means that there is no bound
-    limit = min(length, positions) if positions > 0 else length
+    limit = tokens_read(model, length)
     if texts is None or processor is None:
         return Loaded(model, task, made_up(model, spec.kind, samples, limit), processor)
     return Loaded(model, task, tokenized(*texts, processor, spec.kind, samples, limit), processor)
+
+
+def tokens_read(model: PreTrainedModel, length: int) -> int:
+    """`length`, or as many tokens as the model reads."""
+    stated = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's -1 means that there is no bound
+    held = positions_of(model)
+    return min([length, *([stated] if stated > 0 else []), *([held.tokens] if held is not None else [])])
 
 
 def guess_task(config: PreTrainedConfig) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -143,6 +143,11 @@ class ExportSpec(Strict):
     def longest(self) -> Limit | None:
         """None where inputs may have any length."""
         return None if self.cache is None else Limit("cache", self.cache)
+
+    def sized(self, length: int, free: bool) -> Self:
+        """The entry for inputs of up to `length`, or of exactly so many where the length is not `free`, for a model
+        that no recipe's data describe. Sizes that the entry names stay."""
+        return self
 
     def widths(self) -> frozenset[int]:
         """Bits of an index that it has tables for; a stage learns no others. An expanded table may have any."""

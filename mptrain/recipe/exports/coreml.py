@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -72,6 +72,12 @@ class CoreMl(ExportSpec):
 
     def longest(self) -> Limit | None:
         return super().longest() or Limit("shapes.length", max(self.shapes.length))
+
+    def sized(self, length: int, free: bool) -> Self:
+        if "shapes" in self.model_fields_set or self.cache is not None:
+            return self
+        sizes = [1, length] if free and length > 1 else [length]
+        return self.model_copy(update={"shapes": CoreMlShapes(length=sizes)})
 
     def widths(self) -> frozenset[int]:
         return super().widths() - ({3} if self.minimum_deployment_target != "iOS18" else set())
