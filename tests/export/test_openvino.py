@@ -274,7 +274,7 @@ def test_the_masks_are_transformers_own(mask, causal):
 
 def test_precision_and_model_must_fit(tmp_path):
     model = tiny("vit")
-    with pytest.raises(UserError, match="int8 needs a quantized model"):
+    with pytest.raises(UserError, match="int8 needs a model with fake quantizers"):
         export(model, "vit", tmp_path, "int8")
     q = quantized(model, "vit")
     with pytest.raises(UserError, match="detach them first"):
