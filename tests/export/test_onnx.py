@@ -1,0 +1,127 @@
+"""ONNX files: few casts where fp16 breaks, weights as their integers, layers that onnxruntime computes in integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from kit.tiny_models import inputs, tiny
+from torch import nn
+
+from mptrain.compress.quantize import quantizers
+from mptrain.compress.weights import records, weight_only
+from mptrain.core.errors import ExportError, UserError
+from mptrain.core.signature import BATCH, Port, Signature
+from mptrain.export.onnx import convert
+from mptrain.export.onnx.facts import facts
+from mptrain.export.onnx.runner import Session
+from mptrain.export.onnx.weights import _packed
+from mptrain.recipe import Qat, WeightOnly
+from mptrain.verify import parity
+
+
+class Loud(nn.Module):
+    """x + down(up(x)), where `up` gives 1e5 and `down` takes it back: three operations that fp16 breaks."""
+
+    def __init__(self, scale: float = 1e5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.up.weight *= scale
+            self.down.weight /= scale
+
+    def forward(self, x):
+        y = self.down(torch.relu(self.up(x)))
+        return {"logits": self.head(torch.tanh(x.reshape(len(x), 2, 4).flatten(1) + y))}
+
+
+X = {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(1))}
+SIGNATURE = Signature((Port("x", (BATCH, 8)),), (Port("logits", (BATCH, 4)),))
+
+
+def test_a_value_that_crosses_is_cast_once_and_nothing_else_is(tmp_path):
+    done = convert.write(Loud().eval(), X, tmp_path, precision="fp16", calibration=[X], signature=SIGNATURE)
+    found = facts(done.path)
+    # the operation that makes 1e5, the one that passes it on and the one that reads it; x comes in, y goes back, logits
+    assert len(done.half["kept_fp32"]) == 3 and found.float_casts <= 4
+    with torch.no_grad():
+        expected = Loud().eval()(**X)["logits"].numpy()
+    got = Session(done.path)(X)["logits"]
+    assert got.dtype == np.float32 and abs(got - expected).max() < 5e-3
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    done = convert.write(Loud(1.0).eval(), X, quiet, precision="fp16", calibration=[X], signature=SIGNATURE)
+    assert done.half["kept_fp32"] == {} and facts(done.path).float_casts == 2, "the input and the output"
+    assert set(facts(done.path).weight_types) == {"float16"}
+
+
+def test_int8_layers_compute_in_integers_with_the_learned_ranges(tmp_path):
+    model = quantizers.quantize(tiny("bert"), Qat(mode="qat"), [inputs("bert")])
+    done = convert.write(model, inputs("bert"), tmp_path, embeddings="int8")
+    found = facts(done.path)
+    assert len(found.int8_layers) >= 12 and found.weight_types["int8"] > 10_000
+    compared = parity.compare(model, Session(done.path), [inputs("bert", seed=4)])
+    assert compared["max_abs_diff"] < 2e-3 and compared["agreement"] == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_are_multiplied_as_integers_and_rows_looked_up(tmp_path, symmetric):
+    model = tiny("llama")
+    settings = WeightOnly(mode="weight_only", method="rtn", bits=4, block_size=16, symmetric=symmetric)
+    weight_only.compress(model, settings, [])
+    done = convert.write(model, inputs("llama"), tmp_path)
+    graph = ir.load(done.path).graph
+    kinds = [node.op_type for node in graph.all_nodes()]
+    assert kinds.count("MatMulNBits") >= 14 and "DequantizeLinear" not in kinds
+    assert all(len(n.inputs) == (3 if symmetric else 4) for n in graph.all_nodes() if n.op_type == "MatMulNBits")
+    table = next(
+        node.inputs[0] for node in graph.all_nodes() if node.op_type == "Gather" and "embed" in node.inputs[0].name
+    )
+    assert table.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+    assert parity.compare(model, Session(done.path), [inputs("llama", seed=2)])["max_abs_diff"] < 1e-5
+
+
+def test_a_tied_head_is_stored_once(tmp_path):
+    model = tiny("gpt2")
+    settings = WeightOnly(
+        mode="weight_only", method="rtn", bits=8, granularity="channel", embeddings="same", lm_head="same"
+    )
+    weight_only.compress(model, settings, [])
+    assert any("lm_head" in name for name in records.of(model))
+    done = convert.write(model, inputs("gpt2"), tmp_path)
+    assert parity.compare(model, Session(done.path), [inputs("gpt2", seed=2)])["max_abs_diff"] < 1e-5
+    sizes = facts(done.path).weight_types
+    assert sizes.get("float", 0) < 0.2 * sum(sizes.values()), sizes
+
+
+def test_weights_that_are_too_many_for_a_file_stand_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "LARGEST", 1000)
+    done = convert.write(tiny("bert"), inputs("bert"), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert done.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert parity.compare(tiny("bert"), Session(done.path), [inputs("bert", seed=2)])["max_abs_diff"] < 1e-5
+
+
+def test_free_axes_have_the_words_of_the_signature(tmp_path):
+    graph = ir.load(convert.write(tiny("bert"), inputs("bert"), tmp_path).path).graph
+    assert [[str(axis) for axis in value.shape] for value in graph.inputs] == [["batch", "tokens"]] * len(graph.inputs)
+    assert str(graph.outputs[0].shape[0]) == "batch"
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"model\.float\(\)"):
+        convert.write(tiny("bert").bfloat16(), inputs("bert"), tmp_path)
+
+    class Odd(nn.Module):
+        def forward(self, x):
+            return {"logits": x if x.sum() > 0 else -x}
+
+    with pytest.raises(ExportError, match="depends on the values of its inputs"):
+        convert.write(Odd(), X, tmp_path, signature=Signature((Port("x", (BATCH, 8)),), (Port("logits", (BATCH, 8)),)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_four_bits_are_packed_low_half_first():
+    assert _packed(np.array([[1, 2, 3]], np.uint8), 4).tolist() == [[0x21, 0x03]]
