@@ -24,6 +24,11 @@ def logits(model, folder):
         return model(**batch).logits, expected
 
 
+def assert_close(found, expected):
+    """What was written on another CPU: the same but for the order in which it adds."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
 def test_every_family_of_that_time_is_here():
     names = {path.name for path in FOLDERS}
     assert names == {
@@ -36,14 +41,14 @@ def test_every_family_of_that_time_is_here():
 def test_it_loads_bit_for_bit_and_is_saved_as_version_2(folder, tmp_path):
     model = mptrain.load(folder)
     found, expected = logits(model, folder)
-    assert torch.equal(found, expected)
+    assert_close(found, expected)
 
     structure = model.config.mptrain_structure
     assert structure["version"] == 2 and structure["tensors"] and structure["blocks"]
     mptrain.save(model, tmp_path / "again")
     again = mptrain.load(tmp_path / "again")
     assert again.config.mptrain_structure == structure
-    assert torch.equal(logits(again, folder)[0], expected)
+    assert torch.equal(logits(again, folder)[0], found)
 
 
 @pytest.mark.parametrize("folder", PRUNED, ids=lambda path: path.name)
@@ -57,7 +62,8 @@ def test_its_own_code_still_loads_it(folder, tmp_path, monkeypatch):
         if issubclass(cls, t.PreTrainedModel)
     )
     found, expected = logits(auto.from_pretrained(folder, trust_remote_code=True).eval(), folder)
-    assert torch.equal(found, expected)
+    assert_close(found, expected)
+    assert torch.equal(found, logits(mptrain.load(folder), folder)[0]), "bit for bit what mptrain.load gives"
 
 
 @pytest.mark.parametrize(

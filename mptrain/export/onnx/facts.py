@@ -42,14 +42,16 @@ def facts(path: Path) -> Facts:
     kinds = Counter(node.op_type for node in optimized)
     fused = sum(kinds[kind] for kind in ATTENTION)
     types = {kind.lower(): size for kind, size in sizes.most_common() if kind not in _INDICES}
-    integer = sorted(module(node) for node in optimized if node.op_type in INTEGER)
+    named = {str(node.name): module(node) for node in model.graph.all_nodes()}  # the optimizer keeps names alone
+    integer = [str(node.name) for node in optimized if node.op_type in INTEGER]
+    floating = [str(node.name) for node in optimized if node.op_type in WEIGHTED and _weighted(node)]
     return Facts(
         weight_types=types,
         inference_precision="f16" if types.get("float16", 0) > types.get("float", 0) else "f32",
         fused_attention=fused,
         attention_layers=fused + kinds["Softmax"],
-        int8_layers=integer,
-        fp32_layers=sorted(module(node) for node in optimized if node.op_type in WEIGHTED and _weighted(node)),
+        int8_layers=sorted(named.get(name, name) for name in integer),
+        fp32_layers=sorted(named.get(name, name) for name in floating),
         casts=len(casts),
         float_casts=len(between),
         more={"operations": dict(kinds.most_common())},
@@ -61,8 +63,10 @@ def module(node: ir.Node) -> str:
     scopes = node.metadata_props.get(SCOPES)
     if not scopes:
         return node.name or node.op_type
-    names = [name.strip(" '\"") for name in scopes.strip("[]").split(",")]
-    return (names[-2] if len(names) > 1 else "").removeprefix("model").removeprefix(".") or node.name or node.op_type
+    names = [name.strip(" '\"") for name in scopes.strip("[]").split(",")][1:-1]
+    whole = names[-1:] and names[-1].startswith(f"{names[0]}.")  # torch gives whole paths, or their parts
+    path = names[-1] if whole else ".".join(names)
+    return path.removeprefix("model").removeprefix(".") or node.name or node.op_type
 
 
 def _weighted(node: ir.Node) -> bool:

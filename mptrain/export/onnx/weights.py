@@ -1,6 +1,7 @@
 """Records of compressed weights as integers of an ONNX file, never computed again.
 
-    x · W, weight only    MatMulNBits of onnxruntime: 4 or 8 bits in blocks of 16 to 128, activations stay float
+    x · W, weight only    MatMulNBits of onnxruntime: 4 or 8 bits in blocks of 16 to 128, activations stay float (it
+                          would make the same of a DequantizeLinear, with activations in 8 bits and without a word)
     look-up of rows       Gather of the integers, of their scales and zero points, then their product
     everything else       DequantizeLinear on int4, uint4, int8 or uint8, per tensor, row or block; with
                           QuantizeLinear and DequantizeLinear before the layer onnxruntime computes in integers
@@ -22,6 +23,7 @@ from mptrain.core.errors import ExportError
 
 BLOCKS = (128, 64, 32, 16)
 MICROSOFT = "com.microsoft"
+MOVES = {"Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Gather", "Flatten", "Expand"}
 
 
 def store(model: ir.Model, records: Mapping[str, Record]) -> None:
@@ -81,7 +83,7 @@ class _Stored:
                     self._matmul(reader)
                 self.graph.remove(node, safe=True)
                 return
-        if turned and place == 1 and self._multiplies(node, value):
+        if place == 1 and turned != _turns(node) and self._multiplies(node, value):
             self._matmul(node)
         elif node.op_type == "Gather" and place == 0 and not turned and self.scale.shape == (len(self.q), 1):
             self._gather(node)
@@ -90,11 +92,15 @@ class _Stored:
 
     def _multiplies(self, node: ir.Node, weight: ir.Value) -> bool:
         """Whether a node is x · weight with x in floating point, in blocks that MatMulNBits knows."""
-        if node.op_type != "MatMul" or node.inputs[1] is not weight or node.inputs[0] is None:
+        plain = all(node.attributes[name].as_float() == 1 for name in ("alpha", "beta") if name in node.attributes)
+        if (
+            node.op_type not in ("MatMul", "Gemm")
+            or not plain
+            or node.inputs[1] is not weight
+            or node.inputs[0] is None
+        ):
             return False
-        producer = node.inputs[0].producer()
-        integer = producer is not None and producer.op_type == "DequantizeLinear"
-        return not integer and self._block() is not None
+        return not _quantized(node.inputs[0]) and self._block() is not None
 
     def _block(self) -> int | None:
         return next((block for block in BLOCKS if self.record.block_size % block == 0), None)
@@ -114,8 +120,16 @@ class _Stored:
             zero = np.repeat(np.broadcast_to(self.zero, (rows, self.zero.shape[1])), repeats, axis=1)
             inputs.append(self._constant("zero_points", _packed(zero.astype(np.uint8), bits)))
         attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block}
-        self._replace(node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=node.name))
         self.model.opset_imports[MICROSOFT] = 1
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is None:
+            self._replace(node, ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=node.name))
+            return
+        product = ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=f"{node.name}_product")
+        product.metadata_props.update(node.metadata_props)
+        self.graph.insert_before(node, product)
+        made = self._typed(product, ir.DataType.FLOAT, f"{node.name}_product")
+        self._replace(node, ir.node("Add", [made, bias], name=node.name))
 
     def _gather(self, node: ir.Node) -> None:
         bits = 8  # a look-up of single rows in packed integers has no operation
@@ -215,6 +229,22 @@ class _Stored:
             if output is was:
                 self.graph.outputs[place] = now
         self.graph.remove(old, safe=True)
+
+
+def _quantized(value: ir.Value | None) -> bool:
+    """Whether an activation has been through a quantizer, also where it was moved since."""
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "DequantizeLinear":
+            return True
+        if producer.op_type not in MOVES:
+            return False
+        value = producer.inputs[0]
+    return False
+
+
+def _turns(node: ir.Node) -> bool:
+    """Whether an operation turns its second operand itself."""
+    return node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
 
 
 def _packed(values: np.ndarray, bits: int) -> np.ndarray:
