@@ -52,22 +52,9 @@ def export_model(
     counts where numbers are rounded) is within the default gate. Raises UserError, ExportError.
     """
     begun = time.monotonic()
-    options = options or {}
-    if "cache" in options and spec_of(format).caches is None:
-        able = " or ".join(name for name, kind in EXPORTS.items() if kind.caches is not None)
-        raise UserError(
-            f"--cache {options['cache']}: {spec_of(format).title} is written without a cache; drop it, or choose"
-            f" --format {able}"
-        )
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
-    entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **options}
-    try:
-        spec: ExportSpec = TypeAdapter(Export).validate_python(entry)
-    except ValidationError as error:
-        said = "; ".join(_said(e["loc"], e["msg"]) for e in error.errors())
-        raise UserError(f"export {format} {precision}: {said}") from None
-    spec.check_installed()
+    spec = _spec(format, precision, options or {})
     cache = spec.cache
     limit = min(length, cache or length)
     found = load_with_inputs(path, task, attn, data, 2 * samples, limit, allow_code)
@@ -107,6 +94,24 @@ def export_model(
         "limit": bound,
         "seconds": round(time.monotonic() - begun, 1),
     }
+
+
+def _spec(format: str, precision: str, options: dict[str, Any]) -> ExportSpec:
+    """An entry of a recipe's `export`, with its packages installed. Raises UserError, ModuleNotFoundError."""
+    if "cache" in options and spec_of(format).caches is None:
+        able = " or ".join(name for name, kind in EXPORTS.items() if kind.caches is not None)
+        raise UserError(
+            f"--cache {options['cache']}: {spec_of(format).title} is written without a cache; drop it, or choose"
+            f" --format {able}"
+        )
+    entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **options}
+    try:
+        spec: ExportSpec = TypeAdapter(Export).validate_python(entry)
+    except ValidationError as error:
+        said = "; ".join(_said(e["loc"], e["msg"]) for e in error.errors())
+        raise UserError(f"export {format} {precision}: {said}") from None
+    spec.check_installed()
+    return spec
 
 
 class _Inputs:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from mptrain.core.disk import size, whole
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
-from mptrain.core.signature import BATCH, Signature, probed, without_cache
+from mptrain.core.signature import Signature, probed, without_cache
 from mptrain.export.coreml import arguments
 from mptrain.export.coreml.cache_ops import index_copy
 from mptrain.export.coreml.compat import compatible, storing, supported
 from mptrain.export.coreml.half import MilOps, spellings
+from mptrain.export.coreml.shapes import Axes, axes_of, fitted, flexible, sized_inside, tensor_types
 from mptrain.export.coreml.weights import constants
 from mptrain.export.torch import calls
 from mptrain.export.torch.cached_decoder import CachedDecoder
@@ -43,8 +44,6 @@ from mptrain.verify.outputs import of_model, rows
 PACKAGE = "model.mlpackage"
 MASKED = -32752.0  # half the least float16: a score added to it stays finite, and its exponential is zero
 Route = Literal["export", "trace"]
-Axes = Mapping[str, Sequence[tuple[int, str]]]
-"""of each input: (place, "batch" or "length") of the axes that may be flexible"""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def convert_checked(
     )
     if precision == "fp16" and calibration:
         sizes = shapes or CoreMlShapes()
-        batches = [_fitted(batch, signature, sizes) for batch in calibration]
+        batches = [fitted(batch, signature, sizes) for batch in calibration]
         return safe_half(into, batches, of_model(model, batches, signature), signature, keep_fp32)
     return into(precision=precision, keep_fp32=keep_fp32)
 
@@ -145,8 +144,8 @@ def convert(
     training = model.training
     plain = Positional(model, list(example), signature.output_names)
     wrapper = (plain if cache is None else CachedDecoder(model, cache)).eval()
-    axes = _axes(signature)
-    values = _values(example, shapes, axes)
+    axes = axes_of(signature)
+    values = sized_inside(example, shapes, axes)
     try:
         with (
             torch.no_grad(),
@@ -226,10 +225,10 @@ def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShape
         torch._C._jit_pass_inline(graph.graph)
         kinds = Counter(_kinds(graph.graph))
     else:
-        dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in _flexible(shapes)}
+        dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in flexible(shapes)}
         free = tuple({axis: dims[n] for axis, n in axes[name] if n in dims} for name in values)
-        flexible = (free,) if isinstance(wrapper, Positional) else free  # Positional takes *values: one argument
-        graph = torch.export.export(wrapper, inputs, dynamic_shapes=flexible, strict=False)
+        sizes = (free,) if isinstance(wrapper, Positional) else free  # Positional takes *values: one argument
+        graph = torch.export.export(wrapper, inputs, dynamic_shapes=sizes, strict=False)
         graph = graph.run_decompositions(arguments.table())
         arguments.check(graph)
         targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
@@ -258,92 +257,13 @@ def _to_package(
     selector: Callable[[Any], bool] = lambda operation: operation.name not in keep_fp32  # noqa: E731
     return ct.convert(
         source,
-        inputs=_inputs(values, shapes, _axes(signature), np.float16 if half else np.float32),
+        inputs=tensor_types(values, shapes, axes_of(signature), np.float16 if half else np.float32),
         outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in signature.output_names],
         convert_to="mlprogram",
         minimum_deployment_target=getattr(ct.target, target),
         compute_precision=ct.transform.FP16ComputePrecision(selector) if precision == "fp16" else ct.precision.FLOAT32,
         skip_model_load=True,
     )
-
-
-def _inputs(values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes, floats: Any) -> list[ct.TensorType]:
-    """One RangeDim to each axis name, shared by the inputs: Core ML then knows that their lengths agree."""
-    ranges = {
-        name: ct.RangeDim(min(sizes), max(sizes), default=min(max(sizes), max(min(sizes), 2)))
-        for name, sizes in _flexible(shapes)
-    }
-    found = []
-    for name, value in values.items():
-        dtype = floats if value.is_floating_point() else np.int32
-        if shapes.kind == "enumerated":
-            pairs = [(b, n) for b in sorted(set(shapes.batch)) for n in sorted(set(shapes.length))]
-            sizes = {tuple(_sized(axes[name], value, batch, length)) for batch, length in pairs}
-            shape: Any = ct.EnumeratedShapes([list(one) for one in sorted(sizes)]) if len(sizes) > 1 else sizes.pop()
-        else:
-            shape = list(value.shape)
-            for axis, axis_name in axes[name]:
-                if axis_name in ranges:
-                    shape[axis] = ranges[axis_name]
-        found.append(ct.TensorType(name=name, shape=shape, dtype=dtype))
-    return found
-
-
-def _values(example: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes) -> dict[str, Tensor]:
-    """The example at a size inside the shapes; at least 2 of a flexible axis, for torch takes a size of 1 as fixed."""
-    sizes = {"batch": shapes.batch, "length": shapes.length}
-    flexible = dict(_flexible(shapes))
-    chosen = {name: max(2, min(found)) if name in flexible else found[0] for name, found in sizes.items()}
-    values = {}
-    for name, value in example.items():
-        value = value.to(torch.float32 if value.is_floating_point() else torch.int32)
-        for axis, axis_name in axes[name]:
-            repeats = [1] * value.dim()
-            repeats[axis] = -(-chosen[axis_name] // value.shape[axis])
-            value = value.repeat(repeats).narrow(axis, 0, chosen[axis_name])
-        values[name] = value.clone(memory_format=torch.contiguous_format)  # strides of its own: they become guards
-    return values
-
-
-def _fitted(batch: Mapping[str, Tensor], signature: Signature, shapes: CoreMlShapes) -> dict[str, Tensor]:
-    """Calibration inputs at a size that the package takes: rows cut or repeated, texts cut or padded."""
-    found = {}
-    for name, axes in _axes(signature).items():
-        value = torch.as_tensor(batch[name])
-        for axis, axis_name in axes:
-            sizes = sorted(shapes.batch if axis_name == "batch" else shapes.length)
-            count = value.shape[axis]
-            if shapes.kind == "ranged":
-                wanted = max(sizes[0], min(count, sizes[-1]))
-            else:
-                wanted = next((n for n in sizes if n >= count), sizes[-1])
-            if axis == 0:
-                value = value.repeat([-(-wanted // count), *[1] * (value.dim() - 1)])
-            elif wanted > count:
-                value = torch.nn.functional.pad(value, (0, wanted - count))
-            value = value.narrow(axis, 0, wanted)
-        found[name] = value
-    return found
-
-
-def _flexible(shapes: CoreMlShapes) -> list[tuple[str, list[int]]]:
-    found = {"batch": list(shapes.batch), "length": list(shapes.length)}
-    return [(name, sizes) for name, sizes in found.items() if min(sizes) < max(sizes)]
-
-
-def _axes(signature: Signature) -> Axes:
-    """Of each input the axes that a package may leave flexible: the batch, and the length of what has one."""
-    return {
-        port.name: [(place, "batch" if word == BATCH else "length") for place, word in port.free.items()]
-        for port in signature.inputs
-    }
-
-
-def _sized(axes: Sequence[tuple[int, str]], value: Tensor, batch: int, length: int) -> list[int]:
-    shape = list(value.shape)
-    for axis, axis_name in axes:
-        shape[axis] = batch if axis_name == "batch" else length
-    return shape
 
 
 def _kinds(graph: Any) -> list[str]:
