@@ -33,9 +33,14 @@ def facts(path: Path) -> Facts:
     fp32_layers of the graph as onnxruntime optimizes it for this CPU. more: its operations."""
     model = ir.load(path)
     sizes: Counter[str] = Counter()
+    packed: dict[str | None, str] = {}
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits":  # its integers are declared as bytes, two of 4 bits to one
+            kind = f"UINT{node.attributes['bits'].as_int()}"
+            packed |= {value.name: kind for value in (node.inputs[1], *node.inputs[3:4]) if value is not None}
     for value in model.graph.initializers.values():
         if value.const_value is not None:
-            sizes[value.const_value.dtype.name] += value.const_value.nbytes
+            sizes[packed.get(value.name, value.const_value.dtype.name)] += value.const_value.nbytes
     casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
     between = [node for node in casts if {v.dtype for v in (*node.inputs, *node.outputs) if v is not None} <= FLOATS]
     optimized = list(_optimized(path).graph.all_nodes())
