@@ -26,7 +26,6 @@ from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.blocks import Block
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
-from mptrain.core.hooks import is_quantized
 from mptrain.core.host import host
 from mptrain.core.signature import probed
 from mptrain.models.samples import Samples, load_with_inputs
@@ -112,7 +111,7 @@ def _load(
     path: str, task: str | None, attn: str | None, data: str | None, samples: int, length: int, allow_code: bool
 ) -> tuple[PreTrainedModel, str, Samples]:
     found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
-    model = quantizers.detach(found.model)[0] if is_quantized(found.model) else found.model
+    model = quantizers.plain(found.model)
     return model.float().eval(), found.task, found.samples
 
 

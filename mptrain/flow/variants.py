@@ -187,7 +187,7 @@ class Variants:
 
 def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
     """Parameters of all, MACs of the attention and FFN blocks for one example; None where these are not known."""
-    plain = quantizers.detach(model)[0] if quantizers.is_quantized(model) else model
+    plain = quantizers.plain(model)
     params = sum(p.numel() for p in plain.parameters())
     try:
         structure = find_structure(plain, example)

@@ -12,10 +12,24 @@ from torch import Tensor, nn
 from mptrain.core.errors import ExportError
 from mptrain.core.signature import Batch, Forward, Outputs, Signature, probed, without_cache
 from mptrain.data.tasks.agreement import decisions
+from mptrain.verify import overflow
 from mptrain.verify.outputs import rows
 
 Agreement = Callable[[Outputs, Outputs, Batch], np.ndarray]
 """(expected, got, inputs) to a number in 0..1 for each decision"""
+
+
+@torch.no_grad()
+def executed(
+    model: nn.Module, runner: Forward, batches: Iterable[Mapping[str, Tensor]], signature: Signature
+) -> overflow.Difference:
+    """The worst of all batches, of an exported model that rounds against the float32 one; arguments as of `compare`."""
+    found = []
+    for batch in batches:
+        with without_cache(model):
+            expected = rows(model(**batch), batch, signature)
+        found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
+    return overflow.worst(found)
 
 
 @torch.no_grad()

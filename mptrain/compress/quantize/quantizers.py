@@ -148,6 +148,11 @@ def detach(model: Model) -> tuple[Model, dict[str, Any], dict[str, Tensor]]:
     return plain, config, tensors
 
 
+def plain(model: Model) -> Model:
+    """Without quantizers, as `detach` takes them off; a model that has none is returned as it is."""
+    return detach(model)[0] if is_quantized(model) else model
+
+
 def frozen(model: Model) -> Model:
     """A copy whose quantizers are single torch operations with constants: to trace, not to train."""
     nncf_side = _placement()

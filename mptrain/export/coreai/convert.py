@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,8 @@ from mptrain.export.coreai import arguments
 from mptrain.export.coreai.facts import float_casts
 from mptrain.export.coreai.runner import Asset
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
-from mptrain.verify import overflow
-from mptrain.verify.outputs import of_model, rows
+from mptrain.verify import overflow, parity
+from mptrain.verify.outputs import of_model
 from mptrain.verify.programs import exported
 
 with warnings.catch_warnings():
@@ -121,7 +121,8 @@ def write(
     half["float_casts"] = float_casts(AIModelAsset.load(done.asset).program)
     if calibration:
         batches = [_smallest(calibration)] if few else calibration
-        executed = _executed(model, done.asset, batches, signature)
+        with closing(Asset(done.asset)) as runner:
+            executed = parity.executed(model, runner, batches, signature)
         examples = sum(len(next(iter(batch.values()))) for batch in batches)
         half["executed"] = overflow.as_json(executed) | {"examples": examples}
         if not executed.right():
@@ -219,21 +220,6 @@ def _smallest(batches: Batches) -> Mapping[str, Tensor]:
     """Two examples of the batch with the least values to an example."""
     least = min(batches, key=lambda batch: sum(value[0].numel() for value in batch.values()))
     return {name: value[:2] for name, value in least.items()}
-
-
-@torch.no_grad()
-def _executed(model: nn.Module, asset: Path, batches: Batches, signature: Signature) -> overflow.Difference:
-    """The asset, run, against the fp32 model."""
-    runner = Asset(asset)
-    try:
-        found = []
-        for batch in batches:
-            with without_cache(model):
-                expected = rows(model(**batch), batch, signature)
-            found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
-        return overflow.worst(found)
-    finally:
-        runner.close()
 
 
 def converted(

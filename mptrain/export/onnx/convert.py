@@ -34,11 +34,12 @@ from mptrain.core.signature import Signature, probed, without_cache
 from mptrain.export.base import Embeddings
 from mptrain.export.onnx import half as onnx_half
 from mptrain.export.onnx import weights
+from mptrain.export.onnx.runner import Session
 from mptrain.export.torch import arguments
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe.exports.onnx import OPSET
-from mptrain.verify import overflow
-from mptrain.verify.outputs import of_model, rows
+from mptrain.verify import overflow, parity
+from mptrain.verify.outputs import of_model
 
 FILE = "model.onnx"
 IGNORED = {"avg_pool2d": {"divisor_override"}, "cross_entropy_loss": {"label_smoothing"}}
@@ -97,7 +98,7 @@ def write(
     weights.store(graph, records.of(model))
     done = save(graph, folder)
     if found is not None:
-        found["executed"] = overflow.as_json(executed := _executed(model, done.path, batches, signature))
+        found["executed"] = overflow.as_json(executed := parity.executed(model, Session(done.path), batches, signature))
         if not executed.right():
             raise ExportError(
                 f"the fp16 file of {type(model).__name__} is wrong on the calibration batches: {found['executed']}."
@@ -167,20 +168,6 @@ def _name_axes(graph: ir.Model, signature: Signature) -> None:
     for value in [*graph.graph.inputs, *graph.graph.outputs, *(v for n in graph.graph.all_nodes() for v in n.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else words.get(str(d), str(d)) for d in value.shape])
-
-
-@torch.no_grad()
-def _executed(
-    model: nn.Module, path: Path, batches: Sequence[Mapping[str, Tensor]], signature: Signature
-) -> overflow.Difference:
-    from mptrain.export.onnx.runner import Session
-
-    runner, found = Session(path), []
-    for batch in batches:
-        with without_cache(model):
-            expected = rows(model(**batch), batch, signature)
-        found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
-    return overflow.worst(found)
 
 
 class _QuantizeDequantize(nn.Module):

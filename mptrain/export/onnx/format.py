@@ -17,8 +17,7 @@ class OnnxFormat:
         self.spec = spec
 
     def torch(self, model: nn.Module, precision: str, embeddings: Embeddings) -> nn.Module:
-        plain = self.spec.drops_quantizers(precision)
-        return quantizers.detach(model)[0] if plain and quantizers.is_quantized(model) else model
+        return quantizers.plain(model) if self.spec.drops_quantizers(precision) else model
 
     def write(self, source: Source, folder: Path) -> Written:
         from mptrain.export.onnx.convert import write

@@ -43,7 +43,7 @@ def find(
     what the model gives."""
     ops = exported.GraphOps(program, signature.input_names, signature.output_names, batches, signature)
     found = overflow.search(ops, reference=expected)
-    return overflow.described(found) | {"casts": overflow.casts(ops.ops, found.keep)}
+    return overflow.described(found)
 
 
 def cast(graph: ir.Model, program: ExportedProgram, keep: Collection[str]) -> None:

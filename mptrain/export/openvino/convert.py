@@ -33,8 +33,7 @@ from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.torch import calls
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe import Precision
-from mptrain.verify import overflow
-from mptrain.verify.outputs import rows
+from mptrain.verify import overflow, parity
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
 _INT4_GROUP = 64
@@ -123,25 +122,13 @@ def _write_fp16(
     done = _save(graph, folder, half=True)
     runner = CompiledIr(done.xml, precision="f16")
     if runner.precision == "f16":
-        facts["executed"] = overflow.as_json(_executed(plain, runner, batches, signature))
+        facts["executed"] = overflow.as_json(parity.executed(plain, runner, batches, signature))
         if not facts["executed"]["finite"]:
             raise ExportError(
                 "computed in fp16 on this CPU, the exported model gives values that are not finite, although"
                 f" {', '.join(found.keep) or 'nothing'} was kept in fp32. Export it as fp32."
             )
     return replace(done, half=facts)
-
-
-@torch.no_grad()
-def _executed(
-    model: nn.Module, runner: CompiledIr, batches: Sequence[Mapping[str, Tensor]], signature: Signature
-) -> overflow.Difference:
-    found = []
-    for batch in batches:
-        with without_cache(model):
-            expected = rows(model(**batch), batch, signature)
-        found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
-    return overflow.worst(found)
 
 
 def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> ov.Model:

@@ -16,11 +16,11 @@ from mptrain.recipe import OpenVino
 
 class OpenVinoFormat:
     def __init__(self, spec: OpenVino):
+        self.spec = spec
         import_unreported("openvino")
 
     def torch(self, model: nn.Module, precision: str, embeddings: Embeddings) -> nn.Module:
-        plain = precision in ("fp32", "fp16")
-        return quantizers.detach(model)[0] if plain and quantizers.is_quantized(model) else model
+        return quantizers.plain(model) if self.spec.drops_quantizers(precision) else model
 
     def write(self, source: Source, folder: Path) -> Written:
         from mptrain.export.openvino.convert import write
