@@ -34,7 +34,7 @@ from mptrain.data.tasks.metrics import Score
 from mptrain.flow.identity import versions
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.models import artifact
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Calibration, Curvature, Fisher, Magnitude
 from mptrain.recipe import file as recipe_file
 

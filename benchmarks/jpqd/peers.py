@@ -39,7 +39,7 @@ from mptrain.compress.structure.shrink import shrink
 from mptrain.core.disk import write_json
 from mptrain.data.load import load_data
 from mptrain.models import artifact
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -40,7 +40,8 @@ from mptrain.data.sources.tables import Table, read_table
 from mptrain.data.tasks.pictures import read_image
 from mptrain.data.tasks.sounds import read_sound
 from mptrain.flow.run_folder import check_identity
-from mptrain.models.load import load_model, load_processor
+from mptrain.models.load import load_model
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Model, Palettize, Ptq, WeightOnly
 from mptrain.train import checkpoint
 

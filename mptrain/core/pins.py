@@ -137,7 +137,7 @@ PINS: dict[str, Pin] = {
             "transformers.core_model_loading:WeightConverter@_weight_conversions": "train/saving.py",
             "transformers.configuration_utils:PreTrainedConfig@_attn_implementation": "models/load.py",
             "transformers.configuration_utils:PreTrainedConfig@_commit_hash": "flow/identity.py",
-            "transformers:AutoModelForSequenceClassification._model_mapping": "models/load.py",
+            "transformers:AutoModelForSequenceClassification._model_mapping": "models/processor.py",
             "transformers:Wav2Vec2Model@_requires_grad": "compress/quantize/placement.py",
             "transformers.cache_utils:StaticLayer": "export/torch/cached_decoder.py",
             "transformers.dynamic_module_utils:custom_object_save": "models/artifact.py",

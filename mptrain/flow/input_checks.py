@@ -26,9 +26,10 @@ from mptrain.data.load import Task
 from mptrain.data.sources import packaged
 from mptrain.data.tasks.text import tokenize
 from mptrain.models.head import fit_head
-from mptrain.models.load import load_processor, read_config, skeleton
+from mptrain.models.load import read_config, skeleton
 from mptrain.models.positions import positions_of, token_rows
 from mptrain.models.probe import probe
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Recipe, Stage
 
 log = logging.getLogger(__name__)

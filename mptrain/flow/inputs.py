@@ -20,7 +20,9 @@ from mptrain.data.load import Task, load_data
 from mptrain.data.sources import packaged
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import read_table
-from mptrain.models.load import HUB_NAME, load_processor, read_config, skeleton
+from mptrain.models.folder import HUB_NAME
+from mptrain.models.load import read_config, skeleton
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Model, Planning, Recipe
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from mptrain.data.load import Task
 from mptrain.export.torch.cached_decoder import check_exports as check_caches
 from mptrain.flow import input_checks
 from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
-from mptrain.models.load import has_trained_head, has_weights
+from mptrain.models.folder import has_weights
+from mptrain.models.load import has_trained_head
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases

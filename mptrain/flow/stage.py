@@ -32,6 +32,7 @@ from mptrain.recipe import Model
 from mptrain.recipe.plan import Phase
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
+from mptrain.train.interrupt import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def _graceful_stop(peers: PartialState) -> Iterator[Callable[[], bool]]:
         return
     try:
         yield lambda: asked
-    except training.Stopped:
+    except Stopped:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)

@@ -12,12 +12,21 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from mptrain.core.errors import ModelError
+from mptrain.recipe import TaskSpec
 
 log = logging.getLogger(__name__)
+
+
+def head_class(kind: TaskSpec) -> Any:
+    """The class of transformers that loads a task's models. Raises ModelError for a task without one."""
+    if kind.head is None:
+        raise ModelError(f"model.task: transformers has no model for {kind.name}; give one as model.modeling.")
+    return getattr(transformers, kind.head)
 
 
 def fit_head(

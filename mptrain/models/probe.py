@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from mptrain.models.load import head_class, skeleton
+from mptrain.models.head import head_class
+from mptrain.models.load import skeleton
 from mptrain.recipe import Model
 
 log = logging.getLogger(__name__)

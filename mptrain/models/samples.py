@@ -18,8 +18,10 @@ from mptrain.data.sources.film_reviews import read_film_reviews
 from mptrain.data.sources.tables import check_unicode, read_table
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.text import examples_of, pad, tokenize
-from mptrain.models.load import head_class, load_model, load_processor, read_config
+from mptrain.models.head import head_class
+from mptrain.models.load import load_model, read_config
 from mptrain.models.positions import positions_of
+from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
 
 BATCH = 8

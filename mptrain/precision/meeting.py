@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from mptrain.precision.link import Link
+from mptrain.precision.operands import as_it_is, down, floats, is_fp32, up
 
 log = logging.getLogger(__name__)
 
@@ -151,11 +152,11 @@ class Meeting:
 
     def _cast_inputs(self, layer: nn.Module) -> None:
         def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if not any(_is_fp32(a) for a in (*args, *kwargs.values())):
+            if not any(is_fp32(a) for a in (*args, *kwargs.values())):
                 return None
             if self._first is not None:
                 self._first.tell(layer, [*args, *kwargs.values()])
-            return _down(args, self.dtype), _down(kwargs, self.dtype)
+            return down(args, self.dtype), down(kwargs, self.dtype)
 
         self._handles.append(layer.register_forward_pre_hook(Link(hook), with_kwargs=True))
 
@@ -220,8 +221,8 @@ class _First:
     def _found(self, tensors: list[Any]) -> None:
         # a loss that is made in `forward` is no module of the model
         owner, given = next((m for m in reversed(self._stack) if m[0] in self.meeting._names), self._stack[0])
-        inputs = {id(x) for x in _floats(given)}
-        inside = not any(_is_fp32(t) and id(t) in inputs for t in tensors)
+        inputs = {id(x) for x in floats(given)}
+        inside = not any(is_fp32(t) and id(t) in inputs for t in tensors)
         self.met[owner] = self.met.get(owner, False) or inside
         self.tell(owner, tensors)
 
@@ -230,7 +231,7 @@ class _First:
         """Warn when an input is rounded to something else; a time of 998 is a 1000 in bf16."""
         for name, given in self.inputs.items():
             for x in tensors:
-                if not _is_fp32(x) or x.data_ptr() != given.data_ptr() or x.numel() != given.numel() or x.numel() < 2:
+                if not is_fp32(x) or x.data_ptr() != given.data_ptr() or x.numel() != given.numel() or x.numel() < 2:
                     continue
                 dtype = self.meeting.dtype
                 error = (x.to(dtype).float() - x).square().mean().sqrt()
@@ -260,24 +261,24 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_floats((args, kwargs)))
+        tensors = list(floats((args, kwargs)))
         dtypes = tuple(t.dtype for t in tensors)
         if self._dtype not in dtypes:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if func in LOSSES:
-            verdict: Verdict = _up
+            verdict: Verdict = up
         elif torch.float32 not in dtypes:
-            verdict = self._verdicts.get((func, dtypes), _as_it_is)
+            verdict = self._verdicts.get((func, dtypes), as_it_is)
         elif name.startswith(INTO_FIRST):
-            change = _up if getattr(args[0], "dtype", None) == torch.float32 else _down
+            change = up if getattr(args[0], "dtype", None) == torch.float32 else down
             self._found(tensors)
             return func(args[0], *change(args[1:], self._dtype), **change(kwargs, self._dtype))
         else:
             if (func, dtypes) not in self._verdicts:
                 self._verdicts[func, dtypes] = self._judge(func, name, tensors, args, kwargs)
             verdict = self._verdicts[func, dtypes]
-        if verdict is not _as_it_is:
+        if verdict is not as_it_is:
             self._found(tensors)
             return func(*verdict(args, self._dtype), **verdict(kwargs, self._dtype))
         try:
@@ -285,8 +286,8 @@ class _Mode(TorchFunctionMode):
         except RuntimeError:
             if torch.float32 in dtypes:
                 raise
-            verdict = self._judge(func, name, tensors, args, kwargs, choices=(_up,))  # half is refused as such
-            if verdict is _as_it_is:
+            verdict = self._judge(func, name, tensors, args, kwargs, choices=(up,))  # half is refused as such
+            if verdict is as_it_is:
                 raise
         self._verdicts[func, dtypes] = verdict
         self._found(tensors)
@@ -303,54 +304,13 @@ class _Mode(TorchFunctionMode):
     ) -> Verdict:
         """The first that torch takes. On the side, for an attempt that fails has saved its inputs for gradients."""
         if name.endswith("_") or name in ("batch_norm", "instance_norm") or "out" in kwargs:
-            return _as_it_is  # writes into something (a batch norm its statistics), which is not done twice
+            return as_it_is  # writes into something (a batch norm its statistics), which is not done twice
         devices = {t.device for t in tensors if t.device.type == "cuda"}
-        for verdict in choices or (_as_it_is, _down, _up):
+        for verdict in choices or (as_it_is, down, up):
             with torch.no_grad(), torch.random.fork_rng(devices), contextlib.suppress(RuntimeError):
                 func(*verdict(args, self._dtype), **verdict(kwargs, self._dtype))
                 return verdict
-        return _as_it_is  # the dtypes are not what it fails for
-
-
-def _is_fp32(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float32
-
-
-def _floats(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _floats(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if key != "out":
-                yield from _floats(item)
-
-
-def _down(value: Any, dtype: torch.dtype) -> Any:
-    return _cast(value, torch.float32, dtype)
-
-
-def _up(value: Any, dtype: torch.dtype) -> Any:
-    return _cast(value, dtype, torch.float32)
-
-
-def _as_it_is(value: Any, dtype: torch.dtype) -> Any:
-    return value
-
-
-def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(target) if value.dtype == source else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cast(v, source, target) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(v, source, target) for v in value)
-    if isinstance(value, dict):
-        return {k: v if k == "out" else _cast(v, source, target) for k, v in value.items()}
-    return value
+        return as_it_is  # the dtypes are not what it fails for
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from mptrain.compress.base import TrainingMethod
 from mptrain.core.errors import TrainingError
@@ -30,6 +30,7 @@ from mptrain.recipe.plan import Phase
 from mptrain.train import checkpoint
 from mptrain.train.arguments import TrainingArguments
 from mptrain.train.distill import Distiller
+from mptrain.train.interrupt import Checkpoints
 from mptrain.train.peaks import Peaks
 from mptrain.train.progress import TrainingProgress
 from mptrain.train.sampler import LengthGroupedSampler
@@ -38,10 +39,6 @@ from mptrain.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
-
-
-class Stopped(Exception):
-    """The user asked to stop; a checkpoint was written."""
 
 
 def phase_seed(seed: int, phase: Phase) -> int:
@@ -124,7 +121,7 @@ class PhaseTrainer(Trainer):
             compressors=compressors,
             distiller=distiller,
         )
-        self.add_callback(_Checkpoints(self, train.checkpoint_steps, stop))
+        self.add_callback(Checkpoints(train.checkpoint_steps, stop, self.restore_unlogged, peaks))
         self.model_accepts_loss_kwargs = False
         self._quiet()
 
@@ -267,41 +264,6 @@ class PhaseTrainer(Trainer):
 
     def elapsed(self) -> float:
         return self.before_s + time.monotonic() - self._started
-
-
-class _Checkpoints(TrainerCallback):
-    """A checkpoint every so many steps and when the user stops; none at the end, which saves the model itself.
-
-    At the last step of an epoch it waits for the evaluation: a run that continues begins the next epoch.
-    """
-
-    def __init__(self, trainer: PhaseTrainer, every: int, stop: Callable[[], bool]) -> None:
-        self.trainer, self.every, self.stop = trainer, every, stop
-        self.stopped = self.due = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.restore_unlogged()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            return
-        self.stopped = self.stop()
-        self.due = self.stopped or state.global_step % self.every == 0
-        if state.epoch != int(state.epoch):
-            self._save(control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save(control)
-
-    def _save(self, control: Any) -> None:
-        if self.due:
-            self.due, control.should_save = False, True
-            if self.trainer.peaks is not None:
-                self.trainer.peaks.save()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped:
-            raise Stopped
 
 
 def model_forward(model: nn.Module, device: torch.device | str = "cpu") -> Callable[[dict], dict]:

@@ -17,7 +17,7 @@ from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.flow.run_folder import check_identity
 from mptrain.mil.program import read_program
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Model, file
 
 

@@ -23,7 +23,8 @@ from mptrain.data.load import load_data, task_class
 from mptrain.data.tasks.base import BATCH_BYTES, Task
 from mptrain.data.tasks.metrics import Score
 from mptrain.measure.intervals import interval, paired_difference
-from mptrain.models.load import load_model, load_processor
+from mptrain.models.load import load_model
+from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Data, Model
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown

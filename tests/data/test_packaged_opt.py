@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mptrain.core.errors import UserError
 from mptrain.data.sources import packaged, packaged_opt
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Model
 
 TEXTS = ["a film that never quite works, and yet it is good", "the plot is thin; the cast isn't", "größer – naïve"] * 40

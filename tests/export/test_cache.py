@@ -27,7 +27,8 @@ from mptrain.export.torch.cached_decoder import CachedDecoder, padded_right, tex
 from mptrain.export.torch.texts import Texts
 from mptrain.flow.preflight import read_questions
 from mptrain.mil.interpreter import Interpreter
-from mptrain.models.load import load_model, load_processor, read_config
+from mptrain.models.load import load_model, read_config
+from mptrain.models.processor import load_processor
 from mptrain.recipe import file
 from mptrain.run import run
 from mptrain.verify import parity

@@ -13,7 +13,8 @@ from mptrain.cli import main
 from mptrain.core.errors import DataError, ModelError
 from mptrain.data.load import load_data
 from mptrain.flow import input_checks
-from mptrain.models.load import load_processor, read_config
+from mptrain.models.load import read_config
+from mptrain.models.processor import load_processor
 from mptrain.recipe import file as recipe_file
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -14,6 +14,7 @@ from mptrain.models import artifact
 from mptrain.recipe.file import read
 from mptrain.report.tables.results import methods
 from mptrain.run import run
+from mptrain.train.interrupt import Stopped
 
 
 def load(path):
@@ -97,7 +98,7 @@ def test_a_stopped_training_of_tables_continues_to_the_same_model(finished, tmp_
         return train_phase(*args, phase=phase, stop=ninth_step, **kwargs)
 
     monkeypatch.setattr(stages.training, "train_phase", stopping)
-    with pytest.raises((KeyboardInterrupt, stages.training.Stopped)):
+    with pytest.raises((KeyboardInterrupt, Stopped)):
         run(load(path))
     assert list((tmp_path / "run" / "stages" / "small").glob("*/checkpoint-*"))
     again = run(load(path))

@@ -15,7 +15,7 @@ import mptrain
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.measure.intervals import interval, paired_difference
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Model
 from mptrain.report.render.terminal import summary
 

@@ -13,7 +13,7 @@ from kit.jobs import run
 
 import mptrain
 from mptrain.data.load import load_data
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS
 from mptrain.recipe.file import read
 

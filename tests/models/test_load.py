@@ -36,8 +36,9 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ModelError
 from mptrain.models import artifact
-from mptrain.models.head import fit_head
-from mptrain.models.load import head_class, load_model, load_processor, set_dropout
+from mptrain.models.head import fit_head, head_class
+from mptrain.models.load import load_model, set_dropout
+from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Model
 
 LABELS = ["fresh", "rotten"]

@@ -15,10 +15,11 @@ from mptrain.core.errors import RecipeError, TrainingError
 from mptrain.data.load import load_data
 from mptrain.flow import stage
 from mptrain.flow.stage_inputs import inputs_of
-from mptrain.models.load import load_processor
+from mptrain.models.processor import load_processor
 from mptrain.recipe import file
 from mptrain.recipe.plan import phases
 from mptrain.train import phase as training
+from mptrain.train.interrupt import Stopped
 
 MOVEMENT = {"method": "movement", "score": "shared", "keep": {"encoder_params": 0.5}, "schedule": {"end": 1}}
 JPQD = {
@@ -55,7 +56,7 @@ def run(folder, described, name, stop_at=None, monkeypatch=None):
             try:
                 rows += stage.run_phase(context, phase)["history"]
                 break
-            except training.Stopped:
+            except Stopped:
                 stopped += 1
     assert stopped == (stop_at is not None)
     return {p.name: [load_file(f) for f in sorted((folder / name / p.folder / "model").glob("*.safetensors"))]
