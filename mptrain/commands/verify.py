@@ -8,7 +8,7 @@ With the source model the outputs are compared.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
 from mptrain.core.hooks import is_quantized
-from mptrain.core.signature import by_name, probed, without_cache
+from mptrain.core.signature import Batch, Outputs, by_name, probed, without_cache
 from mptrain.export.torch.texts import Texts
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import LIMITS, Interpreter, Record, Rounding
@@ -32,8 +32,6 @@ from mptrain.verify.outputs import rows
 SCHEMA = "mptrain.verify/v1"
 LONGEST = 128  # tokens of a made-up text, where the package takes more
 EXACT = 1e-4  # relative error of an output row in float32
-Batch = dict[str, Tensor]
-Forward = Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
 
 
 def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | None = None) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | 
     vocabulary = _vocabulary(package, program, model)
     texts = _cached(interpreter)
     batches = made_up(program, vocabulary) if texts is None else [_text(texts.max_length, vocabulary)]
-    forward: Forward = interpreter if texts is None else texts
+    forward: Callable[[Batch], Outputs] = interpreter if texts is None else texts
     rows: list[Record] = []
     runs = []
     for batch in batches:

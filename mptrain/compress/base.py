@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks
 from mptrain.core.errors import UserError
+from mptrain.core.signature import Batch
 from mptrain.recipe.method import MethodConfig
 
-Batch = dict[str, Tensor]
 LossFn = Callable[[nn.Module, Batch], Tensor]
 Config = TypeVar("Config", bound=MethodConfig)
 

@@ -20,7 +20,7 @@ from mptrain.core.host import thread_count
 from mptrain.core.progress import Progress, progress
 from mptrain.recipe import Latency
 
-Forward = Callable[[dict[str, np.ndarray]], Any]
+Timed = Callable[[dict[str, np.ndarray]], Any]
 MIN_ROUNDS = 5
 # Above this a call no longer gains from caches warmed by an untimed call just before.
 _LONG_CALL_S = 0.1
@@ -28,7 +28,7 @@ _LONG_CALL_S = 0.1
 
 def latency(
     ids: Sequence[str],
-    runner: Callable[[str, int], Forward],
+    runner: Callable[[str, int], Timed],
     example: Callable[[int, int], Mapping[str, Any]],
     cfg: Latency,
     *,
@@ -77,7 +77,7 @@ def latency(
 
 
 def _rounds(
-    forwards: Mapping[str, Forward], inputs: dict[str, np.ndarray], rounds: int, deadline: float, bar: Progress
+    forwards: Mapping[str, Timed], inputs: dict[str, np.ndarray], rounds: int, deadline: float, bar: Progress
 ) -> dict[str, list[float]]:
     order = list(forwards)
     times: dict[str, list[float]] = {variant: [] for variant in order}
@@ -102,7 +102,7 @@ def _rounds(
     return times
 
 
-def _timed(forward: Forward, inputs: dict[str, np.ndarray]) -> float:
+def _timed(forward: Timed, inputs: dict[str, np.ndarray]) -> float:
     start = time.perf_counter()
     forward(inputs)
     return time.perf_counter() - start

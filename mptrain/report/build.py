@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mptrain.recipe import Recipe
 from mptrain.report import gates, recommend
 from mptrain.report import notes as cautions
+from mptrain.report.row import Row
 from mptrain.report.scores import Variant, compared, floor_row, measured, metric
 from mptrain.report.upgrade import about
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "Variant", "build"]
 
 SCHEMA = "mptrain.report/v1"
-Row = dict[str, Any]
 
 
 def build(

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mptrain.report import words
 from mptrain.report.gates import within
 from mptrain.report.recommend import main_setting
+from mptrain.report.row import Row
 
-Row = dict[str, Any]
 Tone = Literal["good", "bad", "warn", "plain"]
 
 

@@ -7,13 +7,11 @@ that lost its accuracy proves nothing. A value that is missing or not a number n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from mptrain.export.facts import Facts
 from mptrain.recipe import Gates
 from mptrain.recipe.exports import spec_of
-
-Row = dict[str, Any]
+from mptrain.report.row import Row
 
 
 def within(comparison: Row, max_drop: float | None) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 from mptrain.recipe import EXPORTS, Recipe, plan
 from mptrain.recipe.exports import spec_of
 from mptrain.report import gates
-
-Row = dict[str, Any]
+from mptrain.report.row import Row
 
 
 def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_facts: Mapping[str, Any]) -> list[str]:

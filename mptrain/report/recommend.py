@@ -7,13 +7,12 @@ than fp32 ones of the same structure, and the fastest variant is then a larger f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from mptrain.core.host import fast
 from mptrain.report.gates import within
+from mptrain.report.row import Row
 from mptrain.report.words import drop, ratio, setting_words
 
-Row = dict[str, Any]
 _NOISE = 0.98  # a ratio of medians above it is no slower
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mptrain.measure.intervals import interval, paired_difference
+from mptrain.report.row import Row
 
 if TYPE_CHECKING:
     from mptrain.data.tasks.metrics import Score
-
-Row = dict[str, Any]
 
 
 @dataclass

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import ValidationError
 
 from mptrain.recipe import METHODS, TASKS, Stage
 from mptrain.recipe.tasks import TaskSpec
+from mptrain.report.row import Row
 
-Row = dict[str, Any]
 _FRACTIONS = ("accuracy", "f1", "exact_match", "acc", "acc_norm")
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.signature import Batch
 
 Probe = Callable[[nn.Module, dict[str, Tensor], torch.Generator], Tensor]
 """(model, batch, generator) -> a scalar, the sum over examples of what each is probed with."""
@@ -134,7 +135,7 @@ def _contrasts(classes: int) -> Tensor:
 def curvatures(
     model: nn.Module,
     names: Sequence[str],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     *,
     probe: Probe = logits,
     seed: int = 0,
@@ -177,7 +178,7 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
 def _pass(
     model: nn.Module,
     names: list[str],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     probe: Probe,
     seed: int,
     ranks: Ranks,

@@ -18,7 +18,7 @@ x xᵀ of a batch go to all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank, told
 from mptrain.compress.structure.naming import layers_of
 from mptrain.core.errors import ModelError
-
-Batch = Mapping[str, Tensor]
+from mptrain.core.signature import Batch
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from mptrain.compress.weights.scale_search import search
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
+from mptrain.core.signature import Batch
 from mptrain.recipe import WeightOnly
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ class Choice:
 def compress(
     model: nn.Module,
     config: WeightOnly,
-    batches: Sequence[Mapping[str, Tensor]] = (),
-    labelled: Sequence[Mapping[str, Tensor]] = (),
+    batches: Sequence[Batch] = (),
+    labelled: Sequence[Batch] = (),
     ranks: Ranks = ALONE,
     loss_fn: LossFn = model_loss,
 ) -> None:
@@ -136,7 +137,7 @@ def _within_budget(
     model: nn.Module,
     plan: dict[str, Choice],
     budget: float,
-    labelled: Sequence[Mapping[str, Tensor]],
+    labelled: Sequence[Batch],
     ranks: Ranks,
     loss_fn: LossFn,
 ) -> dict[str, Choice]:

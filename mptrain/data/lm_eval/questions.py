@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig
 from mptrain.core.errors import DataError, MptrainError
 from mptrain.core.progress import progress as said
 from mptrain.data.lm_eval.rows import on_hub, read_rows
-from mptrain.data.lm_eval.task_file import Row, TaskFile, read_task
+from mptrain.data.lm_eval.task_file import Document, TaskFile, read_task
 from mptrain.data.tasks.base import BATCH_BYTES, Batch, Outputs
 from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.data.tasks.text import pad, tokenize
@@ -199,7 +199,7 @@ def read_tasks(files: Sequence[str], tokenizer: Any, max_length: int, *, offline
     return list(tasks.values())
 
 
-def _questions(task: TaskFile, rows: dict[str, list[Row]]) -> list[Question]:
+def _questions(task: TaskFile, rows: dict[str, list[Document]]) -> list[Question]:
     shots = _Shots(task, rows)
     found = []
     for place, row in enumerate(rows[task.scored_split], 1):
@@ -215,7 +215,7 @@ def _questions(task: TaskFile, rows: dict[str, list[Row]]) -> list[Question]:
 class _Shots:
     """The few-shot examples before a question, called once for every row in order, for the generator goes on."""
 
-    def __init__(self, task: TaskFile, rows: dict[str, list[Row]]) -> None:
+    def __init__(self, task: TaskFile, rows: dict[str, list[Document]]) -> None:
         self.task = task
         self.pool = rows[task.shots_split] if task.num_fewshot else []
         # lm-eval compares the two keys of the file, so neither given counts as equal.
@@ -229,10 +229,10 @@ class _Shots:
             task.refuse("num_fewshot", f"{task.num_fewshot} is too many for the {len(self.pool)} rows of the split")
         self.random = random.Random(SEED)
 
-    def __call__(self, row: Row) -> str:
+    def __call__(self, row: Document) -> str:
         return "".join(self._shown(shot) for shot in self._draw(row)) if self.task.num_fewshot else ""
 
-    def _draw(self, row: Row) -> list[Row]:
+    def _draw(self, row: Document) -> list[Document]:
         count = self.task.num_fewshot
         others = [r for r in self.pool if r != row] if self.without_own else self.pool
         if self.task.sampler == "first_n":
@@ -242,7 +242,7 @@ class _Shots:
         drawn = [r for r in self.random.sample(self.pool, count + 1) if r != row][:count]
         return drawn if len(drawn) == count else self.random.sample(others, count)  # the row is there more than once
 
-    def _shown(self, row: Row) -> str:
+    def _shown(self, row: Document) -> str:
         choices = self.task.choices(row)
         gold = self.task.gold(row, choices)
         if len(gold) != 1:

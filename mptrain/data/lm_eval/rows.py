@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.core.errors import DataError
-from mptrain.data.lm_eval.task_file import Row, TaskFile
+from mptrain.data.lm_eval.task_file import Document, TaskFile
 
 FORMATS = ("json", "csv", "parquet", "text")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -27,7 +27,7 @@ def on_hub(task: TaskFile) -> bool:
     return named and not Path(task.dataset_path).expanduser().is_dir() and bool(_HUB_NAME.fullmatch(task.dataset_path))
 
 
-def read_rows(task: TaskFile, splits: Iterable[str]) -> dict[str, list[Row]]:
+def read_rows(task: TaskFile, splits: Iterable[str]) -> dict[str, list[Document]]:
     """Rows of the splits. Raises DataError that names the key of the task file."""
     known = ("data_files", "trust_remote_code")
     for key, value in task.dataset_kwargs.items():

@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mptrain.core.errors import DataError
 
-Row = dict[str, Any]
+Document = dict[str, Any]
 Metric = Literal["acc", "acc_norm"]
 Sampler = Literal["default", "first_n"]
 
@@ -90,14 +90,14 @@ class TaskFile:
     def refuse(self, key: str, why: str) -> NoReturn:
         raise DataError(f"{self.path}: {key}: {why}.")
 
-    def text(self, row: Row) -> str:
+    def text(self, row: Document) -> str:
         """The question, as the model reads it."""
         value = self._column_or_template("doc_to_text", self.doc_to_text, row)
         if not isinstance(value, str) or (value.isdigit() and self.doc_to_text not in row):
             self.refuse("doc_to_text", f"gives {value!r}; numbers, which stand for one context per choice, are refused")
         return value
 
-    def choices(self, row: Row) -> list[str]:
+    def choices(self, row: Document) -> list[str]:
         how = self.doc_to_choice
         value: Any = list(how.values()) if isinstance(how, dict) else how
         if isinstance(how, str):
@@ -108,7 +108,7 @@ class TaskFile:
             self.refuse("doc_to_choice", f"gives {value!r} where a list of texts, none of them empty, is needed")
         return value
 
-    def gold(self, row: Row, choices: list[str]) -> list[int]:
+    def gold(self, row: Document, choices: list[str]) -> list[int]:
         """Indices of the right choices, mostly one."""
         value: Any = self.doc_to_target
         if isinstance(value, str):
@@ -124,12 +124,12 @@ class TaskFile:
             self.refuse("doc_to_target", f"gives {value!r}, which is no index and none of the choices {choices}")
         return [int(i) for i in found]
 
-    def preface(self, row: Row) -> str:
+    def preface(self, row: Document) -> str:
         """The description, which stands before everything else."""
         value = self._column_or_template("description", self.description, row) if self.description else ""
         return value if isinstance(value, str) else self.refuse("description", f"gives {value!r}, which is no text")
 
-    def _column_or_template(self, key: str, how: str, row: Row) -> Any:
+    def _column_or_template(self, key: str, how: str, row: Document) -> Any:
         if how in row:
             return row[how]
         try:

@@ -6,7 +6,6 @@ The front matter says only what the run knows: neither a licence nor a language 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 
@@ -14,9 +13,8 @@ from mptrain.recipe.exports import spec_of
 from mptrain.recipe.exports.base import Use
 from mptrain.report import claims
 from mptrain.report.render.markdown import escape, grid
+from mptrain.report.row import Row
 from mptrain.report.tables import choices, results
-
-Row = dict[str, Any]
 
 _PROCESSORS = {
     "tokenizer": ("AutoTokenizer", '"…"'),

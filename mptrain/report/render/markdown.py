@@ -6,13 +6,11 @@ Strings from models, data and recipes are inline text here, never markup: `escap
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from mptrain.report import claims
+from mptrain.report.row import Row
 from mptrain.report.tables import choices, models, results
 from mptrain.report.tables.results import Cell, Table
-
-Row = dict[str, Any]
 
 _MARKS = {"good": "✓", "warn": "!", "bad": "✗", "plain": "•"}
 

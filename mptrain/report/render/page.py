@@ -12,9 +12,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from mptrain.report import claims
+from mptrain.report.row import Row
 from mptrain.report.tables import choices, models, results
-
-Row = dict[str, Any]
 
 NO_PLOTS = 'Figures need matplotlib: pip install "mptrain[plots]", then render again with mptrain report.'
 INTERVALS = (

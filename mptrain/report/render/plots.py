@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mptrain.report import claims, words
+from mptrain.report.row import Row
 from mptrain.report.tables.models import count
 
-Row = dict[str, Any]
 POINTS = 300  # of a line; longer histories are thinned
 
 # Placeholders that no drawing uses otherwise, by the CSS variable that replaces them.

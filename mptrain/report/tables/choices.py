@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mptrain.report import words
+from mptrain.report.row import Row
 from mptrain.report.tables.results import Cell, Table, difference, score
-
-Row = dict[str, Any]
 
 
 def table(report: Row) -> Table | None:

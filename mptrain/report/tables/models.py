@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from mptrain.report import words
 from mptrain.report.gates import exact
+from mptrain.report.row import Row
 from mptrain.report.tables.results import Cell, Table
-
-Row = dict[str, Any]
 
 
 def structure(report: Row) -> Table | None:

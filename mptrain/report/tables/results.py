@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mptrain.report import claims, words
-
-Row = dict[str, Any]
+from mptrain.report.row import Row
 
 
 @dataclass(frozen=True)
