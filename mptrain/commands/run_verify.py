@@ -27,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
-    from mptrain.commands.verify import load_source, verify
+    from mptrain.commands.verify import verify
+    from mptrain.commands.verify_source import load_source
     from mptrain.core.errors import ExportError
     from mptrain.report.render.verify import package
 

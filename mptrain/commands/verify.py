@@ -1,33 +1,30 @@
 """`mptrain verify`: run a saved Core ML package in the reference interpreter and say what it does.
 
-Inputs are made up from the package's own shapes: several batches and lengths inside its
-ranges, padding where there is a mask. A package with a key-value cache reads one text, piece by piece.
-With the source model the outputs are compared.
+Inputs are made up from the package's own shapes: several batches and lengths inside its ranges, padding where there
+is a mask, pixels of 0 to 255 for pictures. A package with a key-value cache reads one text, piece by piece. With the
+source model the outputs are compared.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mptrain.core.errors import ExportError
-from mptrain.core.hooks import is_quantized
-from mptrain.core.signature import Batch, Outputs, by_name, probed, without_cache
+from mptrain.commands.verify_source import compared
+from mptrain.core.signature import Batch, Outputs
 from mptrain.export.torch.texts import Texts
 from mptrain.mil.facts import facts
+from mptrain.mil.features import Feature
 from mptrain.mil.interpreter import LIMITS, Interpreter, Record, Rounding
-from mptrain.mil.program import Feature, Name, Program, is_float
-from mptrain.models.load import load_model, read_config
-from mptrain.models.samples import guess_task
-from mptrain.recipe import Checkpoint, Model, tasks
+from mptrain.mil.program import Name, Program, is_float
+from mptrain.mil.wrapping import classifier
 from mptrain.verify import overflow
-from mptrain.verify.outputs import rows
 
 SCHEMA = "mptrain.verify/v1"
 LONGEST = 128  # tokens of a made-up text, where the package takes more
@@ -68,16 +65,19 @@ def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | 
     }
     broken = [row for row in found["operations_run"] if row["nan"] or row["infinite"]]
     found["not_finite"] = [row["name"] for row in broken]
+    classes = classifier(program)
+    found["classes"] = None if classes is None else list(classes.classes)
     outputs = []
     for batch in batches:
         interpreter.reset()
-        outputs.append({name: torch.as_tensor(value).float() for name, value in forward(batch).items()})
+        given = {name: value for name, value in forward(batch).items() if classes is None or name != classes.label}
+        outputs.append({name: torch.as_tensor(value).float() for name, value in given.items()})
     finite = all(bool(value.isfinite().all()) for output in outputs for value in output.values())
     found["outputs_finite"] = finite
     found["parity"] = None
     passed = finite
     if model is not None:
-        found["parity"] = _compared(model, batches, outputs)
+        found["parity"] = compared(model, program, batches, outputs)
         limit = EXACT if precision == "fp32" or found["inference_precision"] == "f32" != precision else None
         if limit is None or precision == "fp16" or any(state.dtype == "FLOAT16" for state in program.states.values()):
             limit = overflow.MAX_ERROR
@@ -85,19 +85,6 @@ def verify(package: Path, *, precision: Rounding = "stored", model: nn.Module | 
         passed = passed and found["parity"]["error"] <= limit
     found["passed"] = passed
     return found
-
-
-def load_source(path: str, task: str | None = None, allow_code: bool = False) -> nn.Module:
-    """The model in float32 and eval mode; of one with fake quantizers its weights alone, as a package stores them."""
-    if task is not None:
-        tasks.check(task, "--task")
-    task = task or guess_task(read_config(Checkpoint(path=path), allow_code))
-    model = load_model(Model(path=path, task=task), None, seed=0, allow_code=allow_code)
-    if is_quantized(model):
-        from mptrain.compress.quantize.integers import weight_only
-
-        return weight_only(model).eval()
-    return model.float().eval()
 
 
 def _cached(interpreter: Interpreter) -> Texts | None:
@@ -146,6 +133,8 @@ def _between(low: int, high: int, most: int, part: float) -> int:
 
 
 def _value(feature: Feature, shape: tuple[int, ...], vocabulary: int, draw: torch.Generator) -> Tensor:
+    if feature.picture:
+        return torch.randint(256, shape, generator=draw).float()
     if is_float(feature.dtype):
         return torch.randn(shape, generator=draw)
     if "mask" in feature.name:
@@ -187,19 +176,3 @@ def _merged(rows: list[Record]) -> list[Record]:
             for field in ("nan", "infinite", "zeroed", "subnormal", "values"):
                 setattr(known, field, getattr(known, field) + getattr(row, field))
     return sorted(found.values(), key=lambda row: (-(row.nan + row.infinite > 0), -row.largest))
-
-
-@torch.no_grad()
-def _compared(model: nn.Module, batches: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, Any]:
-    signature = probed(model.eval(), batches[0])
-    differences = []
-    for batch, found in zip(batches, outputs):
-        with without_cache(model):
-            expected = by_name(model(**batch))
-        missing = [name for name in found if name not in expected]
-        if missing:
-            raise ExportError(f"the package has the outputs {list(found)}, the model gives {list(expected)}")
-        kept = replace(signature, outputs=tuple(port for port in signature.outputs if port.name in found))
-        differences.append(overflow.compare(rows(expected, batch, kept), rows(found, batch, kept)))
-    whole = overflow.worst(differences)
-    return {"max_abs_diff": whole.max_diff, "cosine": whole.cosine, "error": whole.error, "finite": whole.finite}

@@ -112,7 +112,8 @@ class Interpreter:
         self.state = {name: torch.zeros([n or 1 for n in result.shape]) for name, result in self.program.states.items()}
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, float32, int32 or bool. Inputs that the package does not have are dropped."""
+        """Outputs by name, float32, int32 or bool, the label of a classifier as text or a number. Inputs that the
+        package does not have are dropped; pictures are arrays of pixels, 0 to 255."""
         lacking = [name for name in self.inputs if name not in batch]
         if lacking:
             raise UserError(f"{self.package} needs the inputs {self.inputs}, the batch lacks {lacking}")
@@ -289,6 +290,8 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _array(value: Tensor) -> np.ndarray:
+def _array(value: Value) -> np.ndarray:
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
     array = value.numpy()
     return array.astype(np.int32) if array.dtype == np.int64 else array

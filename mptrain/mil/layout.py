@@ -270,7 +270,9 @@ def pixel_shuffle(x: Tensor, upscale_factor: Tensor) -> Tensor:
     return F.pixel_shuffle(x, int(upscale_factor))
 
 
-# -- compressed constants
+def classify(probabilities: Tensor, classes: list[Any]) -> tuple[Any, Tensor]:
+    """The label of the highest score, and the scores; Core ML makes a dictionary of them."""
+    return classes[int(probabilities.reshape(-1).argmax())], probabilities
 
 
 LAYOUT: dict[str, Operation] = {
@@ -305,5 +307,6 @@ LAYOUT: dict[str, Operation] = {
     "reverse": reverse,
     "flatten2d": flatten2d,
     "pixel_shuffle": pixel_shuffle,
+    "classify": classify,
     "non_zero": lambda x: x.nonzero(),
 }

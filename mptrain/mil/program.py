@@ -21,6 +21,7 @@ from coremltools.converters.mil.frontend.milproto.load import TranscriptionConte
 from torch import Tensor
 
 from mptrain.core.errors import UserError
+from mptrain.mil.features import Feature, feature
 
 FLOATS = ("FLOAT16", "FLOAT32")
 Value = Any  # a Tensor, a Python scalar, a string, or a list of them
@@ -72,26 +73,6 @@ class Block:
 
     def uses(self) -> set[str]:
         return set(self.outputs).union(*(operation.uses() for operation in self.operations))
-
-
-@dataclass(frozen=True)
-class Feature:
-    """An input of the package. shapes: the enumerated ones, or None; bounds: (lowest, highest) per axis."""
-
-    name: str
-    dtype: str
-    bounds: tuple[tuple[int, int], ...]
-    shapes: tuple[tuple[int, ...], ...] | None = None
-
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        if self.shapes is not None:
-            return shape in self.shapes
-        return len(shape) == len(self.bounds) and all(lo <= n <= hi for n, (lo, hi) in zip(shape, self.bounds))
-
-    def __str__(self) -> str:
-        axes = [str(lo) if lo == hi else f"{lo}..{hi}" for lo, hi in self.bounds]
-        shown = " or ".join(str(list(s)) for s in self.shapes) if self.shapes else f"[{', '.join(axes)}]"
-        return f"{self.name}: {self.dtype.lower()} {shown}"
 
 
 @dataclass(frozen=True)
@@ -151,13 +132,14 @@ def read_program(package: Path | str, function: str = "main") -> Program:
 
 def _program(spec: Any, found: Any, reader: _Reader) -> Program:
     main = reader.block(found.block_specializations[found.opset])
-    described = {item.name: item.type.multiArrayType for item in spec.description.input}
+    described = {item.name: item.type for item in spec.description.input}
     inputs, states = [], {}
     for argument in found.inputs:
         if argument.type.WhichOneof("type") == "stateType":
             states[argument.name] = _result(argument.name, argument.type.stateType.wrappedType)
         else:
-            inputs.append(_feature(_result(argument.name, argument.type), described.get(argument.name)))
+            taken = _result(argument.name, argument.type)
+            inputs.append(feature(taken.name, taken.dtype, taken.shape, described.get(argument.name)))
     return Program(tuple(inputs), states, main, reader.constants, reader.stored, spec.specificationVersion)
 
 
@@ -193,7 +175,12 @@ class _Reader:
     def _binding(self, binding: Any) -> Value:
         if binding.WhichOneof("binding") == "name":
             return Name(binding.name)
-        return decode(_load_value(self.context, binding.value))
+        return self._literal(binding.value)
+
+    def _literal(self, value: Any) -> Value:
+        if value.type.WhichOneof("type") == "listType":  # the labels of a classifier
+            return [self._literal(item) for item in value.immediateValue.list.values]
+        return decode(_load_value(self.context, value))
 
 
 def decode(value: Any) -> Value:
@@ -223,21 +210,6 @@ def _result(name: str, kind: Any) -> Result:
         return Result(name, kind.WhichOneof("type") or "none", ())
     axes = (d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in kind.tensorType.dimensions)
     return Result(name, _dtype(kind.tensorType.dataType), tuple(axes))
-
-
-def _feature(result: Result, described: Any) -> Feature:
-    bounds = tuple((1, 2**31 - 1) if n is None else (n, n) for n in result.shape)
-    if described is None:
-        return Feature(result.name, result.dtype, bounds)
-    flexible = described.WhichOneof("ShapeFlexibility")
-    if flexible == "enumeratedShapes":
-        shapes = tuple(tuple(s.shape) for s in described.enumeratedShapes.shapes)
-        bounds = tuple((min(axis), max(axis)) for axis in zip(*shapes))
-        return Feature(result.name, result.dtype, bounds, shapes)
-    if flexible == "shapeRange":
-        ranges = described.shapeRange.sizeRanges
-        bounds = tuple((r.lowerBound, r.upperBound if r.upperBound > 0 else 2**31 - 1) for r in ranges)
-    return Feature(result.name, result.dtype, bounds)
 
 
 def is_float(dtype: str) -> bool:

@@ -33,6 +33,11 @@ def package(facts: dict[str, Any]) -> RenderableType:
             f" error of a row {found['error']:.2g} (limit {found['limit']:g}), cosine {found['cosine']:.6f}"
         )
         parts.append(line("✓" if good else "✗", text, "green" if good else "bold red"))
+        for name, words_of in found["model_reads"].items():
+            parts.append(line("•", f"{name}: the source model was given {words_of}", ""))
+        for odd in found["labels_differ"][:3]:
+            text = f"class {odd['class']} is {odd['package']!r} in the package and {odd['model']!r} in the source model"
+            parts.append(line("!", text, "yellow"))
     if not facts["outputs_finite"]:
         first = ", ".join(facts["not_finite"][:3])
         parts.append(line("✗", f"outputs with NaN or infinity; operations with such values: {first}", "bold red"))
