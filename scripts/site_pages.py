@@ -21,7 +21,7 @@ RECIPES = ROOT / "build" / "recipe-pages"  # by scripts/recipe_pages.py
 def on_config(config: Any) -> Any:
     """The recipes' pages are in the navigation."""
     pages = [{path.stem: f"bundled/{path.name}"} for path in sorted(RECIPES.glob("*.md"))]
-    config.nav.insert(2, {"Bundled recipes": pages})
+    config.nav.insert(3, {"Bundled recipes": pages})
     return config
 
 

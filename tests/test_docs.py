@@ -72,13 +72,14 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md" and page.name not in index]
-    assert not missing
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if page != "index.md" and f"({page})" not in index]
 
 
 def test_every_page_is_on_the_site():
     nav = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f"'{page.name}'" not in nav]
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if f"'{page}'" not in nav]
 
 
 API = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
@@ -109,7 +110,7 @@ COMMANDS = sorted(
     {
         line.strip()
         for page in PAGES
-        for block in blocks(page, "")
+        for block in [*blocks(page, ""), *blocks(page, "sh")]
         for line in block.replace("\\\n", " ").splitlines()
         if re.match(r"\s*mptrain [a-z]", line)
     }
