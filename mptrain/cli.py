@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.call(options)
     except MptrainError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, _kind(error))
     except KeyboardInterrupt:
-        return _fail("stopped. The same command continues the run.", 130)
+        return _fail("stopped. The same command continues the run.", 130, "")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -78,9 +78,17 @@ def _extra(module: str) -> str | None:
     return (EXTRAS | found).get(module)
 
 
-def _fail(message: str, code: int) -> int:
+def _kind(error: MptrainError) -> str:
+    """The kind that a class of a user's own is of."""
+    return next(c.__name__.lower() for c in type(error).__mro__ if c.__module__ == MptrainError.__module__)
+
+
+def _fail(message: str, code: int, section: str = "what-is-not-an-error-of-ours") -> int:
+    """section: of docs/troubleshooting.md, that says more about errors of this kind."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"mptrain: {'' if code == 130 else 'error: '}{message}", file=sys.stderr)
+        print(f"mptrain: {'error: ' if section else ''}{message}", file=sys.stderr)
+        if section:
+            print(f"mptrain: see docs/troubleshooting.md#{section}", file=sys.stderr)
     return code
 
 

@@ -10,8 +10,9 @@ import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import getdoc, isclass, isfunction, signature
+from inspect import getdoc, getsource, isclass, isfunction, signature
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import yaml
@@ -102,6 +103,25 @@ def test_what_the_api_page_shows_says_what_its_arguments_are(path):
         assert not missing, f"{member.__qualname__}: {missing}"
 
 
+@pytest.mark.parametrize("name", mptrain.__all__)
+def test_public_names_say_shapes_units_errors_and_source(name):
+    shown = getattr(mptrain, name)
+    text = (getdoc(shown) or "") + (getdoc(shown.__init__) or "" if isclass(shown) else "")
+    missing = [word for word in ("Shapes and dtypes: ", "Units: ", "Raises ", "Source: ") if word not in text]
+    assert not missing
+    members = [value for value in vars(shown).values() if isclass(shown) and isfunction(value)] or [shown]
+    for member in members:
+        if member.__name__.startswith("_") or not (member.__module__ or "").startswith("mptrain"):
+            continue
+        own = text if member is shown else getdoc(member) or ""
+        raised = {
+            node.exc.func.id
+            for node in ast.walk(ast.parse(dedent(getsource(member))))
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+        }
+        assert not [kind for kind in raised if kind not in own], f"{name}.{member.__name__}"
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
@@ -170,4 +190,36 @@ def test_paths_that_the_architecture_page_names_are_there():
 def test_every_kind_of_error_has_a_section():
     kinds = [c for c in vars(errors).values() if isclass(c) and issubclass(c, errors.MptrainError)]
     found = anchors(ROOT / "docs" / "troubleshooting.md")
-    assert not [c.__name__ for c in kinds if c is not errors.MptrainError and c.__name__.lower() not in found]
+    assert len(kinds) > 9 and not [c.__name__ for c in kinds if c.__name__.lower() not in found]
+
+
+class Own(errors.DataError):
+    """Of an extension."""
+
+
+@pytest.mark.parametrize(
+    ("error", "section"),
+    [
+        (errors.MptrainError("x"), "mptrainerror"),
+        (errors.RecipeError("x"), "recipeerror"),
+        (Own("x"), "dataerror"),
+        (MemoryError(), "what-is-not-an-error-of-ours"),
+    ],
+)
+def test_the_command_line_names_the_section(error, section, monkeypatch, capsys):
+    def refuse(options):
+        raise error
+
+    monkeypatch.setattr("mptrain.commands.list.run", refuse)
+    assert cli.main(["list"]) in (1, 2)
+    assert capsys.readouterr().err.splitlines()[-1] == f"mptrain: see docs/troubleshooting.md#{section}"
+    assert section in anchors(ROOT / "docs" / "troubleshooting.md")
+
+
+def test_messages_that_the_page_quotes_are_messages():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "mptrain").rglob("*.py")))
+    source = re.sub(r'"\s+f?"', "", source)  # literals that stand one after another
+    quoted = [part for message in re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE) for part in message.split("…")]
+    parts = [part.strip() for part in quoted if part.strip()]
+    assert len(parts) > 30 and not [part for part in parts if part not in source]

@@ -50,7 +50,11 @@ class MasterWeights(MasterOptimizer):
         process_group: ranks that agree on skipping a step; default: all.
         kernel: "auto" (compiled where possible), "native" or "torch".
 
+    Shapes and dtypes: parameters of any shape, fp32, fp16 or bf16, become views of one flat buffer of `dtype`; masters
+    and moments are fp32, of the same shapes; the loss is a scalar.
+    Units: norms are those of gradients without the loss scale; AdamW takes 16 bytes a parameter, `split` 14.
     Raises UserError for wrong arguments, ModelError when a pattern matches nothing or a dtype cannot be trained.
+    Source: Micikevicius et al. 2018, Mixed Precision Training, sections 3.1 and 3.2.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class MasterWeights(MasterOptimizer):
         """Tell which DDP wraps the model: needed to accumulate gradients over micro-steps with several ranks.
 
         As DDP does with the model, all ranks take the masters of rank 0. Gradients are then summed over ranks in the
-        policy's `reduce` dtype. Use DDP's `no_sync` as always.
+        policy's `reduce` dtype. Use DDP's `no_sync` as always. Raises UserError for anything but a DDP.
         """
         if not isinstance(ddp, DistributedDataParallel):
             raise UserError(f"attach() takes the DistributedDataParallel around the model, got {type(ddp).__name__}")
@@ -114,7 +118,10 @@ class MasterWeights(MasterOptimizer):
         self._left = next(((p, p.grad._version) for p in half if p.grad is not None), None)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on, in fp32."""
+        """The loss, a scalar of any float dtype, times the loss scale, in fp32: to call backward on.
+
+        Raises UserError where gradients are summed over micro-steps on several ranks without `attach`.
+        """
         self._settle()
         self._measured = None
         self._scaled = True
@@ -227,8 +234,8 @@ class MasterWeights(MasterOptimizer):
     def step(self, closure: None = None) -> bool:  # type: ignore[override]
         """Update the weights, or skip when a gradient is not finite; either way gradients are dropped.
 
-        Returns whether the weights were updated. Raises TrainingError with a diagnosis when the loss
-        scale is exhausted.
+        Returns whether the weights were updated. closure: None. Raises UserError for a closure, TrainingError with a
+        diagnosis when the loss scale is exhausted.
         """
         if closure is not None:
             raise UserError("step() takes no closure: optimizers that evaluate the loss themselves are not supported")

@@ -30,7 +30,15 @@ class LossScale(Strict):
     )
 
     def __init__(self, **settings: Any) -> None:
-        """Raises UserError that names the setting; within a recipe pydantic's errors say where it stands."""
+        """The fields by name, all with defaults.
+
+        Shapes and dtypes: Python numbers; the scale multiplies a scalar fp32 loss.
+        Units: `init`, `floor` and `ceiling` are factors of the loss; `growth` and `backoff` factors of the scale;
+        `interval`, `hysteresis` and `patience` count optimizer steps.
+        Raises UserError that names the setting; within a recipe pydantic's errors say where it stands.
+        Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2; `hysteresis` and the floor are those of
+        DeepSpeed's dynamic loss scale.
+        """
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -55,11 +63,13 @@ class LossScale(Strict):
 
     @classmethod
     def static(cls, scale: float, patience: int = 10) -> LossScale:
+        """A scale that stays. patience: steps in a row that may overflow. Raises UserError for one that is not > 0."""
         return cls(init=scale, floor=scale, ceiling=scale, interval=None, patience=patience)
 
     @classmethod
     def of(cls, value: LossScale | Literal["dynamic"] | float | None, compute: Literal["fp16", "bf16"]) -> LossScale:
-        """The setting a user wrote; None is dynamic for fp16 and 1 for bf16, whose range is that of fp32."""
+        """The setting a user wrote as `value`; None is dynamic where `compute` is fp16 and 1 for bf16, whose range is
+        that of fp32. Raises UserError for anything else."""
         if isinstance(value, LossScale):
             return value
         if value == "dynamic" or (value is None and compute == "fp16"):
