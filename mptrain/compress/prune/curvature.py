@@ -18,7 +18,7 @@ factor G is that of The LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.172
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from mptrain.compress.prune.removal import Removal, refit, removal
 from mptrain.compress.structure.blocks import Block, Kept, Structure
 from mptrain.compress.structure.consumers import Consumer, consumers
 from mptrain.core.errors import ModelError
+from mptrain.core.signature import Batch
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class CurvaturePruner(Pruner):
     def look(
         self,
         model: nn.Module,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[Batch],
         *,
         probe: Probe = logits,
         seed: int = 0,
