@@ -174,7 +174,7 @@ def run(block: Block, names: dict[str, Any], wholly: bool = False) -> None:
         exec(compile("\n" * block.line + block.text, str(ROOT / block.page), "exec"), names)
     elif block.language == "yaml" and not (block.name and "schema:" not in block.text):
         validate(block.text)
-    elif block.language == "json" and not block.name:
+    elif block.language == "json":
         json.loads(block.text)
 
 
