@@ -1,15 +1,17 @@
-"""`mptrain export`: one model to one format, run again and compared before it is called done."""
+"""`mptrain export`: one model to one format, compressed if asked, run again and compared before it is called done."""
 
 from __future__ import annotations
 
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mptrain.commands.compressions import WORDS, Asked, compress_first, stage_of
 from mptrain.core.disk import whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
@@ -20,12 +22,17 @@ from mptrain.export.base import Embeddings, Source
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
-from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates
+from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Stage
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.tasks import causal
+from mptrain.report.render.export_card import export_card
+from mptrain.report.upgrade import about
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.export/v1"
+UNSAID = Asked()
+CALIBRATION = 128
+"""inputs to compress with"""
 
 
 def export_model(
@@ -39,27 +46,40 @@ def export_model(
     attn: str | None = None,
     data: str | None = None,
     samples: int = 32,
+    calibration: int = CALIBRATION,
     length: int = 128,
+    asked: Asked = UNSAID,
     allow_code: bool = False,
 ) -> dict[str, Any]:
     """Write the folder `to` and return facts as JSON values.
 
-    path: a model folder (also a pruned or quantized one), packaged:NAME or a hub name. options: further fields of a
+    path: a model folder (also a pruned or quantized one), packaged:NAME or a hub name. precision: one of the format's,
+    or a word of compressions.WORDS, which compresses the model first; asked: how. options: further fields of a
     recipe's `export` entry of that format. data: as for `mptrain inspect`; the inputs that the exported model
-    is compared on. samples: inputs to compare on; what has to calibrate does so on as many others.
-    Returns {"schema", "model", "task", "format", "precision", "path", "size_bytes", "inputs",
-    "parity", "judged_by", "limit", "runtime", "passed", "seconds"}; passed: judged_by ("parity" or "agreement", which
-    counts where numbers are rounded) is within the default gate. Raises UserError, ExportError.
+    is compared on, and others to calibrate on. samples: inputs to compare on. calibration: inputs to compress with;
+    a search for what has to stay in fp32 takes as many as are compared.
+    Returns {"schema", "model", "task", "about_task", "format", "precision", "path", "size_bytes", "fp32_bytes",
+    "inputs", "parity", "compressed", "judged_by", "limit", "runtime", "passed", "seconds"}; compressed: None, or how
+    and what it changed against the model as it was; passed: judged_by ("parity" or "agreement", which counts where
+    numbers are rounded) is within the default gate. Raises UserError, ExportError.
     """
     begun = time.monotonic()
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
-    spec = _spec(format, precision, options or {})
-    cache = spec.cache
-    limit = min(length, cache or length)
-    found = load_with_inputs(path, task, attn, data, 2 * samples, limit, allow_code)
-    inputs = _Inputs(found.samples.batches if cache is None else _for_cache(cache, found), samples)
-    source = _source(found, spec, precision, inputs)
+    stage = stage_of(precision, asked, data=data is not None) if precision in WORDS else None
+    if stage is None and asked.options:
+        raise UserError(f"{asked.options[0]}: says how to compress, which --precision {precision} does not")
+    spec = _spec(format, precision, options or {}, stage)
+    limit = min(length, spec.cache or length)
+    others = calibration if stage is not None and data is not None else samples
+    found = load_with_inputs(path, task, attn, data, samples + others, limit, allow_code)
+    inputs = _Inputs(found.samples.batches if spec.cache is None else _for_cache(spec.cache, found), samples)
+    fp32_bytes = sum(p.numel() * p.element_size() for p in found.model.parameters())
+    compressed = None
+    if stage is not None and not is_quantized(found.model):
+        with progress(f"compress {precision}"):
+            found, compressed = compress_first(found, spec, stage, inputs.compared, inputs.calibration, limit)
+    source = _source(found, spec, inputs)
     if TASKS[found.task].unit == "tokens":
         spec = spec.sized(tokens_read(found.model, limit), True)
     elif lengths := _lengths(source):
@@ -70,41 +90,67 @@ def export_model(
         written = kind.write(source, scratch)
     model_path = to / written.path.relative_to(scratch)
     with progress("verify"), closing(kind.open(model_path, replace(source, written=written.facts))) as runner:
-        agreement = task_class(TASKS[found.task]).agreement
-        difference = parity.compare(
-            source.model, runner, inputs.compared, signature=source.signature, agreement=agreement
+        compare = partial(
+            parity.compare,
+            runner=runner,
+            batches=inputs.compared,
+            signature=source.signature,
+            agreement=task_class(TASKS[found.task]).agreement,
         )
+        difference = compare(source.model)
         facts = runner.facts() | written.facts
-    exact = facts.exact(precision)
-    bound = Gates().parity if exact else Gates().agreement
-    assert bound is not None
-    return {
+        if compressed is not None:
+            compressed["change"] = compare(compressed.pop("before"))
+    facts_json = {
         "schema": SCHEMA,
         "model": path,
         "task": found.task,
+        "about_task": about(TASKS[found.task]),
         "format": format,
-        "precision": precision,
+        "precision": source.precision,
+        "compressed": compressed,
         "path": str(model_path),
         "size_bytes": written.size_bytes,
+        "fp32_bytes": fp32_bytes,
         "inputs": found.samples.source,
+        "max_length": limit,
         "parity": difference,
-        "judged_by": "parity" if exact else "agreement",
+        **_judged(difference, exact=facts.exact(source.precision)),
         "runtime": facts.as_json(),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    (to / "README.md").write_text(export_card(facts_json), encoding="utf-8")
+    return facts_json
+
+
+def _judged(difference: dict[str, Any], *, exact: bool) -> dict[str, Any]:
+    """By what the difference from the torch model is judged, its limit and the verdict."""
+    bound = Gates().parity if exact else Gates().agreement
+    assert bound is not None
+    return {
+        "judged_by": "parity" if exact else "agreement",
         "passed": difference["relative"] <= bound if exact else difference["agreement"] >= bound,
         "limit": bound,
-        "seconds": round(time.monotonic() - begun, 1),
     }
 
 
-def _spec(format: str, precision: str, options: dict[str, Any]) -> ExportSpec:
-    """An entry of a recipe's `export`, with its packages installed. Raises UserError, ModuleNotFoundError."""
+def _spec(format: str, precision: str, options: dict[str, Any], stage: Stage | None) -> ExportSpec:
+    """An entry of a recipe's `export` with one precision, and its packages installed.
+
+    stage: compresses first, and then the precision is the one that the format writes such models in. Raises UserError,
+    ModuleNotFoundError.
+    """
     if "cache" in options and spec_of(format).caches is None:
         able = " or ".join(name for name, kind in EXPORTS.items() if kind.caches is not None)
         raise UserError(
             f"--cache {options['cache']}: {spec_of(format).title} is written without a cache; drop it, or choose"
             f" --format {able}"
         )
-    entry = {"id": "export", "format": format, "of": ["model"], "precision": [precision], **options}
+    entry = {"id": "export", "format": format, "of": ["model"], **options}
+    if stage is not None:
+        bare: dict[str, Any] = {"cache": options.get("cache")}
+        precision = spec_of(format).model_construct(**bare).usual(stage)
+    entry["precision"] = [precision]
     try:
         spec: ExportSpec = TypeAdapter(Export).validate_python(entry)
     except ValidationError as error:
@@ -141,7 +187,8 @@ def _lengths(source: Source) -> list[int]:
     return [source.example[name].shape[place] for name, place in ports]
 
 
-def _source(found: Loaded, spec: ExportSpec, precision: str, inputs: _Inputs) -> Source:
+def _source(found: Loaded, spec: ExportSpec, inputs: _Inputs) -> Source:
+    (precision,) = spec.precision
     quantized = is_quantized(found.model)
     embeddings: Embeddings = "int8" if quantized else "fp32"
     model = format_of(spec).torch(found.model, precision, embeddings).eval()

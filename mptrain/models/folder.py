@@ -105,8 +105,11 @@ def check_weights(folder: Path) -> None:
 def is_artifact(folder: Path) -> bool:
     """Whether only `mptrain.load` can read the folder; a dense model that we saved is a plain transformers folder."""
     config = config_json(folder)
-    special = "mptrain_structure" in config or (folder / "quantizers.json").is_file()
-    return special or "code" in config.get("mptrain", {})
+    if not isinstance(config.get("mptrain"), dict):
+        return False
+    ours = ("quantizers.json", "compressed.safetensors", "mptrain.safetensors")  # models/artifact.py
+    special = "mptrain_structure" in config or any((folder / name).is_file() for name in ours)
+    return special or "code" in config["mptrain"]
 
 
 def config_json(folder: Path) -> dict[str, Any]:

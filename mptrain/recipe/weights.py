@@ -92,6 +92,7 @@ class Ptq(QuantizeConfig):
 
 Method = Literal["rtn", "scale", "gptq"]
 Granularity = Literal["tensor", "channel", "block"]
+Block = Annotated[int, Field(gt=0)] | Literal["auto"]
 
 
 class WeightOverride(Strict):
@@ -100,7 +101,7 @@ class WeightOverride(Strict):
     method: Method | None = None
     bits: Literal[4, 8] | None = None
     granularity: Granularity | None = None
-    block_size: Annotated[int, Field(gt=0)] | None = None
+    block_size: Block | None = None
     symmetric: bool | None = None
 
 
@@ -121,7 +122,11 @@ class WeightOnly(QuantizeConfig):
         None, description="stored bits per compressed weight, scales included: 4 or 8 bits to each by its sensitivity"
     )
     granularity: Granularity = Field("block", description="what shares a scale: a weight, a row, a block of a row")
-    block_size: Annotated[int, Field(gt=0)] = Field(32, description="columns to a block; must divide every weight")
+    block_size: Block = Field(
+        32,
+        description="columns to a block, must divide every weight's; auto: for each weight the largest of 64, 32 and 16"
+        " that does, else one scale to a row",
+    )
     symmetric: bool = True
     embeddings: Literal["fp32", "int8", "same"] = Field("int8", description="int8: a scale per row; same: as the rest")
     lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
@@ -130,7 +135,8 @@ class WeightOnly(QuantizeConfig):
     allow_partial: bool = Field(False, description=PARTIAL)
 
     def words(self) -> str:
-        unit = f"block of {self.block_size}" if self.granularity == "block" else self.granularity
+        size = "up to 64" if self.block_size == "auto" else self.block_size
+        unit = f"block of {size}" if self.granularity == "block" else self.granularity
         return f"int{self.bits} weights ({self.method}, per {unit})"
 
     def leaves(self) -> Iterator[tuple[str, Weights]]:

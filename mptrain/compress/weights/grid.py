@@ -29,6 +29,9 @@ _MOST = 65504.0
 
 Granularity = Literal["tensor", "channel", "block"]
 
+AUTO = (64, 32, 16)
+"""sizes of a block that is chosen to fit; a row that none of them divides is one unit"""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -55,6 +58,16 @@ class Grid:
                 f" block: use {fits}, or granularity channel for this weight (overrides)"
             )
         return self.block_size
+
+    @classmethod
+    def fitting(
+        cls, columns: int, bits: int, granularity: Granularity, block_size: int | Literal["auto"], symmetric: bool
+    ) -> Grid:
+        """With blocks that divide so many columns where their size is left open; see AUTO."""
+        if block_size != "auto":
+            return cls(bits, granularity, block_size, symmetric)
+        found = next((size for size in AUTO if columns % size == 0), None)
+        return cls(bits, granularity, found, symmetric) if found else cls(bits, "channel", symmetric=symmetric)
 
     def units(self, weight: Tensor) -> Tensor:
         """[out, in] as [out, blocks, block], or [1, 1, out · in] for one scale; shares memory."""

@@ -12,6 +12,7 @@ from mptrain.compress.base import Config, Method, Site, Sizes, Tables, Tools, Tr
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.compress.weights.coverage import coverage
+from mptrain.compress.weights.grid import AUTO
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.compress.weights.times import predicted_seconds
@@ -47,7 +48,8 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
     @classmethod
     def outlook(cls, config: WeightOnly, skeleton: nn.Module, sizes: Sizes) -> Sizes:
         zero = 0.0 if config.symmetric else config.bits / 8
-        weight = config.bits / 8 + ((2 + zero) / config.block_size if config.granularity == "block" else 0.0)
+        block = max(AUTO) if config.block_size == "auto" else config.block_size
+        weight = config.bits / 8 + ((2 + zero) / block if config.granularity == "block" else 0.0)
         weight = weight if config.size_budget is None else config.size_budget / 8
         embedding = {"fp32": 4.0, "int8": 1.0, "same": weight}[config.embeddings]
         return replace(sizes, layer_bytes=weight, embedding_bytes=embedding)

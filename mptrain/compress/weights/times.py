@@ -19,7 +19,7 @@ from torch import nn
 
 from mptrain.compress.weights import records
 from mptrain.compress.weights.gptq import factor, gptq
-from mptrain.compress.weights.grid import Grid, round_to_nearest
+from mptrain.compress.weights.grid import AUTO, Grid, round_to_nearest
 from mptrain.compress.weights.scale_search import search
 from mptrain.compress.weights.weight_only import Choice, choices
 from mptrain.recipe import WeightOnly
@@ -38,7 +38,7 @@ def predicted_seconds(model: nn.Module, config: WeightOnly, tokens: int, macs_pe
     """model: as for `choices`, also on the meta device. tokens: of all calibration inputs."""
     found = work(model, config, tokens)
     total = found.macs / macs_per_second
-    grid = Grid(config.bits, config.granularity, config.block_size, config.symmetric)
+    grid = Grid.fitting(max(AUTO), config.bits, config.granularity, config.block_size, config.symmetric)
     for method, count in found.weights.items():
         column, weight = _unit_seconds(method, grid)
         total += column * found.columns[method] + weight * count

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,19 +112,20 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
         stored = _stored(users, head, config)
         if stored == "fp32":
             continue
-        grid = ROWS if stored == "int8" else Grid(config.bits, config.granularity, config.block_size, config.symmetric)
-        chosen = {"method": config.method, **vars(grid)}
+        chosen: dict[str, Any] = {"method": config.method}
+        chosen |= vars(ROWS) if stored == "int8" else {name: getattr(config, name) for name in vars(ROWS)}
         for hit, override in overrides:
             if hit.intersection(users):
                 chosen |= override.model_dump(exclude_none=True)
-        method, grid = chosen.pop("method"), Grid(**chosen)
         linear = next((name for name, module in users.items() if isinstance(module, LINEAR)), None)
-        choice = Choice(method, grid, linear, linear is not None and is_transposed(users[linear]))
+        transposed = linear is not None and is_transposed(users[linear])
+        columns = records.matrix(model.get_parameter(weight), transposed).shape[1]
+        method, grid = chosen.pop("method"), Grid.fitting(columns, **chosen)
         try:
-            grid.block(_matrix(model, weight, choice).shape[1])
+            grid.block(columns)
         except UserError as error:
             problems.append(f"{weight}: {error}")
-        plan[weight] = choice
+        plan[weight] = Choice(method, grid, linear, transposed)
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"quantize: {'; '.join(problems[:3])}{more}")

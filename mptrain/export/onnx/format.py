@@ -9,6 +9,7 @@ from torch import nn
 from mptrain.compress.quantize import quantizers
 from mptrain.export.base import Embeddings, Runner, Source, Written
 from mptrain.export.facts import Facts
+from mptrain.export.torch.fits import check_fits
 from mptrain.recipe.exports.onnx import OPSET, Onnx
 
 
@@ -17,7 +18,9 @@ class OnnxFormat:
         self.spec = spec
 
     def torch(self, model: nn.Module, precision: str, embeddings: Embeddings) -> nn.Module:
-        return quantizers.plain(model) if self.spec.drops_quantizers(precision) else model
+        model = quantizers.plain(model) if self.spec.drops_quantizers(precision) else model
+        check_fits(model, precision)
+        return model
 
     def write(self, source: Source, folder: Path) -> Written:
         from mptrain.export.onnx.convert import write

@@ -31,6 +31,7 @@ from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.torch import calls
+from mptrain.export.torch.fits import check_fits
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe import Precision
 from mptrain.verify import overflow, parity
@@ -179,24 +180,11 @@ def _name(graph: ov.Model, example: Mapping[str, Tensor], signature: Signature) 
 
 
 def _check(model: nn.Module, precision: str) -> None:
-    quantized = quantizers.is_quantized(model)
-    if quantized and precision in ("fp32", "fp16"):
+    if quantizers.is_quantized(model) and precision in ("fp32", "fp16"):
         raise UserError(
             f"export precision {precision} of a model with quantizers: detach them first (quantizers.detach)"
         )
-    # look-up tables have no place in the IR: palettized weights are written out as the numbers they stand for
-    stored = any(isinstance(record, records.BlockQuantized) for record in records.of(model).values())
-    if precision == "compressed" or stored:
-        if precision != "compressed" or not stored:
-            raise UserError(
-                f"export precision {precision}: models with weights compressed to integers, and no others, are"
-                " exported as `compressed`"
-            )
-    elif not quantized and precision not in ("fp32", "fp16"):
-        raise UserError(
-            f"export precision {precision} needs a model with fake quantizers, and this one has none: quantize it in a"
-            " recipe (`quantize`) and export what that made, or export this one as fp32 or fp16"
-        )
+    check_fits(model, precision)
 
 
 def _embeddings(model: nn.Module) -> set[str]:

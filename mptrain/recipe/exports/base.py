@@ -130,6 +130,10 @@ class ExportSpec(Strict):
         """Those that a stage can have."""
         return ("fp32", "fp16")
 
+    def usual(self, stage: Stage) -> str:
+        """Of those, the one for somebody who said how weights are compressed and no more."""
+        return self.precisions(stage)[0]
+
     def drops_quantizers(self, precision: str) -> bool:
         """Whether a quantized stage is written without what its fake quantizers learned: its structure alone."""
         return False

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mptrain.recipe.exports.base import Cache, ExportSpec, Package, Stored, Use
 from mptrain.recipe.method import Weights
+from mptrain.recipe.stage import Stage
 
 
 class CoreAi(ExportSpec):
@@ -38,6 +39,9 @@ class CoreAi(ExportSpec):
         if self.cache is not None and self.precision != ["fp32"]:
             raise ValueError(f"cache: Core AI holds it in fp32 here; give precision: [fp32], got {self.precision}")
         return self
+
+    def usual(self, stage: Stage) -> str:
+        return "fp16" if self.cache is None else "fp32"
 
     def stores(self, weights: Weights) -> Stored:
         if weights.kind == "tables":

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mptrain.recipe.base import Strict
 from mptrain.recipe.exports.base import Cache, ExportSpec, Limit, Package, Stored, Use
 from mptrain.recipe.method import Weights
+from mptrain.recipe.stage import Stage
 
 CoreMlPrecision = Literal["fp32", "fp16"]
 CoreMlTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18"]
@@ -81,6 +82,9 @@ class CoreMl(ExportSpec):
 
     def widths(self) -> frozenset[int]:
         return super().widths() - ({3} if self.minimum_deployment_target != "iOS18" else set())
+
+    def usual(self, stage: Stage) -> str:
+        return "fp16"  # in which Apple's processors compute
 
     def stores(self, weights: Weights) -> Stored:
         return stores(self.minimum_deployment_target, weights, self.scaled_tables)

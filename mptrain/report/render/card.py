@@ -16,7 +16,7 @@ from mptrain.report.render.markdown import escape, grid
 from mptrain.report.row import Row
 from mptrain.report.tables import choices, results
 
-_PROCESSORS = {
+_PROCESSORS: dict[str | None, tuple[str | None, str]] = {
     "tokenizer": ("AutoTokenizer", '"…"'),
     "image": ("AutoImageProcessor", "image"),
     "audio": ("AutoFeatureExtractor", "sound"),
@@ -58,7 +58,7 @@ def _front_matter(report: Row) -> str:
 def _results(report: Row) -> list[Row]:
     """Every variant's main metric, in the form of the hub's model index."""
     data, name = report["recipe"]["data"], report["metric"]["name"]
-    source = _short(data["source"] or data["test"] or data["train"] or "custom")
+    source = short(data["source"] or data["test"] or data["train"] or "custom")
     kind = report["about_task"]["tag"]
     return [
         {
@@ -78,7 +78,7 @@ def _summary(report: Row) -> str:
         for stage in recipe["stages"]
     )
     text = f"{recipe['description'].rstrip('. ')}. " if recipe["description"] else ""
-    text += f"Made from {_short(recipe['model']['path'])} for {report['task'].replace('-', ' ')} ({did})."
+    text += f"Made from {short(recipe['model']['path'])} for {report['task'].replace('-', ' ')} ({did})."
     return escape(text)
 
 
@@ -91,7 +91,7 @@ def _use(report: Row) -> list[str]:
         if code := _loading(report, exported):
             folders = "\n".join(f"- {escape(v['id'])}: {escape(_folder(v))}" for v in exported)
             title = "## Use" if not number else f"### With {escape(spec_of(name).title)}"
-            parts.append(f"{title}\n\n{_fence(code)}\n\nThe exported models:\n\n{folders}")
+            parts.append(f"{title}\n\n{fence(code)}\n\nThe exported models:\n\n{folders}")
     if report["checkpoints"]:
         folder = list(report["checkpoints"].values())[-1]
         code = ["import mptrain", "", f"model = mptrain.load({folder!r})  # a torch model in eval mode"]
@@ -99,7 +99,7 @@ def _use(report: Row) -> list[str]:
             "The torch models, to train on or export again. A pruned or quantized one needs `mptrain.load`:"
             " plain `from_pretrained` does not know the changed shapes."
         )
-        parts.append(f"### In torch\n\n{text}\n\n{_fence(code)}")
+        parts.append(f"### In torch\n\n{text}\n\n{fence(code)}")
     return parts
 
 
@@ -108,11 +108,17 @@ def _loading(report: Row, exported: list[Row]) -> list[str]:
     advice = report["recommendation"] or {}
     chosen = next((v for v in exported if v["id"] == advice.get("id")), exported[-1])
     about = report["about_task"]
-    processor, inputs = _PROCESSORS.get(about.get("processor"), (None, "inputs"))
     cut = report["recipe"]["data"]["max_length"] if about.get("cuts") else None
+    return loading(chosen["format"], about, chosen["path"], _folder(chosen), cut)
+
+
+def loading(format: str, about: Row, path: str, folder: str, cut: int | None) -> list[str]:
+    """Lines of Python that load an exported model. about: what a report says of its task."""
+    processor, inputs = _PROCESSORS.get(about.get("processor"), (None, "inputs"))
     inputs = about.get("call") or inputs
-    use = Use(chosen["path"], _folder(chosen), about.get("pipeline"), processor, about.get("optimum"), inputs, cut)
-    return spec_of(chosen["format"]).loading(use)
+    return spec_of(format).loading(
+        Use(path, folder, about.get("pipeline"), processor, about.get("optimum"), inputs, cut)
+    )
 
 
 def _folder(variant: Row) -> str:
@@ -137,13 +143,13 @@ def _limits(report: Row) -> str:
     return "## Limits\n\n" + "\n".join(f"- {escape(line)}" for line in lines)
 
 
-def _fence(lines: list[str]) -> str:
+def fence(lines: list[str]) -> str:
     code = "\n".join(lines)
     marks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", code)), default=0))
     return f"{marks}python\n{code}\n{marks}"
 
 
-def _short(path: str) -> str:
+def short(path: str) -> str:
     """A hub or packaged name as it is, of a path the last part: a card travels, folders do not."""
     parts = [part for part in re.split(r"[/\\]", path) if part]
     return path if len(parts) <= 2 and not path.startswith((".", "/", "~", "\\")) else parts[-1]
