@@ -78,7 +78,7 @@ def _default(field: typing.Any) -> str:
     value = field.get_default(call_default_factory=True)
     if field.is_required() or value is PydanticUndefined:
         return "**required**"
-    if value is None or value == [] or value == {}:
+    if value in (None, "", [], {}):
         return ""
     if isinstance(value, BaseModel):
         return "see there"

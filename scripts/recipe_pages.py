@@ -16,17 +16,20 @@ from mptrain.report.render.markdown import markdown
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmarks" / "results" / "runs"
 
+NO_RUN = """No report of this recipe, as it is bundled, is kept in the repository: nothing on this page was measured.
+`mptrain recipe` makes one."""
+
 
 def page(recipe: Path) -> str:
     """In Markdown; the headings of the report go two levels down."""
     text = recipe.read_text(encoding="utf-8")
     described = file.read(str(recipe)).recipe.description
-    found = [f"# {recipe.stem}", "", described.capitalize().rstrip(".") + ".", ""]
-    found += ["```", f"mptrain recipe {recipe.stem}", f"mptrain copy {recipe.stem}     # to edit it", "```", ""]
+    found = [f"# {recipe.stem}", "", described[:1].upper() + described[1:].rstrip(".") + ".", ""]
+    found += ["```sh", f"mptrain recipe {recipe.stem}", f"mptrain copy {recipe.stem}     # to edit it", "```", ""]
     found += ["```yaml", text.rstrip(), "```", "", "## Its report", ""]
     run = RUNS / f"{recipe.stem}.json"
     if not run.is_file():
-        return "\n".join([*found, "No run of it is kept in the repository; `mptrain recipe` makes one.", ""])
+        return "\n".join([*found, NO_RUN, ""])
     report = re.sub(r"^(#+) ", r"\1## ", markdown(read(run)), flags=re.MULTILINE)
     kept = f"[benchmarks/results/runs/{run.name}](../benchmarks/results/runs/{run.name})"
     return "\n".join([*found, f"As `mptrain report` draws it from {kept}:", "", report])

@@ -58,11 +58,11 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
     model: one of transformers, on any device. folder: where to. processor: a tokenizer, image processor or feature
     extractor, saved beside it. The folder appears whole or not at all; an artifact that is there already is replaced.
 
-    Shapes and dtypes: every tensor as the model has it; those with masters in fp32; tables and integers packed.
-    Units: files take bytes x elements, packed weights bits / 8 to each, and their scales.
-    Source: safetensors in the layout of transformers; what is added stands at the top of this file.
-    Raises UserError when the folder holds something else, ModelError when the model's class
-    cannot be saved or a compressed weight was changed, MptrainError when writing fails.
+    - Shapes and dtypes: every tensor as the model has it; those with masters in fp32; tables and integers packed.
+    - Units: files take bytes x elements, packed weights bits / 8 to each, and their scales.
+    - Source: safetensors in the layout of transformers; what is added stands at the top of this file.
+    - Raises UserError when the folder holds something else, ModelError when the model's class
+      cannot be saved or a compressed weight was changed, MptrainError when writing fails.
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"only transformers models can be saved, got {type(model).__name__}; unwrap it first")
@@ -112,10 +112,10 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
     allow_code: run the modeling code in the folder, for a class that is not part of
     transformers. folder: what `save` wrote, or a model folder of a run. Global random state is left alone.
 
-    Shapes and dtypes: those that were saved; pruned layers have the sizes they were cut to.
-    Units: the same bits as were saved, so equal outputs on the same machine.
-    Source: safetensors in the layout of transformers; nothing is unpickled.
-    Raises ModelError when the folder is not whole or not what it says, or needs code.
+    - Shapes and dtypes: those that were saved; pruned layers have the sizes they were cut to.
+    - Units: the same bits as were saved, so equal outputs on the same machine.
+    - Source: safetensors in the layout of transformers; nothing is unpickled.
+    - Raises ModelError when the folder is not whole or not what it says, or needs code.
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)

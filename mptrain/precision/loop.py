@@ -50,11 +50,11 @@ class MasterWeights(MasterOptimizer):
         process_group: ranks that agree on skipping a step; default: all.
         kernel: "auto" (compiled where possible), "native" or "torch".
 
-    Shapes and dtypes: parameters of any shape, fp32, fp16 or bf16, become views of one flat buffer of `dtype`; masters
-    and moments are fp32, of the same shapes; the loss is a scalar.
-    Units: norms are those of gradients without the loss scale; AdamW takes 16 bytes a parameter, `split` 14.
-    Raises UserError for wrong arguments, ModelError when a pattern matches nothing or a dtype cannot be trained.
-    Source: Micikevicius et al. 2018, Mixed Precision Training, sections 3.1 and 3.2.
+    - Shapes and dtypes: parameters of any shape, fp32, fp16 or bf16, become views of one flat buffer of `dtype`;
+      masters and moments are fp32, of the same shapes; the loss is a scalar.
+    - Units: norms are those of gradients without the loss scale; AdamW takes 16 bytes a parameter, `split` 14.
+    - Raises UserError for wrong arguments, ModelError when a pattern matches nothing or a dtype cannot be trained.
+    - Source: Micikevicius et al. 2018, Mixed Precision Training, sections 3.1 and 3.2.
     """
 
     def __init__(

@@ -32,12 +32,12 @@ class LossScale(Strict):
     def __init__(self, **settings: Any) -> None:
         """The fields by name, all with defaults.
 
-        Shapes and dtypes: Python numbers; the scale multiplies a scalar fp32 loss.
-        Units: `init`, `floor` and `ceiling` are factors of the loss; `growth` and `backoff` factors of the scale;
-        `interval`, `hysteresis` and `patience` count optimizer steps.
-        Raises UserError that names the setting; within a recipe pydantic's errors say where it stands.
-        Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2; `hysteresis` and the floor are those of
-        DeepSpeed's dynamic loss scale.
+        - Shapes and dtypes: Python numbers; the scale multiplies a scalar fp32 loss.
+        - Units: `init`, `floor` and `ceiling` are factors of the loss; `growth` and `backoff` factors of the scale;
+          `interval`, `hysteresis` and `patience` count optimizer steps.
+        - Raises UserError that names the setting; within a recipe pydantic's errors say where it stands.
+        - Source: Micikevicius et al. 2018, Mixed Precision Training, section 3.2; `hysteresis` and the floor are those
+          of DeepSpeed's dynamic loss scale.
         """
         try:
             super().__init__(**settings)

@@ -31,10 +31,10 @@ class TrainingArguments(transformers.TrainingArguments):
     precision: "fp16-master", "bf16-master", "bf16-split", "fp32", or the mapping that a recipe's `precision` field
     takes, e.g. {"compute": "fp16", "keep_fp32": ["norms"], "loss_scale": {"init": 1024}}. Kept as that mapping.
 
-    Shapes and dtypes: text and plain mappings; the dtype is that of forward, backward and the weights they see.
-    Units: none of its own; those of transformers hold.
-    Raises UserError for a value that is none of these, and together with fp16=True or bf16=True.
-    Source: transformers.TrainingArguments; `precision` is the field of a recipe.
+    - Shapes and dtypes: text and plain mappings; the dtype is that of forward, backward and the weights they see.
+    - Units: none of its own; those of transformers hold.
+    - Raises UserError for a value that is none of these, and together with fp16=True or bf16=True.
+    - Source: transformers.TrainingArguments; `precision` is the field of a recipe.
     """
 
     precision: dict | str | None = field(default=None, metadata={"help": HELP})

@@ -39,17 +39,17 @@ class Trainer(Saving):
     """`transformers.Trainer` plus `compressors` (already prepared on the model) and a `distiller`.
 
     With a distiller the loss is averaged per micro-batch, not per token over the whole
-    accumulation, so a `compute_loss_func` cannot be given with it.
+    accumulation, so a `compute_loss_func` cannot be given with it. Besides the arguments of transformers.Trainer:
 
-    Arguments: those of transformers.Trainer, and
+    Arguments:
         compressors: methods that train with the model, each already `prepare`d on it; their order is that of the calls.
         distiller: holds the teacher, and mixes its loss with the model's own.
 
-    Shapes and dtypes: batches as the model takes them, targets beside the inputs; the loss is a scalar, fp32 under
-    `precision`.
-    Units: losses as the model gives them; learning rates and steps count optimizer steps, not micro-steps.
-    Raises UserError for settings that exclude each other, TypeError for a compressor or distiller of another kind.
-    Source: transformers.Trainer, step for step; distillation after Hinton et al. 2015.
+    - Shapes and dtypes: batches as the model takes them, targets beside the inputs; the loss is a scalar, fp32 under
+      `precision`.
+    - Units: losses as the model gives them; learning rates and steps count optimizer steps, not micro-steps.
+    - Raises UserError for settings that exclude each other, TypeError for a compressor or distiller of another kind.
+    - Source: transformers.Trainer, step for step; distillation after Hinton et al. 2015.
     """
 
     def __init__(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import pkgutil
 import subprocess
 import sys
-import zipfile
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import pytest
 import mptrain
 from mptrain.recipe import file
 
+ROOT = Path(mptrain.__file__).parent.parent
 HEAVY = {"torch", "transformers", "nncf", "openvino", "datasets", "sklearn", "matplotlib", "accelerate", "pydantic"}
 
 
@@ -49,22 +53,50 @@ def test_no_file_imports_pickle_or_loads_without_weights_only():
                 assert "weights_only=True" in ast.unparse(node) or "torch.load" not in ast.unparse(node), path
 
 
-def test_the_wheel_has_recipes_configs_and_type_marker(tmp_path):
-    root = Path(mptrain.__file__).parent.parent
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    names = {p.name for p in (tmp_path / "site" / "mptrain").rglob("*")}
+def environment(site: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(sdist, folder that the wheel was installed to). The wheel is made from the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target"]
+    subprocess.run([*install, str(folder / "site"), str(wheel)], check=True, capture_output=True)
+    return sdist, folder / "site"
+
+
+def test_sdist_and_wheel_are_whole_and_have_the_version_of_pyproject(built, tmp_path):
+    sdist, site = built
+    names = {p.name for p in (site / "mptrain").rglob("*")}
     assert {p.name for p in file.bundled()} <= names
     assert {"accelerate-gloo-2cpu.yaml", "py.typed", "page.html.j2"} <= names
-    code = "from mptrain.cli import main; main(['list']); main(['validate', 'quickstart'])"
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = {p.relative_to(ROOT).as_posix() for folder in ("docs", "recipes") for p in (ROOT / folder).rglob("*.*")}
+    assert tracked | {"Makefile", "constraints.txt", "tests/conftest.py"} <= inside
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert sdist.name == f"mptrain-{version}.tar.gz"
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    code = "from mptrain.cli import main; main(['list']); main(['validate', 'quickstart']); main(['--version'])"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(site), capture_output=True, text=True, check=True
     )
-    assert "jpqd-bert" in done.stdout and "quickstart.yaml: valid" in done.stdout
-    assert str(tmp_path) in done.stdout
+    assert "jpqd-bert" in done.stdout and "quickstart.yaml: valid" in done.stdout and str(site) in done.stdout
+    assert done.stdout.endswith(f"mptrain {version}\n")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_an_installed_mptrain_runs_quickstart_in_an_empty_folder(built, tmp_path):
+    _, site = built
+    command = [sys.executable, str(site / "bin" / "mptrain"), "recipe", "quickstart"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(site), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    left = tmp_path / "runs" / "quickstart"
+    assert json.loads((left / "report.json").read_text())["name"] == "quickstart"
+    for name in ("report.html", "export/jpqd_int8/openvino_model.xml", "stages/jpqd/1-finetune/model/config.json"):
+        assert (left / name).is_file(), name
