@@ -21,6 +21,7 @@ from mptrain.data.load import task_class
 from mptrain.export.base import Embeddings, Source
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
+from mptrain.models.artifact import QUANTIZERS
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
 from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Stage
 from mptrain.recipe.exports import spec_of
@@ -66,7 +67,8 @@ def export_model(
     begun = time.monotonic()
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
-    stage = stage_of(precision, asked, data=data is not None) if precision in WORDS else None
+    calibrated = (Path(path) / QUANTIZERS).is_file()  # with ranges of its own, and exported as it is
+    stage = stage_of(precision, asked, data=data is not None or calibrated) if precision in WORDS else None
     if stage is None and asked.options:
         raise UserError(f"{asked.options[0]}: says how to compress, which --precision {precision} does not")
     spec = _spec(format, precision, options or {}, stage)
