@@ -161,12 +161,13 @@ def _sizes(inputs: Sequence[Port], example: Mapping[str, Tensor], word: str) -> 
 
 
 def _resized(inputs: Sequence[Port], example: Mapping[str, Tensor], word: str, size: int) -> dict[str, Tensor]:
+    """The last values are kept: some classifiers read a text at its end token, and refuse one without."""
     found = dict(example)
     for port in inputs:
         for place in (place for place, axis in port.free.items() if axis == word):
             value = found[port.name]
             value = value.repeat_interleave(2, place) if value.shape[place] < size else value
-            found[port.name] = value.narrow(place, 0, size)
+            found[port.name] = value.narrow(place, value.shape[place] - size, size)
     return found
 
 

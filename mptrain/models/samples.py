@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.core.errors import DownloadError, ModelError, UserError
@@ -144,7 +145,21 @@ def _text(model: PreTrainedModel, size: int, length: int | None, generator: torc
     config, length = model.config.get_text_config(), length or _TOKENS
     ids = torch.randint(config.vocab_size, (size, length), generator=generator)
     lengths = torch.randint(max(1, length // 2), length + 1, (size, 1), generator=generator)
-    return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).long()}
+    mask = torch.arange(length) < lengths
+    return {"input_ids": _ended(ids, mask, config), "attention_mask": mask.long()}
+
+
+def _ended(ids: Tensor, mask: Tensor, config: Any) -> Tensor:
+    """Texts as tokenizers make them: one end token, the last of each, where BART's and T5's classifiers read, and
+    padding after it. As they are for a model that has no such tokens."""
+    end, padding = getattr(config, "eos_token_id", None), getattr(config, "pad_token_id", None)
+    end = end[0] if isinstance(end, list) else end
+    if end is None or not 0 <= end < config.vocab_size:
+        return ids
+    ids = torch.where(ids == end, (end + 1) % config.vocab_size, ids)
+    if padding is not None and 0 <= padding < config.vocab_size:
+        ids = torch.where(mask, ids, padding)
+    return ids.scatter(1, mask.sum(1, keepdim=True) - 1, end)
 
 
 def _picture(model: PreTrainedModel, size: int, processor: Any, generator: torch.Generator) -> Batch:

@@ -6,9 +6,17 @@ import pytest
 from kit import tiny
 from transformers import AutoModelForImageClassification as Pictures
 from transformers import AutoModelForSequenceClassification as Texts
-from transformers import CLIPImageProcessor, ConvNextImageProcessor, ResNetConfig, ViTImageProcessor, XLNetConfig
+from transformers import (
+    BartConfig,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ViTImageProcessor,
+    XLNetConfig,
+)
 
 from mptrain.core.errors import UserError
+from mptrain.core.signature import probed
 from mptrain.export.torch.cached_decoder import check_length
 from mptrain.models.samples import load_with_inputs, made_up
 from mptrain.recipe import TASKS
@@ -45,3 +53,17 @@ def test_a_bound_of_positions_below_one_is_none(tmp_path):
     check_length("--cache", 64, config)
     with pytest.raises(UserError, match="must be 1 to"):
         check_length("--cache", 0, config)
+
+
+def test_made_up_texts_end_with_the_end_token():
+    """BART's and T5's classifiers read it, and refuse texts without."""
+    config = BartConfig(
+        **{"vocab_size": 30, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
+        **{"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    )
+    model = Texts.from_config(config).eval()
+    batch = made_up(model, TASKS["text-classification"], 8, 20).batches[0]
+    ends, lengths = batch["input_ids"] == config.eos_token_id, batch["attention_mask"].sum(1)
+    assert ends.sum(1).tolist() == [1] * 8 and ends.int().argmax(1).equal(lengths - 1)
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == config.pad_token_id).all()
+    assert probed(model, batch).lengths() == ["tokens"], "a text that is cut for the probe keeps its end"

@@ -32,6 +32,7 @@ from mptrain.core.signature import Signature, probed, without_cache
 from mptrain.export.coreai import arguments
 from mptrain.export.coreai.facts import float_casts
 from mptrain.export.coreai.runner import Asset
+from mptrain.export.torch import graphs
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.verify import overflow, parity
 from mptrain.verify.outputs import of_model
@@ -153,8 +154,10 @@ def traced(
     try:
         with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model), stored(model, held):
             values = tuple(example[name] for name in names)
-            program = torch.export.export(wrapper, values, dynamic_shapes=axes)
+            program, _ = graphs.export(model, wrapper, values, axes)
             program = program.run_decompositions(arguments.table(get_decomp_table()))
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(
             f"torch.export could not trace {type(model).__name__} with {shapes} shapes: {str(error).strip()[-600:]}."

@@ -1,6 +1,7 @@
 """What coremltools 9.0 lacks for current torch, NumPy and transformers, for the length of a `with` block.
 
     new_ones, __and__, __or__, where.ScalarOther, diff, alias   operations its torch frontend does not know
+    new_zeros, where of numbers    make floats of integers, and a result without axes
     ops._cast                      calls int() of an array with one axis, which NumPy >= 2.4 refuses (coremltools#2633)
     TorchConverter._add_const      stores a weight as the integers or tables we learned (see coreml_constants.py)
     tqdm                           three progress bars to a conversion
@@ -23,6 +24,7 @@ from coremltools.converters.mil.frontend.torch.converter import TorchConverter
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from coremltools.converters.mil.frontend.torch.utils import NUM_TO_DTYPE_STRING, sanitize_op_kind
 from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.ops.defs._utils import promote_input_dtypes
 from coremltools.converters.mil.mil.passes import pass_pipeline
 
 from mptrain.core.errors import ExportError
@@ -38,7 +40,8 @@ def compatible(**more: Translation) -> Iterator[None]:
     """more: further operations and their translations. Raises UserError for a coremltools the hooks do not fit."""
     CoreMl.check_installed()
     known = _TORCH_OPS_REGISTRY.name_to_func_mapping
-    added = {name: function for name, function in (_missing() | more).items() if name not in known}
+    before = dict(known)
+    added = {name: function for name, function in (_missing() | more).items() if name not in known} | _mistaken()
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -48,8 +51,8 @@ def compatible(**more: Translation) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-        for name in added:
-            del known[name]
+        known.clear()
+        known.update(before)
 
 
 @contextmanager
@@ -82,11 +85,15 @@ def _missing() -> dict[str, Translation]:
         _alias: ("alias",),
         _and: ("__and__", "and", "__and__.tensor"),
         _or: ("__or__", "or", "__or__.tensor"),
-        _where: ("where.scalarother", "where.scalarself", "where.scalar"),
+        _where: ("where.scalarother", "where.scalar"),
         _diff: ("diff",),
         _nothing: ("_assert_tensor_metadata",),
     }
     return {name: function for function, found in names.items() for name in found}
+
+
+def _mistaken() -> dict[str, Translation]:
+    return {"new_zeros": _new_zeros, "where": _where, "where.self": _where}
 
 
 def _inputs(context: Any, node: Any) -> list[Any]:
@@ -94,21 +101,31 @@ def _inputs(context: Any, node: Any) -> list[Any]:
 
 
 def _new_ones(context: Any, node: Any) -> None:
+    _filled(context, node, 1)
+
+
+def _new_zeros(context: Any, node: Any) -> None:
+    _filled(context, node, 0)
+
+
+def _filled(context: Any, node: Any, value: int) -> None:
+    """Of the type that is asked for, else of the tensor's own."""
     inputs = _inputs(context, node)
     shape = inputs[1]
     dtype = (node.kwinputs or {}).get("dtype")
     number = dtype[0] if dtype else (inputs[2].val if len(inputs) > 2 and inputs[2] is not None else None)
     if isinstance(number, str):
         number = context[number].val
-    kind = "fp32" if number is None else NUM_TO_DTYPE_STRING[int(number)]
+    own = types.builtin_to_string(inputs[0].dtype)
+    kind = own if number is None else NUM_TO_DTYPE_STRING[int(number)]
     if isinstance(shape, list):
         shape = mb.concat(values=shape, axis=0) if shape else None
     if shape is None or (shape.val is not None and np.size(shape.val) == 0):
-        value = {"bool": np.bool_(True), "int32": np.int32(1)}.get(kind, np.float32(1))
-        context.add(mb.const(val=value, name=node.name))
+        one = {"bool": np.bool_(value), "int32": np.int32(value)}.get(kind, np.float32(value))
+        context.add(mb.const(val=one, name=node.name))
         return
-    ones = mb.fill(shape=shape, value=1.0, name=node.name if kind == "fp32" else f"{node.name}_filled")
-    context.add(ones if kind == "fp32" else mb.cast(x=ones, dtype=kind, name=node.name))
+    made = mb.fill(shape=shape, value=float(value), name=node.name if kind == "fp32" else f"{node.name}_filled")
+    context.add(made if kind == "fp32" else mb.cast(x=made, dtype=kind, name=node.name))
 
 
 def _alias(context: Any, node: Any) -> None:
@@ -131,7 +148,16 @@ def _or(context: Any, node: Any) -> None:
 
 
 def _where(context: Any, node: Any) -> None:
-    ops.where(context, node)
+    """Of two numbers: `select` would have the shape of the numbers, none, for everything that reads it."""
+    inputs = _inputs(context, node)
+    if len(inputs) != 3 or inputs[1].rank or inputs[2].rank or not inputs[0].rank:
+        ops.where(context, node)
+        return
+    condition, first, second = inputs
+    first, second = promote_input_dtypes([first, second])
+    condition = condition if types.is_bool(condition.dtype) else mb.cast(x=condition, dtype="bool")
+    every = mb.fill_like(ref_tensor=condition, value=first)
+    context.add(mb.select(cond=condition, a=every, b=second, name=node.name))
 
 
 def _nothing(context: Any, node: Any) -> None:

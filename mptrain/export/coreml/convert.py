@@ -30,9 +30,9 @@ from mptrain.export.coreml import arguments
 from mptrain.export.coreml.cache_ops import index_copy
 from mptrain.export.coreml.compat import compatible, storing, supported
 from mptrain.export.coreml.half import MilOps, spellings
-from mptrain.export.coreml.shapes import Axes, axes_of, fitted, flexible, sized_inside, tensor_types
+from mptrain.export.coreml.shapes import Axes, axes_of, fitted, flexible, narrowed, sized_inside, tensor_types
 from mptrain.export.coreml.weights import constants
-from mptrain.export.torch import calls
+from mptrain.export.torch import calls, graphs
 from mptrain.export.torch.cached_decoder import CachedDecoder
 from mptrain.export.torch.traceable import Positional, traceable_masks
 from mptrain.mil.facts import facts
@@ -155,7 +155,7 @@ def convert(
             compatible(**({} if cache is None else {"index_copy": index_copy})),
         ):
             warnings.simplefilter("ignore")
-            source = traced(wrapper, values, shapes, axes, route)
+            source, shapes = traced(wrapper, values, shapes, axes, route)
             stored, floats = constants(model, source, target, scaled_tables=scaled_tables)
             with storing(stored):
                 package = _to_package(source, values, signature, precision, target, shapes, keep_fp32)
@@ -216,8 +216,14 @@ def safe_half(
     return replace(converted, half=half)
 
 
-def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes, route: Route) -> Any:
-    """The graph to convert. Raises ExportError that lists every operation Core ML has no translation for."""
+def traced(
+    wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes, route: Route
+) -> tuple[Any, CoreMlShapes]:
+    """The graph to convert, and the shapes without those that the model does not take.
+
+    Raises ExportError that lists every operation Core ML has no translation for, and for a model that computes for
+    one size alone.
+    """
     inputs = tuple(values.values())
     if route == "trace":
         with calls.WrittenOut(calls.COREML):
@@ -228,7 +234,8 @@ def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShape
         dims = {name: torch.export.Dim(name, min=min(sizes), max=max(sizes)) for name, sizes in flexible(shapes)}
         free = tuple({axis: dims[n] for axis, n in axes[name] if n in dims} for name in values)
         sizes = (free,) if isinstance(wrapper, Positional) else free  # Positional takes *values: one argument
-        graph = torch.export.export(wrapper, inputs, dynamic_shapes=sizes, strict=False)
+        graph, taken = graphs.export(getattr(wrapper, "model", wrapper), wrapper, inputs, sizes)
+        shapes = narrowed(shapes, taken)
         graph = graph.run_decompositions(arguments.table())
         arguments.check(graph)
         targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
@@ -241,7 +248,7 @@ def traced(wrapper: nn.Module, values: Mapping[str, Tensor], shapes: CoreMlShape
             f" {', '.join(f'{kind} ({count}×)' for kind, count in missing.items())}."
             " Replace them by others, or register translations with coremltools' register_torch_op."
         )
-    return graph
+    return graph, shapes
 
 
 def _to_package(

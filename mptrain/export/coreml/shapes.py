@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mptrain.core.errors import UserError
 from mptrain.core.signature import BATCH, Signature
+from mptrain.export.torch import graphs
 from mptrain.recipe import CoreMlShapes
+
+log = logging.getLogger(__name__)
 
 Axes = Mapping[str, Sequence[tuple[int, str]]]
 """of each input: (place, "batch" or "length") of the axes that may be flexible"""
@@ -40,10 +45,15 @@ def tensor_types(values: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes,
 
 
 def sized_inside(example: Mapping[str, Tensor], shapes: CoreMlShapes, axes: Axes) -> dict[str, Tensor]:
-    """The example at a size inside the shapes; at least 2 of a flexible axis, for torch takes a size of 1 as fixed."""
+    """The example at a size inside the shapes, its own where that is one: a text that is cut may lack its end token,
+    which some models look for. At least 2 of a flexible axis, for torch takes a size of 1 as fixed."""
     sizes = {"batch": shapes.batch, "length": shapes.length}
     open_sizes = dict(flexible(shapes))
-    chosen = {name: max(2, min(found)) if name in open_sizes else found[0] for name, found in sizes.items()}
+    given = {word: example[name].shape[place] for name, found in axes.items() for place, word in found}
+    chosen = {
+        name: min(max(found), max(2, min(found), given.get(name, 2))) if name in open_sizes else found[0]
+        for name, found in sizes.items()
+    }
     values = {}
     for name, value in example.items():
         value = value.to(torch.float32 if value.is_floating_point() else torch.int32)
@@ -79,6 +89,25 @@ def fitted(batch: Mapping[str, Tensor], signature: Signature, shapes: CoreMlShap
 def flexible(shapes: CoreMlShapes) -> list[tuple[str, list[int]]]:
     found = {"batch": list(shapes.batch), "length": list(shapes.length)}
     return [(name, sizes) for name, sizes in found.items() if min(sizes) < max(sizes)]
+
+
+def narrowed(shapes: CoreMlShapes, sizes: Any) -> CoreMlShapes:
+    """Without the sizes that the model does not take. sizes: as `graphs.export` gives them, Dims named batch, length.
+
+    Raises UserError for a list of sizes that holds such ones.
+    """
+    found = {dim.__name__: dim for free in graphs.leaves(sizes) for dim in free.values()}
+    for name, given in flexible(shapes):
+        if name not in found:
+            continue
+        low, high = max(min(given), found[name].min), min(max(given), found[name].max)
+        if (low, high) == (min(given), max(given)):
+            continue
+        if shapes.kind == "enumerated":
+            raise UserError(f"shapes.{name}: the model takes {low} to {high}, got {given}; leave the others out")
+        log.warning("Core ML: shapes.%s is %s to %s, the model takes no others", name, low, high)
+        shapes = shapes.model_copy(update={name: [low, high]})
+    return shapes
 
 
 def axes_of(signature: Signature) -> Axes:

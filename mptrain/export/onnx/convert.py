@@ -35,7 +35,7 @@ from mptrain.export.base import Embeddings
 from mptrain.export.onnx import half as onnx_half
 from mptrain.export.onnx import weights
 from mptrain.export.onnx.runner import Session
-from mptrain.export.torch import arguments
+from mptrain.export.torch import arguments, graphs
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe.exports.onnx import OPSET
 from mptrain.verify import overflow, parity
@@ -118,7 +118,7 @@ def converted(
     values = tuple(example[name] for name in names)
     try:
         with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model):
-            traced = torch.export.export(wrapper, values, dynamic_shapes=(axes,))
+            traced, _ = graphs.export(model, wrapper, values, (axes,))
             arguments.check(traced, "ONNX", None, IGNORED)
             made = torch.onnx.export(
                 traced,

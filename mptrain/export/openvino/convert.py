@@ -25,12 +25,12 @@ from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
 from mptrain.core.disk import whole
 from mptrain.core.errors import ExportError, UserError
-from mptrain.core.signature import Signature, probed, without_cache
+from mptrain.core.signature import BATCH, Signature, probed, without_cache
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
 from mptrain.export.openvino.runner import CompiledIr
-from mptrain.export.torch import calls
+from mptrain.export.torch import calls, graphs
 from mptrain.export.torch.fits import check_fits
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe import Precision
@@ -153,8 +153,24 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
     finally:
         model.train(training)
     _name(graph, example, signature)
+    _check_lengths(graph, model, example, signature)
     _number_names(graph)
     return graph
+
+
+def _check_lengths(graph: ov.Model, model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> None:
+    """A trace of a loop over the tokens holds as many rounds as the example has. Raises ExportError."""
+    shorter = {}
+    for name, value in example.items():
+        free = {place: word for place, word in signature.input(name).free.items() if word != BATCH}
+        shorter[name] = [max(1, n // 2) if place in free else n for place, n in enumerate(value.shape)]
+    if all(list(value.shape) == shorter[name] for name, value in example.items()):
+        return
+    try:
+        graph.clone().reshape({name: ov.PartialShape(shape) for name, shape in shorter.items()})
+    except RuntimeError as error:
+        said = f"OpenVINO says: {str(error).strip().splitlines()[-1][:200]}"
+        raise ExportError(graphs.one_size(model, example.values(), said)) from error
 
 
 def _name(graph: ov.Model, example: Mapping[str, Tensor], signature: Signature) -> None:
@@ -176,7 +192,12 @@ def _name(graph: ov.Model, example: Mapping[str, Tensor], signature: Signature) 
         friendly = node.get_friendly_name()
         if friendly.startswith(_WRAPPED):
             node.set_friendly_name("__module." + friendly.removeprefix(_WRAPPED))
-    graph.validate_nodes_and_infer_types()
+    try:
+        graph.validate_nodes_and_infer_types()
+    except RuntimeError as error:
+        raise ExportError(
+            f"OpenVINO cannot compute the traced graph at the sizes of the example: {str(error).strip()[-300:]}"
+        ) from error
 
 
 def _check(model: nn.Module, precision: str) -> None:
