@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.core.errors import DownloadError, ModelError, UserError
+from mptrain.core.signature import without_cache
 from mptrain.data.load import load_data
 from mptrain.data.sources import packaged
 from mptrain.data.sources.film_reviews import read_film_reviews
@@ -85,12 +86,29 @@ def load_with_inputs(
     if spec.kind.processor != "tokenizer":
         if data is not None:
             raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
-        return Loaded(model, task, made_up(model, spec.kind, samples, processor=processor), processor)
+        made = _readable(model, made_up(model, spec.kind, samples, processor=processor))
+        return Loaded(model, task, made, processor)
     texts = texts_for(data) if processor is not None else None
     limit = tokens_read(model, length)
     if texts is None or processor is None:
-        return Loaded(model, task, made_up(model, spec.kind, samples, limit), processor)
+        return Loaded(model, task, _readable(model, made_up(model, spec.kind, samples, limit)), processor)
     return Loaded(model, task, tokenized(*texts, processor, spec.kind, samples, limit), processor)
+
+
+@torch.no_grad()
+def _readable(model: PreTrainedModel, samples: Samples) -> Samples:
+    """The samples, once the model has read two. Raises UserError for a model that takes other inputs."""
+    given = {name: value[:2] for name, value in samples.batches[0].items()}
+    try:
+        with without_cache(model):
+            model(**given)
+    except Exception as error:  # each architecture says it in its own way
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+        raise UserError(
+            f"--data: {type(model).__name__} does not read inputs that are made up for it, {shapes}; give a recipe,"
+            f" whose `data:` is then used. It says {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return samples
 
 
 def tokens_read(model: PreTrainedModel, length: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,8 +17,17 @@ from mptrain.data.tasks.agreement import decisions
 from mptrain.verify import overflow
 from mptrain.verify.outputs import rows
 
+log = logging.getLogger(__name__)
+
 Agreement = Callable[[Outputs, Outputs, Batch], np.ndarray]
 """(expected, got, inputs) to a number in 0..1 for each decision"""
+
+
+MEASURED, ROUNDED = 5e-5, 1e-2
+"""relative differences between which it is asked whether rounding explains them"""
+ORDERS = 4
+"""times the error of one computation in float32; the difference of two is at most twice it, each a sample of few"""
+_LARGEST = 2_000_000_000  # parameters that are copied in float64, 8 bytes each
 
 
 @torch.no_grad()
@@ -48,15 +59,17 @@ def compare(
     signature: which outputs count, and which of their places are padding and not compared; default what running the
     model tells. agreement: of the task, default whether the argmax of the last axis is the same, or, of outputs
     without one, the order of the examples.
-    Returns {"max_abs_diff", "relative", "mean_abs_diff", "agreement", "examples"}; relative: the largest difference of
-    an output over its largest value in the batch, where that is above 1, as rounding grows with the values. For
-    quantized models agreement says more than the differences. Raises ExportError when an output is missing, has
+    Returns {"max_abs_diff", "relative", "rounding", "mean_abs_diff", "agreement", "examples"}; relative: the largest
+    difference of an output over its largest value in the batch, where that is above 1, as rounding grows with the
+    values, less what two orders of summation may differ by (`_rounding`, looked at where a model that does not round
+    would fail without, from MEASURED to ROUNDED; as rounding in the same measure). For quantized models agreement says
+    more than the differences. Raises ExportError when an output is missing, has
     another shape or values that are not finite.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
-    largest = relative = total = 0.0
+    largest = relative = rounding = total = 0.0
     values = examples = 0
     alike: list[np.ndarray] = []
     for batch in batches:
@@ -82,8 +95,11 @@ def compare(
             difference = (got[name].double() - wanted.double().cpu()).abs()
             furthest = float(difference.max()) if difference.numel() else 0.0
             largest = max(largest, furthest)
-            known = wanted[wanted.isfinite()]
-            relative = max(relative, furthest / max(1.0, float(known.abs().max()) if known.numel() else 0.0))
+            size = _size(wanted)
+            noise = 0.0
+            if MEASURED < furthest / size < ROUNDED:
+                noise = ORDERS * _rounding(model, batch, signature).get(name, 0.0)
+            relative, rounding = max(relative, max(0.0, furthest - noise) / size), max(rounding, noise / size)
             total += float(difference.sum())
             values += difference.numel()
         if agreement is None:
@@ -95,7 +111,38 @@ def compare(
     return {
         "max_abs_diff": largest,
         "relative": relative,
+        "rounding": rounding,
         "mean_abs_diff": total / max(values, 1),
         "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,
+    }
+
+
+def _size(values: Tensor) -> float:
+    known = values[values.isfinite()]
+    return max(1.0, float(known.abs().max()) if known.numel() else 0.0)
+
+
+def _rounding(model: nn.Module, batch: Mapping[str, Tensor], signature: Signature) -> dict[str, float]:
+    """By output the largest error of the model in float32, against itself in float64.
+
+    An export sums in another order, so it may be as far from the float32 model as that is from the right value. Empty
+    where the model does not compute in float64, or is too large for a copy.
+    """
+    if sum(p.numel() for p in model.parameters()) > _LARGEST:
+        return {}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = {name: value.to(device) for name, value in batch.items()}
+    try:
+        exact = copy.deepcopy(model).double()
+        with without_cache(exact):
+            right = exact(**{n: v.double() if v.is_floating_point() else v for n, v in given.items()})
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        log.debug("%s does not compute in float64: %s", type(model).__name__, error)
+        return {}
+    with without_cache(model):
+        single = rows(model(**given), batch, signature)
+    double = rows(right, batch, signature)
+    return {
+        name: float((value.cpu().double() - double[name]).abs().nan_to_num(0.0).max()) for name, value in single.items()
     }

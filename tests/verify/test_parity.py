@@ -1,3 +1,4 @@
+import copy
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from kit.tiny_models import inputs, tiny
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ExportError
@@ -195,3 +197,57 @@ def test_of_models_with_one_output_the_order_of_the_examples_counts():
         for f in (lambda x: 5 * x + 1, lambda x: -x, lambda x: x[[1, 0, 2, 3]])
     ]
     assert found == [1.0, 0.0, pytest.approx(5 / 6)], "one of six pairs is the other way round"
+
+
+class Cancels(nn.Module):
+    """Sums of 4,000 values of some 500 of which almost nothing is left."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        large = 500 * torch.randn(2000, generator=draw)
+        self.weight = nn.Parameter(torch.cat([large, -large + 1e-3]))
+
+    def forward(self, x):
+        return {"logits": (x * self.weight).sum(1, keepdim=True)}
+
+
+def test_what_two_orders_of_summation_differ_by_is_no_fault():
+    model, x = Cancels(), torch.ones(4, 4000)
+
+    weight = model.weight.detach().clone()
+
+    def another_order(batch, weight=weight):
+        return {"logits": (batch["x"] * weight).double().flip(1).sum(1, keepdim=True).float().numpy()}
+
+    found = compare(model, another_order, [{"x": x}])
+    assert found["max_abs_diff"] / float(model(x)["logits"].detach().abs().max()) > 1e-4, "as float32 sums"
+    assert found["relative"] < 1e-4 and found["rounding"] > 0
+    changed = weight.clone()
+    changed[weight.argmax()] *= 1.001
+    off = compare(model, lambda batch: another_order(batch, changed), [{"x": x}])
+    assert off["relative"] > 1e-4
+
+
+def test_a_deep_llama_is_right_in_another_order_and_wrong_with_one_weight_off():
+    config = LlamaConfig(
+        **{"vocab_size": 256, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 30},
+        **{"num_attention_heads": 3, "num_key_value_heads": 3, "initializer_range": 0.3},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    model.lm_head.weight.data *= 2
+    ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def exported(**changed):
+        other = copy.deepcopy(model).double()
+        for name, factor in changed.items():
+            dict(other.named_parameters())[name.replace("__", ".")].data *= factor
+        return lambda given: {"logits": outputs(other, given)["logits"].astype(np.float32)}
+
+    found = compare(model, exported(), [batch])
+    assert found["max_abs_diff"] > 1e-4 > 2 * found["relative"], "rounding of logits of 20"
+    for name in ("lm_head__weight", "model__layers__15__mlp__down_proj__weight"):
+        assert compare(model, exported(**{name: 1.001}), [batch])["relative"] > 1e-4
