@@ -19,3 +19,5 @@ hypothesis.settings.load_profile("mptrain")
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)  # before the fixtures of the next module, which come before this one

@@ -1,6 +1,7 @@
 """python -m benchmarks.soak --json benchmarks/results/soak-DATE.json: continue until all cases are done.
 
-Recipes are broken and given to `validate` and `--dry-run`, files are damaged and read (see recipes.py and inputs.py).
+Runs are killed and continued, recipes are broken and given to `validate` and `--dry-run`, files are damaged and read
+(see kills.py, recipes.py and inputs.py).
 Case n is the same everywhere, and the file says how many are done, so a command that was stopped can be repeated.
 Status 1 when a case ended in a traceback, a crash, a time limit, a failure without a word, or was read as something
 else although a checksum or a size tells. `PYTHONPATH=tests`, for the tiny models.
@@ -22,14 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from benchmarks.soak import bases, cases, inputs, recipes
+from benchmarks.soak import bases, cases, inputs, kills, recipes
 from benchmarks.soak.cases import Outcome
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.progress import progress
 from mptrain.recipe import file
 
 BAD = ("traceback", "crash", "timeout", "silent")
-_EVERY = 25
 
 
 def main() -> int:
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--validate", type=int, default=10_000, metavar="N", help="broken recipes (default 10000)")
     parser.add_argument("--dry-run", type=int, default=1_000, metavar="N", help="broken recipes (default 1000)")
     parser.add_argument("--damaged", type=int, default=20, metavar="N", help="damaged files of each kind (default 20)")
+    parser.add_argument("--killed", type=int, default=100, metavar="N", help="runs that are killed (default 100)")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -44,6 +45,7 @@ def main() -> int:
     state |= {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        soak(state, options.json, "killed", options.killed, kills.Kills(folder / "killed").case, every=1)
         bundled = [path.read_text(encoding="utf-8") for path in file.bundled()]
         tiny = bases.make(folder / "bases")
         written = folder / "recipe.yaml"
@@ -78,7 +80,9 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def soak(state: dict[str, Any], path: Path, name: str, count: int, case: Callable[[int], Outcome]) -> None:
+def soak(
+    state: dict[str, Any], path: Path, name: str, count: int, case: Callable[[int], Outcome], every: int = 25
+) -> None:
     """Do the cases of a part that are not done, keeping the counts."""
     part = state["parts"].setdefault(name, {"done": 0, "outcomes": {}, "bad": []})
     with progress(name, count, done=part["done"]) as bar:
@@ -89,7 +93,7 @@ def soak(state: dict[str, Any], path: Path, name: str, count: int, case: Callabl
             if found.kind in BAD:
                 part["bad"].append({"case": number, "kind": found.kind, "at": found.at, "said": found.said})
             part["done"] += 1
-            if part["done"] % _EVERY == 0 or part["done"] == count:
+            if part["done"] % every == 0 or part["done"] == count:
                 write_json(path, state)
             bar.update()
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from kit import processes
 from kit.tiny_models import inputs, tiny
 
 from mptrain.compress.calibrate import layerwise
@@ -109,7 +110,7 @@ def process(rank, count, folder):
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_every_rank_ends_with_what_one_process_gives(tmp_path, count):
     alone = everything(ALONE)
-    torch.multiprocessing.spawn(process, (count, tmp_path), nprocs=count)
+    processes.ranks(process, (count, tmp_path), count)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
     for found in ranks:
         for case, expected in alone.items():

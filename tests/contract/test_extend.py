@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kit import tiny
+from kit.processes import python
 
 import mptrain
 from mptrain import recipe
@@ -54,11 +52,8 @@ def folder(tmp_path_factory):
 
 def run(folder: Path, *command: str, status: int = 0) -> str:
     """In a process of its own, for what is registered there must not reach other tests."""
-    here = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env={**os.environ, "PYTHONPATH": here}, capture_output=True, text=True
-    )
-    assert done.returncode == status, done.stdout[-1500:] + done.stderr[-4000:]
+    done = python(*command, cwd=folder, output=folder)
+    assert done.status == status, done.stdout[-1500:] + done.stderr[-4000:]
     return done.stderr if status else done.stdout
 
 

@@ -74,6 +74,7 @@ def recipe(folder, exports, **model):
     return folder / "recipe.yaml"
 
 
+@pytest.mark.long
 def test_a_recipe_scores_the_cached_exports_as_the_whole_texts(tmp_path):
     tokens = tiny_tasks.recipe("causal-lm", tmp_path)["data"]["max_length"]
     exports = [

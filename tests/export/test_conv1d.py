@@ -58,7 +58,12 @@ def test_openvino_holds_them(config, kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "target"),
-    [(ZEROS, "iOS18"), (GROUPS, "iOS18"), (VECTORS, "iOS18"), (SCALED, "iOS18"), (ROWS, "iOS16"), (ONE, "iOS16")],
+    [
+        (ZEROS, "iOS18"),
+        (ROWS, "iOS16"),
+        *(pytest.param(config, "iOS18", marks=pytest.mark.long) for config in (GROUPS, VECTORS, SCALED)),
+        pytest.param(ONE, "iOS16", marks=pytest.mark.long),
+    ],
 )
 def test_core_ml_holds_them(config, target, tmp_path):
     model = compressed(config)

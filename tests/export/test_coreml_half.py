@@ -152,7 +152,13 @@ def test_the_mask_of_uform_is_found_with_two_casts(route, tmp_path):
     assert difference(model, done.package, texts(4, 12, seed=7)).cosine > 0.9999
 
 
-@pytest.mark.parametrize(("case", "route"), [*((case, "export") for case in TABLES), ("softplus", "trace")])
+@pytest.mark.parametrize(
+    ("case", "route"),
+    [
+        *(pytest.param(case, "export", marks=[pytest.mark.long] * (number > 1)) for number, case in enumerate(TABLES)),
+        pytest.param("softplus", "trace", marks=pytest.mark.long),
+    ],
+)
 def test_what_overflows_or_underflows_is_kept_with_the_fewest_operations_and_casts(case, route, tmp_path):
     torch.manual_seed(0)
     values, function, expected = TABLES[case]
@@ -183,6 +189,7 @@ def left_padded():
     return batches
 
 
+@pytest.mark.long
 def test_a_left_padded_eager_llama_is_right_in_half(tmp_path, monkeypatch):
     """Rows of padding see nothing: with the finfo.min of transformers they are NaN in fp16, which the second layer
     spreads to all rows. The export makes masks finite in fp16; without that the search finds what to keep."""
@@ -222,6 +229,7 @@ class OwnMask(nn.Module):
         return {"logits": self.llama(input_ids=input_ids, attention_mask=future[None, None] + padding).logits}
 
 
+@pytest.mark.long
 def test_a_left_padded_llama_with_a_mask_of_its_own_is_mended(tmp_path):
     """The export cannot make this mask finite: it is made in the model, from two products and their sum."""
     batches, model = left_padded(), OwnMask()

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 import torch
-from kit import tiny
+from kit import processes, tiny
 
 from mptrain.compress.weights import records
 from mptrain.models import artifact
@@ -27,6 +27,10 @@ def launch(*words, timeout=400, config="gloo-2cpu"):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
+def forked(count, path):
+    return processes.launched("-m", "mptrain", "recipe", str(path), count=count, cwd=path.parent, output=path.parent)
+
+
 def recipe(folder, name, **train):
     described = tiny.jpqd(folder)
     described["model"]["dropout"] = 0.0  # ranks draw different dropout masks
@@ -39,11 +43,11 @@ def recipe(folder, name, **train):
 
 
 def test_two_processes_match_one_with_accumulation(tmp_path):
-    two = launch("-m", "mptrain", "recipe", recipe(tmp_path, "two", batch_size=4))
-    assert two.returncode == 0, two.stderr[-4000:]
+    two = forked(2, recipe(tmp_path, "two", batch_size=4))
+    assert two.status == 0, two.stderr[-4000:]
     assert two.stdout.count("Report: ") == 1, "only one rank prints"
-    one = launch("-m", "mptrain", "recipe", recipe(tmp_path, "one", batch_size=4, accumulation=2), config="1cpu")
-    assert one.returncode == 0, one.stderr[-4000:]
+    one = forked(1, recipe(tmp_path, "one", batch_size=4, accumulation=2))
+    assert one.status == 0, one.stderr[-4000:]
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
     losses = [[(r["stage"], r["step"], r["loss"]) for r in report["history"] if "loss" in r] for report in reports]
     assert len(losses[0]) == len(losses[1]) > 50
@@ -51,10 +55,10 @@ def test_two_processes_match_one_with_accumulation(tmp_path):
         assert (stage, step) == (stage_2, step_2)
         assert a == pytest.approx(b, rel=1e-5), (stage, step)
     assert reports[0]["structure"] == reports[1]["structure"]
-    again = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml")
-    assert again.returncode == 0 and again.stdout.count("Report: ") == 1, again.stderr[-4000:]
-    refused = launch("-m", "mptrain", "recipe", tmp_path / "two.yaml", config="1cpu")
-    assert refused.returncode != 0 and "processes was 2 and is 1" in refused.stderr
+    again = forked(2, tmp_path / "two.yaml")
+    assert again.status == 0 and again.stdout.count("Report: ") == 1, again.stderr[-4000:]
+    refused = forked(1, tmp_path / "two.yaml")
+    assert refused.status != 0 and "processes was 2 and is 1" in refused.stderr
 
 
 def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
@@ -68,10 +72,10 @@ def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
         {"id": "ov", "format": "openvino", "of": ["int4", "skm"], "precision": ["fp32", "compressed"]}
     ]
     described["gates"] = {"fused_attention": None}
-    for name, config in (("one", "1cpu"), ("two", "gloo-2cpu")):
+    for name, count in (("one", 1), ("two", 2)):
         path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")
-        done = launch("-m", "mptrain", "recipe", path, config=config)
-        assert done.returncode == 0, done.stderr[-4000:]
+        done = forked(count, path)
+        assert done.status == 0, done.stderr[-4000:]
     for stage in ("int4", "skm"):
         a, b = (records.of(artifact.load(tmp_path / n / phase_model(tmp_path / n, stage))) for n in ("one", "two"))
         assert a.keys() == b.keys() and len(a) > 10
@@ -90,12 +94,12 @@ def test_tables_trained_by_two_processes_match_those_of_one_with_accumulation(tm
     described["stages"] = [dense, tuned | {"train": dict(jpqd["train"])}]
     described["export"] = [{"id": "ov", "format": "openvino", "of": ["dense", "tuned"], "precision": ["fp32"]}]
     described["gates"] = {"fused_attention": None}
-    for name, config, accumulation in (("one", "1cpu", 2), ("two", "gloo-2cpu", 1)):
+    for name, count, accumulation in (("one", 1, 2), ("two", 2, 1)):
         for stage in described["stages"]:
             stage["train"] |= {"epochs": 2, "log_steps": 1, "batch_size": 4, "accumulation": accumulation}
         path = tiny.write(described | {"output": {"dir": str(tmp_path / name)}}, tmp_path / f"{name}.yaml")
-        done = launch("-m", "mptrain", "recipe", path, config=config)
-        assert done.returncode == 0, done.stderr[-4000:]
+        done = forked(count, path)
+        assert done.status == 0, done.stderr[-4000:]
     reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two")]
     losses = [[r["loss"] for r in report["history"] if r["stage"] == "tuned" and "loss" in r] for report in reports]
     assert len(losses[0]) > 20 and losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
+from kit.processes import start
 from mptrain.cli import main
 
 
@@ -63,18 +64,17 @@ def differences(a, b, path=""):
 
 def kill_at(recipe, folder, pattern, number=signal.SIGKILL):
     """Start the run, send the signal once a file of that pattern is there. Returns the exit status."""
-    process = subprocess.Popen(
-        command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = start(*command(recipe)[1:], cwd=Path.cwd())
     try:
         deadline = time.monotonic() + 400
         while not list(folder.glob(pattern)):
-            assert process.poll() is None, f"the run ended before {pattern} was there"
+            assert process.is_alive(), f"the run ended before {pattern} was there"
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.send_signal(number)
-        return process.wait(timeout=60)
+        os.kill(process.pid, number)
+        process.join(60)
+        return process.exitcode
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process.is_alive():
+            process.kill()
+            process.join()

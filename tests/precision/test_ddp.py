@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from kit import processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -202,7 +203,7 @@ def one_rank():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks(ranks, one_rank, tmp_path):
     """All CHECKS pass on every rank, and what was trained equals one rank with accumulation."""
-    torch.multiprocessing.spawn(worker, (ranks, str(tmp_path)), nprocs=ranks)
+    processes.ranks(worker, (ranks, str(tmp_path)), ranks)
     for rank in range(ranks):
         for mode, actual in torch.load(tmp_path / f"masters-{rank}.pt", weights_only=True).items():
             for name, expected in one_rank[mode].items():

@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from kit import processes
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -166,8 +167,7 @@ def test_ranks(ranks, tmp_path):
         mw = MasterWeights(model, torch.optim.AdamW(model.parameters(), lr=1e-2), dtype, max_grad_norm=0.3)
         train(model, mw, 0, 1)
         expected[dtype] = {"norm": torch.tensor(mw.grad_norm), **mw.masters.read()}
-    torch.multiprocessing.set_forkserver_preload(["test_precision_sharded"])
-    torch.multiprocessing.start_processes(worker, (ranks, str(tmp_path)), nprocs=ranks, start_method="forkserver")
+    processes.ranks(worker, (ranks, str(tmp_path)), ranks)
     for rank in range(ranks):
         found = torch.load(tmp_path / f"masters-{rank}.pt", weights_only=True)
         for dtype, values in found.items():

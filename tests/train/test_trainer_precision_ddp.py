@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from kit import processes
 from kit.training import Poison, arguments, masters, model, same
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
@@ -110,8 +110,7 @@ def test_ranks_train_as_one_with_accumulation(one, ranks):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / str(ranks)).mkdir()
-    mp.set_forkserver_preload(["test_trainer_precision_ddp"])  # import once, not once a rank
-    mp.start_processes(worker, (ranks, port, str(folder / str(ranks))), nprocs=ranks, start_method="forkserver")
+    processes.ranks(worker, (ranks, port, str(folder / str(ranks))), ranks)
     for rank in range(ranks):
         found = torch.load(folder / str(ranks) / f"masters-{rank}.pt", weights_only=True)
         assert same(found.pop("resumed"), expected["resumed"])
