@@ -19,7 +19,8 @@ from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.torch.traceable import additive_mask
-from mptrain.recipe import Qat
+from mptrain.recipe import OpenVino, Qat
+from mptrain.recipe.exports.base import Use
 
 
 def quantized(model, family, **options):
@@ -300,3 +301,20 @@ def test_the_runner_takes_arrays_and_tensors_and_drops_other_inputs(tmp_path):
     assert runner.compiled.get_property("INFERENCE_NUM_THREADS") == 1
     with pytest.raises(ExportError, match=r"lacks \['attention_mask'\]"):
         runner({"input_ids": batch["input_ids"]})
+
+
+def test_the_lines_that_load_a_causal_lm_work(tmp_path):
+    """optimum-intel looks for a cache in the IR unless it is told otherwise, whatever config.json says."""
+    model, batch = tiny("llama"), inputs("llama")
+    export_openvino(model, batch, tmp_path / "out", precision="fp32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is False
+    folder = str(tmp_path / "out")
+    use = Use(f"{folder}/openvino_model.xml", folder, None, "AutoTokenizer", "OVModelForCausalLM", "'text'")
+    lines = [line for line in OpenVino.loading(use) if line.startswith(("from optimum", "model = "))]
+    found: dict = {}
+    exec("\n".join(lines), found)
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+    assert (found["model"](**batch).logits - expected)[batch["attention_mask"].bool()].abs().max() < 1e-5
+    made = found["model"].generate(batch["input_ids"][:1, :4], max_new_tokens=3, do_sample=False)
+    assert made.equal(model.generate(batch["input_ids"][:1, :4], max_new_tokens=3, do_sample=False, use_cache=False))

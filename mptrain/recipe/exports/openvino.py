@@ -12,6 +12,8 @@ from mptrain.recipe.stage import Stage
 
 Precision = Literal["fp32", "fp16", "int8", "int8_emb4", "compressed"]
 PLAIN = ("fp32", "fp16")
+_OPTIONS = {"OVModelForCausalLM": ", use_cache=False"}
+"""by class of optimum-intel, whose default is a cache, whatever the config says; the IR has none"""
 
 
 class OpenVino(ExportSpec):
@@ -80,7 +82,8 @@ class OpenVino(ExportSpec):
                 "outputs = model({port.any_name: inputs[port.any_name] for port in model.inputs})",
             ]
         argument = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
-        load = f'model = {use.optimum}.from_pretrained({{}}, ov_config={{{{"INFERENCE_PRECISION_HINT": "f32"}}}})'
+        more = _OPTIONS.get(use.optimum, "")
+        load = f'model = {use.optimum}.from_pretrained({{}}, ov_config={{{{"INFERENCE_PRECISION_HINT": "f32"}}}}{more})'
         if use.pipeline is None:
             imports = [f"from optimum.intel import {use.optimum}", *use.imports, "", hint]
             return [*imports, load.format(repr(use.folder)), *use.inputs, "outputs = model(**inputs)"]
