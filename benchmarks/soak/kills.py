@@ -42,7 +42,9 @@ def _palettize(folder: Path) -> dict[str, Any]:
     recipe = _jpqd(folder)
     train = {"epochs": 2, "lr": 1e-3, "batch_size": 8, "checkpoint_steps": 7}
     recipe["stages"] = [recipe["stages"][0], {"id": "tables", "train": train, "palettize": tables}]
-    recipe["export"] = [{"id": "ml", "format": "coreml", "of": ["tables"], "precision": ["fp32"]}]
+    recipe["export"] = [
+        {"id": "ml", "format": "coreml", "of": ["tables"], "precision": ["fp32"], "shapes": {"length": [1, 32]}}
+    ]
     return recipe
 
 

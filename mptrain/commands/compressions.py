@@ -129,8 +129,8 @@ def compress_first(
     """The model as the stage leaves it, and facts.
 
     {"how" (words), "stored" (what came of it), "methods" (facts by field), "calibrated_on" (inputs), "expanded" (what
-    to say of weights that the format does not keep small, or None), "before"}; before: answers `compared`, in this
-    order, as the model did. Raises UserError for a model that is compressed already, weights that the format refuses,
+    to say of weights that the format does not keep small, or None), "before"}; before: answers `compared` as
+    the model did. Raises UserError for a model that is compressed already, weights that the format refuses,
     and as the methods do.
     """
     if records.of(found.model):
@@ -181,7 +181,8 @@ class _Answers(nn.Module):
     def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
         super().__init__()
         with torch.no_grad(), without_cache(model):
-            self.outputs = iter([model(**batch) for batch in batches])
+            self.known = [(batch, model(**batch)) for batch in batches]
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        return next(self.outputs)
+        alike = lambda batch: all(torch.equal(inputs[name].to(v.dtype), v) for name, v in batch.items())  # noqa: E731
+        return next(outputs for batch, outputs in self.known if alike(batch))

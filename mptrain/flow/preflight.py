@@ -27,6 +27,7 @@ from mptrain.flow import input_checks
 from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.folder import has_weights
 from mptrain.models.load import has_trained_head
+from mptrain.models.positions import positions_of
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
@@ -87,8 +88,19 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
-    """What the methods of every stage ask of the model. model: without weights, as the recipe starts from it."""
+    """What the methods of every stage and the exports ask of the model.
+
+    model: without weights, as the recipe starts from it.
+    """
     text = recipe.model.kind.unit == "tokens"
+    held = positions_of(model) if text else None
+    for export in recipe.export:
+        limit = export.longest()
+        if held is not None and limit is not None and limit.tokens > held.tokens:
+            raise DataError(
+                f"export.{export.id}.{limit.field}: {limit.tokens} is more than the {held.tokens} tokens that the model"
+                f" reads ({held.why}); give at most {held.tokens}."
+            )
     dense = not hasattr(model.config, "mptrain_structure")
     for stage in recipe.stages:
         before = [method for earlier in recipe.chain(stage.id)[1:] for method in earlier.methods]

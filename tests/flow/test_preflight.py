@@ -51,6 +51,12 @@ def test_a_value(tmp_path, change, message):
     refused(tmp_path, tiny.jpqd(tmp_path), message, "--set", change)
 
 
+def test_an_export_longer_than_the_model_reads(tmp_path):
+    described = tiny.jpqd(tmp_path)
+    described["export"] = [{"id": "ml", "format": "coreml", "of": ["dense"]}]  # 1 to 128 tokens by default
+    refused(tmp_path, described, "export.ml.shapes.length: 128 is more than the 64 tokens that the model reads (")
+
+
 STAGES = [
     (
         {"quantize": {"mode": "weight_only", "method": "rtn", "block_size": 24}},

@@ -20,7 +20,12 @@ from mptrain.recipe.file import read
 OPTIMUM = {n: getattr(optimum, kind.optimum) for n, kind in TASKS.items() if kind.optimum and not kind.causal}
 
 
-@pytest.mark.parametrize("task", tiny_tasks.CASES)
+QUICK = ("text-classification", "question-answering", "causal-lm", "embedding", "image-classification")
+
+
+@pytest.mark.parametrize(
+    "task", [task if task in QUICK else pytest.param(task, marks=pytest.mark.long) for task in tiny_tasks.CASES]
+)
 def test_a_task_runs_jpqd_from_training_to_report(task, tmp_path):
     case = tiny_tasks.CASES[task]
     recipe = tiny.write(tiny_tasks.recipe(task, tmp_path), tmp_path / "recipe.yaml")
