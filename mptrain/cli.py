@@ -8,7 +8,7 @@ import os
 import sys
 from importlib import import_module
 
-from mptrain.core.errors import MptrainError
+from mptrain.core.errors import MptrainError, out_of_memory
 
 EXIT = (
     """exit status: 0 done, 1 the run failed, 2 wrong input, 3 a gate of the recipe was missed, 130 stopped by Ctrl-C"""
@@ -32,8 +32,11 @@ COMMANDS = {
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-OUT_OF_MEMORY = "out of memory. Lower train.batch_size (and raise accumulation) or data.max_length."
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+OUT_OF_MEMORY = (
+    "out of memory. In training lower train.batch_size (and raise accumulation) or data.max_length; `mptrain inspect`"
+    " and --dry-run say what a model needs."
+)
 EXTRAS = {
     "openvino_telemetry": "openvino",
     "matplotlib": "plots",
@@ -63,9 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return _fail(f"{str(error.filename)[:60]}… is longer than a path can be; give the right one.", 2)
+        if isinstance(error, OSError) and error.errno in FORBIDDEN and error.filename:
+            return _fail(f"{error.filename}: {error.strerror}. Choose another place, or change its rights.", 2)
         if any(reason in str(error) for reason in NO_SPACE):
             return _fail(f"the disk is full ({error}). Free some space; the same command continues the run.", 1)
-        if any(reason in str(error) for reason in NO_MEMORY):
+        if out_of_memory(error):
             return _fail(OUT_OF_MEMORY, 1)
         raise
 

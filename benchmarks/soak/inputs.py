@@ -289,7 +289,11 @@ def _of_command(arguments: list[str]) -> str:
 
 
 def _exports(folder: Path) -> list[Kind]:
+    from mptrain.export.coreai.convert import export_coreai
+    from mptrain.export.coreai.runner import Asset
     from mptrain.export.coreml.convert import export_coreml
+    from mptrain.export.onnx import convert as onnx
+    from mptrain.export.onnx.runner import Session
     from mptrain.export.openvino.convert import export_openvino
     from mptrain.export.openvino.runner import CompiledIr
 
@@ -306,4 +310,13 @@ def _exports(folder: Path) -> list[Kind]:
     found = [
         Kind(f"openvino {file}", folder / "ov", file, ran) for file in ("openvino_model.xml", "openvino_model.bin")
     ]
-    return found + [Kind(f"core ml {file.name}", folder / "ml", str(file), verified) for file in inner]
+    found += [Kind(f"core ml {file.name}", folder / "ml", str(file), verified) for file in inner]
+    (folder / "onnx").mkdir()
+    onnx.write(model, batch, folder / "onnx")
+    found.append(
+        Kind("onnx", folder / "onnx", "model.onnx", lambda at: Session(at / "model.onnx")(batch)["logits"].tobytes())
+    )
+    asset = export_coreai(model, batch, folder / "ai").asset
+    opened = lambda at: Asset(at / asset.name)(batch)["logits"].tobytes()  # noqa: E731
+    inner = [path.relative_to(folder / "ai") for path in sorted(asset.rglob("*")) if path.is_file()]
+    return found + [Kind(f"core ai {file.name}", folder / "ai", str(file), opened) for file in inner]

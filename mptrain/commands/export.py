@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mptrain.commands.compressions import WORDS, Asked, compress_first, stage_of
-from mptrain.core.disk import whole
+from mptrain.core.disk import check_writable, whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
@@ -67,6 +67,7 @@ def export_model(
     begun = time.monotonic()
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
+    check_writable(to)
     calibrated = (Path(path) / QUANTIZERS).is_file()  # with ranges of its own, and exported as it is
     stage = stage_of(precision, asked, data=data is not None or calibrated) if precision in WORDS else None
     if stage is None and asked.options:

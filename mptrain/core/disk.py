@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mptrain.core.errors import MptrainError
+from mptrain.core.errors import MptrainError, UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,18 +39,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MPTRAIN_CACHE") or Path.home() / ".cache" / "mptrain").absolute()
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError where no folder can be made beside `folder`, before the work whose result goes there."""
+    _scratch(folder).rmdir()
+
+
 @contextmanager
 def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[Path]:
     """Yields an empty folder for the model's files; when the block ends well it takes the place of `folder`.
 
     What an export that was killed left of its temporary folder is deleted.
     config: of the model, written as config.json without what an exported model has no use for. processor: saved too.
+    Raises UserError where nothing can be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.mptrain-"  # no name that a user's own folder beside it may have
-    for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    scratch = _scratch(folder)
     try:
         yield scratch
         if config is not None:
@@ -67,6 +70,20 @@ def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[P
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _scratch(folder: Path) -> Path:
+    """A new folder beside another, of those of killed processes the only one left."""
+    prefix = f".{folder.name}.mptrain-"  # no name that a user's own folder beside it may have
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder}: nothing can be written there ({error.strerror}); choose another folder.") from None
 
 
 def size(package: Path) -> int:

@@ -50,3 +50,9 @@ class GateFailed(MptrainError):
     """The run is whole, but a gate of the recipe was missed (exit status 3)."""
 
     exit_code = 3
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Libraries in other languages raise errors of their own kinds, so the text decides."""
+    texts = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)

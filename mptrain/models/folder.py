@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from mptrain.core.errors import ModelError
+from mptrain.core.errors import ModelError, out_of_memory
 from mptrain.data.sources import packaged
 from mptrain.recipe import Checkpoint
 
@@ -54,6 +54,8 @@ def locate(spec: Checkpoint, allow_code: bool) -> tuple[str, dict[str, Any]]:
 
 
 def unloadable(spec: Checkpoint, what: str, error: Exception) -> ModelError:
+    if out_of_memory(error):
+        raise MemoryError from error
     reason = " ".join(str(error).split())
     if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", reason):
         return ModelError(

@@ -35,8 +35,9 @@ def _tokenizer(spec: Model, path: str, options: dict[str, Any]) -> Any:
     prefix = {"add_prefix_space": True} if spec.kind.words else {}
     tokenizer = AutoTokenizer.from_pretrained(path, **prefix, **options)
     tokenizer.model_input_names = _accepted(spec, path, options, tokenizer.model_input_names)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # transformers makes an empty tokenizer when it finds no files.
+    pieces = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not any(piece.strip("▁Ġ") for piece in pieces):
+        # transformers makes an empty tokenizer when it finds no files; some have the piece of a space even so.
         raise ModelError(
             f"model.path: {spec.path} has no tokenizer; copy the tokenizer's files (tokenizer.json) there."
         )

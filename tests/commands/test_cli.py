@@ -95,4 +95,4 @@ def test_too_little_memory_is_said_with_the_fix(monkeypatch, capsys, error):
 
     monkeypatch.setattr("mptrain.commands.validate.run", refuse)
     assert main(["validate", "quickstart"]) == 1
-    assert "Lower train.batch_size" in capsys.readouterr().err
+    assert "lower train.batch_size" in capsys.readouterr().err
