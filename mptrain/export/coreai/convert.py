@@ -30,6 +30,7 @@ from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.signature import Signature, probed, without_cache
 from mptrain.export.coreai import arguments
+from mptrain.export.coreai.asset import load
 from mptrain.export.coreai.facts import float_casts
 from mptrain.export.coreai.runner import Asset
 from mptrain.export.torch import graphs
@@ -40,7 +41,7 @@ from mptrain.verify.programs import exported
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deprecations inside these packages
-    from coreai.authoring.asset import AIModelAsset, AIProgram
+    from coreai.authoring.asset import AIProgram
     from coreai_torch import TorchConverter, get_decomp_table
 
     from mptrain.export.coreai.weights import packing, stored
@@ -119,7 +120,7 @@ def write(
     done = save(converted(graph, model, signature.input_names, signature.output_names), folder)
     if half is None:
         return done
-    half["float_casts"] = float_casts(AIModelAsset.load(done.asset).program)
+    half["float_casts"] = float_casts(load(done.asset).program)
     if calibration:
         batches = [_smallest(calibration)] if few else calibration
         with closing(Asset(done.asset)) as runner:

@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mptrain.export.coreai.asset import load
 from mptrain.export.facts import Facts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deprecations inside the package
-    from coreai.authoring.asset import AIModelAsset, AIProgram
+    from coreai.authoring.asset import AIProgram
 
 FUNCTION = "main"
 
@@ -26,7 +27,7 @@ def facts(path: Path, execution: str) -> Facts:
     fused_attention: of composite operations. casts: in the graph; composite operations such as layer_norm have
     their own inside. execution: what computed the scores. more: minimum_os, of the file.
     """
-    asset: Any = AIModelAsset.load(path)
+    asset: Any = load(path)
     program = asset.program
     attention = {
         str(graph.attributes["sym_name"]).strip('"')
@@ -55,7 +56,7 @@ def facts(path: Path, execution: str) -> Facts:
 def stored_types(asset: Path) -> dict[str, int]:
     """Bytes of the weights, with scales and tables, by element type ("Float32", "UInt4"); the largest first."""
     sizes: Counter[str] = Counter()
-    summary: Any = AIModelAsset.load(asset).summary()
+    summary: Any = load(asset).summary()
     for kind, count in summary.storage_types:
         digits = re.search(r"\d+", kind)
         sizes[kind] += -(-count * (int(digits[0]) if digits else 8) // 8)

@@ -16,13 +16,13 @@ import numpy as np
 from torch import Tensor
 
 from mptrain.core.errors import ExportError
+from mptrain.export.coreai.asset import load
 from mptrain.export.coreai.facts import FUNCTION, facts
 from mptrain.export.facts import Facts
 from mptrain.export.torch.texts import Texts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of deprecations inside these packages
-    from coreai.authoring.asset import AIModelAsset
     from coreai.runtime import NDArray
 
 
@@ -38,11 +38,9 @@ class Asset:
 
     def __init__(self, asset: Path | str):
         self.asset = Path(asset)
-        if not AIModelAsset.is_valid(self.asset):
-            raise ExportError(f"{self.asset} is no Core AI asset: give the path of an .aimodel folder")
+        loaded = load(self.asset)
         stack = AsyncExitStack()
         try:
-            loaded = AIModelAsset.load(self.asset)
             model = _wait(stack.enter_async_context(loaded.executable()))
             self._function = model.load_function(FUNCTION)
         except Exception as error:
