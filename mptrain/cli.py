@@ -40,6 +40,7 @@ OUT_OF_MEMORY = (
 EXTRAS = {
     "openvino_telemetry": "openvino",
     "matplotlib": "plots",
+    "gguf": "gguf",
 }
 """of mptrain, by the package that is missing; those of the export formats are in their specs"""
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -20,7 +19,7 @@ from mptrain.compress.base import Site, Tools
 from mptrain.compress.methods import methods_of
 from mptrain.compress.weights import records
 from mptrain.core.errors import UserError
-from mptrain.core.signature import Batch, rows_of, without_cache
+from mptrain.core.signature import Batch, rows_of
 from mptrain.models.samples import Loaded
 from mptrain.recipe import ExportSpec, Stage
 from mptrain.recipe.file import parse
@@ -122,16 +121,15 @@ def compress_first(
     found: Loaded,
     spec: ExportSpec,
     stage: Stage,
-    compared: list[Batch],
+    example: Batch,
     calibration: Callable[[], list[Batch]],
     length: int,
 ) -> tuple[Loaded, dict[str, Any]]:
     """The model as the stage leaves it, and facts.
 
     {"how" (words), "stored" (what came of it), "methods" (facts by field), "calibrated_on" (inputs), "expanded" (what
-    to say of weights that the format does not keep small, or None), "before"}; before: answers `compared` as
-    the model did. Raises UserError for a model that is compressed already, weights that the format refuses,
-    and as the methods do.
+    to say of weights that the format does not keep small, or None)}. Raises UserError for a model that is compressed
+    already, weights that the format refuses, and as the methods do.
     """
     if records.of(found.model):
         raise UserError("--precision: the weights of this model are compressed already; say how to compute, e.g. fp32")
@@ -140,8 +138,7 @@ def compress_first(
     for method in methods:
         method.check(method.config, found.model, Site("--precision"))
     batches = calibration() if any(method.needs() for method in stage.methods) else []
-    before = _Answers(found.model, compared)
-    tools = Tools(inputs=lambda: batches, example=lambda: compared[0], length=length)
+    tools = Tools(inputs=lambda: batches, example=lambda: example, length=length)
     model: nn.Module = found.model
     for method in methods:
         model = method.finalize(method.prepare(model, tools), tools)
@@ -152,7 +149,6 @@ def compress_first(
         "methods": did,
         "calibrated_on": sum(map(rows_of, batches)),
         "expanded": expanded,
-        "before": before,
     }
     return replace(found, model=cast(Any, model).eval()), facts
 
@@ -173,16 +169,3 @@ def _stored(spec: ExportSpec, stage: Stage) -> str | None:
         if stored.result == "expanded":
             return f"{spec.title} keeps the values and not the size: {stored.how}"
     return None
-
-
-class _Answers(nn.Module):
-    """What a model gave for some inputs, for a comparison after the model was changed in place."""
-
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
-        super().__init__()
-        with torch.no_grad(), without_cache(model):
-            self.known = [(batch, model(**batch)) for batch in batches]
-
-    def forward(self, **inputs: torch.Tensor) -> Any:
-        alike = lambda batch: all(torch.equal(inputs[name].to(v.dtype), v) for name, v in batch.items())  # noqa: E731
-        return next(outputs for batch, outputs in self.known if alike(batch))

@@ -80,8 +80,10 @@ def _extras() -> list[dict[str, Any]]:
         for spec in EXPORTS.values()
         if spec.extra
     ]
-    plots = [] if _importable("matplotlib") else ["matplotlib"]
-    return [*found, {"name": "plots", "adds": "figures in reports", "missing": plots}]
+    others = [("plots", "matplotlib", "figures in reports"), ("gguf", "gguf", "packaged:smollm2-135m")]
+    for name, module, adds in others:
+        found.append({"name": name, "adds": adds, "missing": [] if _importable(module) else [module]})
+    return found
 
 
 def _importable(module: str) -> bool:

@@ -22,6 +22,7 @@ from mptrain.export.base import Embeddings, Source
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.artifact import QUANTIZERS
+from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
 from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Stage
 from mptrain.recipe.exports import spec_of
@@ -81,7 +82,7 @@ def export_model(
     compressed = None
     if stage is not None and not is_quantized(found.model):
         with progress(f"compress {precision}"):
-            found, compressed = compress_first(found, spec, stage, inputs.compared, inputs.calibration, limit)
+            found, compressed = compress_first(found, spec, stage, inputs.compared[0], inputs.calibration, limit)
     source = _source(found, spec, inputs)
     if TASKS[found.task].unit == "tokens":
         spec = spec.sized(tokens_read(found.model, limit), True)
@@ -103,7 +104,7 @@ def export_model(
         difference = compare(source.model)
         facts = runner.facts() | written.facts
         if compressed is not None:
-            compressed["change"] = compare(compressed.pop("before"))
+            compressed["change"] = compare(load_model(found.spec, None, seed=0, allow_code=allow_code))
     facts_json = {
         "schema": SCHEMA,
         "model": path,

@@ -69,6 +69,7 @@ PINS: dict[str, Pin] = {
             "coremltools.converters.mil.frontend.milproto.load:TranscriptionContext": "mil/program.py",
             "coremltools.converters.mil.frontend.milproto.load:_load_value": "mil/program.py",
             "coremltools.converters.mil.mil.passes:pass_pipeline.tqdm": "export/coreml/compat.py",
+            "coremltools.converters.mil.mil.ops.defs._utils:promote_input_dtypes": "export/coreml/compat.py",
             **_in(
                 "export/coreml/compat.py",
                 "coremltools.converters.mil.frontend.torch",
@@ -167,6 +168,8 @@ PINS: dict[str, Pin] = {
             "torch.nn:Module@_forward_hooks": "compress/structure/fingerprint.py",
             "torch.nn:Module@_forward_pre_hooks": "compress/structure/fingerprint.py",
             "torch:_utils._rebuild_parameter": "precision/whole.py",
+            "torch._dynamo.exc:UserError": "export/torch/graphs.py",
+            **_in("export/torch/graphs.py", "torch.ops", "aten._assert_scalar", "aten._assert_tensor_metadata"),
             "torch._dynamo.eval_frame:OptimizedModule@_orig_mod": "precision/optimizer.py",
         },
     ),

@@ -27,12 +27,13 @@ from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
 
 BATCH = 8
+_OUTPUTS = 128 * 2**20  # bytes that the logits of a batch of a language model may take; at least 2 examples
 _TOKENS, _SAMPLES, _SIDE = 128, 16_000, 224  # of a made-up text, sound, and picture
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Model inputs in batches of at most 8, and where they come from, in words."""
+    """Model inputs in batches of at most 8, of large outputs of 2, and where they come from, in words."""
 
     batches: list[Batch]
     source: str
@@ -40,9 +41,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that a command was given by name, with inputs to run it on. processor: None where it has none."""
+    """A model that a command was given by name, with inputs to run it on. spec: loads it again. processor: None where
+    it has none."""
 
     model: PreTrainedModel
+    spec: Model
     task: str
     samples: Samples
     processor: Any
@@ -76,7 +79,7 @@ def load_with_inputs(
     if recipe is not None:
         processor = load_processor(spec, allow_code)
         found = load_data(recipe.data, task, processor, seed=recipe.seed)
-        return Loaded(model, task, Samples(found.calibration(samples, BATCH), f"the data of {data}"), processor)
+        return Loaded(model, spec, task, Samples(found.calibration(samples, BATCH), f"the data of {data}"), processor)
     try:
         processor = load_processor(spec, allow_code)
     except ModelError:
@@ -87,12 +90,13 @@ def load_with_inputs(
         if data is not None:
             raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
         made = _readable(model, made_up(model, spec.kind, samples, processor=processor))
-        return Loaded(model, task, made, processor)
+        return Loaded(model, spec, task, made, processor)
     texts = texts_for(data) if processor is not None else None
     limit = tokens_read(model, length)
     if texts is None or processor is None:
-        return Loaded(model, task, _readable(model, made_up(model, spec.kind, samples, limit)), processor)
-    return Loaded(model, task, tokenized(*texts, processor, spec.kind, samples, limit), processor)
+        return Loaded(model, spec, task, _readable(model, made_up(model, spec.kind, samples, limit)), processor)
+    most = _examples(model, spec.kind, limit)
+    return Loaded(model, spec, task, tokenized(*texts, processor, spec.kind, samples, limit, most), processor)
 
 
 @torch.no_grad()
@@ -109,6 +113,13 @@ def _readable(model: PreTrainedModel, samples: Samples) -> Samples:
             f" whose `data:` is then used. It says {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
     return samples
+
+
+def _examples(model: PreTrainedModel, kind: TaskSpec, length: int) -> int:
+    """Of a batch; each token of a language model has a number for every word it knows."""
+    if not kind.causal:
+        return BATCH
+    return min(BATCH, max(2, _OUTPUTS // (4 * length * model.config.get_text_config().vocab_size)))
 
 
 def tokens_read(model: PreTrainedModel, length: int) -> int:
@@ -151,7 +162,8 @@ def made_up(
     if kind.processor is None:
         raise UserError(f"--data: for {kind.name} give a recipe, whose `data:` is then used")
     generator = torch.Generator().manual_seed(0)
-    sizes = [min(BATCH, samples - start) for start in range(0, samples, BATCH)]
+    most = _examples(model, kind, length or _TOKENS)
+    sizes = [min(most, samples - start) for start in range(0, samples, most)]
     if kind.processor == "image":
         batches = [_picture(model, size, processor, generator) for size in sizes]
     else:
@@ -246,12 +258,14 @@ def texts_for(data: str | None) -> tuple[list[str], str] | None:
     return texts, path.name
 
 
-def tokenized(texts: Sequence[str], source: str, tokenizer: Any, kind: TaskSpec, samples: int, length: int) -> Samples:
+def tokenized(
+    texts: Sequence[str], source: str, tokenizer: Any, kind: TaskSpec, samples: int, length: int, most: int = BATCH
+) -> Samples:
     """Texts drawn at random and padded to the longest of their batch, of a causal LM also on the left."""
     chosen = random.Random(0).sample(list(texts), min(samples, len(texts)))
     examples = examples_of(tokenize(tokenizer, chosen, truncation=True, max_length=length), tokenizer)
     side: Literal["right"] | None = "right" if kind.causal else None
-    batches = [pad(examples[start : start + BATCH], tokenizer, side=side) for start in range(0, len(examples), BATCH)]
+    batches = [pad(examples[start : start + most], tokenizer, side=side) for start in range(0, len(examples), most)]
     return Samples(_with_left_padding(batches) if kind.causal else batches, source)
 
 

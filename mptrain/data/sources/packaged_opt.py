@@ -19,6 +19,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 from mptrain.data.sources.film_reviews import read_film_reviews
 
 VERSION = 1
+SOURCE = "film-reviews"
 _CONFIG: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 128,
