@@ -90,7 +90,8 @@ def export_model(
         spec = spec.sized(max(lengths), False)
     kind = format_of(spec)
     config = getattr(source.model, "config", None)
-    with progress(f"export {to.name}"), whole(to, config, found.processor) as scratch:
+    generation = getattr(source.model, "generation_config", None) if spec.cache is not None else None
+    with progress(f"export {to.name}"), whole(to, config, found.processor, generation) as scratch:
         written = kind.write(source, scratch)
     model_path = to / written.path.relative_to(scratch)
     with progress("verify"), closing(kind.open(model_path, replace(source, written=written.facts))) as runner:

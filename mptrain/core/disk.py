@@ -45,11 +45,13 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[Path]:
+def whole(folder: Path, config: Any = None, processor: Any = None, generation: Any = None) -> Iterator[Path]:
     """Yields an empty folder for the model's files; when the block ends well it takes the place of `folder`.
 
     What an export that was killed left of its temporary folder is deleted.
     config: of the model, written as config.json without what an exported model has no use for. processor: saved too.
+    generation: the generation config of a model that is exported with a key-value cache, written beside the config;
+    both then say use_cache, and false without.
     Raises UserError where nothing can be written.
     """
     scratch = _scratch(folder)
@@ -59,8 +61,10 @@ def whole(folder: Path, config: Any = None, processor: Any = None) -> Iterator[P
             described = config.to_dict()
             described.pop("auto_map", None)  # an exported model needs no modeling code
             if "use_cache" in described:  # it takes none from its caller; optimum-intel refuses one that says it does
-                described["use_cache"] = False
-            (scratch / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
+                described["use_cache"] = generation is not None
+            _write_config(scratch / "config.json", described)
+        if generation is not None:
+            _write_config(scratch / "generation_config.json", generation.to_diff_dict() | {"use_cache": True})
         if processor is not None:
             processor.save_pretrained(scratch)
         scratch.chmod(0o755)
@@ -84,6 +88,10 @@ def _scratch(folder: Path) -> Path:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{folder}: nothing can be written there ({error.strerror}); choose another folder.") from None
+
+
+def _write_config(file: Path, described: dict[str, Any]) -> None:
+    file.write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def size(package: Path) -> int:

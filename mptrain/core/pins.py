@@ -62,6 +62,13 @@ PINS: dict[str, Pin] = {
             ),
         },
     ),
+    "openvino": Pin(
+        tested=("2026.4",),
+        inner=("openvino._offline_transformations",),
+        private={
+            "openvino._offline_transformations:apply_make_stateful_transformation": "export/openvino/cached.py",
+        },
+    ),
     "coremltools": Pin(
         tested=("9.0",),
         inner=("coremltools.converters.mil.frontend", "coremltools.converters.mil.mil.passes"),
@@ -141,6 +148,7 @@ PINS: dict[str, Pin] = {
             "transformers:AutoModelForSequenceClassification._model_mapping": "models/processor.py",
             "transformers:Wav2Vec2Model@_requires_grad": "compress/quantize/placement.py",
             "transformers.cache_utils:StaticLayer": "export/torch/cached_decoder.py",
+            "transformers.cache_utils:DynamicLayer": "export/openvino/cached.py",
             "transformers.dynamic_module_utils:custom_object_save": "models/artifact.py",
             "transformers.dynamic_module_utils:get_class_from_dynamic_module": "models/artifact.py",
             **_in(

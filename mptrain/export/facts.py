@@ -33,6 +33,8 @@ class Facts:
     """tokens that a key-value cache holds"""
     cache_precision: str | None = None
     """ "fp16" or "fp32" """
+    cache_fed: str | None = None
+    """how texts went in when it was compared and scored"""
     execution: str | None = None
     """what computed the scores, where it is not the runtime the format is for"""
     half: Mapping[str, Any] | None = None
@@ -62,4 +64,5 @@ class Facts:
         return precision == "fp32" and self.cache_precision != "fp16"
 
 
+PIECES = "texts went in piece by piece"
 NOTHING = Facts()

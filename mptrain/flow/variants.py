@@ -65,7 +65,8 @@ class Variants:
         begun = time.monotonic()
         source = self._source(planned)
         folder, config = self.folder / variant, getattr(source.model, "config", None)
-        with progress(f"export {variant}"), whole(folder, config, self.context.processor) as scratch:
+        generation = getattr(source.model, "generation_config", None) if planned.export.cache is not None else None
+        with progress(f"export {variant}"), whole(folder, config, self.context.processor, generation) as scratch:
             written = self._format(variant).write(source, scratch)
         facts = {
             "id": variant,

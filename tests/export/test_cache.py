@@ -107,7 +107,13 @@ def test_a_recipe_scores_the_cached_exports_as_the_whole_texts(tmp_path):
 
 @pytest.mark.parametrize(
     ("format_", "family", "precision"),
-    [("coreml", "llama", "fp32"), ("coreml", "opt", "fp16"), ("coreai", "opt", "fp32")],
+    [
+        ("openvino", "llama", "fp32"),
+        ("openvino", "opt", "int4"),
+        ("coreml", "llama", "fp32"),
+        ("coreml", "opt", "fp16"),
+        ("coreai", "opt", "fp32"),
+    ],
 )
 def test_the_command_writes_runs_and_compares(format_, family, precision, tmp_path, capsys):
     folder, facts = tmp_path / "model", tmp_path / "facts.json"
@@ -119,7 +125,9 @@ def test_the_command_writes_runs_and_compares(format_, family, precision, tmp_pa
     found = json.loads(facts.read_text())
     assert "A key-value cache of 40 tokens in fp" in shown.out and f"judged by {found['judged_by']}" in shown.out
     assert found["runtime"]["cache"] == 40 and found["passed"]
-    assert found["judged_by"] == ("agreement" if format_ == "coreml" else "parity")
+    assert found["judged_by"] == ("parity" if format_ != "coreml" and precision == "fp32" else "agreement")
+    configs = [json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    assert all(config["use_cache"] is True for config in configs)
     if format_ == "coreml":
         package = tmp_path / "out/model.mlpackage"
         assert main(["verify", str(package), "--model", str(folder), "--json", str(facts)]) == 0, (
@@ -227,7 +235,11 @@ def test_the_dry_run_shows_the_cache_and_its_size(tmp_path, capsys):
     ("family", "options", "message"),
     [
         ("bert", ["--format", "coreml", "--cache", 16], "--cache 16: is for task causal-lm, not for text-classific"),
-        ("llama", ["--cache", 16], "--cache 16: OpenVINO is written without a cache; drop it, or choose --format"),
+        (
+            "llama",
+            ["--format", "onnx", "--cache", 16],
+            "--cache 16: ONNX is written without a cache; drop it, or choose --format",
+        ),
         ("llama", ["--format", "coreml", "--cache", 41], "--cache 41 must be 1 to 40, the model's limit; lower it"),
         ("llama", ["--format", "coreml", "--cache", 0], "cache: Input should be greater than 0"),
         ("llama", ["--format", "coreml", "--cache", 9, "--target", "iOS17"], "coreml fp32: cache: iOS17 has no states"),

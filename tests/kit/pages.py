@@ -121,6 +121,7 @@ def furnish(folder: Path) -> Path:
     tokenizer.save_pretrained(folder / "my-bert")
     tiny.save_reviews(folder / "my.csv", rows=160)
     tiny_models.tiny("opt", vocab_size=2048).save_pretrained(folder / "my-opt")
+    tokenizer.save_pretrained(folder / "my-opt")
     (folder / "nncf.json").write_text('{"compression": {"algorithm": "quantization", "preset": "mixed"}}')
     shutil.copytree(ROOT / "configs", folder / "configs")
     given = namespace(folder)

@@ -27,7 +27,7 @@ from mptrain.export.torch.traceable import traceable_masks
 
 def export_decoder(model: nn.Module, folder: Path, *, max_length: int, processor: Any = None) -> Exported:
     """Write folder/ with model.aimodel, config.json and the processor's files, as `write_decoder` does."""
-    with whole(folder, getattr(model, "config", None), processor) as scratch:
+    with whole(folder, getattr(model, "config", None), processor, getattr(model, "generation_config", None)) as scratch:
         done = write_decoder(model, scratch, max_length=max_length)
     return replace(done, folder=folder, asset=folder / ASSET)
 

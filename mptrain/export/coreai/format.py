@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from mptrain.export.base import Embeddings, Runner, Source, Written
-from mptrain.export.facts import Facts
+from mptrain.export.facts import PIECES, Facts
 from mptrain.export.torch.stored_weights import DROPPED, stored_weights
 from mptrain.recipe import CoreAi
 
@@ -35,7 +35,7 @@ class CoreAiFormat:
         dropped = DROPPED if source.quantized else None
         if self.spec.cache is not None:
             done = write_decoder(source.model, folder, max_length=self.spec.cache)
-            facts = Facts(cache=self.spec.cache, cache_precision="fp32", dropped=dropped)
+            facts = Facts(cache=self.spec.cache, cache_precision="fp32", cache_fed=PIECES, dropped=dropped)
             return Written(done.asset, done.size_bytes, facts)
         half = source.precision == "fp16"
         few = half and not computes_half()

@@ -19,7 +19,8 @@ from mptrain.verify.outputs import of_model
 
 def export_decoder(model: nn.Module, folder: Path, *, processor: Any = None, **how: Any) -> Exported:
     """Write folder/ with model.mlpackage, config.json and the processor's files. how: as `convert_decoder` takes it."""
-    return write(convert_decoder(model, **how), folder, config=getattr(model, "config", None), processor=processor)
+    configs = {"config": getattr(model, "config", None), "generation": getattr(model, "generation_config", None)}
+    return write(convert_decoder(model, **how), folder, processor=processor, **configs)
 
 
 def convert_decoder(

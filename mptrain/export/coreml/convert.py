@@ -298,8 +298,10 @@ def save(converted: Converted, folder: Path) -> Exported:
     return Exported(folder, package, size(package), converted.floats, converted.half)
 
 
-def write(converted: Converted, folder: Path, *, config: Any = None, processor: Any = None) -> Exported:
+def write(
+    converted: Converted, folder: Path, *, config: Any = None, processor: Any = None, generation: Any = None
+) -> Exported:
     """The same, with config.json and the processor's files in a folder of its own."""
-    with whole(folder, config, processor) as scratch:
+    with whole(folder, config, processor, generation) as scratch:
         done = save(converted, scratch)
     return replace(done, folder=folder, package=folder / PACKAGE)

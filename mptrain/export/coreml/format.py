@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mptrain.export.base import Embeddings, Runner, Source, Written
-from mptrain.export.facts import Facts
+from mptrain.export.facts import PIECES, Facts
 from mptrain.export.torch.stored_weights import DROPPED, stored_weights
 from mptrain.recipe import CoreMl
 
@@ -50,6 +50,7 @@ class CoreMlFormat:
             dropped=DROPPED if source.quantized else None,
             cache=cache,
             cache_precision=None if cache is None else "fp16",
+            cache_fed=None if cache is None else PIECES,
             more={"stored_as_floats": done.floats},
         )
         return Written(done.package, done.size_bytes, facts)

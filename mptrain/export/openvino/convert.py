@@ -10,7 +10,9 @@ integers and scales they have there (weights.py).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from mptrain.core.signature import BATCH, Signature, probed, without_cache
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
-from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.cached import check, decoding, make_stateful
+from mptrain.export.openvino.runner import CachedIr, CompiledIr
 from mptrain.export.torch import calls, graphs
 from mptrain.export.torch.fits import check_fits
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
@@ -38,6 +41,7 @@ from mptrain.verify import overflow, parity
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
 _INT4_GROUP = 64
+_GENERATED = re.compile(r"[A-Za-z]+_\d+")
 _WRAPPED = "__module.model."  # scope of everything inside Positional
 
 
@@ -61,9 +65,11 @@ def export_openvino(
     calibration: Sequence[Mapping[str, Tensor]] = (),
     signature: Signature | None = None,
     processor: Any = None,
+    cache: int | None = None,
 ) -> Exported:
     """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files, as `write` does."""
-    with whole(folder, getattr(model, "config", None), processor) as scratch:
+    generation = getattr(model, "generation_config", None) if cache is not None else None
+    with whole(folder, getattr(model, "config", None), processor, generation) as scratch:
         done = write(
             model,
             example,
@@ -72,6 +78,7 @@ def export_openvino(
             embeddings=embeddings,
             calibration=calibration,
             signature=signature,
+            cache=cache,
         )
     return replace(done, folder=folder, xml=folder / XML)
 
@@ -85,23 +92,35 @@ def write(
     embeddings: str = "fp32",
     calibration: Sequence[Mapping[str, Tensor]] = (),
     signature: Signature | None = None,
+    cache: int | None = None,
 ) -> Exported:
     """Write openvino_model.xml and .bin into a folder that exists.
 
     model: a plain model for "fp32" and "fp16", one with quantizers for "int8" and "int8_emb4", one with
     records for "compressed". It is not changed.
     example: inputs by name, at least 2 examples; fixes the inputs of the IR and their order. signature: says which
-    of their axes stay dynamic, and which outputs count; default what running the model tells. A causal LM is
-    exported without a cache.
+    of their axes stay dynamic, and which outputs count; default what running the model tells.
+    cache: of a causal LM, the tokens of the longest text: the IR then keeps keys and values (cached.py), and has been
+    compared token by token with itself and with the model. None: it reads whole texts.
     embeddings: "fp32" or "int8"; int8_emb4 has an int4 token embedding, and int8 for the others.
     calibration: real inputs, on which "fp16" is checked for overflow; default: the example.
     Raises UserError when precision and model do not fit, ExportError when the conversion fails.
     """
     _check(model, precision)
     signature = probed(model, example) if signature is None else signature
-    graph = convert(model, example, signature)
+    graph = convert(model, example, signature, cached=cache is not None)
     if precision == "fp16":
-        return _write_fp16(graph, model, list(calibration) or [example], folder, signature)
+        done = _write_fp16(graph, model, list(calibration) or [example], folder, signature, cache)
+    else:
+        done = _save(_stored(graph, model, precision, embeddings), folder)
+    if cache is not None:
+        with closing(CachedIr(done.xml, cache)) as runner:
+            check(runner, model, exact=precision in ("fp32", "compressed"))
+    return done
+
+
+def _stored(graph: ov.Model, model: nn.Module, precision: Precision, embeddings: str) -> ov.Model:
+    """The graph with its weights as the precision stores them."""
     if precision == "int8_emb4":
         token = _token_embedding(model)
         graph = _compress_embeddings(graph, {token}, bits=4, group=_group(model, token))
@@ -110,18 +129,23 @@ def write(
         graph = _compress_embeddings(graph, _embeddings(model), bits=8)
     elif precision == "compressed":
         weights.store(graph, records.of(model))
-    return _save(graph, folder)
+    return graph
 
 
 def _write_fp16(
-    graph: ov.Model, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], folder: Path, signature: Signature
+    graph: ov.Model,
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    folder: Path,
+    signature: Signature,
+    cache: int | None,
 ) -> Exported:
     plain = model if dtype_of(model) == torch.float32 else copy.deepcopy(model).float()
     found, ops = openvino_fp16.find(plain.eval(), batches, signature)
     graph, nodes, constants = openvino_fp16.marked(graph, found.keep, ops)
     facts = openvino_fp16.described(found, nodes, constants)
     done = _save(graph, folder, half=True)
-    runner = CompiledIr(done.xml, precision="f16")
+    runner = CompiledIr(done.xml, precision="f16") if cache is None else CachedIr(done.xml, cache, precision="f16")
     if runner.precision == "f16":
         facts["executed"] = overflow.as_json(parity.executed(plain, runner, batches, signature))
         if not facts["executed"]["finite"]:
@@ -132,14 +156,17 @@ def _write_fp16(
     return replace(done, half=facts)
 
 
-def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> ov.Model:
-    """The IR in memory; inputs and outputs carry the names that the torch model has, operations its module names."""
+def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signature, *, cached: bool = False) -> ov.Model:
+    """The IR in memory; inputs and outputs carry the names that the torch model has, operations its module names.
+    cached: with keys and values as its state, and inputs of its own (cached.py)."""
     if quantizers.is_quantized(model):
         model = quantizers.frozen(model)
     if dtype_of(model) != torch.float32:  # OpenVINO's frontend reads bf16 constants with the bits of f16
         model = copy.deepcopy(model).float()
     training = model.training
-    wrapper = Positional(model.eval(), list(example), signature.output_names)
+    wrapper: nn.Module = Positional(model.eval(), list(example), signature.output_names)
+    if cached:
+        wrapper, example, signature = decoding(model)
     try:
         with torch.no_grad(), silenced(), traceable_masks(), without_cache(model), calls.WrittenOut(calls.OPENVINO):
             graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
@@ -153,7 +180,10 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
     finally:
         model.train(training)
     _name(graph, example, signature)
-    _check_lengths(graph, model, example, signature)
+    if cached:
+        make_stateful(graph)
+    else:
+        _check_lengths(graph, model, example, signature)
     _number_names(graph)
     return graph
 
@@ -266,5 +296,6 @@ def _number_names(graph: ov.Model) -> None:
     """
     graph.set_friendly_name("model")
     for index, node in enumerate(graph.get_ordered_ops()):
-        if node.get_friendly_name() == node.get_name():
+        # a constant that was folded has the generated name of what it was folded from
+        if _GENERATED.fullmatch(node.get_friendly_name()) and node.get_type_name() != "Parameter":
             node.set_friendly_name(f"{node.get_type_name()}_{index}")

@@ -1,4 +1,4 @@
-"""OpenVINO IR as a format of the flow."""
+"""OpenVINO IR as a format of the flow, with or without a key-value cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mptrain.core.silence import import_unreported
 from mptrain.export.base import Embeddings, Runner, Source, Written
 from mptrain.export.facts import Facts
 from mptrain.recipe import OpenVino
+
+WHOLE = "texts went in whole, and made-up ones token by token too"
 
 
 class OpenVinoFormat:
@@ -33,10 +35,16 @@ class OpenVinoFormat:
             embeddings=source.embeddings,
             calibration=source.calibration() if source.precision == "fp16" else (),
             signature=source.signature,
+            cache=self.spec.cache,
         )
-        return Written(done.xml, done.size_bytes, Facts(half=done.half))
+        facts = Facts(half=done.half)
+        if self.spec.cache is not None:
+            facts |= Facts(cache=self.spec.cache, cache_precision="fp32", cache_fed=WHOLE)
+        return Written(done.xml, done.size_bytes, facts)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
-        from mptrain.export.openvino.runner import CompiledIr
+        from mptrain.export.openvino.runner import CachedIr, CompiledIr
 
+        if self.spec.cache is not None:
+            return CachedIr(path, self.spec.cache, threads)
         return CompiledIr(path, threads)

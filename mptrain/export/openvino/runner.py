@@ -1,4 +1,4 @@
-"""An IR compiled for the CPU, as a function of named inputs."""
+"""An IR compiled for the CPU, as a function of named inputs; one with a state, of whole texts or call by call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 from torch import Tensor
 
-from mptrain.core.errors import ExportError
+from mptrain.core.errors import ExportError, UserError
 from mptrain.export.facts import Facts
 from mptrain.export.openvino.facts import facts
 
@@ -28,6 +28,7 @@ class CompiledIr:
     def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        options["KV_CACHE_PRECISION"] = precision  # of a state; left to itself, the plugin rounds it to 8 bits
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         self.xml = Path(xml)
@@ -58,6 +59,42 @@ class CompiledIr:
 
     def close(self) -> None:
         del self._request, self.compiled
+
+
+class CachedIr(CompiledIr):
+    """With keys and values in its state (cached.py). A call of the runner is whole texts, from an empty state on.
+
+    max_length: tokens of the longest text.
+    """
+
+    def __init__(self, xml: Path | str, max_length: int, threads: int | None = None, precision: str = "f32"):
+        super().__init__(xml, threads, precision)
+        self.max_length = max_length
+
+    def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+        """input_ids and attention_mask [batch, length], default all ones, to {"logits"}; padding may stand on either
+        side. Raises UserError for texts that are too long."""
+        self.reset()
+        return self.step(batch)
+
+    def reset(self) -> None:
+        self._request.reset_state()
+
+    def step(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+        """One call, which goes on with the state. input_ids: [batch, n], the new tokens. attention_mask: [batch,
+        places so far + n]. Where these are missing, positions are counted from each text's first token, and each row
+        goes on with its own state (beam_idx)."""
+        ids = np.asarray(batch["input_ids"])
+        mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
+        counted = mask.cumsum(1)
+        if counted.max(initial=0) > self.max_length:
+            raise UserError(
+                f"a text of {counted.max()} tokens does not fit the export's cache of {self.max_length}: raise `cache`,"
+                " or make the texts shorter"
+            )
+        positions = np.where(mask == 0, 1, counted - 1)[:, -ids.shape[1] :]
+        made = {"attention_mask": mask, "position_ids": positions, "beam_idx": np.arange(len(ids), dtype=np.int32)}
+        return super().__call__({**made, **batch})
 
 
 def _array(value: Tensor | np.ndarray) -> np.ndarray:

@@ -43,15 +43,10 @@ class CachedDecoder(nn.Module):
 
     def __init__(self, model: nn.Module, max_length: int) -> None:
         super().__init__()
-        if not isinstance(model, PreTrainedModel) or model.dtype != torch.float32 or not model.can_generate():
-            dtype = getattr(model, "dtype", "unknown dtype")
-            raise UserError(
-                f"an export with a cache needs a plain float32 causal LM, got {type(model).__name__} of {dtype}"
-            )
-        check_length("an export with a cache: max_length", max_length, model.config)
-        self.model = model
-        held = _first(model)
-        self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=max_length)
+        decoder, held = check_decoder(model)
+        check_length("an export with a cache: max_length", max_length, decoder.config)
+        self.model = decoder
+        self.cache = StaticCache(config=decoder.config.get_text_config(), max_cache_len=max_length)
         self.cache.layers = [StaticLayer(max_cache_len=max_length) for _ in held]
         for layer, (keys, values) in zip(self.cache.layers, held):
             layer.lazy_initialization(keys, values)
@@ -98,14 +93,24 @@ class CachedDecoder(nn.Module):
 
 
 @torch.no_grad()
-def _first(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of one token, of every layer: pruned layers differ in their heads."""
+def check_decoder(model: nn.Module) -> tuple[PreTrainedModel, list[tuple[Tensor, Tensor]]]:
+    """The model, and keys and values [1, heads, 1, size] of one token, of every layer: pruned ones differ in heads.
+
+    Raises UserError when it is no causal LM in float32, or keeps other things than keys and values.
+    """
+    if not isinstance(model, PreTrainedModel) or model.dtype != torch.float32 or not model.can_generate():
+        dtype = getattr(model, "dtype", "unknown dtype")
+        raise UserError(
+            f"an export with a cache needs a plain float32 causal LM, got {type(model).__name__} of {dtype}"
+        )
     held = DynamicCache(config=model.config)
     model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=held, use_cache=True)
     found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in held.layers]
     if not found or any(keys is None or values is None for keys, values in found):
-        raise UserError(f"an export with a cache: {type(model).__name__} keeps other things than keys and values")
-    return found  # type: ignore[return-value]
+        raise UserError(
+            f"an export with a cache: {type(model).__name__} keeps other things than keys and values; export it without"
+        )
+    return model, found  # type: ignore[return-value]
 
 
 def check_length(field: str, tokens: int, config: PreTrainedConfig) -> None:

@@ -75,6 +75,8 @@ class Use:
     """what the processor is called on, as code"""
     cut: int | None = None
     """tokens at which longer texts were cut when the model was scored"""
+    cached: bool = False
+    """whether it keeps a key-value cache"""
 
     @property
     def imports(self) -> list[str]:

@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from mptrain.recipe.exports.base import ExportSpec, Package, Stored, Use
+from mptrain.recipe.exports.base import Cache, ExportSpec, Package, Stored, Use
 from mptrain.recipe.method import Weights
 from mptrain.recipe.stage import Stage
 
 Precision = Literal["fp32", "fp16", "int8", "int8_emb4", "compressed"]
 PLAIN = ("fp32", "fp16")
-_OPTIONS = {"OVModelForCausalLM": ", use_cache=False"}
-"""by class of optimum-intel, whose default is a cache, whatever the config says; the IR has none"""
+_UNCACHED = {"OVModelForCausalLM": ", use_cache=False"}
+"""by class of optimum-intel, whose default is a cache, whatever the config says"""
 
 
 class OpenVino(ExportSpec):
@@ -25,6 +25,7 @@ class OpenVino(ExportSpec):
         Package("optimum-intel", "optimum.intel", ">=2.1,<2.2", needed=False),
     )
     library = "openvino"
+    caches = "float32"
     checks = frozenset({"fused_attention"})
 
     format: Literal["openvino"]
@@ -34,6 +35,11 @@ class OpenVino(ExportSpec):
         " stored half, and in fp32 what a search finds that fp16 would break",
     )
     shapes: Literal["dynamic"] = "dynamic"
+    cache: Cache = Field(
+        None,
+        description="causal-lm: generate with a key-value cache, which grows with the text; it is scored, and checked"
+        " token by token, on texts of up to so many tokens",
+    )
 
     def precisions(self, stage: Stage) -> tuple[str, ...]:
         """Of a quantized stage the quantized ones, and where it is pruned too its structure alone, without them."""
@@ -45,7 +51,7 @@ class OpenVino(ExportSpec):
         return precision in PLAIN
 
     def variant(self, stage: str, precision: str) -> str:
-        return f"{stage}_{precision}"
+        return f"{stage}_{precision}" if self.cache is None else super().variant(stage, precision)
 
     def stores(self, weights: Weights) -> Stored:
         if weights.kind == "tables":
@@ -82,7 +88,7 @@ class OpenVino(ExportSpec):
                 "outputs = model({port.any_name: inputs[port.any_name] for port in model.inputs})",
             ]
         argument = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
-        more = _OPTIONS.get(use.optimum, "")
+        more = "" if use.cached else _UNCACHED.get(use.optimum, "")
         load = f'model = {use.optimum}.from_pretrained({{}}, ov_config={{{{"INFERENCE_PRECISION_HINT": "f32"}}}}{more})'
         if use.pipeline is None:
             imports = [f"from optimum.intel import {use.optimum}", *use.imports, "", hint]

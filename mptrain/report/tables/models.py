@@ -93,7 +93,8 @@ def runtime(report: Row) -> Table | None:
     for v in known:
         if cache := v["runtime"].get("cache"):
             kept = v["runtime"]["cache_precision"]
-            note += f" {v['id']}: keeps a key-value cache of {cache:,} tokens in {kept}; texts went in piece by piece"
+            fed = v["runtime"].get("cache_fed", "texts went in piece by piece")  # before it was a fact
+            note += f" {v['id']}: keeps a key-value cache of {cache:,} tokens in {kept}; {fed}"
             note += ", and agreement judges it." if v["precision"] == "fp32" and not exact(v) else "."
     return Table("Runtime", columns, rows, note, text_columns=2)
 
