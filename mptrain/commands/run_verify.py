@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mptrain.commands.options import json_target
 
-HELP = "run a Core ML package anywhere, and compare it with its source"
+HELP = "say what an exported model holds and does, and compare it with its source"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Run a saved Core ML package in a reference interpreter: an emulation, without a Mac."
-    parser.add_argument("package", metavar="PACKAGE", help="an .mlpackage with an ML program")
+    parser.description = (
+        "Run an exported model: OpenVINO IR, ONNX and Core AI by their runtimes, any Core ML package in a reference"
+        " interpreter, without a Mac. Says types, casts, attention and layers as they run."
+    )
+    parser.add_argument(
+        "package", metavar="PACKAGE", help="an .xml, .onnx, .aimodel or .mlpackage, or a folder with one"
+    )
     parser.add_argument("--model", metavar="SOURCE", help="compare with this model folder, packaged:NAME or hub name")
     parser.add_argument(
-        "--precision", choices=["fp32", "fp16"], help="of the arithmetic; default: what the package declares"
+        "--precision",
+        choices=["fp32", "fp16"],
+        help="Core ML: of the emulated arithmetic; default: what the package declares",
     )
     parser.add_argument("--task", help="what the source model does; default: from its head")
+    parser.add_argument("--data", metavar="FILE", help="beside --model: texts or a recipe to compare on")
+    parser.add_argument("--samples", type=int, default=32, help="inputs to compare on (default 32)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
     parser.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
     parser.add_argument("--allow-code", action="store_true", help="run code that comes with the source model")
 
@@ -27,16 +38,12 @@ def run(options: argparse.Namespace) -> int:
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
-    from mptrain.commands.verify import verify
-    from mptrain.commands.verify_source import load_source
+    from mptrain.commands.verify_file import found_in
     from mptrain.core.errors import ExportError
-    from mptrain.report.render.verify import package
 
-    model = None
-    if options.model is not None:
-        model = load_source(options.model, options.task, options.allow_code)
-    facts = verify(Path(options.package), precision=options.precision or "stored", model=model)
-    show(package(facts))
+    path, spec = found_in(Path(options.package))
+    facts, shown = (_interpreted if spec.ending in INTERPRETED else _executed)(path, spec, options)
+    show(shown)
     if target is not None:
         from mptrain.core.disk import write_json
 
@@ -45,3 +52,35 @@ def run(options: argparse.Namespace) -> int:
     if not facts["passed"]:
         raise ExportError(f"{options.package}: its outputs are wrong; see above.")
     return 0
+
+
+INTERPRETED = (".mlpackage",)
+"""endings of what has no runtime here"""
+
+
+def _interpreted(path: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    from mptrain.commands.verify import verify
+    from mptrain.commands.verify_source import load_source
+    from mptrain.report.render.verify import package
+
+    model = None
+    if options.model is not None:
+        model = load_source(options.model, options.task, options.allow_code)
+    facts = verify(path, precision=options.precision or "stored", model=model)
+    return facts, package(facts)
+
+
+def _executed(path: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    from mptrain.commands.verify_file import verify_file
+    from mptrain.core.errors import UserError
+    from mptrain.models.samples import load_with_inputs
+    from mptrain.report.render.verify import file
+
+    if options.precision is not None:
+        raise UserError(f"--precision {options.precision}: is for Core ML packages, which are emulated; {path} is run")
+    source = None
+    if options.model is not None:
+        how = (options.task, None, options.data, options.samples, options.max_length, options.allow_code)
+        source = load_with_inputs(options.model, *how)
+    facts = verify_file(path, spec, source)
+    return facts, file(facts)

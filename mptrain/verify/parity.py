@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ MEASURED, ROUNDED = 5e-5, 1e-2
 ORDERS = 4
 """times the error of one computation in float32; the difference of two is at most twice it, each a sample of few"""
 _AT_A_TIME = 2**22  # values
-_LARGEST = 2_000_000_000  # parameters that are copied in float64, 8 bytes each
 
 
 @torch.no_grad()
@@ -136,16 +135,13 @@ def _rounding(model: nn.Module, batch: Mapping[str, Tensor], signature: Signatur
     """By output the largest error of the model in float32, against itself in float64.
 
     An export sums in another order, so it may be as far from the float32 model as that is from the right value. Empty
-    where the model does not compute in float64, or is too large for a copy.
+    where the model does not compute in float64.
     """
-    if sum(p.numel() for p in model.parameters()) > _LARGEST:
-        return {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     given = {name: value.to(device) for name, value in batch.items()}
     try:
-        exact = copy.deepcopy(model).double()
-        with without_cache(exact):
-            right = exact(**{n: v.double() if v.is_floating_point() else v for n, v in given.items()})
+        with _in_float64(model), without_cache(model):
+            right = model(**{n: v.double() if v.is_floating_point() else v for n, v in given.items()})
     except (RuntimeError, TypeError, NotImplementedError) as error:
         log.debug("%s does not compute in float64: %s", type(model).__name__, error)
         return {}
@@ -155,3 +151,28 @@ def _rounding(model: nn.Module, batch: Mapping[str, Tensor], signature: Signatur
     return {
         name: float((value.cpu().double() - double[name]).abs().nan_to_num(0.0).max()) for name, value in single.items()
     }
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Each module computes with its own parameters and buffers in float64, one after the other, so that a large model
+    is never there twice; the way back to float32 changes no bit."""
+    handles = []
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        own = [tensor for tensor in own if tensor.dtype == torch.float32]
+        if own:
+            handles.append(module.register_forward_pre_hook(lambda *_, own=own: _cast(own, torch.float64)))
+            handles.append(
+                module.register_forward_hook(lambda *_, own=own: _cast(own, torch.float32), always_call=True)
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype, *_: Any) -> None:
+    for tensor in tensors:
+        tensor.data = tensor.data.to(dtype)

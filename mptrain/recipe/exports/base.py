@@ -103,6 +103,8 @@ class ExportSpec(Strict):
     extra: ClassVar[str] = ""
     """of mptrain, that installs what it needs"""
     packages: ClassVar[tuple[Package, ...]] = ()
+    ending: ClassVar[str] = ""
+    """of the name of its file or package: ".onnx" """
     library: ClassVar[str] = ""
     """`library_name` and tag of a model card"""
     timed: ClassVar[bool] = True

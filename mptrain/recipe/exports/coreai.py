@@ -16,6 +16,7 @@ class CoreAi(ExportSpec):
 
     title = "Core AI"
     extra = "coreai"
+    ending = ".aimodel"
     packages = (
         Package("coreai-core", "coreai", ">=1.0.0b3"),
         Package("coreai-torch", "coreai_torch", ">=0.4.3"),

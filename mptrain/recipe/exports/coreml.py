@@ -40,6 +40,7 @@ class CoreMl(ExportSpec):
 
     title = "Core ML"
     extra = "coreml"
+    ending = ".mlpackage"
     packages = (Package("coremltools", "coremltools", "==9.0"),)
     library = "coreml"
     timed = False

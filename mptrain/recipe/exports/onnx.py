@@ -20,6 +20,7 @@ class Onnx(ExportSpec):
 
     title = "ONNX"
     extra = "onnx"
+    ending = ".onnx"
     packages = (
         Package("onnx", "onnx", ">=1.19"),
         Package("onnxscript", "onnxscript", ">=0.6"),

@@ -19,6 +19,7 @@ _UNCACHED = {"OVModelForCausalLM": ", use_cache=False"}
 class OpenVino(ExportSpec):
     title = "OpenVINO"
     extra = "openvino"
+    ending = ".xml"
     packages = (
         Package("openvino", "openvino", ">=2026.0"),
         Package("nncf", "nncf", ">=3.2,<4"),

@@ -45,6 +45,53 @@ def package(facts: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def file(facts: dict[str, Any]) -> RenderableType:
+    """Of a model that a runtime executed."""
+    found, runtime = facts["parity"], facts["runtime"]
+    stored = ", ".join(f"{words.megabytes(bytes_)} {kind}" for kind, bytes_ in runtime.get("weight_types", {}).items())
+    parts: list[RenderableType] = [
+        line("•", f"{facts['path']}: {words.megabytes(facts['size_bytes'])}, weights {stored or 'none'}", "bold")
+    ]
+    parts += [line("•", text, "") for text in _running(runtime)]
+    if found is not None:
+        text = (
+            f"{'is' if facts['passed'] else 'is not'} the source model: largest difference {found['max_abs_diff']:.2g}"
+            f" on {found['examples']} inputs ({facts['inputs']}), relative {found['relative']:.2g}, same decision in"
+            f" {100 * found['agreement']:.1f}%; judged by {facts['judged_by']}, limit {facts['limit']:g}"
+        )
+        parts.append(line("✓" if facts["passed"] else "✗", text, "green" if facts["passed"] else "bold red"))
+    else:
+        parts.append(line("!", "not compared: --model SOURCE compares it with the model it was made from", "yellow"))
+    return Group(*parts)
+
+
+def _running(runtime: dict[str, Any]) -> list[str]:
+    """What the runtime made of it, in words, as far as it is known."""
+    texts = []
+    if "inference_precision" in runtime:
+        texts.append(f"floating point runs in {runtime['inference_precision']}")
+    if "attention_layers" in runtime:
+        texts.append(
+            f"attention: {runtime.get('fused_attention', 0)} of {runtime['attention_layers']} as one operation"
+        )
+    if "int8_layers" in runtime:
+        total = len(runtime["int8_layers"]) + len(runtime.get("fp32_layers", ()))
+        texts.append(f"layers in integers: {len(runtime['int8_layers'])} of {total}")
+    casts = [f"{runtime[key]} {text}" for key, text in _CASTS.items() if key in runtime]
+    if casts:
+        texts.append(", ".join(casts))
+    if "cache" in runtime:
+        texts.append(f"a key-value cache of {runtime['cache']:,} tokens")
+    return texts
+
+
+_CASTS = {
+    "casts": "casts in the file",
+    "float_casts": "between float and half",
+    "converts": "conversions in the graph that runs",
+}
+
+
 def _operations(facts: dict[str, Any]) -> Table:
     rows = []
     for row in facts["operations_run"][:_SHOWN]:
