@@ -59,6 +59,7 @@ OTHERS = {
     "cohere": lambda: t.CohereConfig(**_SHARED),
     "glm4": lambda: t.Glm4Config(**_SHARED, head_dim=8),
 }
+HYBRID = t.Qwen3NextConfig(**_SHARED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 LONGEST = 72
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -197,6 +198,15 @@ def test_two_exports_are_the_same_bytes(tmp_path):
     assert (tmp_path / "a" / XML).read_bytes() == (tmp_path / "b" / XML).read_bytes()
 
 
+def test_a_model_in_bf16_and_training_is_exported_as_the_float32_one(tmp_path):
+    model = tiny("llama").bfloat16().train()
+    runner = CachedIr(write(model, BATCH, tmp_path, precision="fp32", cache=20).xml, 20)
+    assert model.training and model.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = copy.deepcopy(model).float().eval()(IDS).logits.numpy()
+    assert np.abs(runner(BATCH)["logits"] - expected).max() < 1e-4
+
+
 class Forgetful(CachedIr):
     def step(self, batch):
         return super().step({name: value for name, value in batch.items() if name != "beam_idx"})
@@ -236,6 +246,7 @@ def test_what_cannot_have_a_cache_is_refused_by_name(tmp_path, capsys):
     mamba = made(t.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1))
     for model, message in (
         (mamba, "MambaForCausalLM keeps other things than keys and values; export it without"),
+        (made(HYBRID), "Qwen3NextForCausalLM does not run with a cache of keys and values .*; export it without"),
         (tiny("bert"), "needs a plain float32 causal LM, got BertForSequenceClassification"),
     ):
         with pytest.raises(UserError, match=message):

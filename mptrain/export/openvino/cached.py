@@ -36,8 +36,9 @@ CALL = Signature(
     (Port("logits", (BATCH, "tokens", "vocabulary")),),
 )
 """of whole texts"""
-EXACT, ROUGH = 1e-4, 5e-2
-"""differences that are let pass, of the largest logit: in float32, and where activations are rounded to 8 bits"""
+EXACT, ROUGH = 1e-4, 1e-1
+"""relative differences that are let pass: in float32, and where activations are rounded to 8 bits, which the last digit
+of a float decides; a cache that is not read or reordered makes them about 1"""
 _PAST, _PRESENT = "past_key_values", "present"
 _KINDS = ("key", "value")
 
@@ -139,8 +140,8 @@ def check(runner: CachedIr, model: nn.Module, *, exact: bool) -> None:
             " without a cache"
         ) from error
     kept = mask.bool().numpy()
-    size = max(1.0, float(np.abs(whole["logits"][kept]).max()))
-    found = {"as a whole": float(np.abs(whole["logits"] - steps["logits"])[kept].max()) / size}
+    logits, apart = whole["logits"][kept], (whole["logits"] - steps["logits"])[kept]
+    found = {"as a whole": float(np.sqrt(np.square(apart).mean()) / logits.std())}
     if exact:
         # with the noise of float32 left out, as of any export
         found["in torch"] = parity.compare(model, lambda _: steps, [batch], signature=CALL)["relative"]
@@ -148,7 +149,7 @@ def check(runner: CachedIr, model: nn.Module, *, exact: bool) -> None:
         if not difference <= (EXACT if exact else ROUGH):
             raise ExportError(
                 f"an export with a cache: {type(model).__name__} gives other logits token by token than {how}, by"
-                f" {difference:.2g} of the largest; export it without a cache"
+                f" {difference:.2g} of their size; export it without a cache"
             )
 
 

@@ -115,7 +115,7 @@ def write(
         done = _save(_stored(graph, model, precision, embeddings), folder)
     if cache is not None:
         with closing(CachedIr(done.xml, cache)) as runner:
-            check(runner, model, exact=precision in ("fp32", "compressed"))
+            check(runner, _single(model), exact=precision in ("fp32", "compressed"))
     return done
 
 
@@ -140,7 +140,7 @@ def _write_fp16(
     signature: Signature,
     cache: int | None,
 ) -> Exported:
-    plain = model if dtype_of(model) == torch.float32 else copy.deepcopy(model).float()
+    plain = _single(model)
     found, ops = openvino_fp16.find(plain.eval(), batches, signature)
     graph, nodes, constants = openvino_fp16.marked(graph, found.keep, ops)
     facts = openvino_fp16.described(found, nodes, constants)
@@ -161,8 +161,7 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
     cached: with keys and values as its state, and inputs of its own (cached.py)."""
     if quantizers.is_quantized(model):
         model = quantizers.frozen(model)
-    if dtype_of(model) != torch.float32:  # OpenVINO's frontend reads bf16 constants with the bits of f16
-        model = copy.deepcopy(model).float()
+    model = _single(model)  # OpenVINO's frontend reads bf16 constants with the bits of f16
     training = model.training
     wrapper: nn.Module = Positional(model.eval(), list(example), signature.output_names)
     if cached:
@@ -186,6 +185,11 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
         _check_lengths(graph, model, example, signature)
     _number_names(graph)
     return graph
+
+
+def _single(model: nn.Module) -> nn.Module:
+    """The model in float32, a copy if it is not."""
+    return model if dtype_of(model) == torch.float32 else copy.deepcopy(model).float()
 
 
 def _check_lengths(graph: ov.Model, model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> None:

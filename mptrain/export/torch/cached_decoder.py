@@ -104,7 +104,13 @@ def check_decoder(model: nn.Module) -> tuple[PreTrainedModel, list[tuple[Tensor,
             f"an export with a cache needs a plain float32 causal LM, got {type(model).__name__} of {dtype}"
         )
     held = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=held, use_cache=True)
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=held, use_cache=True)
+    except Exception as error:  # hybrids keep states of another kind
+        raise UserError(
+            f"an export with a cache: {type(model).__name__} does not run with a cache of keys and values ({error});"
+            " export it without"
+        ) from error
     found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in held.layers]
     if not found or any(keys is None or values is None for keys, values in found):
         raise UserError(
