@@ -257,6 +257,14 @@ def test_what_cannot_have_a_cache_is_refused_by_name(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_verify_reads_a_cached_file_as_the_model(tmp_path, capsys):
+    mptrain.save(tiny("llama"), tmp_path / "model")
+    export_openvino(tiny("llama"), BATCH, tmp_path / "out", precision="fp32", cache=20)
+    words = ["verify", str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--samples", "4"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert "is the source model" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_lines_that_load_a_cached_export_take_its_cache():
     use = Use("f/m.xml", "f", "text-generation", "AutoTokenizer", "OVModelForCausalLM", '"…"')
     (plain,) = (line for line in OpenVino.loading(use) if line.startswith("model = "))

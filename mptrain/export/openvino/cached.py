@@ -124,7 +124,7 @@ def check(runner: CachedIr, model: nn.Module, *, exact: bool) -> None:
     exact: the logits of both, whole texts and token by token, must be the model's; else, the one those of the other.
     Raises ExportError.
     """
-    tokens, config = min(runner.max_length, CHECKED), cast(PreTrainedModel, model).config.get_text_config()
+    tokens, config = min(runner.max_length or CHECKED, CHECKED), cast(PreTrainedModel, model).config.get_text_config()
     ids = (7 * torch.arange(3 * tokens) + 1).reshape(3, tokens) % config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, : tokens // 3], mask[2, tokens - tokens // 3 :] = 0, 0

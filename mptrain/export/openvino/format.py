@@ -43,8 +43,8 @@ class OpenVinoFormat:
         return Written(done.xml, done.size_bytes, facts)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
-        from mptrain.export.openvino.runner import CachedIr, CompiledIr
+        from mptrain.export.openvino.runner import CachedIr, CompiledIr, keeps_state
 
-        if self.spec.cache is not None:
+        if self.spec.cache is not None or keeps_state(path):  # a file alone does not say how it was asked for
             return CachedIr(path, self.spec.cache, threads)
         return CompiledIr(path, threads)

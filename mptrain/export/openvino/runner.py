@@ -64,10 +64,10 @@ class CompiledIr:
 class CachedIr(CompiledIr):
     """With keys and values in its state (cached.py). A call of the runner is whole texts, from an empty state on.
 
-    max_length: tokens of the longest text.
+    max_length: tokens of the longest text; None, where nobody knows.
     """
 
-    def __init__(self, xml: Path | str, max_length: int, threads: int | None = None, precision: str = "f32"):
+    def __init__(self, xml: Path | str, max_length: int | None, threads: int | None = None, precision: str = "f32"):
         super().__init__(xml, threads, precision)
         self.max_length = max_length
 
@@ -87,7 +87,7 @@ class CachedIr(CompiledIr):
         ids = np.asarray(batch["input_ids"])
         mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
         counted = mask.cumsum(1)
-        if counted.max(initial=0) > self.max_length:
+        if self.max_length is not None and counted.max(initial=0) > self.max_length:
             raise UserError(
                 f"a text of {counted.max()} tokens does not fit the export's cache of {self.max_length}: raise `cache`,"
                 " or make the texts shorter"
@@ -95,6 +95,14 @@ class CachedIr(CompiledIr):
         positions = np.where(mask == 0, 1, counted - 1)[:, -ids.shape[1] :]
         made = {"attention_mask": mask, "position_ids": positions, "beam_idx": np.arange(len(ids), dtype=np.int32)}
         return super().__call__({**made, **batch})
+
+
+def keeps_state(xml: Path | str) -> bool:
+    """Whether an IR has variables; False for a file that cannot be read."""
+    try:
+        return bool(ov.Core().read_model(xml).get_sinks())
+    except RuntimeError:
+        return False
 
 
 def _array(value: Tensor | np.ndarray) -> np.ndarray:
