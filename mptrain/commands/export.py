@@ -102,10 +102,11 @@ def export_model(
             signature=source.signature,
             agreement=task_class(TASKS[found.task]).agreement,
         )
-        difference = compare(source.model)
         facts = runner.facts() | written.facts
+        difference = compare(source.model, exact=facts.exact(source.precision))
         if compressed is not None:
-            compressed["change"] = compare(load_model(found.spec, None, seed=0, allow_code=allow_code))
+            before = load_model(found.spec, None, seed=0, allow_code=allow_code)
+            compressed["change"] = compare(before, exact=False)
     facts_json = {
         "schema": SCHEMA,
         "model": path,

@@ -62,9 +62,9 @@ def verify_file(path: Path, spec: type[ExportSpec], source: Loaded | None = None
         if source is None:
             return found
         agreement = task_class(TASKS[source.task]).agreement
-        difference = parity.compare(source.model, runner, source.samples.batches, agreement=agreement)
-    floats = {"f32", "float", "Float32"}
-    exact = set(facts.weight_types or ()) <= floats and facts.inference_precision in ("f32", None)
+        floats = {"f32", "float", "Float32"}
+        exact = set(facts.weight_types or ()) <= floats and facts.inference_precision in ("f32", None)
+        difference = parity.compare(source.model, runner, source.samples.batches, agreement=agreement, exact=exact)
     bound = Gates().parity if exact else Gates().agreement
     assert bound is not None
     return found | {

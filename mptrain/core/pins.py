@@ -127,6 +127,7 @@ PINS: dict[str, Pin] = {
                 "Trainer._init_training_state",
                 "Trainer._issue_warnings_after_load",
                 "Trainer._save",
+                "Trainer._run_epoch",
                 "Trainer._save_checkpoint",
                 "Trainer._save_optimizer_and_scheduler",
                 "Trainer._save_scaler",

@@ -89,10 +89,16 @@ class Variants:
         source = self._source(self._planned[variant], facts)
         batches = self.data.held_out(PARITY_EXAMPLES, self.data.batch_size("validation", 16))
         with progress(f"verify {variant}"), closing(self._open(source, facts)) as runner:
+            known = runner.facts() | source.written
             facts["parity"] = parity.compare(
-                source.model, runner, batches, signature=source.signature, agreement=self.data.agreement
+                source.model,
+                runner,
+                batches,
+                signature=source.signature,
+                agreement=self.data.agreement,
+                exact=known.exact(source.precision),
             )
-            facts["runtime"] = (runner.facts() | source.written).as_json()
+            facts["runtime"] = known.as_json()
         del facts["written"]
         return self._keep(facts, "verify", begun)
 

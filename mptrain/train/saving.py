@@ -72,6 +72,13 @@ class Saving(transformers.Trainer):
         config = getattr(self.model, "config", None)
         return is_quantized(self.model) or getattr(config, "mptrain_structure", None) is not None
 
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Below batches that are skipped on a resume and shared out over ranks accelerate's set_epoch finds no sampler,
+        which then repeats the order of the first epoch. So it is told before batches are skipped."""
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(epoch)
+        return super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():

@@ -51,6 +51,7 @@ def compare(
     *,
     signature: Signature | None = None,
     agreement: Agreement | None = None,
+    exact: bool = True,
 ) -> dict[str, Any]:
     """Differences over all outputs of all batches.
 
@@ -59,12 +60,12 @@ def compare(
     signature: which outputs count, and which of their places are padding and not compared; default what running the
     model tells. agreement: of the task, default whether the argmax of the last axis is the same, or, of outputs
     without one, the order of the examples.
+    exact: whether the export should compute what the model does to the last digits, which fp16 and integers do not.
     Returns {"max_abs_diff", "relative", "rounding", "mean_abs_diff", "agreement", "examples"}; relative: the largest
     difference of an output over its largest value in the batch, where that is above 1, as rounding grows with the
-    values, less what two orders of summation may differ by (`_rounding`, looked at where a model that does not round
-    would fail without, from MEASURED to ROUNDED; as rounding in the same measure). For quantized models agreement says
-    more than the differences. Raises ExportError when an output is missing, has
-    another shape or values that are not finite.
+    values. Of an exact export less what two orders of summation may differ by (`_rounding`, looked at from MEASURED to
+    ROUNDED, where it would fail without; as rounding in the same measure). For quantized models agreement says more
+    than the differences. Raises ExportError when an output is missing, has another shape or values that are not finite.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -96,7 +97,7 @@ def compare(
             largest = max(largest, furthest)
             size = _size(wanted)
             noise = 0.0
-            if MEASURED < furthest / size < ROUNDED:
+            if exact and MEASURED < furthest / size < ROUNDED:
                 noise = ORDERS * _rounding(model, batch, signature).get(name, 0.0)
             relative, rounding = max(relative, max(0.0, furthest - noise) / size), max(rounding, noise / size)
             total += summed

@@ -73,6 +73,11 @@ def worker(rank, ranks, port, folder):
         out[precision] = masters(t)
         again = run(f"{folder}/{precision}", precision, ranks, resume=f"{folder}/{precision}/checkpoint-2")
         assert same(masters(again), masters(t))
+    # in the second epoch, whose batches are others
+    late = {"max_steps": 12, "save_strategy": "steps", "save_steps": 10}
+    t = run(f"{folder}/late", "bf16-master", ranks, **late)
+    again = run(f"{folder}/late", "bf16-master", ranks, resume=f"{folder}/late/checkpoint-10", **late)
+    assert same(masters(again), masters(t))
     # one process wrote this; its masters arrive bit for bit
     begin = AtBegin()
     checkpoint = f"{folder}/../one/checkpoint-4"
