@@ -36,9 +36,9 @@ CALL = Signature(
     (Port("logits", (BATCH, "tokens", "vocabulary")),),
 )
 """of whole texts"""
-EXACT, ROUGH = 1e-4, 1e-1
+EXACT, ROUGH = 1e-4, 0.5
 """relative differences that are let pass: in float32, and where activations are rounded to 8 bits, which the last digit
-of a float decides; a cache that is not read or reordered makes them about 1"""
+of a float decides (0.07 to 0.12 in SmolLM2-135M); a cache that is not read or reordered makes them about 1"""
 _PAST, _PRESENT = "past_key_values", "present"
 _KINDS = ("key", "value")
 
