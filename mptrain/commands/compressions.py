@@ -119,7 +119,6 @@ def check_stored(spec: ExportSpec, stage: Stage) -> str | None:
 
 def compress_first(
     found: Loaded,
-    spec: ExportSpec,
     stage: Stage,
     example: Batch,
     calibration: Callable[[], list[Batch]],
@@ -127,13 +126,11 @@ def compress_first(
 ) -> tuple[Loaded, dict[str, Any]]:
     """The model as the stage leaves it, and facts.
 
-    {"how" (words), "stored" (what came of it), "methods" (facts by field), "calibrated_on" (inputs), "expanded" (what
-    to say of weights that the format does not keep small, or None)}. Raises UserError for a model that is compressed
-    already, weights that the format refuses, and as the methods do.
+    {"how" (words), "stored" (what came of it), "methods" (facts by field), "calibrated_on" (inputs)}. Raises UserError
+    for a model that is compressed already, and as the methods do.
     """
     if records.of(found.model):
         raise UserError("--precision: the weights of this model are compressed already; say how to compute, e.g. fp32")
-    expanded = _stored(spec, stage)
     methods = methods_of(stage.methods)
     for method in methods:
         method.check(method.config, found.model, Site("--precision"))
@@ -148,7 +145,6 @@ def compress_first(
         "stored": _stored_as(did),
         "methods": did,
         "calibrated_on": sum(map(rows_of, batches)),
-        "expanded": expanded,
     }
     return replace(found, model=cast(Any, model).eval()), facts
 
@@ -158,14 +154,3 @@ def _stored_as(did: dict[str, Any]) -> str:
     rows = [row for facts in did.values() for row in facts.get("compressed", [])]
     alike = Counter(f"{row['bits']:g} bits, {row['how']}" for row in rows)
     return "; ".join(f"{how}: {count} weight{'s' * (count > 1)}" for how, count in alike.most_common())
-
-
-def _stored(spec: ExportSpec, stage: Stage) -> str | None:
-    """Raises UserError for weights that a format refuses. Returns what to say of those it writes out in full."""
-    for _, weights in stage.leaves():
-        stored = spec.stores(weights)
-        if stored.result == "refused":
-            raise UserError(f"--format {spec.format}: {stored.how}")
-        if stored.result == "expanded":
-            return f"{spec.title} keeps the values and not the size: {stored.how}"
-    return None

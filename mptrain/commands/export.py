@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mptrain.commands.compressions import WORDS, Asked, compress_first, stage_of
+from mptrain.commands.compressions import WORDS, Asked, check_stored, compress_first, stage_of
 from mptrain.core.disk import check_writable, whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
@@ -74,6 +74,7 @@ def export_model(
     if stage is None and asked.options:
         raise UserError(f"{asked.options[0]}: says how to compress, which --precision {precision} does not")
     spec = _spec(format, precision, options or {}, stage)
+    expanded = None if stage is None else check_stored(spec, stage)
     limit = min(length, spec.cache or length)
     others = calibration if stage is not None and data is not None else samples
     found = load_with_inputs(path, task, attn, data, samples + others, limit, allow_code)
@@ -82,7 +83,7 @@ def export_model(
     compressed = None
     if stage is not None and not is_quantized(found.model):
         with progress(f"compress {precision}"):
-            found, compressed = compress_first(found, spec, stage, inputs.compared[0], inputs.calibration, limit)
+            found, compressed = compress_first(found, stage, inputs.compared[0], inputs.calibration, limit)
     source = _source(found, spec, inputs)
     if TASKS[found.task].unit == "tokens":
         spec = spec.sized(tokens_read(found.model, limit), True)
@@ -106,7 +107,7 @@ def export_model(
         difference = compare(source.model, exact=facts.exact(source.precision))
         if compressed is not None:
             before = load_model(found.spec, None, seed=0, allow_code=allow_code)
-            compressed["change"] = compare(before, exact=False)
+            compressed |= {"expanded": expanded, "change": compare(before, exact=False)}
     facts_json = {
         "schema": SCHEMA,
         "model": path,
