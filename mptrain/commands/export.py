@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from mptrain.commands.compressions import WORDS, Asked, check_stored, compress_first, stage_of
 from mptrain.core.disk import check_writable, whole
@@ -18,13 +20,14 @@ from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
 from mptrain.core.signature import BATCH, Batch, probed, rows_of
 from mptrain.data.load import task_class
-from mptrain.export.base import Embeddings, Source
+from mptrain.export.base import Embeddings, Runner, Source
+from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.artifact import QUANTIZERS
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
-from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Stage
+from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Stage, TaskSpec
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.tasks import causal
 from mptrain.report.render.export_card import export_card
@@ -95,19 +98,12 @@ def export_model(
     with progress(f"export {to.name}"), whole(to, config, found.processor, generation) as scratch:
         written = kind.write(source, scratch)
     model_path = to / written.path.relative_to(scratch)
-    with progress("verify"), closing(kind.open(model_path, replace(source, written=written.facts))) as runner:
-        compare = partial(
-            parity.compare,
-            runner=runner,
-            batches=inputs.compared,
-            signature=source.signature,
-            agreement=task_class(TASKS[found.task]).agreement,
-        )
-        facts = runner.facts() | written.facts
-        difference = compare(source.model, exact=facts.exact(source.precision))
-        if compressed is not None:
-            before = load_model(found.spec, None, seed=0, allow_code=allow_code)
-            compressed |= {"expanded": expanded, "change": compare(before, exact=False)}
+    source = replace(source, written=written.facts)
+    before = None if compressed is None else lambda: load_model(found.spec, None, seed=0, allow_code=allow_code)
+    with progress("verify"), closing(kind.open(model_path, source)) as runner:
+        facts, difference, change = _compared(runner, source, inputs.compared, TASKS[found.task], before)
+    if compressed is not None:
+        compressed |= {"expanded": expanded, "change": change}
     facts_json = {
         "schema": SCHEMA,
         "model": path,
@@ -128,6 +124,23 @@ def export_model(
     }
     (to / "README.md").write_text(export_card(facts_json), encoding="utf-8")
     return facts_json
+
+
+def _compared(
+    runner: Runner, source: Source, batches: list[Batch], kind: TaskSpec, before: Callable[[], nn.Module] | None
+) -> tuple[Facts, dict[str, Any], dict[str, Any] | None]:
+    """What is known of an export, its difference from the model that was written, and from the one `before` that was
+    compressed."""
+    compare = partial(
+        parity.compare,
+        runner=runner,
+        batches=batches,
+        signature=source.signature,
+        agreement=task_class(kind).agreement,
+    )
+    facts = runner.facts() | source.written
+    difference = compare(source.model, exact=facts.exact(source.precision))
+    return facts, difference, None if before is None else compare(before(), exact=False)
 
 
 def _judged(difference: dict[str, Any], *, exact: bool) -> dict[str, Any]:
