@@ -27,7 +27,7 @@ from mptrain.export.torch.cached_decoder import check_length, padded_right
 from mptrain.models.artifact import QUANTIZERS
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
-from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Gates, Stage, TaskSpec
+from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Stage, TaskSpec
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.tasks import causal
 from mptrain.report.render.export_card import export_card
@@ -118,7 +118,7 @@ def export_model(
         "inputs": found.samples.source,
         "max_length": limit,
         "parity": difference,
-        **_judged(difference, exact=facts.exact(source.precision)),
+        **parity.judged(difference, exact=facts.exact(source.precision)),
         "runtime": facts.as_json(),
         "seconds": round(time.monotonic() - begun, 1),
     }
@@ -141,17 +141,6 @@ def _compared(
     facts = runner.facts() | source.written
     difference = compare(source.model, exact=facts.exact(source.precision))
     return facts, difference, None if before is None else compare(before(), exact=False)
-
-
-def _judged(difference: dict[str, Any], *, exact: bool) -> dict[str, Any]:
-    """By what the difference from the torch model is judged, its limit and the verdict."""
-    bound = Gates().parity if exact else Gates().agreement
-    assert bound is not None
-    return {
-        "judged_by": "parity" if exact else "agreement",
-        "passed": difference["relative"] <= bound if exact else difference["agreement"] >= bound,
-        "limit": bound,
-    }
 
 
 def _spec(format: str, precision: str, options: dict[str, Any], stage: Stage | None) -> ExportSpec:

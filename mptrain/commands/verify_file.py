@@ -17,7 +17,7 @@ from mptrain.data.load import task_class
 from mptrain.export.base import Source
 from mptrain.export.formats import format_of
 from mptrain.models.samples import Loaded
-from mptrain.recipe import EXPORTS, TASKS, ExportSpec, Gates
+from mptrain.recipe import EXPORTS, TASKS, ExportSpec
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.verify-file/v1"
@@ -65,14 +65,10 @@ def verify_file(path: Path, spec: type[ExportSpec], source: Loaded | None = None
         floats = {"f32", "float", "Float32"}
         exact = set(facts.weight_types or ()) <= floats and facts.inference_precision in ("f32", None)
         difference = parity.compare(source.model, runner, source.samples.batches, agreement=agreement, exact=exact)
-    bound = Gates().parity if exact else Gates().agreement
-    assert bound is not None
     return found | {
         "parity": difference,
         "inputs": source.samples.source,
-        "judged_by": "parity" if exact else "agreement",
-        "limit": bound,
-        "passed": difference["relative"] <= bound if exact else difference["agreement"] >= bound,
+        **parity.judged(difference, exact=exact),
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mptrain.core.errors import ExportError
 from mptrain.core.signature import Batch, Forward, Outputs, Signature, probed, without_cache
 from mptrain.data.tasks.agreement import decisions
+from mptrain.recipe import Gates
 from mptrain.verify import overflow
 from mptrain.verify.outputs import rows
 
@@ -87,6 +88,7 @@ def compare(
                     f"output {name}: the exported model gives {theirs[name].shape}, the model {tuple(value.shape)}"
                 )
         expected, got = rows(ours, batch, signature), rows(theirs, batch, signature)
+        errors: dict[str, float] | None = None
         for name, wanted in expected.items():
             bad = int((~got[name].isfinite()).sum())
             if bad:
@@ -98,7 +100,8 @@ def compare(
             size = _size(wanted)
             noise = 0.0
             if exact and MEASURED < furthest / size < ROUNDED:
-                noise = ORDERS * _rounding(model, batch, signature).get(name, 0.0)
+                errors = _rounding(model, batch, signature) if errors is None else errors
+                noise = ORDERS * errors.get(name, 0.0)
             relative, rounding = max(relative, max(0.0, furthest - noise) / size), max(rounding, noise / size)
             total += summed
             values += wanted.numel()
@@ -115,6 +118,18 @@ def compare(
         "mean_abs_diff": total / max(values, 1),
         "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,
+    }
+
+
+def judged(difference: Mapping[str, Any], *, exact: bool) -> dict[str, Any]:
+    """{"judged_by", "limit", "passed"} of what `compare` found, by the default gates: parity of an exact export, else
+    agreement."""
+    bound = Gates().parity if exact else Gates().agreement
+    assert bound is not None
+    return {
+        "judged_by": "parity" if exact else "agreement",
+        "passed": difference["relative"] <= bound if exact else difference["agreement"] >= bound,
+        "limit": bound,
     }
 
 
@@ -174,6 +189,6 @@ def _in_float64(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _cast(tensors: list[Tensor], dtype: torch.dtype, *_: Any) -> None:
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> None:
     for tensor in tensors:
         tensor.data = tensor.data.to(dtype)
