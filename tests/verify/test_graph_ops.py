@@ -3,13 +3,14 @@ import re
 
 import pytest
 import torch
+from coreai.authoring.asset import AIModelAsset
 from kit.tiny_models import inputs, tiny
 from torch import nn
 from transformers import PretrainedConfig
 
 from mptrain.core.errors import ExportError
 from mptrain.core.signature import probed
-from mptrain.export.coreai.convert import AIModelAsset, export_coreai, traced
+from mptrain.export.coreai.convert import export_coreai, traced
 from mptrain.export.coreai.runner import Asset
 from mptrain.report.words import kept_in_fp32
 from mptrain.verify import overflow
