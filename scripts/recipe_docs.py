@@ -69,7 +69,7 @@ def _type(annotation: typing.Any, schema: dict) -> str:
         return f"list of {_type(arguments[0], schema)}"
     if origin in (dict, tuple):
         return f"{'mapping' if origin is dict else 'pair'} of {_type(arguments[-1], schema)}"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Any": "values"}.get(
         getattr(annotation, "__name__", ""), str(annotation)
     )
 

@@ -19,7 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="replace a value; stages by id: --set stages.jpqd.train.lr=1e-5 (may be repeated)",
+        help="replace a value; stages by id: --set stages.jpqd.train.lr=1e-5; preset=NAME: those of a preset of the"
+        " recipe (may be repeated)",
     )
     parser.add_argument(
         "--sweep",

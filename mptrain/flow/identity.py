@@ -43,7 +43,9 @@ def identity(
     allow_code: bool = False,
 ) -> dict[str, Any]:
     """For run.json. `machine` is what only the last bits of a result depend on. Raises ModelError."""
-    described = recipe.model_dump(mode="json", by_alias=True, exclude={"output": True, "description": True})
+    described = recipe.model_dump(
+        mode="json", by_alias=True, exclude={"output": True, "description": True, "presets": True}
+    )
     found = {
         "format": FORMAT,
         "recipe": described,

@@ -7,30 +7,26 @@ booleans as YAML 1.2 does, refuses duplicate keys and knows the line of every va
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import Recipe
-from mptrain.recipe.base import OneOf, Strict
+from mptrain.recipe.explain import Path_, explain, names, short
 from mptrain.recipe.plan import variants
 
 _LISTS_BY_ID = ("stages", "export")
-_TAGS = ("method", "mode", "format")
-"""fields that say which member of a union an entry is"""
+PRESET = "preset"
+"""the key of --set that names one"""
 _NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_NOT_BOOLEAN = {"yes": "true", "on": "true", "no": "false", "off": "false"}
-
-Path_ = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,13 @@ def read(name: str, overrides: list[str] | None = None) -> RecipeFile:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     data, lines = parse(text, str(path))
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping that starts with 'schema: mptrain/v1', got {_short(data)}.")
+        raise RecipeError(f"{path}: a recipe is a mapping that starts with 'schema: mptrain/v1', got {short(data)}.")
+    written = copy.deepcopy(data)
     for override in overrides or []:
         _override(data, override)
-    return RecipeFile(path, text, validate(data, str(path), lines))
+    found = RecipeFile(path, text, validate(data, str(path), lines))
+    _check_presets(written, found)
+    return found
 
 
 def validate(data: dict[str, Any], source: str, lines: dict[Path_, int] | None = None) -> Recipe:
@@ -98,7 +97,7 @@ def validate(data: dict[str, Any], source: str, lines: dict[Path_, int] | None =
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(item, data, source, lines or {}) for item in error.errors())) from None
+        raise RecipeError("\n".join(explain(item, data, source, lines or {}) for item in error.errors())) from None
     try:
         variants(recipe)
     except RecipeError as error:
@@ -164,6 +163,40 @@ def _override(data: dict[str, Any], text: str) -> None:
     if not equals or not path.strip():
         raise RecipeError(f"--set {text!r}: write KEY=VALUE, e.g. --set stages.jpqd.train.lr=1e-5.")
     value, _ = parse(raw, f"--set {path}")
+    if path.strip() == PRESET:
+        _use_preset(data, value)
+        return
+    _set(data, path, value)
+
+
+def _use_preset(data: dict[str, Any], name: Any) -> None:
+    """Apply what `presets` holds under a name."""
+    presets = data.get("presets")
+    known = presets if isinstance(presets, dict) else {}
+    if not isinstance(name, str) or not isinstance(known.get(name), dict):
+        hint = f"the recipe's are {', '.join(known)}" if known else "the recipe has none"
+        raise RecipeError(f"--set {PRESET}={name}: there is no such preset; {hint}.")
+    for path, value in known[name].items():
+        _set(data, path, copy.deepcopy(value))
+
+
+def _check_presets(data: dict[str, Any], found: RecipeFile) -> None:
+    """Each preset makes a recipe of this one. data: of the file, without overrides; one that needs some is let pass."""
+    for name in found.recipe.presets:
+        changed = copy.deepcopy(data)
+        try:
+            validate(data, str(found.path))
+        except RecipeError:
+            return
+        try:
+            _use_preset(changed, name)
+            validate(changed, str(found.path))
+        except RecipeError as error:
+            raise RecipeError(f"{found.path}: presets.{name}: {error}") from None
+
+
+def _set(data: dict[str, Any], path: str, value: Any) -> None:
+    """At a dotted path."""
     keys = _keys(path.strip().split("."), data)
     if keys[0] in Recipe.model_fields or any(f.alias == keys[0] for f in Recipe.model_fields.values()):
         pass
@@ -178,7 +211,7 @@ def _override(data: dict[str, Any], text: str) -> None:
                 here[key] = {}
             here = here[key]
         if not isinstance(here, dict | list):
-            raise RecipeError(f"--set {path}: {'.'.join(keys[: depth + 1])} is {_short(here)}, it has no fields.")
+            raise RecipeError(f"--set {path}: {'.'.join(keys[: depth + 1])} is {short(here)}, it has no fields.")
     last = keys[-1]
     if isinstance(here, list):
         index = here.index(_item(here, last, path))
@@ -218,124 +251,5 @@ def _set_hint(keys: list[str], data: dict[str, Any]) -> str:
     stages = [s["id"] for s in data.get("stages") or [] if isinstance(s, dict) and isinstance(s.get(keys[0]), dict)]
     if stages:
         return " Did you mean " + " or ".join(f"stages.{s}.{'.'.join(keys)}" for s in stages) + "?"
-    near = difflib.get_close_matches(keys[0], _names(Recipe), 1)
-    return f" Did you mean {near[0]!r}?" if near else f" Fields: {', '.join(_names(Recipe))}."
-
-
-def _names(model: type[BaseModel]) -> list[str]:
-    return model.field_names() if issubclass(model, Strict) else list(model.model_fields)
-
-
-def _explain(item: Any, data: Any, source: str, lines: dict[Path_, int]) -> str:
-    """One validation error as "file:line: field: what is wrong, what was received, what to write"."""
-    loc = _locate(item["loc"], data)
-    line = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), None)
-    where = f"{source}:{line}" if line else source
-    field = ".".join(_step(data, loc, n) for n in range(len(loc))) or "recipe"
-    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        allowed = _fields_at(loc[:-1], data)
-        near = difflib.get_close_matches(str(loc[-1]), allowed, 1, 0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known fields: {', '.join(allowed)}."
-        return f"{where}: {field}: unknown field. {hint}"
-    if kind == "missing":
-        return f"{where}: {field}: this field is required. Add '{loc[-1]}: …' there."
-    if kind == "union_tag_not_found":
-        tag = item["ctx"]["discriminator"].strip("'")
-        return f"{where}: {field}: the field {tag!r} is required here. Add '{tag}: …'."
-    if kind == "union_tag_invalid":
-        tag, expected = item["ctx"]["discriminator"].strip("'"), item["ctx"]["expected_tags"]
-        near = difflib.get_close_matches(str(item["ctx"]["tag"]), re.findall(r"'([^']+)'", expected), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{where}: {field}.{tag}: must be one of {expected}, got {item['ctx']['tag']!r}.{hint}"
-    if kind == "value_error":
-        return f"{where}: {message if message.startswith(('stages.', 'export')) else f'{field}: {message}'}."
-    if kind == "string_pattern_mismatch":
-        message = "must match [a-z0-9._-]+ (lower-case letters, digits, dot, underscore, hyphen)"
-    received = item.get("input")
-    hint = ""
-    if isinstance(received, str):
-        choices = re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
-        near = difflib.get_close_matches(received, choices, 1)
-        if near:
-            hint = f" Did you mean {near[0]!r}?"
-        elif kind.startswith("bool") and received.lower() in _NOT_BOOLEAN:
-            hint = f" Write {_NOT_BOOLEAN[received.lower()]}."
-    return f"{where}: {field}: {message[0].lower() + message[1:]}, got {_short(received)}.{hint}"
-
-
-def _locate(loc: Path_, data: Any) -> Path_:
-    """Drop the union tags that pydantic puts between keys ("fisher" in stages.0.prune.fisher.keep)."""
-    path: list[str | int] = []
-    here = data
-    for n, key in enumerate(loc):
-        last = n == len(loc) - 1
-        if isinstance(here, dict) and key not in here and not last:
-            continue
-        if isinstance(here, dict) and key not in here and key in map(here.get, _TAGS):
-            continue
-        path.append(key)
-        if isinstance(here, dict):
-            here = here.get(key)
-        elif isinstance(here, list) and isinstance(key, int) and key < len(here):
-            here = here[key]
-        else:
-            here = None
-    return tuple(path)
-
-
-def _step(data: Any, loc: Path_, n: int) -> str:
-    """Key n of a path, items of lists by their id."""
-    here: Any = data
-    last: Any = loc[n]
-    for key in loc[:n]:
-        try:
-            here = here[key]
-        except (KeyError, IndexError, TypeError):
-            return str(last)
-    if isinstance(here, list) and isinstance(last, int) and last < len(here) and isinstance(here[last], dict):
-        return str(here[last].get("id", last))
-    return str(last)
-
-
-def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
-    """The fields allowed at a path, following the schema and, in unions, the tag given."""
-    models: list[type[BaseModel]] = [Recipe]
-    here: Any = data
-    mapping = False  # the next key is the user's own
-    for key in loc:
-        here = here[key] if isinstance(here, dict | list) else None
-        if isinstance(key, int) or mapping:
-            mapping = False
-            continue
-        found: list[type[BaseModel]] = []
-        for model in models:
-            for name, info in model.model_fields.items():
-                if key in (name, info.alias):
-                    found += _models_in(info.annotation)
-                    mapping = typing.get_origin(info.annotation) is dict
-        models = found
-    if len(models) > 1 and isinstance(here, dict):
-        tagged = [
-            m
-            for m in models
-            for tag in _TAGS
-            if tag in m.model_fields and here.get(tag) in typing.get_args(m.model_fields[tag].annotation)
-        ]
-        models = tagged or models
-    return list(dict.fromkeys(n for m in models for n in _names(m)))
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if union := next((a for a in typing.get_args(annotation) if isinstance(a, OneOf)), None):
-        return list(union.members.values())
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict, typing.Annotated):
-        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
-    return []
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    near = difflib.get_close_matches(keys[0], names(Recipe), 1)
+    return f" Did you mean {near[0]!r}?" if near else f" Fields: {', '.join(names(Recipe))}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -99,6 +99,9 @@ class Recipe(Strict):
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     planning: Planning = Planning()
+    presets: dict[Name, dict[str, Any]] = Field(
+        {}, description="other values by name: keys as --set takes them; `--set preset=NAME` uses them"
+    )
     output: Output
 
     @model_validator(mode="after")

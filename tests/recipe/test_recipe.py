@@ -108,6 +108,38 @@ def test_a_wrong_set_says_what_was_meant(tmp_path, override, expected):
         read(tmp_path, TEXT, [override])
 
 
+PRESETS = (
+    TEXT
+    + """
+presets:
+  tiny: {stages.dense.train.epochs: 0.1, export.ov.precision: [fp32], data.max_samples: 40}
+"""
+)
+
+
+def test_a_preset_sets_what_it_holds_and_a_later_set_wins(tmp_path):
+    assert read(tmp_path, PRESETS).stage("dense").train.epochs != 0.1
+    recipe = read(tmp_path, PRESETS, ["preset=tiny", "data.max_samples=50"])
+    assert recipe.stage("dense").train.epochs == 0.1 and recipe.export[0].precision == ["fp32"]
+    assert recipe.data.max_samples == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "expected"),
+    [
+        (PRESETS, "preset=small", "there is no such preset; the recipe's are tiny"),
+        (TEXT, "preset=tiny", "there is no such preset; the recipe has none"),
+        (PRESETS.replace("stages.dense", "stages.dens"), "seed=1", "presets.tiny: --set stages.dens.train.epochs"),
+        (PRESETS.replace("0.1", "-1"), "seed=1", "stages.dense.train.epochs: input should be greater than 0"),
+        (PRESETS.replace("{stages", "{preset: tiny, stages"), "seed=1", "'preset' is not a field of a recipe"),
+        (TEXT + "presets: [tiny]", "preset=tiny", "there is no such preset"),
+    ],
+)
+def test_a_preset_that_does_not_fit_is_refused(tmp_path, text, override, expected):
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        read(tmp_path, text, [override])
+
+
 @pytest.mark.parametrize("path", file.bundled(), ids=lambda p: p.stem)
 def test_bundled_recipes_are_valid_named_like_their_file_and_round_trip(path):
     recipe = file.read(path.stem).recipe
