@@ -25,7 +25,8 @@ Agreement = Callable[[Outputs, Outputs, Batch], np.ndarray]
 
 
 MEASURED, ROUNDED = 5e-5, 1e-2
-"""relative differences between which it is asked whether rounding explains them"""
+"""it is asked whether rounding explains a difference above the one of the output's size, and below the other of its
+size or of 1, for an output may be the little that is left of large values"""
 ORDERS = 4
 """times the error of one computation in float32; the difference of two is at most twice it, each a sample of few"""
 _AT_A_TIME = 2**22  # values
@@ -63,10 +64,10 @@ def compare(
     without one, the order of the examples.
     exact: whether the export should compute what the model does to the last digits, which fp16 and integers do not.
     Returns {"max_abs_diff", "relative", "rounding", "mean_abs_diff", "agreement", "examples"}; relative: the largest
-    difference of an output over its largest value in the batch, where that is above 1, as rounding grows with the
-    values. Of an exact export less what two orders of summation may differ by (`_rounding`, looked at from MEASURED to
-    ROUNDED, where it would fail without; as rounding in the same measure). For quantized models agreement says more
-    than the differences. Raises ExportError when an output is missing, has another shape or values that are not finite.
+    difference of an output over its largest value in the batch. Of an exact export less what two orders of summation
+    may differ by (`_rounding`, looked at from MEASURED to ROUNDED, where it would fail without; as rounding in the same
+    measure; where nobody can tell, outputs below 1 count as of size 1). For quantized models agreement says more than
+    the differences. Raises ExportError when an output is missing, has another shape or values that are not finite.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -97,11 +98,11 @@ def compare(
                 )
             furthest, summed = _difference(got[name], wanted.cpu())
             largest = max(largest, furthest)
-            size = _size(wanted)
-            noise = 0.0
-            if exact and MEASURED < furthest / size < ROUNDED:
+            size, noise = _size(wanted), 0.0
+            if exact and MEASURED * size < furthest < ROUNDED * max(1.0, size):
                 errors = _rounding(model, batch, signature) if errors is None else errors
                 noise = ORDERS * errors.get(name, 0.0)
+                size = size if name in errors else max(1.0, size)
             relative, rounding = max(relative, max(0.0, furthest - noise) / size), max(rounding, noise / size)
             total += summed
             values += wanted.numel()
@@ -144,7 +145,7 @@ def _difference(got: Tensor, wanted: Tensor) -> tuple[float, float]:
 
 def _size(values: Tensor) -> float:
     known = values[values.isfinite()]
-    return max(1.0, float(known.abs().max()) if known.numel() else 0.0)
+    return max(torch.finfo(torch.float32).eps, float(known.abs().max()) if known.numel() else 0.0)
 
 
 def _rounding(model: nn.Module, batch: Mapping[str, Tensor], signature: Signature) -> dict[str, float]:

@@ -68,6 +68,7 @@ def test_a_wrong_grid_is_an_error_before_any_run(recipe, tmp_path, axes, expecte
     assert not list(tmp_path.glob("run*"))
 
 
+@pytest.mark.long
 def test_a_sweep_runs_every_point_once_and_trains_the_shared_stage_once(recipe, tmp_path):
     axis = f"{KEEP}=0.7,0.5"
     assert "encoder_params-0.5" in run(recipe, "--sweep", axis, "--dry-run").stdout

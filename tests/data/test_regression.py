@@ -66,7 +66,8 @@ def test_correlations_keep_their_digits_far_from_zero_and_none_of_a_constant():
     assert np.isnan(correlations(np.full(300, 2.0), y)["spearman"].value)
 
 
-def test_intervals_of_a_rank_correlation_cover_the_truth_and_differences_are_paired():
+@pytest.mark.long
+def test_intervals_of_a_rank_correlation_cover_the_truth():
     """Spearman's of normals with correlation r is 6/pi asin(r/2) (Kendall and Gibbons)."""
     r, covered, draw = 0.6, 0, np.random.default_rng(2)
     truth = 6 / np.pi * np.arcsin(r / 2)
@@ -76,7 +77,10 @@ def test_intervals_of_a_rank_correlation_cover_the_truth_and_differences_are_pai
         low, high = interval(score)
         covered += low <= truth <= high
     assert 52 <= covered <= 60, "95% of 60 are 57"
-    y, e, f = draw.normal(size=(3, 400))
+
+
+def test_differences_of_rank_correlations_are_paired():
+    y, e, f = np.random.default_rng(2).normal(size=(3, 400))
     good, like, worse = (correlations(y + noise, y)["spearman"] for noise in (0.5 * e, 0.5 * e + 0.02 * f, e + f))
     assert paired_difference(like, good).verdict(True) == "tied"
     found = paired_difference(worse, good)

@@ -111,7 +111,7 @@ def test_a_recipe_scores_the_cached_exports_as_the_whole_texts(tmp_path):
         ("openvino", "llama", "fp32"),
         ("openvino", "opt", "int4"),
         ("coreml", "llama", "fp32"),
-        ("coreml", "opt", "fp16"),
+        pytest.param("coreml", "opt", "fp16", marks=pytest.mark.long),
         ("coreai", "opt", "fp32"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_model_that_counts_positions_from_the_padding_is_compared_on_its_texts
     assert torch.equal(moved["input_ids"][1:], IDS[1:])
 
 
-@pytest.mark.parametrize("format_", ["coreml", "coreai"])
+@pytest.mark.parametrize("format_", [pytest.param("coreml", marks=pytest.mark.long), "coreai"])
 def test_layers_that_attend_to_a_window_keep_the_whole_text(format_, tmp_path):
     model = windowed(transformers.MistralConfig, sliding_window=6)
     everything = copy.deepcopy(model)
@@ -327,6 +327,7 @@ def test_questions_longer_than_the_cache_are_said_before_training(tmp_path):
         read_questions(read, read_config(read.model), tokenizer)
 
 
+@pytest.mark.long
 def test_multiple_choice_reads_a_cached_package_as_the_model(tmp_path):
     shutil.copytree(Path(__file__).parents[1] / "kit" / "lm_eval", tmp_path / "lm_eval")
     read = file.read(recipe(tmp_path, [CORE_ML])).recipe
@@ -338,6 +339,7 @@ def test_multiple_choice_reads_a_cached_package_as_the_model(tmp_path):
     assert max(abs(a - b).max() for a, b in zip(found, expected)) < 1e-4
 
 
+@pytest.mark.long
 def test_the_search_keeps_a_cached_package_right_in_fp16(tmp_path):
     """Squares of the embeddings overflow in the first norm, and from then on in all."""
     model = tiny("llama")

@@ -60,7 +60,7 @@ def test_openvino_holds_them(config, kind, tmp_path):
     ("config", "target"),
     [
         (ZEROS, "iOS18"),
-        (ROWS, "iOS16"),
+        pytest.param(ROWS, "iOS16", marks=pytest.mark.long),
         *(pytest.param(config, "iOS18", marks=pytest.mark.long) for config in (GROUPS, VECTORS, SCALED)),
         pytest.param(ONE, "iOS16", marks=pytest.mark.long),
     ],

@@ -137,6 +137,7 @@ def check_casts(done, expected):
 BATCHES = [texts(2, 9, seed=1), texts(3, 5, seed=2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("route", ["export", "trace"])
 def test_the_mask_of_uform_is_found_with_two_casts(route, tmp_path):
     torch.manual_seed(0)

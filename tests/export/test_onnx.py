@@ -71,7 +71,7 @@ def test_int8_layers_compute_in_integers_with_the_learned_ranges(tmp_path):
     assert parity.compare(model, Session(done.path), [inputs("bert", seed=4)])["max_abs_diff"] < 2e-2, "rounded tables"
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [pytest.param(True, marks=pytest.mark.long), False])
 def test_blocks_are_multiplied_as_integers_and_rows_looked_up(tmp_path, symmetric):
     model = tiny("llama")
     settings = WeightOnly(mode="weight_only", method="rtn", bits=4, block_size=16, symmetric=symmetric)

@@ -83,6 +83,7 @@ def test_the_dry_run_shows_bits_and_predicted_sizes(finished, capsys):
     assert "3-bit palettization (sensitive k-means, tables trained)" in said
 
 
+@pytest.mark.long
 def test_a_stopped_training_of_tables_continues_to_the_same_model(finished, tmp_path, monkeypatch):
     folder, report = finished
     changed = json.loads(json.dumps(described(folder)))

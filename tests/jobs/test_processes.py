@@ -42,6 +42,7 @@ def recipe(folder, name, **train):
     return tiny.write(described, folder / f"{name}.yaml")
 
 
+@pytest.mark.long
 def test_two_processes_match_one_with_accumulation(tmp_path):
     two = forked(2, recipe(tmp_path, "two", batch_size=4))
     assert two.status == 0, two.stderr[-4000:]
@@ -85,6 +86,7 @@ def test_compression_shared_by_two_processes_is_that_of_one(tmp_path):
                 assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
+@pytest.mark.long
 def test_tables_trained_by_two_processes_match_those_of_one_with_accumulation(tmp_path):
     described = tiny.jpqd(tmp_path)
     described["model"]["dropout"] = 0.0

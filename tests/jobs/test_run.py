@@ -126,13 +126,13 @@ def continued(finished, tmp_path, pattern):
     return done
 
 
-@pytest.mark.parametrize("phase", ["warm-up", "evaluation"])
+@pytest.mark.parametrize("phase", ["evaluation"])
 def test_a_killed_run_continues_to_the_same_numbers(finished, tmp_path, phase):
     continued(finished, tmp_path, KILL_AT[phase])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("phase", sorted(set(KILL_AT) - {"warm-up", "evaluation"}))
+@pytest.mark.parametrize("phase", sorted(set(KILL_AT) - {"evaluation"}))
 def test_a_run_killed_anywhere_continues_to_the_same_numbers(finished, tmp_path, phase):
     continued(finished, tmp_path, KILL_AT[phase])
 
@@ -149,6 +149,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_run_continues(finished, tmp_path):
     assert not differences(metrics(tmp_path / "run"), metrics(source / "run"))
 
 
+@pytest.mark.long
 def test_a_full_disk_is_said_and_the_run_continues_when_there_is_space(finished, tmp_path):
     """The limit on the size of a file stands in for the disk: the system call fails in the same place."""
     source, _, _ = finished

@@ -15,6 +15,8 @@ from mptrain.mil.interpreter import weights
 from mptrain.mil.program import Name, read_program
 from mptrain.models import artifact
 
+pytestmark = pytest.mark.long
+
 SHAPES = {"kind": "ranged", "batch": [1, 64], "length": [1, 32]}
 EXPORTS = [
     {"id": "ov", "format": "openvino", "of": ["dense"], "precision": ["fp32"]},

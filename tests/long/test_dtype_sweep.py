@@ -16,6 +16,8 @@ RESOLUTION = {"bf16": 2**-8, "fp16": 2**-11}
 STEPS = 12
 """by then the loss scale has found its place"""
 
+QUICK = {"bert", "llama", "mixtral", "t5", "vit", "clip", "wav2vec2", "mobilevitv2"}
+
 
 def loss_of(model, batch):
     torch.manual_seed(1)  # for routers and other noise in a forward pass
@@ -44,7 +46,9 @@ def reference(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES]
+)
 def test_a_step_in_half_is_that_of_fp32(name, dtype, caplog):
     expected, expected_norm, noise = reference(name, DTYPES[dtype])
     model, batch = build(name)

@@ -242,6 +242,7 @@ def converted(keep, folder, build):
     return save(program((2, 8), build), folder, selector)
 
 
+@pytest.mark.long
 def test_the_search_keeps_the_fewest_operations_of_a_loop_and_the_package_is_right(tmp_path):
     package = save(program((2, 8), norms), tmp_path)
     x = {"x": torch.from_numpy(700 * draw.normal(size=(2, 8)).astype(np.float32))}

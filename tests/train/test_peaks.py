@@ -136,6 +136,7 @@ def trained(tmp_path_factory):
     return folder / "run", recipe
 
 
+@pytest.mark.long
 def test_an_export_is_right_on_what_only_training_has_seen(trained, tmp_path):
     trained, _ = trained
     assert RARE_ROW not in random.Random(SEED).sample(range(ROWS), 64), "no calibration text has the word"

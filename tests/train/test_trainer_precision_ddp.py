@@ -108,7 +108,7 @@ def one(tmp_path_factory):
     return folder, found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_train_as_one_with_accumulation(one, ranks):
     folder, expected = one
     with socket.socket() as free:

@@ -137,7 +137,7 @@ def test_parity_measures_what_differs():
     assert model.training
 
 
-def test_differences_are_relative_to_outputs_above_one():
+def test_differences_are_relative_to_the_size_of_the_output():
     class Large(torch.nn.Module):
         def forward(self, x):
             return {"logits": 20 * x, "small": 1e-3 * x}
@@ -146,8 +146,8 @@ def test_differences_are_relative_to_outputs_above_one():
     found = compare(Large(), lambda batch: {"logits": (20 * x + 2e-4).numpy(), "small": (1e-3 * x).numpy()}, [{"x": x}])
     assert found["max_abs_diff"] == pytest.approx(2e-4, rel=0.02)
     assert found["relative"] == pytest.approx(1e-5, rel=0.02), "2e-4 of logits of 20 is rounding"
-    off = compare(Large(), lambda batch: {"logits": (20 * x).numpy(), "small": (1e-3 * x + 2e-4).numpy()}, [{"x": x}])
-    assert off["relative"] == pytest.approx(2e-4, rel=0.02), "small outputs count as they are"
+    off = compare(Large(), lambda batch: {"logits": (20 * x).numpy(), "small": (1e-3 * x + 5e-5).numpy()}, [{"x": x}])
+    assert off["relative"] == pytest.approx(0.05, rel=0.02), "5e-5 of outputs of 1e-3 is no rounding"
 
 
 def test_padding_is_not_compared():
