@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 JOBS ?= 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-all soak lint docs setup-bench clean
+.PHONY: setup demo test test-package test-all soak lint docs setup-bench clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,10 @@ lint: setup
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+# sdist and wheel; the main job made small from the installed wheel in an empty folder
+test-package: setup
+	$(BIN)/python -m pytest -p no:xdist -m long tests/commands/test_package.py
 
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py --jobs $(JOBS)
