@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "run_verify",
     "export": "run_export",
     "report": "report",
+    "compare": "compare",
     "doctor": "doctor",
     "convert-config": "convert_config",
 }

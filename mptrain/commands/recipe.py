@@ -94,7 +94,7 @@ def _sweep(options: argparse.Namespace) -> int:
     grid = points(options.recipe, options.set, options.sweep)
     if options.allow_partial:
         grid = [replace(point, recipe=point.recipe.allowing_partial()) for point in grid]
-    from mptrain.core.console import quiet_libraries, show
+    from mptrain.core.console import quiet_libraries
 
     quiet_libraries()
     if options.dry_run:
@@ -106,8 +106,10 @@ def _sweep(options: argparse.Namespace) -> int:
         return 0
     found = sweep(grid, fresh=options.fresh, allow_code=options.allow_code)
     if found["points"]:
-        from mptrain.report.render import terminal
+        from mptrain.commands.compare import runs_of, show
+        from mptrain.report.compare import compare
 
-        show(terminal.sweep(found))
-        print(f"Sweep: {Path(grid[0].recipe.output.dir).parent / 'sweep.json'}")
+        top = Path(grid[0].recipe.output.dir).parent
+        show(compare(runs_of([str(top)])), top)
+        print(f"Sweep: {top / 'sweep.json'}")
     return 0

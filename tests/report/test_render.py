@@ -264,8 +264,11 @@ def test_unreadable_reports_are_user_errors(content, message, tmp_path):
         files.read(tmp_path)
 
 
+_DRAW = ("mptrain.report.render.plots", "mptrain.report.render.drawing")
+
+
 def test_without_matplotlib_the_page_has_its_tables(report, monkeypatch):
-    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib" or n == "mptrain.report.render.plots"]:
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib" or n in _DRAW]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     found = Page(page(report))

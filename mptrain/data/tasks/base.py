@@ -89,6 +89,7 @@ class Task(ABC):
         self.hash = self._content_hash(tables)
         self._splits = {name: self.encode(name, tables[name]) for name in SPLITS}
         self.facts["examples"] = {name: len(examples) for name, examples in self._splits.items()}
+        self.facts["test_hash"] = self._test_hash(tables["test"])
 
     @property
     def train(self) -> Examples:
@@ -289,12 +290,27 @@ class Task(ABC):
         classes = [self.labels, self.unseen] if self.unseen else self.labels
         digest = hashlib.sha256(json.dumps(classes).encode())
         for name in SPLITS:
-            table = tables[name]
-            targets = [table[column] for column in table.columns if column not in (*self.inputs(), GROUP, IDENTITY)]
-            for row in zip(table[IDENTITY], *targets):
-                line = json.dumps([name, *row], ensure_ascii=False, sort_keys=True, default=str)
-                digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+            self._add_rows(digest, name, tables[name])
         return digest.hexdigest()
+
+    def _test_hash(self, table: Table) -> str:
+        """Scores of runs that have it alike are of the same examples in the same order: inputs and targets of test.
+
+        Where rows are not examples, it is of what is read: the windows of a running text depend on the tokenizer.
+        """
+        digest = hashlib.sha256()
+        if not self.in_order:
+            self._add_rows(digest, "test", table)
+        for index in range(len(self.test)) if self.in_order else ():
+            for name, value in sorted(self.test[index].items()):
+                digest.update(f"{name}\0".encode() + np.asarray(value).tobytes())
+        return digest.hexdigest()
+
+    def _add_rows(self, digest: Any, split: str, table: Table) -> None:
+        targets = [table[column] for column in table.columns if column not in (*self.inputs(), GROUP, IDENTITY)]
+        for row in zip(table[IDENTITY], *targets):
+            line = json.dumps([split, *row], ensure_ascii=False, sort_keys=True, default=str)
+            digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
 
 
 def finite(outputs: Outputs, name: str = "logits") -> np.ndarray:

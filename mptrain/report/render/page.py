@@ -1,17 +1,13 @@
-"""report.html: one self-contained page. No script, no request; a policy in its head forbids both.
-
-Jinja escapes every string; the only markup taken as it is are our own drawings.
-"""
+"""report.html: one self-contained page. No script, no request; a policy in its head forbids both."""
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from mptrain.report import claims
+from mptrain.report.render.html import figures, fill
 from mptrain.report.row import Row
 from mptrain.report.tables import choices, models, results
 
@@ -24,10 +20,10 @@ _MARKS = {"good": "✓", "warn": "!", "bad": "✗", "plain": "•"}
 
 
 def page(report: Row) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
     recipe = report["recipe"]
-    return template.render(
+    return fill(
+        "page.html.j2",
+        title=f"{report['name']}: compression report",
         report=report,
         description=recipe["description"].rstrip(". "),
         task=report["task"].replace("-", " ").capitalize(),
@@ -53,7 +49,7 @@ def page(report: Row) -> str:
             "environment": results.environment(report),
         },
         layer_lists=models.layer_lists(report),
-        plots=_plots(report),
+        plots=figures("plots", report),
         no_plots=NO_PLOTS,
         recipe=yaml.safe_dump(_given(recipe), sort_keys=False, allow_unicode=True, width=100),
         intervals=INTERVALS,
@@ -65,13 +61,3 @@ def _given(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _given(item) for key, item in value.items() if item is not None}
     return [_given(item) for item in value] if isinstance(value, list) else value
-
-
-def _plots(report: Row) -> Row:
-    try:
-        from mptrain.report.render.plots import plots
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        return {}
-    return {plot.key: plot for plot in plots(report)}

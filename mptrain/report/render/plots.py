@@ -1,80 +1,21 @@
-"""Figures of a report as inline SVG. Needs matplotlib (the `plots` extra).
-
-Colours are written as CSS variables of the page (`var(--ink)`, `var(--c1)`…), so one
-drawing serves light, dark and print. Text stays text. Names from models and data are drawn
-literally: mathtext is off, and XML is escaped by matplotlib.
-"""
+"""Figures of a report. Needs matplotlib (the `plots` extra)."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mptrain.report import claims, words
+from mptrain.report.render.drawing import INK, LINE, MARKERS, MUTED, SERIES, Plot, drawn, short_name
 from mptrain.report.row import Row
 from mptrain.report.tables.models import count
 
 POINTS = 300  # of a line; longer histories are thinned
-
-# Placeholders that no drawing uses otherwise, by the CSS variable that replaces them.
-_COLOURS = {
-    "#01f0a0": "ink",
-    "#01f0a1": "muted",
-    "#01f0a2": "line",
-    "#01f0b1": "c1",
-    "#01f0b2": "c2",
-    "#01f0b3": "c3",
-    "#01f0b4": "c4",
-    "#01f0b5": "c5",
-    "#01f0b6": "c6",
-}
-_INK, _MUTED, _LINE, *_SERIES = _COLOURS
-_MARKERS = "oDs^vP"
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mptrain",
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _MUTED,
-    "axes.titlecolor": _INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """`svg` is safe to put into a page as it is; `text` says in words what it shows."""
-
-    key: str
-    title: str
-    text: str
-    svg: str
 
 
 def plots(report: Row) -> list[Plot]:
@@ -88,17 +29,12 @@ def plots(report: Row) -> list[Plot]:
         ("structure", "Heads and FFN channels kept per layer", _STRUCTURE, _structure),
         ("validation", "Validation over training", _VALIDATION, _validation),
     ]
-    found = []
-    for key, title, text, draw in drawings:
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            matplotlib.rcdefaults()  # a user's own style has no say here
-            # The page has the reader's fonts, which know more letters than matplotlib's.
-            warnings.filterwarnings("ignore", r"Glyph .* missing from font")
-            matplotlib.rcParams.update(_STYLE)
-            figure = draw(report)
-            if figure is not None:
-                found.append(Plot(key, title, text, _svg(figure, key, f"{title}. {text}")))
-    return found
+    return drawn(drawings, report)
+
+
+def compared(found: Row) -> list[Plot]:
+    """Figures of a comparison of runs (`report.compare`)."""
+    return drawn([("front", "Score against size and latency", _FRONT, _front)], found)
 
 
 def thin(xs: Sequence[float], ys: Sequence[float], limit: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -113,13 +49,8 @@ def _part_means(values: np.ndarray, parts: int) -> np.ndarray:
     return np.array([part.mean() for part in np.array_split(values, parts)])
 
 
-def _label(name: str) -> str:
-    """A name as a label: XML has no control characters, a plot no room for long ones."""
-    text = "".join(c if c.isprintable() else " " for c in name)
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
-
 _TRADEOFF = "Each point is an exported model, measured on this host; bars are 95% intervals. Up and left is better."
+_FRONT = "Filled: on the front, no other variant beats it; hollow: beaten, or not to be compared. Bars: 95% intervals."
 _DIFFERENCE = "Points: the difference on the same test examples. Bars: paired 95% intervals; one across zero is a tie."
 _SPARSITY = "Share of the encoder's parameters that the masks take out while they grow; then the model is shrunk."
 _LOSSES = "Means between two log entries; the total is the sum the optimizer sees."
@@ -131,28 +62,49 @@ _VALIDATION = "Scores on the validation split, which chooses checkpoints; the te
 def _tradeoff(report: Row) -> Figure | None:
     if len(report["variants"]) < 2:
         return None
-    key, metric, unit = claims.setting(report), report["metric"]["name"], report["metric"]["unit"]
+    panels = _costs(claims.setting(report), report["about_task"])
+    return _scatter(report["variants"], panels, report["metric"])
+
+
+def _front(found: Row) -> Figure | None:
+    beaten = {row["id"] for row in found["rows"] if not row["on_front"]}
+    return _scatter(found["rows"], _costs(found["setting"], found["about_task"]), found["metric"], beaten)
+
+
+def _costs(key: str | None, about: Row) -> list[tuple[str, Callable[[Row], float | None]]]:
+    """Size and, at a setting, latency: what an axis says, and the value of a variant."""
     panels: list[tuple[str, Callable[[Row], float | None]]] = [("Size (MB)", lambda v: v["size_bytes"] / 1e6)]
     if key:
-        title = f"Latency (ms; {words.setting_words(key, report['about_task']['unit'])})"
+        title = f"Latency (ms; {words.setting_words(key, about['unit'])})"
         panels.append((title, lambda v: v["latency_ms"].get(key, {}).get("median")))
+    return panels
+
+
+def _scatter(
+    rows: Sequence[Row],
+    panels: Sequence[tuple[str, Callable[[Row], float | None]]],
+    metric: Row,
+    dominated: Collection[str] = (),
+) -> Figure:
+    """Score against each cost. rows: with id and metrics; dominated: ids that are drawn hollow."""
     figure = Figure(figsize=(11.4, 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    scale = 100 if unit == "fraction" else 1
-    for ax, (label, cost) in zip(axes, panels, strict=True):
-        for i, v in enumerate(report["variants"]):
-            measured, x = v["metrics"][metric], cost(v)
+    scale = 100 if metric["unit"] == "fraction" else 1
+    for ax, (title, cost) in zip(axes, panels, strict=True):
+        for i, v in enumerate(rows):
+            measured, x = v["metrics"][metric["name"]], cost(v)
             if x is None or measured["value"] is None:
                 continue
             y, (low, high) = measured["value"], measured["ci95"]
             around = [[scale * (y - low)], [scale * (high - y)]] if low is not None else None
             ax.errorbar(
-                x, scale * y, yerr=around, color=_SERIES[i % 6], marker=_MARKERS[i % 6], markersize=6.5, elinewidth=1,
-                capsize=2.5, linestyle="none", label=_label(v["id"]),
+                x, scale * y, yerr=around, color=SERIES[i % 6], marker=MARKERS[i % 6], markersize=6.5, elinewidth=1,
+                capsize=2.5, linestyle="none", label=short_name(v["id"]),
+                markerfacecolor="none" if v["id"] in dominated else SERIES[i % 6],
             )  # fmt: skip
-        ax.set_xlabel(label)
+        ax.set_xlabel(title)
         ax.set_xlim(left=0)
-    axes[0].set_ylabel(words.metric_name(metric) + (" (%)" if scale == 100 else ""))
+    axes[0].set_ylabel(words.metric_name(metric["name"]) + (" (%)" if scale == 100 else ""))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
     return figure
@@ -170,20 +122,20 @@ def _difference(report: Row) -> Figure | None:
         value, (low, high) = c[f"{metric}_delta"], c[f"{metric}_delta_ci95"]
         position = [v["id"] for v in report["variants"]].index(c["id"])
         ax.errorbar(
-            scale * value, i, xerr=[[scale * (value - low)], [scale * (high - value)]], color=_SERIES[position % 6],
-            marker=_MARKERS[position % 6], markersize=6.5, elinewidth=1.4, capsize=3, linestyle="none",
+            scale * value, i, xerr=[[scale * (value - low)], [scale * (high - value)]], color=SERIES[position % 6],
+            marker=MARKERS[position % 6], markersize=6.5, elinewidth=1.4, capsize=3, linestyle="none",
         )  # fmt: skip
-    ax.axvline(0, color=_INK, linewidth=0.9)
+    ax.axvline(0, color=INK, linewidth=0.9)
     limit = claims.max_drop(report)
     if limit is not None and unit != "number":  # of a number the limit is relative
-        ax.axvline(-scale * limit, color=_SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
+        ax.axvline(-scale * limit, color=SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
         ax.annotate("max_drop", (-scale * limit, 1), (3, -1), xycoords=("data", "axes fraction"),
-                    textcoords="offset points", va="top", fontsize=8, color=_MUTED)  # fmt: skip
-    ax.set_yticks(range(len(rows)), [_label(c["id"]) for c in rows])
+                    textcoords="offset points", va="top", fontsize=8, color=MUTED)  # fmt: skip
+    ax.set_yticks(range(len(rows)), [short_name(c["id"]) for c in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(
-        f"{words.metric_name(metric)}, difference to {_label(rows[0]['vs'])}{' (points)' if scale == 100 else ''}"
+        f"{words.metric_name(metric)}, difference to {short_name(rows[0]['vs'])}{' (points)' if scale == 100 else ''}"
     )
     return figure
 
@@ -228,13 +180,13 @@ def _lines(report: Row, series: dict[str, str], label: str, marker: str | None =
         for j, piece in enumerate(piece for piece in pieces if piece):
             xs, ys = thin([x for x, _ in piece], [y for _, y in piece])
             label_once = None if j else series[name]
-            ax.plot(xs, ys, color=_SERIES[i], marker=marker, markersize=4, label=label_once, clip_on=not marker)
+            ax.plot(xs, ys, color=SERIES[i], marker=marker, markersize=4, label=label_once, clip_on=not marker)
     marks = [(start, stage) for stage, start, _ in spans] if len(spans) > 1 else []
     marks += [(x, phase) for x, phase in _boundaries(rows) if any(start < x < end for _, start, end in spans)]
     for x, name in marks:
-        ax.axvline(x, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-        ax.annotate(_label(name), (x, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                    fontsize=8, color=_MUTED, annotation_clip=False)  # fmt: skip
+        ax.axvline(x, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        ax.annotate(short_name(name), (x, 1), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                    fontsize=8, color=MUTED, annotation_clip=False)  # fmt: skip
     ax.set_xlim(spans[0][1], spans[-1][2])
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("Optimizer step of the run")
@@ -275,11 +227,11 @@ def _layers(report: Row) -> Figure | None:
     x = np.arange(len(layers))
     total = np.array([layer["params_total"] for layer in layers]) / 1e6
     kept = np.array([layer["params"] for layer in layers]) / 1e6
-    ax.bar(x, total, color=_LINE, label="before", width=0.72)
-    ax.bar(x, kept, color=_SERIES[0], label="kept", width=0.72)
+    ax.bar(x, total, color=LINE, label="before", width=0.72)
+    ax.bar(x, kept, color=SERIES[0], label="kept", width=0.72)
     for i in x if len(layers) <= 16 else []:
         share = f"{100 * kept[i] / total[i]:.0f}%" if total[i] else ""
-        ax.annotate(share, (i, kept[i]), (0, 2), textcoords="offset points", ha="center", fontsize=8, color=_INK)
+        ax.annotate(share, (i, kept[i]), (0, 2), textcoords="offset points", ha="center", fontsize=8, color=INK)
     _layer_axis(ax, len(layers))
     ax.set_ylabel("Parameters (M)")
     ax.set_ylim(top=1.18 * total.max() if total.max() else 1)
@@ -299,8 +251,8 @@ def _structure(report: Row) -> Figure | None:
     else:
         bottom = figure.subplots()
     x = np.arange(len(layers))
-    bottom.bar(x, [layer["ffn_total"] for layer in layers], color=_LINE, width=0.72)
-    bottom.bar(x, [count(layer["ffn"]) for layer in layers], color=_SERIES[2], width=0.72)
+    bottom.bar(x, [layer["ffn_total"] for layer in layers], color=LINE, width=0.72)
+    bottom.bar(x, [count(layer["ffn"]) for layer in layers], color=SERIES[2], width=0.72)
     bottom.set_ylabel("FFN channels" if heads else "Channels")
     _layer_axis(bottom, len(layers))
     return figure
@@ -312,8 +264,8 @@ def _heads(ax: Axes, layers: list[Row], heads: int) -> None:
         chosen = layer["heads"] if isinstance(layer["heads"], list) else range(layer["heads"])
         dropped = [head for head in range(total) if head not in set(chosen)]
         size = max(6.0, min(34.0, 500 / max(total, 2 * len(layers))))
-        ax.scatter([i] * len(dropped), dropped, s=size, facecolors="none", edgecolors=_MUTED, linewidths=0.7)
-        ax.scatter([i] * len(list(chosen)), list(chosen), s=size, color=_SERIES[0])
+        ax.scatter([i] * len(dropped), dropped, s=size, facecolors="none", edgecolors=MUTED, linewidths=0.7)
+        ax.scatter([i] * len(list(chosen)), list(chosen), s=size, color=SERIES[0])
     ax.set_ylim(-0.8, heads - 0.2)
     ax.set_ylabel("Head")
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -325,26 +277,3 @@ def _layer_axis(ax: Axes, layers: int) -> None:
     ax.set_xticks(range(0, layers, step))
     ax.set_xlabel("Layer")
     ax.grid(axis="x", visible=False)
-
-
-def _svg(figure: Figure, key: str, text: str) -> str:
-    """The drawing as an <svg> element for a page: themed, labelled, ids unique, size left to CSS."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for placeholder, variable in _COLOURS.items():
-        svg = svg.replace(placeholder, f"var(--{variable})")
-    # Several drawings share a page: their ids must differ.
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{key}-", svg)
-    label = text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', _open_tag(label), svg, count=1)
-
-
-def _open_tag(label: str) -> Callable[[re.Match], str]:
-    return lambda found: (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        f' viewBox="{found[1]}" role="img" aria-label="{label}">'
-    )

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from mptrain.report import claims
-from mptrain.report.tables import choices, results
+from mptrain.report.tables import choices, compare, results
 from mptrain.report.tables.results import Cell, Table
 
 _STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "quiet": "dim", "plain": "", "": ""}
@@ -34,10 +34,13 @@ def summary(report: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def sweep(found: dict[str, Any]) -> RenderableType:
-    """All points of a sweep in one table."""
-    table = results.sweep(found)
-    return Group(draw(table), Text(table.note, style="dim"))
+def comparison(found: dict[str, Any]) -> RenderableType:
+    """What `report.compare` found, in two tables."""
+    parts: list[RenderableType] = [draw(compare.results(found))]
+    if table := compare.differs(found):
+        parts.append(draw(table))
+    parts += [line("!", text, "yellow") for text in found["notes"]]
+    return Group(*parts)
 
 
 def draw(table: Table, without: tuple[str, ...] = ()) -> RichTable:

@@ -89,38 +89,6 @@ def results(report: Row) -> Table | None:
     return Table("Results", columns, rows, note)
 
 
-def sweep(found: Row) -> Table:
-    """The compressed variants of every point of a sweep, against the point's own baseline."""
-    keys = list(found["points"][0]["values"])
-    columns = [*(key.rpartition(".")[2] for key in keys), "Variant"]
-    columns += [words.heading(found["points"][0]["variants"][0]["metric"]), "Difference", "Size", "Latency", "Gates"]
-    rows = []
-    for point in found["points"]:
-        compared = {c["id"]: c for c in point["comparisons"]}
-        for v in point["variants"]:
-            c = compared.get(v["id"])
-            if c is None and compared:
-                continue  # the baseline; without any other variant it is what the point is about
-            key = next(iter(v["latency_ms"]), None)
-            rows.append(
-                [
-                    *(Cell(str(point["values"][k])) for k in keys),
-                    Cell(v["id"]),
-                    score(v),
-                    _difference(c) if c else Cell("baseline", tone="quiet"),
-                    Cell(words.megabytes(v["size_bytes"]), words.smaller(c["size_ratio"]) if c else ""),
-                    Cell(
-                        f"{words.milliseconds(v['latency_ms'][key]['median'])} ms" if key else words.NONE,
-                        f"{words.ratio(c['speedup'].get(key))} as fast" if key and c else "",
-                    ),
-                    Cell("passed", tone="good") if point["gates_passed"] else Cell("missed", tone="bad"),
-                ]
-            )
-    setting = next((next(iter(v["latency_ms"]), None) for p in found["points"] for v in p["variants"]), None)
-    note = f"Latency at {setting}." if setting else ""
-    return Table("Sweep", columns, rows, note, text_columns=len(keys) + 1)
-
-
 def latency(report: Row) -> Table | None:
     """Median milliseconds, one row per setting, one column per variant."""
     timed = [v for v in report["variants"] if v["latency_ms"]]
