@@ -80,7 +80,11 @@ def _extras() -> list[dict[str, Any]]:
         for spec in EXPORTS.values()
         if spec.extra
     ]
-    others = [("plots", "matplotlib", "figures in reports"), ("gguf", "gguf", "packaged:smollm2-135m")]
+    others = [
+        ("plots", "matplotlib", "figures in reports"),
+        ("gguf", "gguf", "packaged:smollm2-135m"),
+        ("seq2seq", "sacrebleu", "scores of texts that a model writes"),
+    ]
     for name, module, adds in others:
         found.append({"name": name, "adds": adds, "missing": [] if _importable(module) else [module]})
     return found

@@ -95,8 +95,25 @@ def load_with_inputs(
     limit = tokens_read(model, length)
     if texts is None or processor is None:
         return Loaded(model, spec, task, _readable(model, made_up(model, spec.kind, samples, limit)), processor)
-    most = _examples(model, spec.kind, limit)
-    return Loaded(model, spec, task, tokenized(*texts, processor, spec.kind, samples, limit, most), processor)
+    read = tokenized(*texts, processor, spec.kind, samples, limit, _examples(model, spec.kind, limit))
+    if spec.kind.writes:
+        read = Samples([_forced(batch, model) for batch in read.batches], read.source)
+    return Loaded(model, spec, task, read, processor)
+
+
+def _forced(batch: Batch, model: PreTrainedModel) -> Batch:
+    """With what a decoder reads that has written half of the text so far."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise UserError(
+            f"{type(model).__name__}: its config names no decoder_start_token_id, the token that its decoder begins"
+            " with; add it to config.json"
+        )
+    length = (batch["input_ids"].shape[1] + 1) // 2
+    ids = batch["input_ids"].roll(1, 1)[:, :length]
+    ids[:, 0] = start
+    masks = {f"decoder_{name}": value[:, :length] for name, value in batch.items() if name == "attention_mask"}
+    return {**batch, "decoder_input_ids": ids, **masks}
 
 
 @torch.no_grad()
@@ -168,6 +185,8 @@ def made_up(
         batches = [_picture(model, size, processor, generator) for size in sizes]
     else:
         batches = [_MADE_UP[kind.processor](model, size, length, generator) for size in sizes]
+    if kind.writes:
+        batches = [_forced(batch, model) for batch in batches]
     return Samples(_with_left_padding(batches) if kind.causal else batches, "made up at random")
 
 

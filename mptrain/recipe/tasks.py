@@ -42,6 +42,8 @@ class TaskSpec:
     """further fields of `data:` that mean something here, and not for all tasks"""
     causal: bool = False
     """reads from left to right, and predicts the next token"""
+    writes: bool = False
+    """its models have a decoder, which reads the tokens so far"""
     per_token: bool = False
     """its outputs have a row for each token"""
     new_head: bool = True
@@ -249,6 +251,21 @@ TASKS: dict[str, TaskSpec] = {
             endings=("ForCausalLM", "LMHeadModel"),
             assumed=True,
             optimum="OVModelForCausalLM",
+        ),
+        TaskSpec(
+            "seq2seq",
+            "mptrain.data.tasks.seq2seq:Seq2Seq",
+            columns={
+                "text": ColumnField("text", "the text"),
+                "target": ColumnField("target", "the text to write", target=True),
+            },
+            head="AutoModelForSeq2SeqLM",
+            processor="tokenizer",
+            unit="tokens",
+            tag="text2text-generation",
+            new_head=False,
+            endings=("ForConditionalGeneration",),
+            writes=True,
         ),
     )
 }

@@ -83,7 +83,7 @@ def scored(case: Loaded, forward, split: str = "test") -> list[Score]:
     found = []
     for i in range(len(examples)):
         batch = data.collate([examples[i]])
-        found += data.read(forward(batch), batch, split, [i])
+        found += data.read(data.answers(forward, batch), batch, split, [i])
     return data.score(split, found)
 
 

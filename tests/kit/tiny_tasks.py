@@ -129,6 +129,22 @@ def questions(folder: Path) -> dict[str, Any]:
     return _files(folder, rows, max_length=24, stride=4)
 
 
+def rewriting(folder: Path) -> dict[str, Any]:
+    """Of a text the name and the place, in this order, whatever stands between them."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(200):
+        name, place = draw.choice(NAMES), draw.choice(PLACES)
+        rows.append({"text": " ".join(_shuffled(draw, [name, place], draw.randint(1, 4))), "target": f"{name} {place}"})
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "init_std": 0.1, "max_position_embeddings": 64}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    tokens = {"vocab_size": TEXT["vocab_size"], "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    config = t.BartConfig(**sizes, **tokens, decoder_start_token_id=3, forced_eos_token_id=3)
+    _save(folder, t.BartForConditionalGeneration(config))
+    _tokenizer(["input_ids", "attention_mask"]).save_pretrained(folder / "model")
+    return _files(folder, rows, max_length=16)
+
+
 def images(folder: Path) -> dict[str, Any]:
     """Noise with a bright square in one of three corners."""
     draw = np.random.default_rng(0)
@@ -263,6 +279,15 @@ def _next_tokens(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": 60.0 * one_hot(batch["input_ids"].roll(-1, 1), len(data.processor)).float()}
 
 
+def _targets(task: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """At each place the token of the target, as far as the decoder has read, its end token beyond it."""
+    places = batch["decoder_input_ids"].shape[1]
+    labels = torch.full((len(batch["labels"]), places), task.end)
+    given = batch["labels"][:, :places]
+    labels[:, : given.shape[1]] = torch.where(given == -100, task.end, given)
+    return {"logits": 40.0 * one_hot(labels, len(task.processor)).float()}
+
+
 CASES = {
     "text-classification": Case(text_pair, ("accuracy", "loss"), 40, 0.6, _classes, epochs=12),
     "regression": Case(ratings, ("mae", "mse", "pearson", "spearman"), 50, 0.45, _numbers, epochs=12),
@@ -273,6 +298,7 @@ CASES = {
     "image-classification": Case(images, ("accuracy", "loss"), 30, 0.6, _classes, precision=("fp32", "int8")),
     "audio-classification": Case(sounds, ("accuracy", "loss"), 30, 0.8, _classes, ("fp32", "int8"), length=800),
     "causal-lm": Case(language, ("loss", "perplexity"), 60, 1.6, _next_tokens),
+    "seq2seq": Case(rewriting, ("rouge_l", "chrf", "exact_match", "loss"), 40, 0.6, _targets, epochs=20, lr=5e-3),
 }
 
 

