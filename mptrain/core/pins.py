@@ -149,7 +149,7 @@ PINS: dict[str, Pin] = {
             "transformers:AutoModelForSequenceClassification._model_mapping": "models/processor.py",
             "transformers:Wav2Vec2Model@_requires_grad": "compress/quantize/placement.py",
             "transformers.cache_utils:StaticLayer": "export/torch/cached_decoder.py",
-            "transformers.cache_utils:DynamicLayer": "export/openvino/cached.py",
+            "transformers.cache_utils:DynamicLayer": "export/torch/decoding.py",
             "transformers.dynamic_module_utils:custom_object_save": "models/artifact.py",
             "transformers.dynamic_module_utils:get_class_from_dynamic_module": "models/artifact.py",
             **_in(
@@ -179,6 +179,7 @@ PINS: dict[str, Pin] = {
             "torch:_utils._rebuild_parameter": "precision/whole.py",
             "torch._dynamo.exc:UserError": "export/torch/graphs.py",
             **_in("export/torch/graphs.py", "torch.ops", "aten._assert_scalar", "aten._assert_tensor_metadata"),
+            **_in("export/onnx/operations.py", "torch.onnx._internal.exporter", "_fx_passes", "_registration"),
             "torch._dynamo.eval_frame:OptimizedModule@_orig_mod": "precision/optimizer.py",
         },
     ),

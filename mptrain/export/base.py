@@ -88,3 +88,12 @@ class Format(Protocol):
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
         """path: that was written. threads: default all. Raises ExportError for a file that is not whole."""
         ...
+
+
+class Foreseeing(Format, Protocol):
+    """A format whose spec says `foresees`."""
+
+    def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
+        """model: of the architecture, with any weights. Raises ExportError that lists all operations that the format
+        lacks."""
+        ...

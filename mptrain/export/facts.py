@@ -20,11 +20,15 @@ class Facts:
     """of the floating-point part, as it really runs: "f32", "f16", "bf16" """
     fused_attention: int | None = None
     """attention blocks that run as one operation"""
+    fused_nodes: Sequence[str] | None = None
+    """the names of these operations"""
     attention_layers: int | None = None
     """all of them"""
     int8_layers: Sequence[str] | None = None
     """torch names of Linears and convolutions whose inputs arrive as 8-bit integers"""
     fp32_layers: Sequence[str] | None = None
+    layer_precisions: Mapping[str, Mapping[str, int]] | None = None
+    """of layers with weights, by type as the runtime calls it, how many compute in each of i8, f32, f16, bf16"""
     casts: int | None = None
     """conversions of type in the graph"""
     float_casts: int | None = None
@@ -59,10 +63,12 @@ class Facts:
         return Facts.from_json(self.as_json() | other.as_json())
 
     def exact(self, precision: str) -> bool:
-        """Whether it should compute what the torch model does, to the last digits: fp32, also in its key-value cache,
-        whose rounding would decide later outputs."""
-        return precision == "fp32" and self.cache_precision != "fp16"
+        """Whether it should compute what the torch model does, to the last digits: fp32, also as it runs, and in its
+        key-value cache, whose rounding would decide later outputs."""
+        rounds = self.inference_precision in ("bf16", "f16") or self.cache_precision == "fp16"
+        return precision == "fp32" and not rounds
 
 
 PIECES = "texts went in piece by piece"
+WHOLE = "texts went in whole, and made-up ones token by token too"
 NOTHING = Facts()

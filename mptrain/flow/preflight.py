@@ -12,27 +12,33 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.compress.base import Site
 from mptrain.compress.methods import method_class
-from mptrain.core.errors import DataError, ModelError, UserError
+from mptrain.core.errors import DataError, ExportError, ModelError, UserError
 from mptrain.core.pins import untested
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import Task
+from mptrain.export.base import Foreseeing
+from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_exports as check_caches
 from mptrain.flow import input_checks
 from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.folder import has_weights
-from mptrain.models.load import has_trained_head
+from mptrain.models.load import has_trained_head, skeleton
 from mptrain.models.positions import positions_of
+from mptrain.models.probe import probe
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
 
 log = logging.getLogger(__name__)
+
+TRACED = 16
+"""tokens of a converter's example, or of a sound frames"""
 
 
 def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offline: bool = False) -> Inputs:
@@ -51,6 +57,7 @@ def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offli
         check_data(recipe, data, processes)
         if found.known:
             input_checks.check(recipe, data, found.config, allow_code=allow_code, offline=offline)
+            check_convertible(recipe, data, found.config, allow_code)
         check_head(recipe, data, allow_code, offline)
     questions = [] if processor is None else read_questions(recipe, found.config, processor, offline=offline)
     return Inputs(found, processor, data, questions)
@@ -109,6 +116,28 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
             site = Site(method.field, recipe.data.max_length if text else None, exact=dense and shapes)
             with _in_stage(stage.id, method.field):
                 method_class(method).check(method, model, site)
+
+
+def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allow_code: bool = False) -> None:
+    """The architecture, small and with random weights, goes through what each format can say of it before training."""
+    foreseeing = [export for export in recipe.export if export.foresees]
+    if not foreseeing or recipe.model.kind.head is None or not any(stage.train for stage in recipe.stages):
+        return  # without training the export itself is soon there
+    example = data.example(2, TRACED * data.min_length)
+    if recipe.model.modeling is None:
+        model = probe(recipe.model, config, allow_code)
+    else:
+        model = skeleton(recipe.model, config, allow_code)
+        example = {name: value.to("meta") for name, value in example.items()}
+    if model is None:
+        return
+    for export in foreseeing:
+        try:
+            cast(Foreseeing, format_of(export)).check(
+                model, data.example(2, TRACED * data.min_length), data.signature()
+            )
+        except ExportError as error:
+            raise ModelError(f"export.{export.id}: {error}") from None
 
 
 def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:

@@ -63,7 +63,15 @@ class Gates(Strict):
         " takes for it) that every other export has in common with its torch model",
     )
     fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = Field(
-        "all", description="attention layers that every OpenVINO variant must compute in one fused operation"
+        "all", description="attention layers that every OpenVINO and ONNX variant must compute in one fused operation"
+    )
+    max_casts: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="conversions between float32 and float16 that the file of an ONNX variant may hold at most"
+    )
+    effective_precision: Literal["f32", "bf16", "f16", "i8"] | None = Field(
+        None,
+        description="what the layers with weights must compute in, read from the compiled OpenVINO or ONNX model: i8 of"
+        " every quantized variant, the others of what is no integer layer in any variant",
     )
 
 

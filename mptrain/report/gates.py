@@ -6,12 +6,15 @@ that lost its accuracy proves nothing. A value that is missing or not a number n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mptrain.export.facts import Facts
 from mptrain.recipe import Gates
 from mptrain.recipe.exports import spec_of
 from mptrain.report.row import Row
+
+FLOATING = ("fp32", "fp16", "compressed")
+"""precisions of variants whose activations are not quantized"""
 
 
 def within(comparison: Row, max_drop: float | None) -> bool:
@@ -48,10 +51,28 @@ def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], lay
     rounded = [v for v in variants if not exact(v)]
     if gates.agreement is not None and rounded:
         rows.append(_agreement(gates.agreement, rounded))
-    compiled = [v for v in variants if "fused_attention" in spec_of(v["format"]).checks]
+    compiled = able(variants, "fused_attention")
     if gates.fused_attention is not None and compiled:
         rows.append(_fused(gates.fused_attention, compiled, layers))
+    counted = able(variants, "max_casts")
+    if gates.max_casts is not None and counted:
+        rows.append(_casts(gates.max_casts, counted))
+    computed = able(variants, "effective_precision")
+    if gates.effective_precision == "i8":
+        computed = [v for v in computed if not is_float(v)]
+    if gates.effective_precision is not None and computed:
+        rows.append(_computed(gates.effective_precision, computed))
     return rows
+
+
+def able(variants: Iterable[Row], check: str) -> list[Row]:
+    """The variants of formats whose facts answer a check."""
+    return [v for v in variants if check in spec_of(v["format"]).checks]
+
+
+def is_float(variant: Row) -> bool:
+    """Whether its activations are not quantized, by its precision."""
+    return variant["precision"] in FLOATING
 
 
 def _smallest(name: str, limit: float, values: Iterable[tuple[float | None, str]]) -> Row:
@@ -93,6 +114,29 @@ def _fused(limit: str | int, variants: Sequence[Row], layers: int | None) -> Row
         short = float("inf") if fused is None or wanted is None else wanted - fused
         rows.append((short, _row("fused_attention", fused, wanted, passed, v["id"])))
     return max(rows, key=lambda pair: pair[0])[1]
+
+
+def _casts(limit: int, variants: Sequence[Row]) -> Row:
+    """The variant with the most; one of which they are not known has more."""
+    values = [(v["runtime"].get("float_casts"), v["id"]) for v in variants]
+    value, variant = max(values, key=lambda pair: float("inf") if pair[0] is None else pair[0])
+    return _row("max_casts", value, limit, value is not None and value <= limit, variant)
+
+
+def _computed(wanted: str, variants: Sequence[Row]) -> Row:
+    """The variant with the least share of layers in that precision; layers in integers count for i8 alone."""
+    values = [(_share(wanted, v["runtime"].get("layer_precisions")), v["id"]) for v in variants]
+    value, variant = min(values, key=lambda pair: -1.0 if pair[0] is None else pair[0])
+    return _row(f"effective_precision.{wanted}", value, 1.0, value == 1.0, variant)
+
+
+def _share(wanted: str, types: Mapping[str, Mapping[str, int]] | None) -> float | None:
+    """Of all types of layers the least: one type of few layers that falls back is not hidden by another of many."""
+    if types is None:
+        return None
+    counts = [{k: n for k, n in found.items() if wanted == "i8" or k != "i8"} for found in types.values()]
+    shares = [found.get(wanted, 0) / sum(found.values()) for found in counts if found]
+    return min(shares, default=1.0 if wanted != "i8" else 0.0)
 
 
 def _row(name: str, value: float | None, limit: float | None, passed: bool, variant: str | None) -> Row:

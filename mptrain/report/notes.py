@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mptrain.recipe import EXPORTS, Recipe, plan
-from mptrain.recipe.exports import spec_of
 from mptrain.report import gates
 from mptrain.report.row import Row
+
+_CHECKS = {
+    "fused_attention": "fused-attention",
+    "max_casts": "casts",
+    "effective_precision": "effective-precision",
+}
+"""gates that only some formats' facts can answer, with what they are called in a note"""
 
 
 def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_facts: Mapping[str, Any]) -> list[str]:
@@ -41,11 +47,13 @@ def _unchecked(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
     notes = []
     if recipe.gates.parity is not None and not any(map(gates.exact, variants)):
         notes.append("The parity gate was not checked: no fp32 variant was exported (an fp16 cache does not count).")
-    if recipe.gates.fused_attention is not None and not any(
-        "fused_attention" in spec_of(v["format"]).checks for v in variants
-    ):
-        able = " or ".join(spec.title for spec in EXPORTS.values() if "fused_attention" in spec.checks)
-        notes.append(f"The fused-attention gate was not checked: no {able} variant was exported.")
+    for check, words in _CHECKS.items():
+        if getattr(recipe.gates, check) is not None and not gates.able(variants, check):
+            able = " or ".join(spec.title for spec in EXPORTS.values() if check in spec.checks)
+            notes.append(f"The {words} gate was not checked: no {able} variant was exported.")
+    quantized = [v for v in gates.able(variants, "effective_precision") if not gates.is_float(v)]
+    if recipe.gates.effective_precision == "i8" and not quantized and gates.able(variants, "effective_precision"):
+        notes.append("The effective-precision gate was not checked: i8 is of quantized variants, and there is none.")
     return notes
 
 

@@ -29,7 +29,7 @@ from mptrain.flow.preflight import read_questions
 from mptrain.mil.interpreter import Interpreter
 from mptrain.models.load import load_model, read_config
 from mptrain.models.processor import load_processor
-from mptrain.recipe import file
+from mptrain.recipe import EXPORTS, file
 from mptrain.run import run
 from mptrain.verify import parity
 
@@ -235,11 +235,6 @@ def test_the_dry_run_shows_the_cache_and_its_size(tmp_path, capsys):
     ("family", "options", "message"),
     [
         ("bert", ["--format", "coreml", "--cache", 16], "--cache 16: is for task causal-lm, not for text-classific"),
-        (
-            "llama",
-            ["--format", "onnx", "--cache", 16],
-            "--cache 16: ONNX is written without a cache; drop it, or choose --format",
-        ),
         ("llama", ["--format", "coreml", "--cache", 41], "--cache 41 must be 1 to 40, the model's limit; lower it"),
         ("llama", ["--format", "coreml", "--cache", 0], "cache: Input should be greater than 0"),
         ("llama", ["--format", "coreml", "--cache", 9, "--target", "iOS17"], "coreml fp32: cache: iOS17 has no states"),
@@ -252,6 +247,15 @@ def test_the_command_refuses_before_it_writes(family, options, message, tmp_path
     assert main([*map(str, words), "--samples", "2"]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_format_without_a_cache_is_refused_with_those_that_have_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(EXPORTS["onnx"], "caches", None)
+    mptrain.save(tiny("llama"), tmp_path / "model")
+    words = ["export", tmp_path / "model", "--to", tmp_path / "out", "--format", "onnx", "--cache", 16]
+    assert main([*map(str, words), "--samples", "2"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--cache 16: ONNX is written without a cache; drop it, or choose --format openvino or coreml" in said
 
 
 def test_texts_of_a_recipe_that_are_too_long_are_refused(tmp_path, capsys):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import transformers as t
 from kit.tiny_models import inputs, tiny
 from torch import nn
 
+import mptrain
+from mptrain.cli import main
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.weights import records, weight_only
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.signature import BATCH, Port, Signature
 from mptrain.export.onnx import convert
 from mptrain.export.onnx.facts import facts
-from mptrain.export.onnx.runner import Session
+from mptrain.export.onnx.runner import Session, opened
 from mptrain.export.onnx.weights import _packed
 from mptrain.recipe import Qat, WeightOnly
 from mptrain.verify import parity
@@ -131,3 +136,89 @@ def test_what_cannot_be_is_said(tmp_path):
 
 def test_four_bits_are_packed_low_half_first():
     assert _packed(np.array([[1, 2, 3]], np.uint8), 4).tolist() == [[0x21, 0x03]]
+
+
+def test_all_operations_that_onnx_lacks_are_named_at_once(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return {"logits": torch.special.bessel_j0(x) + torch.special.zeta(x.abs() + 2, 1.0) + x}
+
+    signature = Signature((Port("x", (BATCH, 8)),), (Port("logits", (BATCH, 8)),))
+    for work in (
+        lambda: convert.write(Odd(), X, tmp_path, signature=signature),
+        lambda: convert.check_convertible(Odd(), X, signature, cached=False),
+    ):
+        with pytest.raises(ExportError, match=r"Odd has operations that ONNX lacks: .*bessel_j0\S*, \S*zeta"):
+            work()
+    convert.check_convertible(Loud(), X, SIGNATURE, cached=False)
+    assert not list(tmp_path.iterdir())
+
+
+def writer():
+    """A BART whose encoder gives values that fp16 does not hold."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "max_position_embeddings": 40}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = t.BartForConditionalGeneration(t.BartConfig(**sizes, init_std=0.2, use_cache=False)).eval()
+    with torch.no_grad():
+        for layer in (model.model.encoder.layers[0], model.model.decoder.layers[0]):
+            layer.fc1.weight[:2] *= 1e5
+            layer.fc2.weight[:, :2] *= 1e-5
+    return model
+
+
+def read_and_written(seed, rows=3, tokens=9, written=5):
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, -3:] = 0
+    ids = {"input_ids": torch.randint(4, 50, (rows, tokens), generator=draw), "attention_mask": mask}
+    return {**ids, "decoder_input_ids": torch.randint(4, 50, (rows, written), generator=draw)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_encoder_and_a_decoder_are_a_file_each(precision, tmp_path):
+    model = writer()
+    batch = read_and_written(0)
+    done = convert.write(model, batch, tmp_path, precision=precision, calibration=[batch])
+    assert {file.name for file in tmp_path.iterdir()} == {"encoder_model.onnx", "decoder_model.onnx"}
+    assert done.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    decoder, runner = Session(done.path), opened(done.path)
+    assert list(decoder.inputs) == ["input_ids", "encoder_attention_mask", "encoder_hidden_states"]
+    with torch.no_grad():
+        for other in (read_and_written(1), read_and_written(2, rows=1, tokens=4, written=1)):
+            expected = model(**other).logits.numpy()
+            apart = np.abs(runner(other)["logits"] - expected).max() / np.abs(expected).max()
+            assert apart < (1e-5 if precision == "fp32" else 2e-2)
+    found = runner.facts()
+    assert found.fused_attention == found.attention_layers == 3 and len(found.fused_nodes) == 3
+    if precision == "fp16":
+        kept = done.half["kept_fp32"]
+        assert {name.partition(":")[0] for name in kept} == {"encoder_model.onnx", "decoder_model.onnx"}
+        assert 4 <= found.float_casts <= 12 and done.half["executed"]["finite"]
+
+
+def test_compressed_weights_of_encoder_and_decoder_are_stored_in_both(tmp_path):
+    model = writer()
+    weight_only.compress(model, WeightOnly(mode="weight_only", method="rtn", block_size=16), [])
+    done = convert.write(model, read_and_written(0), tmp_path)
+    kinds = Counter(n.op_type for file in tmp_path.iterdir() for n in ir.load(file).graph.all_nodes())
+    assert kinds["MatMulNBits"] == 6 + 10 + 1
+    assert parity.compare(model, opened(done.path), [read_and_written(3)])["max_abs_diff"] < 1e-4
+    (tmp_path / "encoder_model.onnx").unlink()
+    with pytest.raises(ExportError, match=r"is a decoder, and encoder_model\.onnx is not beside it"):
+        opened(done.path)
+
+
+def test_external_data_moves_with_its_file(tmp_path, monkeypatch, capsys):
+    """And a file without it is refused by name."""
+    monkeypatch.setattr(convert, "LARGEST", 1000)
+    mptrain.save(tiny("bert"), tmp_path / "model")
+    words = ["export", str(tmp_path / "model"), "--to", str(tmp_path / "out"), "--format", "onnx", "--samples", "4"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "out" / "model.onnx.data").is_file()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert main(["verify", str(tmp_path / "moved")]) == 0, capsys.readouterr().err
+    (tmp_path / "moved" / "model.onnx.data").unlink()
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "moved")]) == 1
+    assert "model.onnx: onnxruntime" in (said := " ".join(capsys.readouterr().err.split())) and ".data" in said

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as t
 from kit import tiny_tasks
+from kit.decoders import BATCH, FAMILIES, GREEDY, HYBRID, IDS, LONGEST, MASK, OTHERS, continued, made
 from kit.tiny_models import inputs, tiny
 
 import mptrain
@@ -21,70 +22,12 @@ from mptrain.cli import main
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.weights import weight_only
 from mptrain.core.errors import ExportError, UserError
-from mptrain.export.openvino import cached
 from mptrain.export.openvino.convert import XML, export_openvino, write
 from mptrain.export.openvino.runner import CachedIr, CompiledIr
+from mptrain.export.torch.token_by_token import check
 from mptrain.recipe import OpenVino, Qat, WeightOnly, file
 from mptrain.recipe.exports.base import Use
 from mptrain.run import run
-
-_SIZE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SIZE |= {"intermediate_size": 48, "max_position_embeddings": 80, "initializer_range": 0.3}
-_SHARED = _SIZE | {"num_key_value_heads": 2, "pad_token_id": 0}
-_GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80, "initializer_range": 0.3}
-FAMILIES = {
-    "gpt2": lambda: t.GPT2Config(**_GPT),
-    "opt": lambda: t.OPTConfig(**_SIZE, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
-    "llama": lambda: t.LlamaConfig(**_SHARED),
-    "qwen2": lambda: t.Qwen2Config(**_SHARED),
-    "qwen3": lambda: t.Qwen3Config(**_SHARED, head_dim=8),
-    "mistral": lambda: t.MistralConfig(**_SHARED, sliding_window=6),
-    "gemma": lambda: t.GemmaConfig(**_SHARED, head_dim=8),
-    "phi": lambda: t.PhiConfig(**_SIZE),
-    "gpt_neox": lambda: t.GPTNeoXConfig(**_SIZE),
-}
-OTHERS = {
-    "gpt_neo": lambda: t.GPTNeoConfig(
-        **{"vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.3},
-        attention_types=[[["global", "local"], 1]],
-        window_size=8,
-        max_position_embeddings=80,
-    ),
-    "bloom": lambda: t.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
-    "falcon": lambda: t.FalconConfig(**_SIZE),
-    "gptj": lambda: t.GPTJConfig(**_GPT, rotary_dim=4),
-    "gemma2": lambda: t.Gemma2Config(**_SHARED, head_dim=8, sliding_window=6),
-    "gemma3": lambda: t.Gemma3TextConfig(**_SHARED, head_dim=8, sliding_window=6),
-    "phi3": lambda: t.Phi3Config(**_SHARED),
-    "cohere": lambda: t.CohereConfig(**_SHARED),
-    "glm4": lambda: t.Glm4Config(**_SHARED, head_dim=8),
-}
-HYBRID = t.Qwen3NextConfig(**_SHARED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-LONGEST = 72
-IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
-MASK = torch.ones_like(IDS)
-MASK[0, :4] = 0  # padded on the left
-BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-
-
-def made(config, **changes):
-    """Weights large enough that attention matters."""
-    torch.manual_seed(0)
-    return t.AutoModelForCausalLM.from_config(config, **changes).eval()
-
-
-def continued(runner, prompt, mask, tokens):
-    """Greedily, one token to a call after the prompt."""
-    runner.reset()
-    text, call = prompt, {"input_ids": prompt, "attention_mask": mask}
-    for _ in range(tokens):
-        following = torch.as_tensor(runner.step(call)["logits"][:, -1]).argmax(-1)[:, None]
-        text, mask = torch.cat([text, following], 1), torch.cat([mask, torch.ones_like(following)], 1)
-        call = {"input_ids": following, "attention_mask": mask}
-    return text
-
-
-GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
 def as_torch(model, folder):
@@ -215,16 +158,16 @@ class Forgetful(CachedIr):
 def test_the_check_sees_a_wrong_cache_and_a_wrong_model(tmp_path):
     model = made(FAMILIES["llama"]())
     xml = write(model, BATCH, tmp_path, precision="fp32", cache=20).xml
-    cached.check(CachedIr(xml, 20), model, exact=True)
+    check(CachedIr(xml, 20), model, runtime="OpenVINO", exact=True)
     for exact in (True, False):
         with pytest.raises(ExportError, match="LlamaForCausalLM gives other logits token by token than as a whole"):
-            cached.check(Forgetful(xml, 20), model, exact=exact)
+            check(Forgetful(xml, 20), model, runtime="OpenVINO", exact=exact)
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.model.layers[1].self_attn.o_proj.weight.mul_(1.01)
-    cached.check(CachedIr(xml, 20), other, exact=False)
+    check(CachedIr(xml, 20), other, runtime="OpenVINO", exact=False)
     with pytest.raises(ExportError, match="token by token than in torch"):
-        cached.check(CachedIr(xml, 20), other, exact=True)
+        check(CachedIr(xml, 20), other, runtime="OpenVINO", exact=True)
 
 
 def test_padding_on_either_side_and_new_texts(tmp_path):

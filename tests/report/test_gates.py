@@ -108,3 +108,32 @@ def test_attention_layers_may_come_from_the_structure():
         assert not run({"fused_attention": "all"}, rows, layers=layers)["fused_attention"]["passed"]
     assert not run({"fused_attention": "all"}, [variant("a")], layers=6)["fused_attention"]["passed"]
     assert not run({"fused_attention": "all"}, [variant("a", format="coreml")])
+
+
+def test_casts_are_those_of_the_file_with_the_most():
+    rows = [variant("a", "fp16", format="onnx", runtime={"float_casts": 3}), variant("b", runtime={"float_casts": 900})]
+    gate = run({"max_casts": 4}, rows)["max_casts"]
+    assert (gate["value"], gate["limit"], gate["variant"], gate["passed"]) == (3, 4, "a", True)
+    assert not run({"max_casts": 2}, rows)["max_casts"]["passed"]
+    assert not run({"max_casts": 9}, [*rows, variant("c", format="onnx")])["max_casts"]["passed"], "not known"
+    assert not run({"max_casts": 0}, rows[1:]), "of formats that can tell"
+
+
+def test_a_bf16_hint_that_became_f32_fails():
+    types = {"FullyConnected": {"i8": 12, "bf16": 1}, "Convolution": {"f32": 1}}
+    rows = [variant("a", runtime={"layer_precisions": {"FullyConnected": {"bf16": 9}}})]
+    assert run({"effective_precision": "bf16"}, rows)["effective_precision.bf16"]["passed"]
+    fell = [*rows, variant("b", "int8", runtime={"layer_precisions": types})]
+    gate = run({"effective_precision": "bf16"}, fell)["effective_precision.bf16"]
+    assert (gate["value"], gate["variant"], gate["passed"]) == (0.0, "b", False), "a type of one layer is not hidden"
+    assert not run({"effective_precision": "f32"}, rows)["effective_precision.f32"]["passed"]
+    assert not run({"effective_precision": "f32"}, [variant("c")])["effective_precision.f32"]["passed"], "not known"
+
+
+def test_i8_is_asked_of_quantized_variants():
+    floats = variant("a", runtime={"layer_precisions": {"FullyConnected": {"f32": 13}}})
+    assert not run({"effective_precision": "i8"}, [floats])
+    for found, share in (({"i8": 12}, 1.0), ({"i8": 12, "f32": 4}, 0.75), ({"f32": 2}, 0.0)):
+        rows = [floats, variant("b", "int8", runtime={"layer_precisions": {"FullyConnected": found}})]
+        gate = run({"effective_precision": "i8"}, rows)["effective_precision.i8"]
+        assert (gate["value"], gate["variant"], gate["passed"]) == (share, "b", share == 1.0)

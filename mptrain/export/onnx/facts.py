@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,6 +25,7 @@ INTEGER = {
 WEIGHTED = {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"}
 _INDICES = {"INT64", "INT32", "BOOL"}  # shapes, axes and positions
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16}
+_SHORT = {ir.DataType.FLOAT: "f32", ir.DataType.FLOAT16: "f16", ir.DataType.BFLOAT16: "bf16"}
 SCOPES, NODE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
 """of a node's metadata: where in the torch model it comes from"""
 
@@ -45,21 +47,63 @@ def facts(path: Path) -> Facts:
     between = [node for node in casts if {v.dtype for v in (*node.inputs, *node.outputs) if v is not None} <= FLOATS]
     optimized = list(_optimized(path).graph.all_nodes())
     kinds = Counter(node.op_type for node in optimized)
-    fused = sum(kinds[kind] for kind in ATTENTION)
+    fused = [node for node in optimized if node.op_type in ATTENTION]
     types = {kind.lower(): size for kind, size in sizes.most_common() if kind not in _INDICES}
     named = {str(node.name): module(node) for node in model.graph.all_nodes()}  # the optimizer keeps names alone
-    integer = [str(node.name) for node in optimized if node.op_type in INTEGER]
-    floating = [str(node.name) for node in optimized if node.op_type in WEIGHTED and _weighted(node)]
+    integer = [node for node in optimized if node.op_type in INTEGER]
+    floating = [node for node in optimized if node.op_type in WEIGHTED and _weighted(node)]
+    precisions: dict[str, Counter[str]] = {}
+    for node in (*integer, *floating):
+        precisions.setdefault(node.op_type, Counter())["i8" if node in integer else _computes(node)] += 1
+
+    def modules(nodes: Iterable[ir.Node]) -> list[str]:
+        return sorted(named.get(name, name) for name in (str(node.name) for node in nodes))
+
     return Facts(
         weight_types=types,
         inference_precision="f16" if types.get("float16", 0) > types.get("float", 0) else "f32",
-        fused_attention=fused,
-        attention_layers=fused + kinds["Softmax"],
-        int8_layers=sorted(named.get(name, name) for name in integer),
-        fp32_layers=sorted(named.get(name, name) for name in floating),
+        fused_attention=len(fused),
+        fused_nodes=modules(fused),
+        attention_layers=len(fused) + kinds["Softmax"],
+        int8_layers=modules(integer),
+        fp32_layers=modules(floating),
+        layer_precisions={kind: dict(found.most_common()) for kind, found in sorted(precisions.items())},
         casts=len(casts),
         float_casts=len(between),
         more={"operations": dict(kinds.most_common())},
+    )
+
+
+def together(*parts: Facts) -> Facts:
+    """Of the files of one model."""
+
+    def added(name: str) -> dict[str, int]:
+        found = sum((Counter(getattr(part, name)) for part in parts), Counter[str]())
+        return dict(found.most_common())
+
+    def joined(name: str) -> list[str]:
+        return [value for part in parts for value in getattr(part, name)]
+
+    def summed(name: str) -> int:
+        return sum(getattr(part, name) for part in parts)
+
+    layers: dict[str, Counter[str]] = {}
+    for part in parts:
+        for kind, found in (part.layer_precisions or {}).items():
+            layers.setdefault(kind, Counter()).update(found)
+    computed = {part.inference_precision for part in parts}
+    return Facts(
+        weight_types=added("weight_types"),
+        inference_precision=computed.pop() if len(computed) == 1 else "f32",
+        fused_attention=summed("fused_attention"),
+        fused_nodes=joined("fused_nodes"),
+        attention_layers=summed("attention_layers"),
+        int8_layers=joined("int8_layers"),
+        fp32_layers=joined("fp32_layers"),
+        layer_precisions={kind: dict(found) for kind, found in layers.items()},
+        casts=summed("casts"),
+        float_casts=summed("float_casts"),
+        more={"operations": dict(sum((Counter(p.more["operations"]) for p in parts), Counter[str]()).most_common())},
     )
 
 
@@ -72,6 +116,12 @@ def module(node: ir.Node) -> str:
     whole = names[-1:] and names[-1].startswith(f"{names[0]}.")  # torch gives whole paths, or their parts
     path = names[-1] if whole else ".".join(names)
     return path.removeprefix("model").removeprefix(".") or node.name or node.op_type
+
+
+def _computes(node: ir.Node) -> str:
+    """The type of what a layer reads; onnxruntime casts around those that it has no kernel for in half."""
+    read = node.inputs[0]
+    return "f32" if read is None or read.dtype is None else _SHORT.get(read.dtype, "f32")
 
 
 def _weighted(node: ir.Node) -> bool:

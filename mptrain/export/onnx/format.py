@@ -1,4 +1,4 @@
-"""ONNX as a format of the flow."""
+"""ONNX as a format of the flow, with or without a key-value cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from mptrain.compress.quantize import quantizers
+from mptrain.core.signature import Batch, Signature
 from mptrain.export.base import Embeddings, Runner, Source, Written
-from mptrain.export.facts import Facts
+from mptrain.export.facts import WHOLE, Facts
 from mptrain.export.torch.fits import check_fits
 from mptrain.recipe.exports.onnx import OPSET, Onnx
 
@@ -34,10 +35,19 @@ class OnnxFormat:
             embeddings=source.embeddings,
             calibration=source.calibration() if half else (),
             signature=source.signature,
+            cache=self.spec.cache,
         )
-        return Written(done.path, done.size_bytes, Facts(half=done.half, more={"opset": OPSET}))
+        facts = Facts(half=done.half, more={"opset": OPSET})
+        if self.spec.cache is not None:
+            facts |= Facts(cache=self.spec.cache, cache_fed=WHOLE)
+        return Written(done.path, done.size_bytes, facts)
+
+    def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
+        from mptrain.export.onnx.convert import check_convertible
+
+        check_convertible(model, example, signature, cached=self.spec.cache is not None)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
-        from mptrain.export.onnx.runner import Session
+        from mptrain.export.onnx.runner import opened
 
-        return Session(path, threads)
+        return opened(path, self.spec.cache, threads)

@@ -6,7 +6,7 @@
              constants are stored in the type (or the types) that they are read in
 
 So there are as many casts as there are values that cross, not two around each operation. Inputs and outputs stay
-float32.
+float32, but for keys and values of a cache: they are float16 where none of them is made by an operation that stays.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from mptrain.core.errors import ExportError
-from mptrain.core.signature import Signature
 from mptrain.export.onnx.facts import NODE
+from mptrain.export.onnx.parts import Part
+from mptrain.export.torch.decoding import PAST, PRESENT
 from mptrain.verify import overflow
 from mptrain.verify.overflow import HALF_LEAST, HALF_MAX
 from mptrain.verify.programs import exported
@@ -33,17 +34,31 @@ STAYS: Mapping[str, Collection[int]] = {"Resize": (1, 2), "Upsample": (1,)}
 """operands that are float32 whatever the operation computes in"""
 
 
-def find(
-    program: ExportedProgram,
-    signature: Signature,
-    batches: Sequence[Mapping[str, Tensor]],
-    expected: Sequence[Mapping[str, Tensor]],
-) -> dict[str, Any]:
-    """JSON facts; kept_fp32 has the names of nodes of the torch graph, each with its reason. expected: to each batch
-    what the model gives."""
-    ops = exported.GraphOps(program, signature.input_names, signature.output_names, batches, signature)
-    found = overflow.search(ops, reference=expected)
+def find(program: ExportedProgram, part: Part, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """JSON facts; kept_fp32 has the names of nodes of the torch graph, each with its reason. batches: of the model."""
+    calls, ports = [part.call(batch) for batch in batches], part.ports
+    ops = exported.GraphOps(program, ports.input_names, ports.output_names, calls, part.counts)
+    found = overflow.search(ops, reference=[part.expected(batch) for batch in batches])
     return overflow.described(found)
+
+
+def together(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of the files of a model, by name: the facts of all, an operation with the name of its file before it."""
+    if len(found) == 1:
+        return next(iter(found.values()))
+    facts = list(found.values())
+    kept = {f"{file}: {op}": why for file, half in found.items() for op, why in half["kept_fp32"].items()}
+    return {
+        "kept_fp32": kept,
+        **{name: _worst([half[name] for half in facts]) for name in ("all_half", "kept")},
+        **{name: sum(half[name] for half in facts) for name in ("casts", "runs", "seconds")},
+        "note": "; ".join(dict.fromkeys(half["note"] for half in facts if half["note"])),
+    }
+
+
+def _worst(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of differences as JSON, in which None is not finite."""
+    return max(found, key=lambda one: float("inf") if one["error"] is None else one["error"])
 
 
 def cast(graph: ir.Model, program: ExportedProgram, keep: Collection[str]) -> None:
@@ -75,12 +90,24 @@ class _Caster:
         values += [output for node in self.graph for output in node.outputs]
         self.types: dict[ir.Value, ir.DataType] = {value: FLOAT for value in values if value.dtype == FLOAT}
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.kept_half = self._half_cache()
+
+    def _half_cache(self) -> set[ir.Value]:
+        """The outputs that stay half, because they are the inputs of the next call; those inputs are half from now on.
+        All or none: a caller makes the empty ones of one type."""
+        given = [value for value in self.graph.outputs if str(value.name).startswith(f"{PRESENT}.")]
+        if any(producer is None or source(producer) in self.keep for producer in (v.producer() for v in given)):
+            return set()
+        for value in self.graph.inputs:
+            if str(value.name).startswith(f"{PAST}."):
+                self.types[value], value.type = HALF, ir.TensorType(HALF)
+        return set(given)
 
     def run(self) -> None:
         for node in list(self.graph):
             self._node(node)
         for place, output in enumerate(self.graph.outputs):
-            if self.types.get(output) == HALF:
+            if self.types.get(output) == HALF and output not in self.kept_half:
                 self.graph.outputs[place] = self._output(output)
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():

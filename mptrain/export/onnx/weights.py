@@ -12,7 +12,7 @@ Other widths are stored in the next of 4 and 8 bits. Palettized weights stay the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -26,13 +26,13 @@ MICROSOFT = "com.microsoft"
 MOVES = {"Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Gather", "Flatten", "Expand"}
 
 
-def store(model: ir.Model, records: Mapping[str, Record]) -> None:
+def store(model: ir.Model, records: Mapping[str, Record]) -> set[str]:
     """Replace the constants of these weights by their records; tied weights are stored once.
 
-    They are found by their values, for the exporter drops names where it turns a constant. Raises ExportError when
-    the graph has no constant with the values of a record.
+    They are found by their values, for the exporter drops names where it turns a constant. Returns the names of the
+    records that the graph has a constant of.
     """
-    graph = model.graph
+    graph, done = model.graph, set()
     for name, record in distinct(records).items():
         if not isinstance(record, BlockQuantized):
             continue
@@ -42,17 +42,24 @@ def store(model: ir.Model, records: Mapping[str, Record]) -> None:
             for value in list(graph.initializers.values())
             if (turned := _turned(value, dense)) is not None
         ]
-        if not found:
-            raise ExportError(
-                f"{name} has compressed values, but the converted graph has no constant that holds them, so they"
-                " cannot be stored: report this with the model's config.json"
-            )
         stored = _Stored(model, name, record)
         for value, turned in found:
             for use in list(value.uses()):
                 stored.use(use.node, use.idx, value, turned)
             assert value.name is not None
             del graph.initializers[value.name]
+        done |= {name} if found else set()
+    return done
+
+
+def check_stored(records: Mapping[str, Record], stored: Collection[str]) -> None:
+    """Raises ExportError for a record that no graph has a constant of."""
+    lost = [n for n, record in distinct(records).items() if isinstance(record, BlockQuantized) and n not in stored]
+    if lost:
+        raise ExportError(
+            f"{', '.join(lost)}: compressed, but the converted graph has no constant with these values, so they"
+            " cannot be stored: report this with the model's config.json"
+        )
 
 
 def _turned(value: ir.Value, dense: np.ndarray) -> bool | None:

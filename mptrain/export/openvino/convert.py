@@ -31,10 +31,12 @@ from mptrain.core.signature import BATCH, Signature, probed, without_cache
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
-from mptrain.export.openvino.cached import check, decoding, make_stateful
+from mptrain.export.openvino.cached import make_stateful
 from mptrain.export.openvino.runner import CachedIr, CompiledIr
 from mptrain.export.torch import calls, graphs
+from mptrain.export.torch.decoding import decoding
 from mptrain.export.torch.fits import check_fits
+from mptrain.export.torch.token_by_token import check
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.recipe import Precision
 from mptrain.verify import overflow, parity
@@ -115,7 +117,7 @@ def write(
         done = _save(_stored(graph, model, precision, embeddings), folder)
     if cache is not None:
         with closing(CachedIr(done.xml, cache)) as runner:
-            check(runner, _single(model), exact=precision in ("fp32", "compressed"))
+            check(runner, _single(model), runtime="OpenVINO", exact=precision in ("fp32", "compressed"))
     return done
 
 

@@ -22,26 +22,31 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
     int8_layers, fp32_layers: by whether the inputs of a layer arrive as 8-bit integers; one with only its weight
     compressed computes in floating point. more: converts, the conversions left in the graph that runs.
     """
-    fused = unfused = converts = 0
+    unfused = converts = 0
+    fused: list[str] = []
     layers: dict[bool, list[str]] = {True: [], False: []}
+    precisions: dict[str, Counter[str]] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
         kind = info["layerType"]
         if kind in _FUSED and _has_softmax(info["originalLayersNames"]):
-            fused += 1
+            fused.append(node.get_friendly_name())
         elif kind == "Softmax":
             unfused += 1
         elif kind == "Convert":
             converts += 1
         elif kind in _WEIGHTED:
             name = node.get_friendly_name()
-            integer = node.input(0).get_element_type().get_type_name() in _INTEGER
-            layers[integer].append(openvino_module(name) or name)
+            read = node.input(0).get_element_type().get_type_name()  # the plugin computes in the type that it reads
+            layers[read in _INTEGER].append(openvino_module(name) or name)
+            precisions.setdefault(kind, Counter())["i8" if read in _INTEGER else read] += 1
     return Facts(
-        fused_attention=fused,
-        attention_layers=fused + unfused,
+        fused_attention=len(fused),
+        fused_nodes=sorted(fused),
+        attention_layers=len(fused) + unfused,
         int8_layers=sorted(layers[True]),
         fp32_layers=sorted(layers[False]),
+        layer_precisions={kind: dict(found.most_common()) for kind, found in sorted(precisions.items())},
         weight_types=stored_types(ov.Core().read_model(xml)),
         inference_precision=precision,
         more={"converts": converts},

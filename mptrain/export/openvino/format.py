@@ -10,10 +10,8 @@ from torch import nn
 from mptrain.compress.quantize import quantizers
 from mptrain.core.silence import import_unreported
 from mptrain.export.base import Embeddings, Runner, Source, Written
-from mptrain.export.facts import Facts
+from mptrain.export.facts import WHOLE, Facts
 from mptrain.recipe import OpenVino
-
-WHOLE = "texts went in whole, and made-up ones token by token too"
 
 
 class OpenVinoFormat:
@@ -46,5 +44,5 @@ class OpenVinoFormat:
         from mptrain.export.openvino.runner import CachedIr, CompiledIr, keeps_state
 
         if self.spec.cache is not None or keeps_state(path):  # a file alone does not say how it was asked for
-            return CachedIr(path, self.spec.cache, threads)
-        return CompiledIr(path, threads)
+            return CachedIr(path, self.spec.cache, threads, precision=self.spec.hint)
+        return CompiledIr(path, threads, precision=self.spec.hint)

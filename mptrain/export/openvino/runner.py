@@ -10,9 +10,10 @@ import numpy as np
 import openvino as ov
 from torch import Tensor
 
-from mptrain.core.errors import ExportError, UserError
+from mptrain.core.errors import ExportError
 from mptrain.export.facts import Facts
 from mptrain.export.openvino.facts import facts
+from mptrain.export.torch.decoding import completed
 
 
 class CompiledIr:
@@ -84,17 +85,7 @@ class CachedIr(CompiledIr):
         """One call, which goes on with the state. input_ids: [batch, n], the new tokens. attention_mask: [batch,
         places so far + n]. Where these are missing, positions are counted from each text's first token, and each row
         goes on with its own state (beam_idx)."""
-        ids = np.asarray(batch["input_ids"])
-        mask = np.asarray(batch.get("attention_mask", np.ones_like(ids)))
-        counted = mask.cumsum(1)
-        if self.max_length is not None and counted.max(initial=0) > self.max_length:
-            raise UserError(
-                f"a text of {counted.max()} tokens does not fit the export's cache of {self.max_length}: raise `cache`,"
-                " or make the texts shorter"
-            )
-        positions = np.where(mask == 0, 1, counted - 1)[:, -ids.shape[1] :]
-        made = {"attention_mask": mask, "position_ids": positions, "beam_idx": np.arange(len(ids), dtype=np.int32)}
-        return super().__call__({**made, **batch})
+        return super().__call__(completed(batch, self.max_length))
 
 
 def keeps_state(xml: Path | str) -> bool:

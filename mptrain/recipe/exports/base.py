@@ -77,6 +77,8 @@ class Use:
     """tokens at which longer texts were cut when the model was scored"""
     cached: bool = False
     """whether it keeps a key-value cache"""
+    inference: str = "f32"
+    """what its floating-point part computed in when it was measured"""
 
     @property
     def imports(self) -> list[str]:
@@ -111,6 +113,8 @@ class ExportSpec(Strict):
     """whether the time of its runner here says something about the runtime the format is for"""
     checks: ClassVar[frozenset[str]] = frozenset()
     """gates beside those of numbers, size and speed that its facts can answer, e.g. fused_attention"""
+    foresees: ClassVar[bool] = False
+    """whether its `Format` has `check`, which says before any training what of a model it cannot convert"""
     caches: ClassVar[Literal["float16", "float32"] | None] = None
     """type of its key-value cache; None: it keeps none"""
 

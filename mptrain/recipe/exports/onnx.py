@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mptrain.recipe.exports.base import ExportSpec, Package, Stored, Use
+from mptrain.recipe.exports.base import Cache, ExportSpec, Package, Stored, Use
 from mptrain.recipe.method import Weights
 from mptrain.recipe.stage import Stage
 
@@ -27,7 +27,9 @@ class Onnx(ExportSpec):
         Package("onnxruntime", "onnxruntime", ">=1.23"),
     )
     library = "onnx"
-    checks = frozenset({"fused_attention"})
+    caches = "float32"
+    foresees = True
+    checks = frozenset({"fused_attention", "max_casts", "effective_precision"})
 
     format: Literal["onnx"]
     precision: list[Literal["fp32", "fp16", "int8", "compressed"]] = Field(
@@ -36,6 +38,11 @@ class Onnx(ExportSpec):
         " the file computes in half, but for what a search finds that fp16 would break",
     )
     shapes: Literal["dynamic"] = "dynamic"
+    cache: Cache = Field(
+        None,
+        description="causal-lm: generate with a key-value cache, which are inputs and outputs of the file and grow with"
+        " the text; it is scored, and checked token by token, on texts of up to so many tokens",
+    )
 
     def precisions(self, stage: Stage) -> tuple[str, ...]:
         """Of a quantized stage int8, and where it is pruned too its structure alone, without the quantizers."""
@@ -63,6 +70,15 @@ class Onnx(ExportSpec):
 
     @classmethod
     def loading(cls, use: Use) -> list[str]:
+        if use.cached and use.processor is not None:
+            return [
+                "from optimum.onnxruntime import ORTModelForCausalLM  # of optimum-onnx",
+                *use.imports,
+                "",
+                f"model = ORTModelForCausalLM.from_pretrained({use.folder!r}, use_io_binding=False)",
+                *[line.replace('"np"', '"pt"') for line in use.inputs],
+                "tokens = model.generate(**inputs, max_new_tokens=32)",
+            ]
         return [
             "import onnxruntime",
             *use.imports,

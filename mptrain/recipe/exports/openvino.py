@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import Field
@@ -27,7 +28,7 @@ class OpenVino(ExportSpec):
     )
     library = "openvino"
     caches = "float32"
-    checks = frozenset({"fused_attention"})
+    checks = frozenset({"fused_attention", "effective_precision"})
 
     format: Literal["openvino"]
     precision: list[Precision] = Field(
@@ -36,6 +37,11 @@ class OpenVino(ExportSpec):
         " stored half, and in fp32 what a search finds that fp16 would break",
     )
     shapes: Literal["dynamic"] = "dynamic"
+    hint: Literal["f32", "bf16", "f16"] = Field(
+        "f32",
+        description="INFERENCE_PRECISION_HINT that it is compiled, scored and timed with; a CPU without such arithmetic"
+        " computes in f32 and says nothing: gates.effective_precision does",
+    )
     cache: Cache = Field(
         None,
         description="causal-lm: generate with a key-value cache, which grows with the text; it is scored, and checked"
@@ -78,29 +84,33 @@ class OpenVino(ExportSpec):
     @classmethod
     def loading(cls, use: Use) -> list[str]:
         hint = "# as it was measured; left to itself, OpenVINO computes in bf16 on CPUs with AMX"
+        options = f'{{"INFERENCE_PRECISION_HINT": {json.dumps(use.inference)}}}'
         if use.optimum is None or use.processor is None:
             return [
                 "import openvino",
                 *use.imports,
                 "",
                 hint,
-                f'model = openvino.compile_model({use.path!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})',
+                f'model = openvino.compile_model({use.path!r}, "CPU", {options})',
                 *use.inputs,
                 "outputs = model({port.any_name: inputs[port.any_name] for port in model.inputs})",
             ]
         argument = {"AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor"}
         more = "" if use.cached else _UNCACHED.get(use.optimum, "")
-        load = f'model = {use.optimum}.from_pretrained({{}}, ov_config={{{{"INFERENCE_PRECISION_HINT": "f32"}}}}{more})'
+
+        def load(folder: str) -> str:
+            return f"model = {use.optimum}.from_pretrained({folder}, ov_config={options}{more})"
+
         if use.pipeline is None:
             imports = [f"from optimum.intel import {use.optimum}", *use.imports, "", hint]
-            return [*imports, load.format(repr(use.folder)), *use.inputs, "outputs = model(**inputs)"]
+            return [*imports, load(repr(use.folder)), *use.inputs, "outputs = model(**inputs)"]
         lines = [
             f"from optimum.intel import {use.optimum}",
             f"from transformers import {use.processor}, pipeline",
             "",
             f"folder = {use.folder!r}",
             hint,
-            load.format("folder"),
+            load("folder"),
             f"processor = {use.processor}.from_pretrained(folder)",
             f"run = pipeline({use.pipeline!r}, model=model, {argument.get(use.processor, 'tokenizer')}=processor)",
         ]

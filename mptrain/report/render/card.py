@@ -109,15 +109,25 @@ def _loading(report: Row, exported: list[Row]) -> list[str]:
     chosen = next((v for v in exported if v["id"] == advice.get("id")), exported[-1])
     about = report["about_task"]
     cut = report["recipe"]["data"]["max_length"] if about.get("cuts") else None
-    return loading(chosen["format"], about, chosen["path"], _folder(chosen), cut, "cache" in chosen["runtime"])
+    return loading(chosen["format"], about, chosen["path"], _folder(chosen), cut, chosen["runtime"])
 
 
-def loading(format: str, about: Row, path: str, folder: str, cut: int | None, cached: bool) -> list[str]:
-    """Lines of Python that load an exported model. about: what a report says of its task."""
+def loading(format: str, about: Row, path: str, folder: str, cut: int | None, runtime: Row) -> list[str]:
+    """Lines of Python that load an exported model. about: what a report says of its task. runtime: its facts."""
     processor, inputs = _PROCESSORS.get(about.get("processor"), (None, "inputs"))
     inputs = about.get("call") or inputs
     return spec_of(format).loading(
-        Use(path, folder, about.get("pipeline"), processor, about.get("optimum"), inputs, cut, cached)
+        Use(
+            path,
+            folder,
+            about.get("pipeline"),
+            processor,
+            about.get("optimum"),
+            inputs,
+            cut,
+            cached="cache" in runtime,
+            inference=runtime.get("inference_precision", "f32"),
+        )
     )
 
 

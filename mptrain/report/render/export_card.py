@@ -28,7 +28,7 @@ def export_card(facts: Row) -> str:
     ]
     path = facts["path"].rpartition("/")[2]
     cut = facts["max_length"] if about.get("cuts") else None
-    if code := loading(facts["format"], about, f"./{path}", ".", cut, "cache" in facts["runtime"]):
+    if code := loading(facts["format"], about, f"./{path}", ".", cut, facts["runtime"]):
         parts += ["## Use", fence(code)]
     parts.append("Accuracy was not measured: a recipe scores the exported model on a test split.")
     return "\n\n".join(parts) + "\n"

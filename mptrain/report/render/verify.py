@@ -74,6 +74,11 @@ def _running(runtime: dict[str, Any]) -> list[str]:
         texts.append(
             f"attention: {runtime.get('fused_attention', 0)} of {runtime['attention_layers']} as one operation"
         )
+    if names := runtime.get("fused_nodes"):
+        shown = ", ".join(names[:_SHOWN])
+        texts.append(f"fused: {shown}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}")
+    for kind, found in runtime.get("layer_precisions", {}).items():
+        texts.append(f"{kind} computes in {', '.join(f'{name} ({count})' for name, count in found.items())}")
     if "int8_layers" in runtime:
         total = len(runtime["int8_layers"]) + len(runtime.get("fp32_layers", ()))
         texts.append(f"layers in integers: {len(runtime['int8_layers'])} of {total}")

@@ -114,6 +114,10 @@ def latency(report: Row) -> Table | None:
     return Table("Latency", ["Setting", *(v["id"] for v in timed)], rows, note)
 
 
+_LEAST = ("min_size_ratio", "min_speedup", "agreement", "fused_attention", "effective_precision")
+"""gates whose limit is the least that passes"""
+
+
 def gates(report: Row) -> Table | None:
     if not report["gates"]:
         return None
@@ -121,7 +125,7 @@ def gates(report: Row) -> Table | None:
     for gate in report["gates"]:
         kind = gate["name"].partition(".")[0]
         verdict = Cell("passed", tone="good") if gate["passed"] else Cell("missed", tone="bad")
-        sign = "≥ " if kind in ("min_size_ratio", "min_speedup", "agreement", "fused_attention") else "≤ "
+        sign = "≥ " if kind in _LEAST else "≤ "
         value, limit = (_gate_value(report, kind, number) for number in (gate["value"], gate["limit"]))
         rows.append([Cell(gate["name"]), verdict, Cell(gate["variant"] or "–"), Cell(value), Cell(sign + limit)])
     note = "Size and speed gates count only variants whose own accuracy is inside max_drop."
