@@ -87,7 +87,7 @@ def _steps(
     made = Variants(context, recipe, questions)
     exported = [made.export(v) for v in made.wanted()]
     verified = [made.verify(v) for v in exported]
-    measured = made.measure([made.evaluate(v) for v in verified])
+    measured = made.measure([made.generate(made.evaluate(v)) for v in verified])
     report = build.build(
         recipe,
         versions=versions(),

@@ -23,7 +23,7 @@ from mptrain.data.load import task_class
 from mptrain.export.base import Embeddings, Runner, Source
 from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
-from mptrain.export.torch.cached_decoder import check_length, padded_right
+from mptrain.export.torch.cached_decoder import check_decoder, check_length, padded_right
 from mptrain.models.artifact import QUANTIZERS
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
@@ -32,7 +32,7 @@ from mptrain.recipe.exports import spec_of
 from mptrain.recipe.tasks import causal
 from mptrain.report.render.export_card import export_card
 from mptrain.report.upgrade import about
-from mptrain.verify import parity
+from mptrain.verify import overflow, parity
 
 SCHEMA = "mptrain.export/v1"
 UNSAID = Asked()
@@ -187,6 +187,14 @@ class _Inputs:
             self.compared, self._others = self.compared[:middle], self.compared[middle:]
         return self._others or self.compared
 
+    def searched(self, model: nn.Module, unit: str | None) -> list[Batch]:
+        """Those of `calibration` that are enough to search fp16 on."""
+        batches = self.calibration()
+        tokens = max(value.shape[1] for value in batches[0].values()) if unit == "tokens" else 1
+        wanted = overflow.enough(sum(p.numel() for p in model.parameters()), tokens, sum(map(rows_of, batches)))
+        count = next((n for n in range(len(batches)) if sum(map(rows_of, batches[:n])) >= wanted), len(batches))
+        return batches[:count]
+
 
 def _lengths(source: Source) -> list[int]:
     """Of the example, along the free axes beside the batch."""
@@ -203,7 +211,8 @@ def _source(found: Loaded, spec: ExportSpec, inputs: _Inputs) -> Source:
     model = format_of(spec).torch(found.model, precision, embeddings).eval()
     example = next((batch for batch in inputs.compared if rows_of(batch) > 1), inputs.compared[0])
     signature = probed(model, example)
-    return Source(lambda: model, signature, example, precision, embeddings, quantized, inputs.calibration)
+    searched = partial(inputs.searched, model, TASKS[found.task].unit)
+    return Source(lambda: model, signature, example, precision, embeddings, quantized, searched)
 
 
 def _said(where: tuple[int | str, ...], message: str) -> str:
@@ -217,6 +226,7 @@ def _for_cache(cache: int, found: Loaded) -> list[Batch]:
     if not TASKS[found.task].causal:
         raise UserError(f"--cache {cache}: is for task {causal()}, not for {found.task}; drop it")
     check_length("--cache", cache, found.model.config)
+    check_decoder(found.model)
     longest = max(int(batch["attention_mask"].sum(1).max()) for batch in found.samples.batches)
     if longest > cache:
         raise UserError(

@@ -24,9 +24,10 @@ from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_
 from mptrain.data.load import Task
 from mptrain.export.base import Foreseeing
 from mptrain.export.formats import format_of
+from mptrain.export.torch.cached_decoder import check_decoder
 from mptrain.export.torch.cached_decoder import check_exports as check_caches
 from mptrain.flow import input_checks
-from mptrain.flow.inputs import Inputs, on_this_machine, read_architecture, read_data, read_processor
+from mptrain.flow.inputs import Architecture, Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.folder import has_weights
 from mptrain.models.load import has_trained_head, skeleton
 from mptrain.models.positions import positions_of
@@ -49,6 +50,7 @@ def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offli
     check_trackers(recipe)
     found = read_architecture(recipe, allow_code=allow_code, offline=offline)
     check_caches(recipe, found.config)
+    check_decoders(recipe, found, allow_code)
     if found.known and found.model is not None:
         check_model(recipe, found.model)
     processor = read_processor(recipe.model, allow_code=allow_code, offline=offline)
@@ -81,6 +83,20 @@ def check_exports(recipe: Recipe) -> None:
             for field, weights in stage.leaves():
                 if (stored := export.stores(weights)).result == "refused":
                     raise UserError(f"stages.{stage.id}.{field}: export.{export.id} cannot hold it: {stored.how}.")
+
+
+def check_decoders(recipe: Recipe, found: Architecture, allow_code: bool = False) -> None:
+    """Exports with a cache need a model that keeps keys and values, and nothing else; the architecture tells."""
+    cached = [export for export in recipe.export if export.cache is not None]
+    if not cached or not found.known or recipe.model.modeling is not None:
+        return
+    model = probe(recipe.model, found.config, allow_code)
+    if model is None:
+        return
+    try:
+        check_decoder(model)
+    except UserError as error:
+        raise type(error)(f"export.{cached[0].id}.cache: {error}") from None
 
 
 def check_trackers(recipe: Recipe) -> None:

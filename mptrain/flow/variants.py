@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from mptrain.compress.quantize import quantizers
@@ -20,6 +21,7 @@ from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.disk import read_json, whole, write_json
 from mptrain.core.errors import ModelError
+from mptrain.core.host import thread_count
 from mptrain.core.progress import progress
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.base import Batch
@@ -28,13 +30,14 @@ from mptrain.export.base import Embeddings, Format, Runner, Source
 from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
 from mptrain.flow.stage import Context
+from mptrain.measure import generation, memory
 from mptrain.measure import latency as measure
 from mptrain.models import artifact
 from mptrain.recipe import Recipe
 from mptrain.recipe.plan import Planned, variants
 from mptrain.report.build import Variant
 from mptrain.train import peaks
-from mptrain.verify import parity
+from mptrain.verify import overflow, parity
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +122,30 @@ class Variants:
                 log.info("%s: %s %s", variant, task.name, ", ".join(f"{s.name} {s.value:.4f}" for s in found))
         return self._keep(facts, "evaluate", begun)
 
+    def generate(self, variant: str) -> str:
+        """Let an export with a cache write on, and hold it against the torch model and against itself without."""
+        facts, how = read_json(self._facts_file(variant)), self.recipe.evaluate.generation
+        if how is None or "generation" in facts or not self._generates(variant):
+            return variant
+        begun = time.monotonic()
+        prompt, texts = self._whole_texts(1, how.prompt), self._whole_texts(how.texts, self.recipe.data.max_length)
+        with progress(f"generate {variant}"):
+            with memory.added() as peak, closing(self._decoder(variant, facts, thread_count(how.threads))) as decoder:
+                written = generation.greedy(decoder, prompt, how.tokens)
+            with closing(self._decoder(variant, facts)) as decoder:
+                cached = generation.cached(decoder, texts)
+            model = self._source(self._planned[variant], facts).model
+            wanted = generation.greedy(generation.TorchDecoder(model), prompt, how.tokens)
+        facts["generation"] = {
+            "prompt": prompt.shape[1],
+            "tokens": how.tokens,
+            "threads": how.threads,
+            "same_as_torch": generation.same(written, wanted),
+            "perplexity": cached,
+            "peak_bytes": peak.bytes,
+        }
+        return self._keep(facts, "generate", begun)
+
     def measure(self, ids: list[str]) -> list[Variant]:
         """Latency of all variants whose runtime runs here, measured in alternation."""
         facts = {i: read_json(self._facts_file(i)) for i in ids}
@@ -136,10 +163,41 @@ class Variants:
             write_json(latency_file, {"latency_ms": found, "wall_s": time.monotonic() - begun})
         measured = read_json(latency_file)
         self._seconds = {"latency": measured["wall_s"]}
+        self._time_generation(facts)
         for f in facts.values():
             for step, seconds in f["wall_s"].items():
                 self._seconds[step] = self._seconds.get(step, 0.0) + seconds
         return [_variant(facts[i], measured["latency_ms"].get(i, {}), self.data.measures) for i in ids]
+
+    def _time_generation(self, facts: dict[str, dict[str, Any]]) -> None:
+        """Add the times to the facts of the variants that generate; once."""
+        how, ids = self.recipe.evaluate.generation, [i for i, known in facts.items() if "generation" in known]
+        if how is None or not ids:
+            return
+        file = self.folder / "generation.json"
+        if not file.is_file():
+            begun = time.monotonic()
+            prompt = self._whole_texts(1, how.prompt)
+            found = generation.timed(ids, lambda i, threads: self._decoder(i, facts[i], threads), prompt, how)
+            write_json(file, {"found": found, "wall_s": time.monotonic() - begun})
+        known = read_json(file)
+        self._seconds["generation"] = known["wall_s"]
+        for i in ids:
+            facts[i]["generation"] |= known["found"][i]
+
+    def _generates(self, variant: str) -> bool:
+        export = self._planned[variant].export
+        return export.generates and export.cache is not None
+
+    def _whole_texts(self, count: int, length: int) -> np.ndarray:
+        """Token ids [count, at most length] of training examples, without padding."""
+        batch = self.data.example(count, length)
+        shortest = int(batch["attention_mask"].sum(1).min())
+        return batch["input_ids"][:, :shortest].numpy()
+
+    def _decoder(self, variant: str, facts: Mapping[str, Any], threads: int | None = None) -> Any:
+        """The runner, which is a `generation.Decoder`."""
+        return self._runner(variant, facts, threads)
 
     def wall_s(self) -> dict[str, float]:
         return {k: round(v, 3) for k, v in self._seconds.items()}
@@ -153,10 +211,12 @@ class Variants:
         write_json(self._facts_file(facts["id"]), facts)
         return facts["id"]
 
-    def _calibration(self, stage: str) -> list[Batch]:
+    def _calibration(self, stage: str, model: nn.Module) -> list[Batch]:
         """Training examples: some drawn, and those with the largest activations that training saw."""
         size = self.data.batch_size("train", 16)
-        return self.data.calibration(CALIBRATION_EXAMPLES, size) + peaks.batches(self.context.phase_folders(stage))
+        tokens = self.recipe.data.max_length if self.recipe.model.kind.unit == "tokens" else 1
+        count = overflow.enough(sum(p.numel() for p in model.parameters()), tokens, CALIBRATION_EXAMPLES)
+        return self.data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage))
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
@@ -174,16 +234,17 @@ class Variants:
             model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
             return self._format(planned.id).torch(model, planned.precision, embeddings).eval()
 
-        return Source(
+        source = Source(
             load,
             self.data.signature(),
             self.data.example(2, TRACED_LENGTH * self.data.min_length),
             planned.precision,
             embeddings,
             stage.quantizes,
-            lambda: self._calibration(planned.stage),
+            lambda: self._calibration(planned.stage, source.model),
             Facts.from_json(kept),
         )
+        return source
 
     def _open(self, source: Source, facts: Mapping[str, Any], threads: int | None = None) -> Runner:
         return self._format(facts["id"]).open(self.context.folder / facts["path"], source, threads)
@@ -211,5 +272,9 @@ def _variant(facts: dict[str, Any], latency_ms: dict[str, Any], measures: Mappin
     chosen = {task: scores(kept) for task, kept in facts.get("multiple_choice", {}).items()}
     keys = ("id", "stage", "format", "precision", "path", "size_bytes", "params", "macs", "runtime", "parity")
     return Variant(
-        **{k: facts[k] for k in keys}, scores=scores(facts["scores"]), multiple_choice=chosen, latency_ms=latency_ms
+        **{k: facts[k] for k in keys},
+        scores=scores(facts["scores"]),
+        multiple_choice=chosen,
+        latency_ms=latency_ms,
+        generation=facts.get("generation"),
     )

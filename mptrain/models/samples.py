@@ -27,7 +27,7 @@ from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
 
 BATCH = 8
-_OUTPUTS = 128 * 2**20  # bytes that the logits of a batch of a language model may take; at least 2 examples
+_OUTPUTS = 32 * 2**20  # bytes that the logits of a batch of a language model may take; at least 2 examples
 _TOKENS, _SAMPLES, _SIDE = 128, 16_000, 224  # of a made-up text, sound, and picture
 
 

@@ -13,7 +13,7 @@ from mptrain.recipe.exports.openvino import Precision
 from mptrain.recipe.method import MethodConfig, Weights
 from mptrain.recipe.precision import LossScale, MixedPrecision, ShortPrecision
 from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, PruneConfig, Schedule
-from mptrain.recipe.recipe import Evaluate, Gates, Latency, Output, Planning, Recipe
+from mptrain.recipe.recipe import Evaluate, Gates, Generation, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import METHODS, Distill, Stage
 from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
 from mptrain.recipe.weights import Palettize, PalettizeConfig, Ptq, Qat, QuantizeConfig, TableTraining, WeightOnly
@@ -37,6 +37,7 @@ __all__ = [
     "ExportSpec",
     "Fisher",
     "Gates",
+    "Generation",
     "Keep",
     "Latency",
     "LossScale",

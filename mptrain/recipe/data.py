@@ -153,7 +153,7 @@ class Train(Strict):
     batch_size: Annotated[int, Field(gt=0)] = Field(32, description="per process and micro-step")
     accumulation: Annotated[int, Field(gt=0)] = Field(1, description="micro-steps to one optimizer step")
     eval_batch_size: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="of the validation; default: 64, or as many as keep their outputs below 512 MB"
+        None, description="of the validation; default: 64, or as many as keep their outputs below 64 MB"
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.06, description="fraction of the stage's steps")

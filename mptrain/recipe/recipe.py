@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Data, Model
-from mptrain.recipe.exports import Export
+from mptrain.recipe.exports import EXPORTS, Export
 from mptrain.recipe.precision import MixedPrecision, ShortPrecision
 from mptrain.recipe.stage import Stage
 from mptrain.recipe.tasks import causal
@@ -27,10 +27,28 @@ class Latency(Strict):
     runs: Annotated[int, Field(gt=0)] = Field(15, description="alternating rounds over the variants")
 
 
+class Generation(Strict):
+    """Text that exports with a key-value cache make, token by token."""
+
+    prompt: Annotated[int, Field(gt=0)] = Field(64, description="tokens that go in at once, of the data")
+    tokens: Annotated[int, Field(gt=1)] = Field(64, description="that each variant then writes, the most probable ones")
+    texts: Annotated[int, Field(gt=0)] = Field(
+        2,
+        description="of data.max_length tokens, whose perplexity with the cache, token by token, is held against"
+        " that without",
+    )
+    threads: Annotated[int, Field(gt=0)] | Literal["all"] = 1
+
+
 class Evaluate(Strict):
     latency: Latency = Latency()
+    generation: Generation | None = Field(
+        None,
+        description="causal LM: time to the first token and of further ones, memory, and the check of the cache,"
+        " of every export whose cache takes texts of any length; default: not measured",
+    )
     batch_size: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="test examples scored at a time; default: 64, or as many as keep their outputs below 512 MB"
+        None, description="test examples scored at a time; default: 64, or as many as keep their outputs below 64 MB"
     )
     floor: bool = Field(
         True, description="where the task has one, also score a model without a network: TF-IDF + logistic regression"
@@ -61,6 +79,11 @@ class Gates(Strict):
         0.9,
         description="share of decisions (of classifiers the class; else the order of the examples, or what the task"
         " takes for it) that every other export has in common with its torch model",
+    )
+    cached_perplexity: Annotated[float, Field(gt=0)] | None = Field(
+        1e-3,
+        description="relative difference of the perplexity with the key-value cache, token by token, from that without;"
+        " of variants that evaluate.generation measures",
     )
     fused_attention: Literal["all"] | Annotated[int, Field(ge=0)] | None = Field(
         "all", description="attention layers that every OpenVINO and ONNX variant must compute in one fused operation"
@@ -151,6 +174,7 @@ class Recipe(Strict):
                     )
             if export.cache is not None:
                 self._check_cache(f"export.{export.id}.cache", export.cache)
+        self._check_generation()
         return self
 
     def _check_teacher(self, where: str, stage: Stage, earlier: list[str]) -> None:
@@ -186,6 +210,26 @@ class Recipe(Strict):
                 f"{where}: {tokens} tokens are fewer than data.max_length, {self.data.max_length}, by which the"
                 " export is scored: raise it"
             )
+
+    def _check_generation(self) -> None:
+        how = self.evaluate.generation
+        if how is None:
+            return
+        able = [export for export in self.export if export.generates and export.cache is not None]
+        if not able:
+            kinds = " or ".join(name for name, spec in EXPORTS.items() if spec.generates)
+            raise ValueError(f"evaluate.generation: no export keeps a cache for it; give one of {kinds} a `cache`")
+        if how.prompt > self.data.max_length:
+            raise ValueError(
+                f"evaluate.generation.prompt: {how.prompt} is more than data.max_length, {self.data.max_length};"
+                " lower it"
+            )
+        for export in able:
+            if export.cache is not None and how.prompt + how.tokens > export.cache:
+                raise ValueError(
+                    f"evaluate.generation: prompt and tokens are {how.prompt + how.tokens}, more than"
+                    f" export.{export.id}.cache, {export.cache}; raise the one or lower the other"
+                )
 
     def stage(self, stage_id: str) -> Stage:
         """The stage of that id; "model" is one that does nothing."""

@@ -51,6 +51,9 @@ def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], lay
     rounded = [v for v in variants if not exact(v)]
     if gates.agreement is not None and rounded:
         rows.append(_agreement(gates.agreement, rounded))
+    written = [v for v in variants if v.get("generation")]
+    if gates.cached_perplexity is not None and written:
+        rows.append(_cached(gates.cached_perplexity, written))
     compiled = able(variants, "fused_attention")
     if gates.fused_attention is not None and compiled:
         rows.append(_fused(gates.fused_attention, compiled, layers))
@@ -100,6 +103,13 @@ def _agreement(limit: float, variants: Sequence[Row]) -> Row:
     values = [((v["parity"] or {}).get("agreement"), v["id"]) for v in variants]
     value, variant = min(values, key=lambda pair: -1.0 if pair[0] is None else pair[0])
     return _row("agreement", value, limit, value is not None and value >= limit, variant)
+
+
+def _cached(limit: float, variants: Sequence[Row]) -> Row:
+    """The worst of all variants that wrote with a cache; one without a number is the worst."""
+    values = [(v["generation"]["perplexity"]["relative"], v["id"]) for v in variants]
+    value, variant = max(values, key=lambda pair: float("inf") if pair[0] is None else pair[0])
+    return _row("cached_perplexity", value, limit, value is not None and value <= limit, variant)
 
 
 def _fused(limit: str | int, variants: Sequence[Row], layers: int | None) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mptrain.data.sources import packaged
 from mptrain.recipe import EXPORTS, Recipe, plan
 from mptrain.report import gates
 from mptrain.report.row import Row
@@ -23,6 +24,7 @@ def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_fa
         *_unlearned(variants, baseline or "", data_facts),
         *_unchecked(recipe, variants),
         *_expanded(recipe, variants),
+        *filter(None, [packaged.note(recipe.model.path)]),
     ]
 
 

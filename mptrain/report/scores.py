@@ -38,6 +38,7 @@ class Variant:
     runtime: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] | None = None
     multiple_choice: dict[str, list[Score]] = field(default_factory=dict)
+    generation: dict[str, Any] | None = None
 
 
 def measured(v: Variant) -> Row:
@@ -55,6 +56,7 @@ def measured(v: Variant) -> Row:
         "params": v.params,
         "macs": v.macs,
         "latency_ms": v.latency_ms,
+        "generation": v.generation,
         "runtime": v.runtime,
         "parity": v.parity,
     }

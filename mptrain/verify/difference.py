@@ -13,6 +13,8 @@ from torch import Tensor
 MAX_ERROR = 0.05
 """of a row of an output, relative to its norm; a cosine of 0.999"""
 
+_AT_A_TIME = 2**20  # values
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -51,17 +53,25 @@ def worst(differences: Iterable[Difference]) -> Difference:
 
 
 def of_tensors(expected: Tensor, got: Tensor) -> Difference:
-    """Of one output, [..., d]."""
-    known = torch.isfinite(expected)
-    if not torch.isfinite(got[known]).all():
-        return Difference(False, 0.0, float("inf"), float("inf"))
-    width = expected.shape[-1] if expected.dim() else 1
-    a, b = (torch.where(known, x.double(), 0.0).reshape(-1, width) for x in (expected, got))
-    if not a.numel():
+    """Of one output, [..., d]; in float64, and of few rows at a time, for logits are large."""
+    width = max(1, expected.shape[-1]) if expected.dim() else 1
+    at_once = max(1, _AT_A_TIME // width)
+    norms, apart = [], []
+    product = largest = 0.0
+    for a, b in zip(expected.reshape(-1, width).split(at_once), got.reshape(-1, width).split(at_once), strict=True):
+        known = torch.isfinite(a)
+        if not torch.isfinite(b[known]).all():
+            return Difference(False, 0.0, float("inf"), float("inf"))
+        a, b = (torch.where(known, x.double(), 0.0) for x in (a, b))
+        product += float((a * b).sum())
+        norms.append(torch.stack([a.norm(dim=1), b.norm(dim=1)]))
+        apart.append((a - b).norm(dim=1))
+        largest = max(largest, float((a - b).abs().max()) if a.numel() else 0.0)
+    if not expected.numel():
         return Difference(True, 1.0, 0.0, 0.0)
-    norms = a.norm(dim=1)
-    floor = norms.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    errors = (a - b).norm(dim=1) / norms.clamp_min(floor)
-    lengths = a.norm() * b.norm()
-    cosine = float((a * b).sum() / lengths) if lengths > 0 else float(bool((a == b).all()))
-    return Difference(True, cosine, float((a - b).abs().max()), float(errors.max()))
+    (ours, theirs), differences = torch.cat(norms, 1), torch.cat(apart)
+    floor = ours.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    errors = differences / ours.clamp_min(floor)
+    lengths = float(ours.norm() * theirs.norm())
+    cosine = product / lengths if lengths > 0 else float(largest == 0.0)
+    return Difference(True, cosine, largest, float(errors.max()))

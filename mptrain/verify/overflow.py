@@ -29,6 +29,7 @@ from mptrain.core.errors import ExportError
 from mptrain.core.progress import Progress, progress
 from mptrain.verify.difference import MAX_ERROR, Difference, as_json, compare, worst
 from mptrain.verify.fewest import fewest
+from mptrain.verify.outputs import Kept
 
 HALF_MAX = 65504.0
 HALF_TINY = 2.0**-14
@@ -43,6 +44,8 @@ SECONDS = 120.0
 """for dropping candidates"""
 ONE_BY_ONE = 20_000
 """ops to compute, of all trials that drop a single op, up to which each of them is made"""
+PASS = 2.5e11
+"""products of a weight and a token in one run of all calibration inputs: some 10 s of a core"""
 
 Watch = Callable[[str, Tensor], None]
 """called with the name of an op and each floating tensor that it made, in order"""
@@ -194,6 +197,12 @@ def _drop(program: Program, trial: _Trial, candidates: list[str], seconds: float
     return best, "operations that are alike were judged together: fewer may be enough" if large else ""
 
 
+def enough(parameters: int, tokens: int, most: int) -> int:
+    """Examples of so many tokens to search on: as many as a run takes PASS for, at least 2. A large model needs fewer,
+    for it has more layers of each kind. tokens: 1 for inputs of another kind."""
+    return max(2, min(most, int(PASS / max(1, parameters * tokens))))
+
+
 def described(found: Found) -> dict[str, Any]:
     """JSON facts: what stays in fp32 and why, and the outputs against fp32 without (all_half) and with that (kept).
 
@@ -242,25 +251,24 @@ class _Trial:
         self._known: dict[tuple[int, frozenset[str]], Difference] = {}
         meters = {op.name: _Meter() for op in program.ops}
         everything = set(meters)
-        exact = [
-            self._run(batch, everything, lambda op, value: meters[op].add(value)) for batch in range(program.batches)
-        ]
-        self.reference = exact if reference is None else reference
-        converted = worst(compare(*pair) for pair in zip(self.reference, exact, strict=True))
-        if not converted.right(MAX_CONVERTED):
-            raise ExportError(
-                f"computed in fp32, the converted program is not the model: its outputs differ by up to"
-                f" {converted.max_diff:.2g} ({converted.error:.2g} of their size): the converter takes an"
-                " operation for another, and its fp16 form cannot be right either. Export to another format, and report"
-                " the model's config.json."
-            )
-        self.ranges = {name: meter.range() for name, meter in meters.items()}
-        self._spoiled: Counter[str] = Counter({name: -meter.broken for name, meter in meters.items()})
+        own = Kept(lambda batch: dict(self._run(batch, everything)), program.batches)
+        self.reference: Sequence[Mapping[str, Tensor]] = own if reference is None else reference
+        spoiled: Counter[str] = Counter()
 
         def count(op: str, value: Tensor) -> None:
-            self._spoiled[op] += _broken(value)
+            spoiled[op] += _broken(value)
 
-        found = [self._difference(batch, frozenset(), count) for batch in range(program.batches)]
+        found = []
+        for batch in range(program.batches):  # all that it is asked, for its outputs may not be kept
+            exact = dict(self._run(batch, everything, lambda op, value: meters[op].add(value)))
+            if reference is None:
+                own.keep(batch, exact)
+            else:
+                _check_converted(compare(reference[batch], exact))
+            del exact
+            found.append(self._difference(batch, frozenset(), count))
+        self.ranges = {name: meter.range() for name, meter in meters.items()}
+        self._spoiled = {name: spoiled[name] - meter.broken for name, meter in meters.items()}
         self.hardest = max(range(program.batches), key=lambda b: (not found[b].finite, found[b].error), default=0)
 
     def _run(self, batch: int, keep: Collection[str], watch: Watch | None = None) -> Mapping[str, Tensor]:
@@ -294,6 +302,17 @@ class _Trial:
         """Ops with more values that are not finite than in fp32, which read none from such an op."""
         bad = {op for op, count in self._spoiled.items() if count > 0}
         return {op.name for op in self.program.ops if op.name in bad and not bad.intersection(op.inputs)}
+
+
+def _check_converted(found: Difference) -> None:
+    """found: in fp32, between a program and the model that it was made from. Raises ExportError."""
+    if not found.right(MAX_CONVERTED):
+        raise ExportError(
+            f"computed in fp32, the converted program is not the model: its outputs differ by up to"
+            f" {found.max_diff:.2g} ({found.error:.2g} of their size): the converter takes an"
+            " operation for another, and its fp16 form cannot be right either. Export to another format, and report"
+            " the model's config.json."
+        )
 
 
 def _tiers(program: Program, trial: _Trial, suspects: Collection[str]) -> Iterable[list[str]]:

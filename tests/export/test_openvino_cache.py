@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as t
 from kit import tiny_tasks
-from kit.decoders import BATCH, FAMILIES, GREEDY, HYBRID, IDS, LONGEST, MASK, OTHERS, continued, made
+from kit.decoders import BATCH, FAMILIES, GREEDY, HYBRID, IDS, LONGEST, MASK, OTHERS, SHARED, continued, made
 from kit.tiny_models import inputs, tiny
 
 import mptrain
@@ -197,7 +197,18 @@ def test_what_cannot_have_a_cache_is_refused_by_name(tmp_path, capsys):
     mptrain.save(tiny("llama"), tmp_path / "model")
     words = ["export", str(tmp_path / "model"), "--to", str(tmp_path / "out"), "--cache", "41", "--samples", "2"]
     assert main(words) == 2 and "--cache 41 must be 1 to 40" in capsys.readouterr().err
+    mptrain.save(mamba, tmp_path / "mamba")
+    words[1], words[5] = str(tmp_path / "mamba"), "20"
+    assert main(words) == 2 and "MambaForCausalLM keeps other things than keys and values" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cache", [None, 20])
+def test_a_mixture_of_experts_is_refused_in_a_sentence(cache, tmp_path):
+    mixtral = made(t.MixtralConfig(**SHARED, num_local_experts=4, num_experts_per_tok=2))
+    with pytest.raises(ExportError, match=r"no operation for aten::histc, which MixtralForCausalLM.*experts") as error:
+        export_openvino(mixtral, BATCH, tmp_path / "out", precision="fp32", cache=cache)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 and not (tmp_path / "out").exists()
 
 
 def test_verify_reads_a_cached_file_as_the_model(tmp_path, capsys):

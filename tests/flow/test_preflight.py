@@ -12,7 +12,7 @@ import torch
 import yaml
 from kit import tiny, tiny_tasks
 from kit.jobs import run
-from transformers import BertModel
+from transformers import BertModel, MambaConfig, MambaForCausalLM
 
 from mptrain.core.errors import UserError
 from mptrain.flow import preflight
@@ -141,6 +141,15 @@ def generating(folder, cache=64):
 
 def test_a_cache_beyond_the_model(tmp_path):
     refused(tmp_path, generating(tmp_path, 65), "export.ml.cache: 65 must be 1 to 64, the model's limit; lower it")
+
+
+def test_a_cache_of_a_model_that_keeps_other_things(tmp_path):
+    described = generating(tmp_path)
+    folder = Path(described["model"]["path"])
+    config = MambaConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(folder)
+    message = "export.ml.cache: an export with a cache: MambaForCausalLM keeps other things than keys and values"
+    refused(tmp_path, described, message)
 
 
 def test_a_file_of_questions_that_cannot_be_read(tmp_path):

@@ -7,16 +7,16 @@ import transformers as t
 
 _SIZE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SIZE |= {"intermediate_size": 48, "max_position_embeddings": 80, "initializer_range": 0.3}
-_SHARED = _SIZE | {"num_key_value_heads": 2, "pad_token_id": 0}
+SHARED = _SIZE | {"num_key_value_heads": 2, "pad_token_id": 0}
 _GPT = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80, "initializer_range": 0.3}
 FAMILIES = {
     "gpt2": lambda: t.GPT2Config(**_GPT),
     "opt": lambda: t.OPTConfig(**_SIZE, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
-    "llama": lambda: t.LlamaConfig(**_SHARED),
-    "qwen2": lambda: t.Qwen2Config(**_SHARED),
-    "qwen3": lambda: t.Qwen3Config(**_SHARED, head_dim=8),
-    "mistral": lambda: t.MistralConfig(**_SHARED, sliding_window=6),
-    "gemma": lambda: t.GemmaConfig(**_SHARED, head_dim=8),
+    "llama": lambda: t.LlamaConfig(**SHARED),
+    "qwen2": lambda: t.Qwen2Config(**SHARED),
+    "qwen3": lambda: t.Qwen3Config(**SHARED, head_dim=8),
+    "mistral": lambda: t.MistralConfig(**SHARED, sliding_window=6),
+    "gemma": lambda: t.GemmaConfig(**SHARED, head_dim=8),
     "phi": lambda: t.PhiConfig(**_SIZE),
     "gpt_neox": lambda: t.GPTNeoXConfig(**_SIZE),
 }
@@ -30,13 +30,13 @@ OTHERS = {
     "bloom": lambda: t.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
     "falcon": lambda: t.FalconConfig(**_SIZE),
     "gptj": lambda: t.GPTJConfig(**_GPT, rotary_dim=4),
-    "gemma2": lambda: t.Gemma2Config(**_SHARED, head_dim=8, sliding_window=6),
-    "gemma3": lambda: t.Gemma3TextConfig(**_SHARED, head_dim=8, sliding_window=6),
-    "phi3": lambda: t.Phi3Config(**_SHARED),
-    "cohere": lambda: t.CohereConfig(**_SHARED),
-    "glm4": lambda: t.Glm4Config(**_SHARED, head_dim=8),
+    "gemma2": lambda: t.Gemma2Config(**SHARED, head_dim=8, sliding_window=6),
+    "gemma3": lambda: t.Gemma3TextConfig(**SHARED, head_dim=8, sliding_window=6),
+    "phi3": lambda: t.Phi3Config(**SHARED),
+    "cohere": lambda: t.CohereConfig(**SHARED),
+    "glm4": lambda: t.Glm4Config(**SHARED, head_dim=8),
 }
-HYBRID = t.Qwen3NextConfig(**_SHARED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+HYBRID = t.Qwen3NextConfig(**SHARED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 LONGEST = 72
 IDS = torch.randint(4, 50, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)

@@ -150,6 +150,24 @@ def test_bundled_recipes_are_valid_named_like_their_file_and_round_trip(path):
     assert again == recipe
 
 
+LLM = (file.folder("recipes") / "int4-llm.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("export.ov.cache=100", "prompt and tokens are 128, more than export.ov.cache, 100"),
+        ("export.ov.cache=null", "evaluate.generation: no export keeps a cache for it; give one of openvino or onnx"),
+        ("evaluate.generation.prompt=300", "evaluate.generation.prompt: 300 is more than data.max_length, 256"),
+        ("evaluate.generation.tokens=1", "evaluate.generation.tokens: input should be greater than 1"),
+    ],
+)
+def test_text_that_cannot_be_generated_is_refused(tmp_path, change, expected):
+    changes = ["data.max_length=80", "data.stride=null"] if "cache=100" in change else []
+    with pytest.raises(RecipeError, match=re.escape(expected)):
+        read(tmp_path, LLM, [*changes, change])
+
+
 def test_a_local_file_comes_before_a_bundled_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert file.find("jpqd-bert").parent == file.folder("recipes")

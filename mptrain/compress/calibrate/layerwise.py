@@ -40,7 +40,8 @@ def walk(
     batches: keyword arguments of the model, the same on every rank. Raises ModelError when a Linear never ran.
     """
     device = next(model.parameters()).device
-    first = {name: value.to(device) for name, value in batches[0].items()}
+    # one text tells how layers feed each other, and the logits of a batch would be large
+    first = {name: value[:1].to(device) for name, value in batches[0].items()}
     own = [{k: v.to(device) for k, v in batch.items()} for batch in batches[ranks.index :: ranks.count]]
     turns = range(-(-len(batches) // ranks.count))  # as many on every rank; in the last some may have no batch
     with _inference(model):

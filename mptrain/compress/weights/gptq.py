@@ -58,25 +58,35 @@ def gptq(weight: Tensor, grid: Grid, upper: Tensor) -> BlockQuantized:
     dtype = torch.float64 if columns <= 1024 else torch.float32
     w, u = weight.to(dtype, copy=True), upper.to(dtype)
     block = grid.block(columns)
-    cost = u.diagonal().reciprocal().square()
-    q = torch.empty_like(w)
+    cost = u.diagonal().reciprocal().square().float()
+    q = w.new_empty(columns, rows)
     scales, zeros = [], []
     panel = max(block, _PANEL // block * block) if grid.granularity == "block" else min(columns, _PANEL)
     for start in range(0, columns, panel):
         end = min(start + panel, columns)
-        errors = w.new_empty(rows, end - start)
+        part = w[:, start:end].T.contiguous()  # [columns, rows], so that a column is one stretch of memory
+        errors = torch.empty_like(part)
         for j in range(start, end):
+            here = j - start
             if j % block == 0:
-                units = w if grid.granularity == "tensor" else w[:, j : j + block]
-                importance = cost[j : j + block].expand(rows, block)
-                shape = (1, 1, -1) if grid.granularity == "tensor" else (rows, 1, block)
-                scale, zero = best_scales(units.reshape(shape), grid, importance.reshape(shape))
+                scale, zero = _unit_scales(part[here : here + block].T if block <= panel else w, grid, cost, j)
                 scales.append(scale)
                 zeros.append(zero)
-                by_row, zero_by_row = scale[:, 0].expand(rows), zero[:, 0].expand(rows)
-            q[:, j] = to_levels(w[:, j, None], by_row, zero_by_row, grid)[:, 0]
-            errors[:, j - start] = (w[:, j] - (q[:, j] - zero_by_row) * by_row) / u[j, j]
+                by_row, zero_by_row = scale[:, 0].to(dtype).expand(rows), zero[:, 0].to(dtype).expand(rows)
+            q[j] = to_levels(part[here][:, None], by_row, zero_by_row, grid)[:, 0]
+            errors[here] = (part[here] - (q[j] - zero_by_row) * by_row) / u[j, j]
             # up to the end of the panel; but the scales of a block need all of its columns
-            w[:, j + 1 : end] -= torch.outer(errors[:, j - start], u[j, j + 1 : end])
-        w[:, end:] -= errors @ u[start:end, end:]
-    return grid.record(q, torch.cat(scales, 1), torch.cat(zeros, 1), weight.shape)
+            part[here + 1 :] -= torch.outer(u[j, j + 1 : end], errors[here])
+        w[:, end:] -= errors.T @ u[start:end, end:]
+    return grid.record(q.T.contiguous(), torch.cat(scales, 1), torch.cat(zeros, 1), weight.shape)
+
+
+def _unit_scales(columns: Tensor, grid: Grid, cost: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [rows | 1, 1] of the units that begin at column `first`; the search is in float32.
+
+    columns: [rows, columns of a unit] as they are now. cost: of an error, by column of the whole weight.
+    """
+    rows, count = columns.shape
+    importance = cost[first : first + count].expand(rows, count)
+    shape = (1, 1, -1) if grid.granularity == "tensor" else (rows, 1, count)
+    return best_scales(columns.float().reshape(shape), grid, importance.reshape(shape))

@@ -69,6 +69,18 @@ MADE = {
 """made here instead of being a package, by a module with VERSION, SOURCE, the package that it is made from, or None,
 and make(path of that, folder)"""
 
+NOTES = {
+    "smollm2-135m": "The weights of packaged:smollm2-135m were 4-bit numbers in blocks of 32, with a scale and a least"
+    " value to each block (Q4_1), before they were float32: asymmetric integers of 4 bits in such blocks hold them"
+    " almost without loss and prove nothing. Judge other blocks (64, a row), symmetric ones, or fewer bits."
+}
+"""what a reader of results has to know of a packaged input"""
+
+
+def note(reference: str) -> str | None:
+    """Of NOTES, by "packaged:NAME"; None for any other model or data."""
+    return NOTES.get(reference.removeprefix(PREFIX)) if reference.startswith(PREFIX) else None
+
 
 def fetch(reference: str) -> Path:
     """Return the cached path of "packaged:NAME", a folder or a file, downloading or making it the first time.

@@ -32,7 +32,7 @@ from mptrain.recipe import Calibration, Data, TaskSpec
 
 __all__ = ["IGNORED", "Batch", "Example", "Examples", "Outputs", "Task", "finite", "stack"]
 
-BATCH_BYTES = 512 * 2**20
+BATCH_BYTES = 64 * 2**20
 """the most that the outputs of a batch may take where the recipe says no batch size; a runtime holds them twice"""
 BATCH_SIZE = 64
 

@@ -17,6 +17,10 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 
 from mptrain.export.torch.decoding import BEAM, PAST, present
 
+RUNTIME = {"KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""in the file, for the CPU plugin's own choice is 8 bits for both, the state and activations before compressed weights;
+who asks for it when the model is compiled gets it"""
+
 
 def make_stateful(graph: ov.Model) -> None:
     """Make variables of the keys and values of a converted decoder, and add beam_idx, int32."""
@@ -40,5 +44,6 @@ def make_stateful(graph: ov.Model) -> None:
             _, heads, _, size = node.get_output_partial_shape(0)
             rest = opset.constant(np.array([heads.get_length(), 0, size.get_length()], dtype=np.int64))
             node.set_arguments([opset.broadcast(opset.constant(np.float32(0)), opset.concat([rows, rest], 0))])
-    graph.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])  # the CPU plugin's own choice is 8 bits
+    for option, value in RUNTIME.items():
+        graph.set_rt_info(value, ["runtime_options", option])
     graph.validate_nodes_and_infer_types()

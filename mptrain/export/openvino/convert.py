@@ -32,7 +32,7 @@ from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
 from mptrain.export.openvino import weights
 from mptrain.export.openvino.cached import make_stateful
-from mptrain.export.openvino.runner import CachedIr, CompiledIr
+from mptrain.export.openvino.runner import CachedIr, CompiledIr, computes_in
 from mptrain.export.torch import calls, graphs
 from mptrain.export.torch.decoding import decoding
 from mptrain.export.torch.fits import check_fits
@@ -110,11 +110,12 @@ def write(
     """
     _check(model, precision)
     signature = probed(model, example) if signature is None else signature
-    graph = convert(model, example, signature, cached=cache is not None)
+    # no name for the graph here: it holds the weights once more, and is not needed once it is saved
     if precision == "fp16":
-        done = _write_fp16(graph, model, list(calibration) or [example], folder, signature, cache)
+        done = _write_fp16(model, example, list(calibration) or [example], folder, signature, cache)
     else:
-        done = _save(_stored(graph, model, precision, embeddings), folder)
+        cached = cache is not None
+        done = _save(_stored(convert(model, example, signature, cached=cached), model, precision, embeddings), folder)
     if cache is not None:
         with closing(CachedIr(done.xml, cache)) as runner:
             check(runner, _single(model), runtime="OpenVINO", exact=precision in ("fp32", "compressed"))
@@ -135,8 +136,8 @@ def _stored(graph: ov.Model, model: nn.Module, precision: Precision, embeddings:
 
 
 def _write_fp16(
-    graph: ov.Model,
     model: nn.Module,
+    example: Mapping[str, Tensor],
     batches: Sequence[Mapping[str, Tensor]],
     folder: Path,
     signature: Signature,
@@ -144,12 +145,15 @@ def _write_fp16(
 ) -> Exported:
     plain = _single(model)
     found, ops = openvino_fp16.find(plain.eval(), batches, signature)
+    graph = convert(model, example, signature, cached=cache is not None)
     graph, nodes, constants = openvino_fp16.marked(graph, found.keep, ops)
     facts = openvino_fp16.described(found, nodes, constants)
     done = _save(graph, folder, half=True)
-    runner = CompiledIr(done.xml, precision="f16") if cache is None else CachedIr(done.xml, cache, precision="f16")
-    if runner.precision == "f16":
-        facts["executed"] = overflow.as_json(parity.executed(plain, runner, batches, signature))
+    del graph
+    if computes_in("f16"):
+        half = CompiledIr(done.xml, precision="f16") if cache is None else CachedIr(done.xml, cache, precision="f16")
+        with closing(half) as runner:
+            facts["executed"] = overflow.as_json(parity.executed(plain, runner, batches, signature))
         if not facts["executed"]["finite"]:
             raise ExportError(
                 "computed in fp16 on this CPU, the exported model gives values that are not finite, although"
@@ -174,10 +178,7 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(
-            f"OpenVINO could not convert {type(model).__name__}: {str(error).strip()[-600:]}. If the forward pass"
-            " depends on the values of its inputs, rewrite that part; else report it with the model's config.json."
-        ) from error
+        raise ExportError(_unconverted(model, str(error))) from error
     finally:
         model.train(training)
     _name(graph, example, signature)
@@ -187,6 +188,24 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
         _check_lengths(graph, model, example, signature)
     _number_names(graph)
     return graph
+
+
+def _unconverted(model: nn.Module, said: str) -> str:
+    """said: by the converter, which lists operations that it lacks among many that fail because of these."""
+    lacks = re.search(r"No conversion rule found for operations: (.*)", said)
+    if lacks is None:
+        return (
+            f"OpenVINO could not convert {type(model).__name__}: {said.strip()[-600:]}. If the forward pass"
+            " depends on the values of its inputs, rewrite that part; else report it with the model's config.json."
+        )
+    experts = [name for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    why = (
+        f" Its experts ({experts[0]} and others) compute on as many tokens as a router sends each of them, sizes that"
+        " a graph does not have: mixtures of experts are not exported to OpenVINO."
+        if experts
+        else " Rewrite the part of the model that uses it, or report it with the model's config.json."
+    )
+    return f"OpenVINO has no operation for {lacks[1].strip()}, which {type(model).__name__} needs.{why}"
 
 
 def _single(model: nn.Module) -> nn.Module:

@@ -20,7 +20,8 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
     """Of a compiled model. xml: its file. precision: that the plugin took.
 
     int8_layers, fp32_layers: by whether the inputs of a layer arrive as 8-bit integers; one with only its weight
-    compressed computes in floating point. more: converts, the conversions left in the graph that runs.
+    compressed computes in floating point. more: converts, the conversions left in the graph that runs;
+    dynamic_quantization_group_size, 0 where activations before compressed weights stay float.
     """
     unfused = converts = 0
     fused: list[str] = []
@@ -49,7 +50,7 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
         layer_precisions={kind: dict(found.most_common()) for kind, found in sorted(precisions.items())},
         weight_types=stored_types(ov.Core().read_model(xml)),
         inference_precision=precision,
-        more={"converts": converts},
+        more={"converts": converts, "dynamic_quantization_group_size": _group(compiled)},
     )
 
 
@@ -60,6 +61,11 @@ def stored_types(graph: ov.Model) -> dict[str, int]:
         if node.get_type_name() == "Constant":
             sizes[node.get_element_type().get_type_name()] += node.get_byte_size()
     return {kind: size for kind, size in sizes.most_common() if kind not in _INDICES}
+
+
+def _group(compiled: ov.CompiledModel) -> int:
+    """Values of an activation that share a scale when they are rounded to 8 bits before compressed weights."""
+    return int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE"))
 
 
 def _has_softmax(original_layers: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+from openvino import opset13 as opset
 from torch import Tensor
 
 from mptrain.core.errors import ExportError
@@ -86,6 +87,14 @@ class CachedIr(CompiledIr):
         places so far + n]. Where these are missing, positions are counted from each text's first token, and each row
         goes on with its own state (beam_idx)."""
         return super().__call__(completed(batch, self.max_length))
+
+
+def computes_in(precision: str) -> bool:
+    """Whether the plugin takes a precision here; else it stays float32. Asked with a graph of one operation."""
+    given = opset.parameter([1], ov.Type.f32)
+    options = {"INFERENCE_PRECISION_HINT": precision}
+    compiled = ov.Core().compile_model(ov.Model([opset.relu(given)], [given]), "CPU", options)
+    return compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == precision
 
 
 def keeps_state(xml: Path | str) -> bool:

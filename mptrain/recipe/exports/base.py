@@ -118,6 +118,9 @@ class ExportSpec(Strict):
     caches: ClassVar[Literal["float16", "float32"] | None] = None
     """type of its key-value cache; None: it keeps none"""
 
+    generates: ClassVar[bool] = False
+    """whether its runner with a cache is a `mptrain.measure.generation.Decoder`, whose times say something"""
+
     id: Name
     format: str
     of: list[str] = Field(description=OF)

@@ -28,6 +28,7 @@ class Onnx(ExportSpec):
     )
     library = "onnx"
     caches = "float32"
+    generates = True
     foresees = True
     checks = frozenset({"fused_attention", "max_casts", "effective_precision"})
 

@@ -28,6 +28,7 @@ class OpenVino(ExportSpec):
     )
     library = "openvino"
     caches = "float32"
+    generates = True
     checks = frozenset({"fused_attention", "effective_precision"})
 
     format: Literal["openvino"]

@@ -14,7 +14,7 @@ from mptrain.recipe.exports.base import Use
 from mptrain.report import claims
 from mptrain.report.render.markdown import escape, grid
 from mptrain.report.row import Row
-from mptrain.report.tables import choices, results
+from mptrain.report.tables import choices, generation, results
 
 _PROCESSORS: dict[str | None, tuple[str | None, str]] = {
     "tokenizer": ("AutoTokenizer", '"…"'),
@@ -29,7 +29,7 @@ def card(report: Row) -> str:
     verdict = [f"- {escape(claim.text)}" for claim in claims.claims(report)]
     if verdict:
         parts.append("\n".join(verdict))
-    for table in (results.results(report), choices.table(report), results.latency(report)):
+    for table in (results.results(report), choices.table(report), results.latency(report), generation.table(report)):
         if table:
             parts.append(f"## {table.title}\n\n{grid(table)}\n\n{escape(table.note)}")
     parts += [*_use(report), _limits(report)]

@@ -9,7 +9,7 @@ import re
 
 from mptrain.report import claims
 from mptrain.report.row import Row
-from mptrain.report.tables import choices, models, results
+from mptrain.report.tables import choices, generation, models, results
 from mptrain.report.tables.results import Cell, Table
 
 _MARKS = {"good": "✓", "warn": "!", "bad": "✗", "plain": "•"}
@@ -49,6 +49,7 @@ def markdown(report: Row) -> str:
         results.results(report),
         choices.table(report),
         results.latency(report),
+        generation.table(report),
         results.gates(report),
         models.structure(report),
         models.compressed(report),

@@ -9,7 +9,7 @@ import yaml
 from mptrain.report import claims
 from mptrain.report.render.html import figures, fill
 from mptrain.report.row import Row
-from mptrain.report.tables import choices, models, results
+from mptrain.report.tables import choices, generation, models, results
 
 NO_PLOTS = 'Figures need matplotlib: pip install "mptrain[plots]", then render again with mptrain report.'
 INTERVALS = (
@@ -38,6 +38,7 @@ def page(report: Row) -> str:
             "results": results.results(report),
             "choices": choices.table(report),
             "latency": results.latency(report),
+            "generation": generation.table(report),
             "gates": results.gates(report),
             "structure": models.structure(report),
             "compressed": models.compressed(report),

@@ -1,0 +1,1 @@
+"""Language models in int4 on OpenVINO."""
