@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mptrain.compress.calibrate.ranks import ALONE, Ranks
 from mptrain.core.errors import UserError
 from mptrain.core.signature import Batch
+from mptrain.data.tasks.metrics import Score
 from mptrain.recipe.method import MethodConfig
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -45,20 +46,28 @@ def _nothing() -> Any:
     raise UserError("this method needs calibration data: give inputs, labelled or example to Tools, or other settings")
 
 
+def _unscored(model: nn.Module) -> Score:
+    raise UserError(
+        "quantize.ignore: auto needs the score of a task: use a recipe, give score to Tools, or name modules"
+    )
+
+
 @dataclass(frozen=True)
 class Tools:
     """What a method may use of the run or script it acts in.
 
-    inputs: batches of model inputs to calibrate on. labelled: the same with labels. loss: of a model on such a batch,
-    a scalar with its graph. example: one input of `length` tokens or samples. seed: draws all that is random. steps,
-    steps_per_epoch: optimizer steps of the phase; 0, it does not train. lr: of the phase. widths: bits of the tables
-    that all targets store; None, any. threads: of the latency that counts; None, torch's. once(name, make): what
-    `make` measured, made by one process only, once for all attempts at the phase.
+    inputs: batches of model inputs to calibrate on. labelled: the same with labels. loss: of a model on such a batch, a
+    scalar with its graph. score: of a model, the task's main one on the validation split. example: one input of
+    `length` tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer steps of the phase; 0,
+    it does not train. lr: of the phase. widths: bits of the tables that all targets store; None, any. threads: of the
+    latency that counts; None, torch's. once(name, make): what `make` measured, made by one process only, once for all
+    attempts at the phase.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing
     labelled: Callable[[], list[Batch]] = _nothing
     loss: LossFn = model_loss
+    score: Callable[[nn.Module], Score] = _unscored
     example: Callable[[], Batch] = _nothing
     length: int = 128
     seed: int = 0

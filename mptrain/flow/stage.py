@@ -135,6 +135,7 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
         inputs=lambda: data.calibration(calibration.samples, calibration.batch_size),
         labelled=lambda: data.labelled(calibration),
         loss=data.model_loss,
+        score=data.validated,
         example=lambda: data.example(1, inputs.data.max_length),
         length=inputs.data.max_length,
         seed=inputs.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mptrain.recipe.base import OneOf, Strict
 from mptrain.recipe.method import MethodConfig, Need, Weights
@@ -75,10 +75,26 @@ class Ptq(QuantizeConfig):
         "mixed", description="performance: symmetric; mixed: symmetric weights, asymmetric activations"
     )
     embeddings: Literal["fp32", "int8"] = "int8"
-    ignore: list[str] = Field([], description=KEPT)
+    ignore: list[str] | Literal["auto"] = Field(
+        [], description=f"{KEPT}; auto: the fewest that keep the validation split's score within max_drop"
+    )
+    max_drop: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="with ignore: auto, what may be lost, counted as gates.max_drop is; default 0.002"
+    )
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
     smooth_quant: bool = True
     fast_bias_correction: bool = True
+
+    @model_validator(mode="after")
+    def _limit(self):
+        if self.max_drop is not None and self.ignore != "auto":
+            raise ValueError("max_drop: is for ignore: auto; drop it, or write ignore: auto")
+        return self
+
+    @property
+    def limit(self) -> float | None:
+        """What may be lost where layers are sought; None where they are given."""
+        return (0.002 if self.max_drop is None else self.max_drop) if self.ignore == "auto" else None
 
     def words(self) -> str:
         return "int8 post-training quantization"

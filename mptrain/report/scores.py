@@ -5,10 +5,10 @@ Scores of all variants are of the same examples in the same order, so difference
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mptrain.data.tasks.metrics import drop
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.report.row import Row
 
@@ -73,9 +73,6 @@ def metric(score: Score) -> Row:
 def compared(v: Variant, base: Variant) -> Row:
     score, reference = v.scores[0], base.scores[0]
     difference = paired_difference(score, reference)
-    lost = -difference.value if score.higher_is_better else difference.value
-    if score.unit == "number":  # relative: its scale has no meaning of its own
-        lost = lost / abs(reference.value) if reference.value else math.nan
     return {
         "id": v.id,
         "vs": base.id,
@@ -84,7 +81,7 @@ def compared(v: Variant, base: Variant) -> Row:
         f"{score.name}_delta": difference.value,
         f"{score.name}_delta_ci95": [difference.low, difference.high],
         "verdict": difference.verdict(score.higher_is_better),
-        "drop": lost,
+        "drop": drop(reference, score),
         "multiple_choice": {
             task: {
                 score.name: _paired(score, other)

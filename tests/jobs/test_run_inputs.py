@@ -158,7 +158,7 @@ def test_validate_knows_exports_that_make_nothing(tmp_path, capsys):
 def ptq_of(folder, model):
     described = dense(folder)
     described["model"]["path"] = str(model)
-    described["stages"] = [{"id": "ptq", "quantize": {"mode": "ptq"}}]
+    described["stages"] = [{"id": "ptq", "quantize": {"mode": "ptq", "ignore": "auto", "max_drop": 0.1}}]
     described["export"][0] |= {"of": ["model", "ptq"], "precision": ["fp32", "int8"]}
     described["output"]["dir"] = str(folder / "ptq")
     return tiny.write(described, folder / "ptq.yaml")
@@ -172,6 +172,8 @@ def test_a_model_that_is_trained_already_is_the_baseline_of_its_quantization(tmp
     assert [v["id"] for v in after["variants"]] == ["baseline_fp32", "ptq_int8"]
     assert after["variants"][0]["metrics"] == before["variants"][0]["metrics"]
     assert [c["vs"] for c in after["comparisons"]] == ["baseline_fp32"]
+    found = after["methods"]["ptq"]["facts"]["quantize"]["restored"]
+    assert found["metric"] == "accuracy" and found["drop"] <= 0.1 and found["evaluations"] == 1 and not found["ignore"]
     assert "finished" in run(recipe).stderr
 
 

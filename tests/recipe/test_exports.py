@@ -81,7 +81,7 @@ def test_the_tested_versions_are_those_of_the_extras():
 
 
 def test_an_unknown_field_is_answered_with_those_of_its_own_format():
-    from mptrain.recipe.file import _fields_at
+    from mptrain.recipe.explain import _fields_at
 
     export = {"id": "e", "format": "openvino", "of": ["dense"], "route": "trace"}
     assert "route" not in _fields_at(("export", 0), {"export": [export]})

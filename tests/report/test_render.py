@@ -294,6 +294,20 @@ def test_parts_that_a_run_lacks_are_left_out():
     assert "Difference to the baseline" not in Page(page(alone)).text
 
 
+def test_layers_left_in_float_are_said_with_what_they_are_worth(report):
+    line = next(line for line in markdown(report).splitlines() if "pooler, classifier" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == [
+        "pooler, classifier (of 38 units)",
+        "85.00%",
+        "81.00%",
+        "84.90%",
+        "0.10 points (≤ 0.20 points)",
+        "9",
+    ]
+    assert "of the torch models on 1,273 validation examples" in Page(page(report)).text
+
+
 def test_every_task_renders():
     rng = np.random.default_rng(0)
     scores = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from mptrain.compress.base import Method, Site, Sizes, Tools
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.scopes import resolve
 from mptrain.core.hooks import HOOKS
+from mptrain.core.signature import Batch
 from mptrain.recipe.weights import Ptq, Qat
 
 
@@ -19,13 +21,14 @@ class Quantization(Method[Qat | Ptq]):
     """int8 weights and activations by fake quantizers; those of qat train with the model."""
 
     order = base.QUANTIZE
+    _restored: dict[str, Any] | None = None
 
     @classmethod
     def check(cls, config: Qat | Ptq, skeleton: nn.Module, site: Site) -> None:
         quantizers.check_installed()
         quantizers.check_attention(skeleton)
         names = [name for name, _ in skeleton.named_modules()]
-        resolve(config.ignore, names, "quantize.ignore")
+        resolve(quantizers.given(config), names, "quantize.ignore")
         resolve(list(config.bits), names, "quantize.bits")
 
     @classmethod
@@ -35,7 +38,11 @@ class Quantization(Method[Qat | Ptq]):
         return replace(sizes, layer_bytes=1.0, embedding_bytes=embeddings, step=1.5 * sizes.step)
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
-        quantized = quantizers.quantize(model, self.config, tools.inputs())
+        batches = tools.inputs()
+        if isinstance(self.config, Ptq) and self.config.limit is not None:
+            self._restored = self._search(self.config, self.config.limit, model, batches, tools)
+            self.config = self.config.model_copy(update={"ignore": self._restored["ignore"]})
+        quantized = quantizers.quantize(model, self.config, batches)
         self._shapes = _shapes(quantized)
         return quantized
 
@@ -45,6 +52,18 @@ class Quantization(Method[Qat | Ptq]):
             return model
         plain, _, _ = quantizers.detach(model)
         return quantizers.quantize(plain, self.config, tools.inputs())
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self._restored is None else {"restored": self._restored}
+
+    @staticmethod
+    def _search(config: Ptq, limit: float, model: nn.Module, batches: list[Batch], tools: Tools) -> dict[str, Any]:
+        from mptrain.compress.quantize import restore
+
+        def quantized(ignore: list[str]) -> nn.Module:
+            return quantizers.quantize(model, config.model_copy(update={"ignore": ignore}), batches)
+
+        return tools.once("restored", lambda: restore.search(model, quantized, batches, tools.score, limit))
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -41,6 +42,11 @@ from mptrain.core.patch import replaced
 
 _ATTENTION = ["scaled_dot_product_attention", "matmul", "bmm", "baddbmm"]
 _EMBEDDING = ["embedding"]
+_MOVES = frozenset(
+    "view reshape transpose permute contiguous flatten unflatten unsqueeze squeeze expand chunk split unbind"
+    " __getitem__ getitem to type_as clone dropout cat pad".split()
+)
+"""functions whose outputs hold the values of their inputs"""
 _SMOOTH_ALPHA = 0.95  # NNCF's for transformers
 
 
@@ -152,24 +158,81 @@ def hooks(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What is quantized or left in float together. modules: that compute with what these quantizers round."""
+
+    quantizers: tuple[FakeQuantizer, ...]
+    modules: tuple[str, ...]
+
+
+def units(model: nn.Module, example: Mapping[str, Tensor]) -> list[Unit]:
+    """The quantizers of a hooked model, in the order of its modules: those whose values one module computes with, and
+    those of modules that share one, are a unit. Operations that run in no module but the model itself have no name
+    that could be ignored, so their units are left out."""
+    record = _record(model, example)
+    groups: list[tuple[set[str], list[FakeQuantizer]]] = []
+    for names, module in hooks(model):
+        if not isinstance(module, FakeQuantizer):
+            continue
+        places: set[str] = set()
+        for kind, operation, _ in map(_decode, names):
+            places |= record.computing(operation) if kind == "post_hooks" else {record.modules[operation]}
+        met = [group for group in groups if group[0] & places]
+        groups = [group for group in groups if not group[0] & places]
+        groups.append((places.union(*(g[0] for g in met)), [q for g in met for q in g[1]] + [module]))
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    found = [Unit(tuple(q), tuple(sorted(places, key=order.__getitem__))) for places, q in groups if places]
+    return sorted((u for u in found if "" not in u.modules), key=lambda unit: order[unit.modules[0]])
+
+
 class _Record(FunctionHookMode):
     """NNCF's bookkeeping of operation names over one forward pass, with what stands behind each.
 
     modules: the innermost module of the model that runs the operation. inputs: its first
-    argument before hooks; the same object for operations that read the same tensor.
+    argument before hooks; the same object for operations that read the same tensor. readers: of each operation, and
+    of each input of the model, the operations that read what it gives, behind its hooks.
     """
 
-    def __init__(self, model: nn.Module, storage: HookStorage):
+    def __init__(self, model: nn.Module, storage: HookStorage, inputs: Mapping[str, Tensor]):
         super().__init__(model, storage)
         self._names = {id(m): name for name, m in model.named_modules() if not name.startswith(HOOKS)}
         self.modules: dict[str, str] = {}
         self.inputs: dict[str, Any] = {}
+        self.readers: dict[str, list[str]] = {name: [] for name in inputs}
+        # with what was made, or its id would be another's
+        self._made: dict[int, tuple[str, Any]] = {id(value): (name, value) for name, value in inputs.items()}
 
     def execute_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta) -> Any:
         inside = (self._names[id(m)] for m in reversed(self.module_call_stack) if id(m) in self._names)
         self.modules[op_meta.op_name] = next(inside)
         self.inputs[op_meta.op_name] = args[0] if args else None
+        for value in _flat((*args, *kwargs.values())):
+            if id(value) in self._made:
+                self.readers[self._made[id(value)][0]].append(op_meta.op_name)
         return super().execute_pre_hooks(args, kwargs, op_meta)
+
+    def execute_post_hooks(self, output: Any, op_meta: OpMeta) -> Any:
+        output = super().execute_post_hooks(output, op_meta)
+        self.readers[op_meta.op_name] = []
+        self._made |= {id(value): (op_meta.op_name, value) for value in _flat((output,))}
+        return output
+
+    def computing(self, operation: str) -> set[str]:
+        """The modules of the operations that compute with what this one gave, as it is or moved."""
+        found: set[str] = set()
+        for reader in self.readers[operation]:
+            moves = reader.split("/")[-2] in _MOVES
+            found |= self.computing(reader) if moves else {self.modules[reader]}
+        return found
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 @torch.no_grad()
@@ -178,7 +241,7 @@ def _record(model: nn.Module, example: Mapping[str, Tensor]) -> _Record:
     training = model.training
     model.eval()
     try:
-        with _Record(model, HookStorage() if plain else get_hook_storage(model)) as record:
+        with _Record(model, HookStorage() if plain else get_hook_storage(model), example) as record:
             (model if plain else cast(ForwardWithHooks, model.forward).orig_forward)(**example)
     finally:
         model.train(training)

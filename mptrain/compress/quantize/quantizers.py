@@ -45,7 +45,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if is_quantized(model):
         raise UserError("the model is quantized already: quantize in one stage only, or start from an earlier stage")
     names = [name for name, _ in model.named_modules()]
-    ignore = resolve(config.ignore, names, "quantize.ignore")
+    ignore = resolve(given(config), names, "quantize.ignore")
     bits = {pattern: resolve([pattern], names, "quantize.bits") for pattern in config.bits}
     symmetric_activations = (
         config.activations == "symmetric" if isinstance(config, Qat) else config.preset == "performance"
@@ -67,6 +67,11 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if getattr(getattr(quantized, "config", None), "layerdrop", 0):
         quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next
     return quantized.train(model.training)
+
+
+def given(config: Qat | Ptq) -> list[str]:
+    """The patterns of `ignore`; none where they are sought (restore.py)."""
+    return config.ignore if isinstance(config.ignore, list) else []
 
 
 def check_attention(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from mptrain.core.errors import MptrainError
 from mptrain.core.progress import progress as said
-from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature
+from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature, by_name, without_cache
 from mptrain.data.sources.splits import SPLITS, sample
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import agreement, divergence
@@ -256,6 +256,18 @@ class Task(ABC):
                     found[index] = value
                 bar.update(len(indices))
         return self.score(split, found)
+
+    def validated(self, model: nn.Module) -> Score:
+        """The main score of a torch model on the validation split, in eval mode and on its device."""
+        device, training = next((p.device for p in model.parameters()), torch.device("cpu")), model.training
+        model.eval()
+        try:
+            with without_cache(model):
+                return self.evaluate(lambda b: by_name(model(**{n: v.to(device) for n, v in b.items()})), "validation")[
+                    0
+                ]
+        finally:
+            model.train(training)
 
     def calibration(self, samples: int, batch_size: int) -> list[Batch]:
         """Model inputs of `samples` training examples drawn by the seed, batched by length."""

@@ -10,6 +10,7 @@ makes resamples cheap, of their column means:
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -102,6 +103,14 @@ class Score:
                 " recipe again with --fresh."
             )
         return cls(kept["name"], np.array(kept["stats"], dtype=np.float64), measure, unit, kept["higher"])
+
+
+def drop(reference: Score, score: Score) -> float:
+    """How far a score is below the reference, in its direction: see Unit. nan where that is not known."""
+    lost = reference.value - score.value if score.higher_is_better else score.value - reference.value
+    if score.unit == "number":  # its scale has no meaning of its own
+        return lost / abs(reference.value) if reference.value else math.nan
+    return lost
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:

@@ -53,6 +53,7 @@ def markdown(report: Row) -> str:
         results.gates(report),
         models.structure(report),
         models.compressed(report),
+        models.restored(report),
         results.training(report),
         models.runtime(report),
         models.half(report),

@@ -42,6 +42,7 @@ def page(report: Row) -> str:
             "gates": results.gates(report),
             "structure": models.structure(report),
             "compressed": models.compressed(report),
+            "restored": models.restored(report),
             "training": results.training(report),
             "runtime": models.runtime(report),
             "half": models.half(report),

@@ -178,6 +178,32 @@ def _stored(first: list[Cell], weights: list[Row]) -> list[Cell]:
     ]
 
 
+def restored(report: Row) -> Table | None:
+    """Layers that a search left in float, so that quantization costs no more than a limit."""
+    rows, said = [], ""
+    for stage, about in (report.get("methods") or {}).items():
+        for found in filter(None, (facts.get("restored") for facts in about["facts"].values())):
+            unit = found["unit"]
+            rows.append(
+                [
+                    Cell(stage),
+                    Cell(", ".join(found["ignore"]) or "none", f"of {found['units']} units" if found["ignore"] else ""),
+                    Cell(words.metric(unit, found["float"])),
+                    Cell(words.metric(unit, found["int8"])),
+                    Cell(words.metric(unit, found["found"])),
+                    Cell(words.drop(unit, found["drop"]), f"≤ {words.drop(unit, found['limit'])}"),
+                    Cell(f"{found['evaluations']}"),
+                ]
+            )
+            said = f"{found['metric']} of the torch models on {found['n']:,} validation examples"
+    columns = ["Stage", "Left in float", "Float", "All int8", "With these in float", "Drop", "Scores"]
+    note = (
+        f"Found by `quantize.ignore: auto`: {said}, which chose them, so that the test split alone says what they are"
+        " worth. Written as `ignore`, the names give the same model."
+    )
+    return Table("Layers found to need float", columns, rows, note, text_columns=1) if rows else None
+
+
 def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
     """[("int8 in jpqd_int8 (36)", names)] with numbered layers folded: "encoder.layer.{0-5}.output"."""
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}

@@ -1,0 +1,181 @@
+"""Which layers int8 must leave alone: the fewest that, back in float, bring a score within a limit.
+
+    unit      quantizers that go together: on the weights of a layer, on its input, and on all else that reads the same
+    rank      one pass over the calibration inputs with each unit in float and the others quantized: by how much the
+              squared error of the outputs falls. Errors of units are nearly independent, so these parts add up
+    search    score with the first k units of this order in float; k by bisection
+    thin      score without one of them, the least first, at most as often as the bisection did
+    confirm   the model quantized anew with these layers ignored, as a recipe that names them would be. Ranges and
+              corrections are others then; while it loses too much, further units of the order are added
+
+Only search, thin and confirm score on the task's data; the number of scores grows with the logarithm of the layers.
+(nncf.quantize_with_accuracy_control ranks and restores by scores alone.)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mptrain.compress.quantize.placement import Unit, units
+from mptrain.compress.structure.scopes import resolve
+from mptrain.core.errors import UserError
+from mptrain.core.progress import progress
+from mptrain.core.signature import by_name, without_cache
+from mptrain.data.tasks.metrics import Score, drop
+
+log = logging.getLogger(__name__)
+
+
+def search(
+    model: nn.Module,
+    quantized: Callable[[list[str]], nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    score: Callable[[nn.Module], Score],
+    max_drop: float,
+) -> dict[str, Any]:
+    """What to write as `ignore`, and how it was found, in JSON types.
+
+    model: in float. quantized: a copy of it with quantizers, but for modules of these patterns. batches: inputs to
+    rank on. score: of a model, on data that nothing else is judged by. max_drop: `metrics.drop` that is let pass.
+    Returns {"metric", "unit", "n", "limit", "float", "int8", "found" (scores), "drop" (of found), "units",
+    "evaluations" (scores of quantized models), "ignore"}. Raises UserError where no set of layers meets the limit.
+    """
+    whole, reference = quantized([]), score(model)
+    tried: list[Score] = []
+
+    def lost(candidate: nn.Module) -> float:
+        tried.append(score(candidate))
+        return drop(reference, tried[-1])
+
+    def meets(chosen: Sequence[Unit]) -> bool:
+        with _in_float(whole, chosen):
+            return lost(whole) <= max_drop
+
+    found, ignore, ranked = lost(whole), list[str](), list[Unit]()
+    first = tried[0]
+    if not found <= max_drop:
+        ranked = rank(model, whole, batches)
+        chosen = _fewest(ranked, meets)
+        rest = [unit for unit in ranked if unit not in chosen]
+        found, ignore = _confirmed(model, quantized, lost, chosen, rest, max_drop)
+        log.info("quantize.ignore: %d of %d layers stay in float: %s", len(ignore), len(ranked), ", ".join(ignore))
+    return {
+        "metric": first.name,
+        "unit": first.unit,
+        "n": first.n,
+        "limit": max_drop,
+        "float": reference.value,
+        "int8": first.value,
+        "found": tried[-1].value,
+        "drop": found,
+        "units": len(ranked),
+        "evaluations": len(tried),
+        "ignore": ignore,
+    }
+
+
+@torch.no_grad()
+def rank(model: nn.Module, whole: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Unit]:
+    """The units of a quantized copy of the model, those first whose return to float helps its outputs most."""
+    found = units(whole, batches[0])
+    expected = [_outputs(model, batch) for batch in batches]
+    helped = []
+    with progress("rank layers", len(found)) as bar:
+        for unit in found:
+            with _in_float(whole, [unit]):
+                helped.append(_error(whole, batches, expected))
+            bar.update()
+    order = sorted(range(len(found)), key=lambda i: (helped[i], i))
+    return [found[i] for i in order]
+
+
+def _fewest(ranked: Sequence[Unit], meets: Callable[[Sequence[Unit]], bool]) -> list[Unit]:
+    """A shortest beginning of the order that meets the limit, thinned. All together are taken to meet it."""
+    low, high, asked = 0, len(ranked), 0
+    while high - low > 1:
+        middle, asked = (low + high) // 2, asked + 1
+        low, high = (low, middle) if meets(ranked[:middle]) else (middle, high)
+    chosen = list(ranked[:high])
+    for unit in reversed(ranked[: high - 1]):  # without its last it did not
+        if asked == 0:
+            break
+        asked -= 1
+        fewer = [other for other in chosen if other is not unit]
+        chosen = fewer if meets(fewer) else chosen
+    return chosen
+
+
+def _confirmed(
+    model: nn.Module,
+    quantized: Callable[[list[str]], nn.Module],
+    lost: Callable[[nn.Module], float],
+    chosen: list[Unit],
+    rest: list[Unit],
+    max_drop: float,
+) -> tuple[float, list[str]]:
+    """The drop of the model quantized without these units and as many of the rest as it takes, and their patterns."""
+    names = [name for name, _ in model.named_modules()]
+    while rest:
+        ignore = [pattern for unit in chosen for pattern in patterns(unit.modules, names)]
+        found = lost(quantized(ignore))
+        if found <= max_drop:
+            return found, ignore
+        more = len(chosen)
+        chosen, rest = chosen + rest[:more], rest[more:]
+    raise UserError(
+        f"quantize.max_drop: {max_drop:g} is not met unless all layers stay in float: raise it, calibrate on more"
+        " (data.calibration.samples), or train (mode: qat)"
+    )
+
+
+def patterns(modules: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Each module as `ignore` names it: plain where that means no other, else as a regular expression."""
+    found = []
+    for module in modules:
+        below = {name for name in names if name == module or name.startswith(f"{module}.")}
+        plain = resolve([module], names, "quantize.ignore") == below
+        found.append(module if plain else f"re:^{re.escape(module)}$")
+    return found
+
+
+@contextmanager
+def _in_float(whole: nn.Module, chosen: Sequence[Unit]) -> Iterator[None]:
+    off = {id(q): q for unit in chosen for q in unit.quantizers}.values()
+    try:
+        for quantizer in off:
+            quantizer.forward = _unchanged  # type: ignore[method-assign]
+        yield
+    finally:
+        for quantizer in off:
+            del quantizer.forward
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with without_cache(model):
+        return {name: value.float() for name, value in by_name(model(**batch)).items() if value.is_floating_point()}
+
+
+def _error(
+    whole: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Σ|a − b|² / Σ|b|² of each output, summed over outputs; infinite where it is not finite."""
+    apart: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    for batch, right in zip(batches, expected, strict=True):
+        for name, value in _outputs(whole, batch).items():
+            apart[name] = apart.get(name, 0.0) + float((value - right[name]).square().sum(dtype=torch.float64))
+            sizes[name] = sizes.get(name, 0.0) + float(right[name].square().sum(dtype=torch.float64))
+    total = sum(apart[name] / max(sizes[name], torch.finfo(torch.float32).tiny) for name in apart)
+    return total if math.isfinite(total) else math.inf
