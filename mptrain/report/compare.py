@@ -9,6 +9,7 @@ and better in one of them. Latencies count where all were measured on one proces
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _scores(run: Run, variant: str) -> Score | str:
         kept = json.loads(file.read_text(encoding="utf-8"))["scores"]
         found = [Score.from_kept(score, task_class(kind).measures) for score in kept]
     except (OSError, ValueError, KeyError, TypeError, MptrainError):
-        return "its run folder does not hold what every example contributed"
+        return "its examples' scores are not kept"
     name = run.report["metric"]["name"]
     return next((score for score in found if score.name == name), f"its run folder holds no {name}")
 
@@ -175,7 +176,7 @@ def _same_rows(one: Run, other: Run) -> str | None:
         return None
     ours, theirs = _test_rows(one), _test_rows(other)
     if ours is None or theirs is None:
-        return "which test rows were scored is not known"
+        return "its test rows are not known"
     if ours[0] != theirs[0]:
         return "one of the runs is older than the hash of test rows: run it again"
     return None if ours == theirs else "other test rows" if ours[0] == "test" else "other data"
@@ -196,26 +197,38 @@ def _against(
     if row is base:
         return {"difference": None, "unpaired": None, "size_ratio": 1.0, "speedup": None}
     found: Row = {"difference": None, "unpaired": _same_rows(runs[row["run"]], runs[base["run"]])}
-    ours, theirs = scores[row["id"]], scores[base["id"]]
     if found["unpaired"] is None:
-        if isinstance(ours, str) or isinstance(theirs, str):
-            found["unpaired"] = ours if isinstance(ours, str) else f"of the reference, {theirs}"
-        elif ours.n != theirs.n:
-            found["unpaired"] = f"{ours.n} examples, the reference has {theirs.n}"
-        else:
-            between = paired_difference(ours, theirs)
-            verdict = between.verdict(metric["higher_is_better"])
-            low, high = (None, None) if verdict is None else (between.low, between.high)
-            found["difference"] = {
-                "delta": None if between.value != between.value else between.value,
-                "ci95": [low, high],
-                "verdict": verdict,
-            }
+        between = _reported(row, base, runs[base["run"]].report) or _paired(
+            scores[row["id"]], scores[base["id"]], metric
+        )
+        found["unpaired" if isinstance(between, str) else "difference"] = between
     found["size_ratio"] = base["size_bytes"] / row["size_bytes"]
     times = [r["latency_ms"].get(setting) for r in (base, row)]
     same_host = _processor(runs[row["run"]].report) == _processor(runs[base["run"]].report)
     found["speedup"] = times[0]["median"] / times[1]["median"] if all(times) and same_host else None
     return found
+
+
+def _reported(row: Row, base: Row, report: Row) -> Row | None:
+    """The difference to its own baseline, as the report of the run has it."""
+    if row["run"] != base["run"] or base["variant"] != report["baseline"]:
+        return None
+    found = next(c for c in report["comparisons"] if c["id"] == row["variant"])
+    name = found["metric"]
+    return {"delta": found[f"{name}_delta"], "ci95": found[f"{name}_delta_ci95"], "verdict": found["verdict"]}
+
+
+def _paired(ours: Score | str, theirs: Score | str, metric: Row) -> Row | str:
+    """The difference; or in words why there is none."""
+    if isinstance(ours, str):
+        return ours
+    if isinstance(theirs, str):
+        return f"of the reference, {theirs}"
+    if ours.n != theirs.n:
+        return f"{ours.n} examples, the reference has {theirs.n}"
+    between = paired_difference(ours, theirs)
+    values = [value if math.isfinite(value) else None for value in (between.value, between.low, between.high)]
+    return {"delta": values[0], "ci95": values[1:], "verdict": between.verdict(metric["higher_is_better"])}
 
 
 # -- the front
@@ -297,7 +310,7 @@ def _notes(
     unpaired = [row for row in rows if row["unpaired"]]
     for reason in dict.fromkeys(row["unpaired"] for row in unpaired):
         ids = ", ".join(row["id"] for row in unpaired if row["unpaired"] == reason)
-        yield f"Not paired with {base} ({reason}): {ids}. Their scores may differ for the rows alone."
+        yield f"Not paired with {base} ({reason}): {ids}."
     if again:
         yield f"Left out, being {base} again, example by example: {', '.join(again)}."
     if len(runs) > 1 and setting is not None:

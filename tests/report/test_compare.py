@@ -57,6 +57,13 @@ def test_differences_are_those_of_the_report(tmp_path):
         assert row["size_ratio"] == theirs["size_ratio"] and row["speedup"] == theirs["speedup"][found["setting"]]
 
 
+def test_a_copied_report_alone_keeps_the_differences_to_its_own_baseline(tmp_path):
+    found = rows(compare(runs_of([str(save(tmp_path / "a", scores=False))])))
+    assert all(row["difference"] for name, row in found.items() if name != "a:baseline_fp32")
+    other = compare(runs_of([str(tmp_path / "a")]), reference="a:pruned_fp32")
+    assert all("not kept" in row["unpaired"] for row in other["rows"] if row["id"] != "a:pruned_fp32")
+
+
 def test_across_runs_the_same_rows_are_paired_and_others_are_said_to_be_unpaired(tmp_path):
     same, other = save(tmp_path / "same", variants=slower()), save(tmp_path / "other", test_hash="others")
     gone, old = save(tmp_path / "gone", scores=False), save(tmp_path / "old", test_hash=None)
@@ -65,8 +72,8 @@ def test_across_runs_the_same_rows_are_paired_and_others_are_said_to_be_unpaired
     assert by_id["same:jpqd_int8"]["difference"]["verdict"] == "worse"
     assert by_id["other:jpqd_int8"]["difference"] is None and by_id["other:jpqd_int8"]["on_front"] is None
     assert by_id["other:jpqd_int8"]["unpaired"] == "other test rows"
-    assert "does not hold" in by_id["gone:jpqd_int8"]["unpaired"]
-    assert "is not known" in by_id["old:jpqd_int8"]["unpaired"]
+    assert "are not kept" in by_id["gone:jpqd_int8"]["unpaired"]
+    assert "not known" in by_id["old:jpqd_int8"]["unpaired"]
     assert any("other test rows" in note and "other:jpqd_int8" in note for note in found["notes"])
     assert "not paired" in markdown(found) and "not paired" in page(found)
 
