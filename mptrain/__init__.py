@@ -6,6 +6,7 @@
     mptrain.LossScale          its loss scale, in detail
     mptrain.save               write a model, also a pruned or quantized one, to a folder
     mptrain.load               read it back with identical outputs
+    mptrain.read_encrypted     the columns of an encrypted table
 
 The command line is `mptrain --help`. Names are imported when they are first used.
 """
@@ -14,12 +15,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mptrain.data.sources.read import read_encrypted
     from mptrain.models.artifact import load, save
     from mptrain.precision import LossScale, MasterWeights
     from mptrain.train.arguments import TrainingArguments
     from mptrain.train.trainer import Trainer
 
-__all__ = ["LossScale", "MasterWeights", "Trainer", "TrainingArguments", "load", "save"]
+__all__ = ["LossScale", "MasterWeights", "Trainer", "TrainingArguments", "load", "read_encrypted", "save"]
 
 _HOMES = {
     "LossScale": "mptrain.precision",
@@ -27,6 +29,7 @@ _HOMES = {
     "Trainer": "mptrain.train.trainer",
     "TrainingArguments": "mptrain.train.arguments",
     "load": "mptrain.models.artifact",
+    "read_encrypted": "mptrain.data.sources.read",
     "save": "mptrain.models.artifact",
 }
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "run_inspect",
     "verify": "run_verify",
     "export": "run_export",
+    "data": "data",
     "report": "report",
     "compare": "compare",
     "doctor": "doctor",
@@ -42,6 +43,7 @@ EXTRAS = {
     "openvino_telemetry": "openvino",
     "matplotlib": "plots",
     "gguf": "gguf",
+    "cryptography": "encryption",
 }
 """of mptrain, by the package that is missing; those of the export formats are in their specs"""
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from mptrain.core.errors import DataError
+from mptrain.core.errors import DataError, MptrainError, out_of_memory
 from mptrain.data.sources import splits
-from mptrain.data.sources.read import read_source
+from mptrain.data.sources.quoting import hidden
+from mptrain.data.sources.read import Source, read_source
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import GROUP, IDENTITY, Examples, Task
 from mptrain.recipe import TASKS, Data, TaskSpec, tasks
@@ -29,12 +33,13 @@ def task_class(kind: TaskSpec) -> type[Task]:
     return found
 
 
-def load_data(spec: Data, task: str, processor: Any, *, seed: int) -> Task:
+def load_data(spec: Data, task: str, processor: Any, *, seed: int, allow_code: bool = False) -> Task:
     """Read, split and encode the data of a task.
 
     Args:
         processor: what `load_processor` returned for the model.
         seed: draws the calibration examples. It does not touch the splits.
+        allow_code: let the recipe run code: a command that prints the key of encrypted data.
 
     Returns the Task, whose `facts` hold: source, rows by split, how the splits came about, rows of
     validation and test whose input also occurs in train ("overlap_with_train"), groups by split and
@@ -44,7 +49,29 @@ def load_data(spec: Data, task: str, processor: Any, *, seed: int) -> Task:
     kind = task_class(TASKS[task])
     columns = _columns(spec, kind.kind)
     wanted = [*columns.values(), *([spec.split.group] if spec.split.group else [])]
-    source = read_source(spec, wanted)
+    source = read_source(spec, wanted, allow_code=allow_code)
+    with _unquoted():
+        return _load(spec, kind, source, columns, processor, seed)
+
+
+@contextmanager
+def _unquoted() -> Iterator[None]:
+    """What libraries say of encrypted data that they cannot take may quote it, and so may a traceback."""
+    try:
+        yield
+    except MptrainError:
+        raise
+    except Exception as error:
+        if not hidden() or out_of_memory(error):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"data: {type(error).__name__} in {last.name} ({Path(last.filename).name}, line {last.lineno}); what it"
+            " says is not shown, for the data is encrypted. Decrypt a copy with `mptrain data decrypt` to look at it."
+        ) from None
+
+
+def _load(spec: Data, kind: type[Task], source: Source, columns: dict[str, str], processor: Any, seed: int) -> Task:
     columns = kind.fields(columns, spec, list(source.tables["train"].columns))
     group = spec.split.group or source.group
     if group is None and (own := kind.group(source.tables["train"].choose(columns))) is not None:
@@ -54,6 +81,7 @@ def load_data(spec: Data, task: str, processor: Any, *, seed: int) -> Task:
     }
     for table in given.values():
         table.columns[IDENTITY] = kind.identity(table)
+        table.secret = source.secret
     in_order = kind.in_order and not group
     train = given["train"]
     keys = (

@@ -18,6 +18,7 @@ from mptrain.core.errors import ModelError, UserError
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.load import Task, load_data
 from mptrain.data.sources import packaged
+from mptrain.data.sources.places import is_there
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import read_table
 from mptrain.models.folder import HUB_NAME
@@ -75,7 +76,7 @@ def read_processor(spec: Model, *, allow_code: bool = False, offline: bool = Fal
     return None if here is None else load_processor(here, allow_code)
 
 
-def read_data(recipe: Recipe, processor: Any, *, offline: bool = False) -> Task | None:
+def read_data(recipe: Recipe, processor: Any, *, allow_code: bool = False, offline: bool = False) -> Task | None:
     """None where it is not here. Raises DataError, for a file that is missing also without the processor."""
     source = recipe.data.source
     if offline and source is not None:
@@ -85,10 +86,10 @@ def read_data(recipe: Recipe, processor: Any, *, offline: bool = False) -> Task 
     if offline and processor is None:
         for name in SPLITS if source is None else ():
             file = getattr(recipe.data, name)
-            if file is not None and not Path(file).expanduser().is_file():
+            if file is not None and not is_there(file):
                 read_table(file, f"data.{name}")  # raises
         return None
-    return load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
+    return load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed, allow_code=allow_code)
 
 
 def on_this_machine(spec: Model) -> Model | None:

@@ -54,7 +54,7 @@ def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offli
     if found.known and found.model is not None:
         check_model(recipe, found.model)
     processor = read_processor(recipe.model, allow_code=allow_code, offline=offline)
-    data = read_data(recipe, processor, offline=offline)
+    data = read_data(recipe, processor, allow_code=allow_code, offline=offline)
     if data is not None:
         check_data(recipe, data, processes)
         if found.known:

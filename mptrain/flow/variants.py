@@ -216,7 +216,7 @@ class Variants:
         size = self.data.batch_size("train", 16)
         tokens = self.recipe.data.max_length if self.recipe.model.kind.unit == "tokens" else 1
         count = overflow.enough(sum(p.numel() for p in model.parameters()), tokens, CALIBRATION_EXAMPLES)
-        return self.data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage))
+        return self.data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage), self.data.secret)
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"

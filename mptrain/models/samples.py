@@ -78,7 +78,7 @@ def load_with_inputs(
         model.config.use_cache = False
     if recipe is not None:
         processor = load_processor(spec, allow_code)
-        found = load_data(recipe.data, task, processor, seed=recipe.seed)
+        found = load_data(recipe.data, task, processor, seed=recipe.seed, allow_code=allow_code)
         return Loaded(model, spec, task, Samples(found.calibration(samples, BATCH), f"the data of {data}"), processor)
     try:
         processor = load_processor(spec, allow_code)

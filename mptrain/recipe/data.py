@@ -69,6 +69,22 @@ def _with_columns(schema: dict[str, Any]) -> None:
     schema["additionalProperties"] = False
 
 
+class Key(Strict):
+    """Where the key of encrypted data is; the key itself is in no recipe. One of the three."""
+
+    file: PathText | None = Field(None, description="a file with the key, which does not lie beside the data")
+    env: str | None = Field(None, description="the environment variable that holds the key")
+    command: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="a program and its arguments that print the key, run without a shell; needs --allow-code"
+    )
+
+    @model_validator(mode="after")
+    def _one(self):
+        if sum(given is not None for given in (self.file, self.env, self.command)) != 1:
+            raise ValueError("give one of file, env and command")
+        return self
+
+
 class Data(Strict):
     """Beside these fields, those that name the columns of the task."""
 
@@ -84,6 +100,11 @@ class Data(Strict):
     )
     validation: PathText | None = Field(None, description="like train; without it `split` cuts it off")
     test: PathText | None = Field(None, description="like train; without it `split` cuts it off")
+    key: Key | None = Field(
+        None,
+        exclude=True,  # where a key is says nothing of the model: a run may continue with a key from elsewhere
+        description="of data that `mptrain data encrypt` wrote; then all of it has to be encrypted",
+    )
     split: Split = Split()
     labels: list[str | int] | None = Field(
         None, description="class names by index, where a class may lack in train; default: those of the training split"

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mptrain.core.hooks import HOOKS
 from mptrain.core.signature import Batch
+from mptrain.data.sealed.kept import seal, unseal
 
+_WHAT = "kept examples"
 FILES = "peaks-*.safetensors"  # one to each process
 KEPT = 16
 """examples that join a calibration: those of the modules with the largest values"""
@@ -33,8 +34,9 @@ class Peaks:
     Only outputs with one row per example count.
     """
 
-    def __init__(self, model: nn.Module, path: Path) -> None:
-        self.path = path
+    def __init__(self, model: nn.Module, path: Path, secret: bytes | None = None) -> None:
+        """secret: of encrypted data; what is kept of its examples is encrypted under it."""
+        self.path, self.secret = path, secret
         self.largest: dict[str, float] = {}
         self._examples: dict[str, Batch] = {}
         self._seen: dict[str, Tensor] = {}  # by module: the largest of each row of the last forward
@@ -88,14 +90,15 @@ class Peaks:
         tensors = {f"{numbers[id(e)]}/{k}": v for e in self._examples.values() for k, v in e.items()}
         rows = {name: [value, numbers[id(self._examples[name])]] for name, value in self.largest.items()}
         new = self.path.with_name(f".{self.path.name}")
-        save_file(tensors, new, {"peaks": json.dumps(rows)})
+        content = save(tensors, {"peaks": json.dumps(rows)})
+        new.write_bytes(content if self.secret is None else seal(self.secret, content, _WHAT))
         new.replace(self.path)
 
     def load(self) -> None:
-        self.largest, self._examples = _read(self.path) if self.path.is_file() else ({}, {})
+        self.largest, self._examples = _read(self.path, self.secret) if self.path.is_file() else ({}, {})
 
 
-def batches(folders: Iterable[Path]) -> list[Batch]:
+def batches(folders: Iterable[Path], secret: bytes | None = None) -> list[Batch]:
     """From the first folder that has files: the KEPT examples of the modules with the largest values.
 
     Each is in a batch of two, for a size of one would be a special case to what torch.export made.
@@ -103,7 +106,7 @@ def batches(folders: Iterable[Path]) -> list[Batch]:
     paths = next((found for folder in folders if (found := sorted(folder.glob(FILES)))), [])
     best: list[tuple[float, Batch]] = []
     for path in paths:
-        largest, examples = _read(path)
+        largest, examples = _read(path, secret)
         values: dict[int, tuple[float, Batch]] = {}
         for name, example in examples.items():
             before = values.get(id(example), (0.0, example))[0]
@@ -113,11 +116,14 @@ def batches(folders: Iterable[Path]) -> list[Batch]:
     return [{key: torch.stack([value, value]) for key, value in example.items()} for _, example in best[:KEPT]]
 
 
-def _read(path: Path) -> tuple[dict[str, float], dict[str, Batch]]:
+def _read(path: Path, secret: bytes | None) -> tuple[dict[str, float], dict[str, Batch]]:
+    content = path.read_bytes()
+    if secret is not None:
+        content = unseal(secret, content, _WHAT)
+    size = int.from_bytes(content[:8], "little")  # of the header of a safetensors file, which is JSON
+    rows = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["peaks"])
     examples: dict[str, Batch] = {}
-    with safe_open(path, "pt") as file:
-        rows = json.loads(file.metadata()["peaks"])
-        for key in file.keys():  # noqa: SIM118
-            number, _, name = key.partition("/")
-            examples.setdefault(number, {})[name] = file.get_tensor(key)
+    for key, value in load(content).items():
+        number, _, name = key.partition("/")
+        examples.setdefault(number, {})[name] = value
     return {n: value for n, (value, _) in rows.items()}, {n: examples[number] for n, (_, number) in rows.items()}

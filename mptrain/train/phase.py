@@ -300,7 +300,8 @@ def train_phase(
     """
     seed = phase_seed(seed, phase)
     set_seed(seed)
-    peaks = Peaks(model, folder / f"peaks-{PartialState().process_index}.safetensors") if watch else None
+    path = folder / f"peaks-{PartialState().process_index}.safetensors"
+    peaks = Peaks(model, path, data.secret) if watch else None
     trainer = PhaseTrainer(
         model,
         phase=phase,

@@ -11,6 +11,7 @@ from PIL import Image as Pictures
 from transformers.image_utils import load_image
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.places import OnDisk
 from mptrain.data.sources.read import read_source
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.pictures import check, read_image
@@ -153,7 +154,7 @@ def test_a_row_that_names_no_file_is_said(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, says in (("pipe", "which is no file"), ("a\0b", "could not be read"), ("~nobody-here/x", "could not")):
         table = cells(name)
-        table.folder = tmp_path
+        table.folder = OnDisk(tmp_path)
         with pytest.raises(DataError, match=says):
             read_image(table, "image", 0)
 

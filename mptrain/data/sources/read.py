@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mptrain.core.errors import DataError
-from mptrain.data.sources import packaged
+from mptrain.data.sealed.keys import read_key
+from mptrain.data.sealed.vault import Vault, root_of
+from mptrain.data.sources import packaged, quoting
+from mptrain.data.sources.dataset_folder import load_dataset_folder
 from mptrain.data.sources.film_reviews import GROUP, read_film_reviews
+from mptrain.data.sources.places import Encrypted, check_key
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import Table, class_names, read_table
 from mptrain.recipe import Data
+from mptrain.recipe.data import Key
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _USUAL_NAMES = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
@@ -34,18 +42,62 @@ class Stored:
 
 @dataclass
 class Source:
-    """The splits that exist; `group` is the grouping that comes with the data; `facts` go to the report."""
+    """The splits that exist; `group` is the grouping that comes with the data; `facts` go to the report; `secret`: of
+    encrypted data, keys the hashes by which a run knows it."""
 
     tables: dict[str, Table]
     facts: dict[str, Any]
     group: str | None = None
+    secret: bytes | None = None
 
 
-def read_source(spec: Data, columns: Iterable[str]) -> Source:
-    """Read what `spec` names; `columns` are the column names that will be asked for.
+def read_source(spec: Data, columns: Iterable[str], *, allow_code: bool = False) -> Source:
+    """Read what `spec` names; `columns` are the column names that will be asked for. allow_code: for data.key.command.
 
+    From here on, messages of this process quote cells where the data is in clear, and none where it is encrypted.
     Raises DataError, which says what was looked for and what there is.
     """
+    quoting.hide(spec.key is not None)
+    opener = None if spec.key is None else Vaults(spec.key, allow_code)
+    source = _read_source(spec, columns, opener)
+    return source if opener is None else replace(source, secret=opener.secret())
+
+
+def read_encrypted(
+    path: str, *, file: str | None = None, env: str | None = None, command: list[str] | None = None
+) -> dict[str, list]:
+    """The columns of a table that `mptrain data encrypt` wrote, in memory.
+
+    path: an encrypted folder, or, of one with several files, a file in it. One of file, env and command says where
+    the key is. Messages of this process quote no cells from here on. Raises DataError.
+    """
+    try:
+        key = Key(file=file, env=env, command=command)
+    except ValidationError:
+        raise DataError("read_encrypted: say where the key is by one of file, env and command.") from None
+    quoting.hide(True)
+    return read_table(path, "path", (), Vaults(key, allow_code=command is not None)).columns
+
+
+class Vaults:
+    """Opens encrypted folders, each once, with the key of the recipe."""
+
+    def __init__(self, key: Key, allow_code: bool) -> None:
+        self._key, self._allow_code = key, allow_code
+        self._opened: dict[Path, Vault] = {}
+
+    def __call__(self, root: Path) -> Vault:
+        if root not in self._opened:
+            key = read_key(self._key, "data.key", [root], allow_code=self._allow_code)
+            self._opened[root] = Vault(root, key)
+        return self._opened[root]
+
+    def secret(self) -> bytes:
+        """Of all that was opened."""
+        return hashlib.sha256(b"".join(sorted({vault.secret for vault in self._opened.values()}))).digest()
+
+
+def _read_source(spec: Data, columns: Iterable[str], opener: Vaults | None) -> Source:
     given = {name: value for name in SPLITS if (value := getattr(spec, name)) is not None}
     if spec.config is not None and (spec.source is None or spec.source.startswith(packaged.PREFIX)):
         raise DataError(f"data.config: {spec.config!r} only applies to a hub data set in data.source; drop it.")
@@ -53,8 +105,13 @@ def read_source(spec: Data, columns: Iterable[str]) -> Source:
         if "train" not in given:
             raise DataError("data.train: no training data is given. Set data.train to a file, or data.source.")
         wanted = list(columns)
-        tables = {name: read_table(file, f"data.{name}", wanted) for name, file in given.items()}
+        tables = {name: read_table(file, f"data.{name}", wanted, opener) for name, file in given.items()}
         return Source(tables, {"source": ", ".join(Path(file).name for file in given.values())})
+    root = None if spec.source.startswith(packaged.PREFIX) else root_of(Path(spec.source).expanduser().absolute())
+    check_key(spec.source, "data.source", root, opener)
+    if opener is not None:
+        found = _load_encrypted(spec.source, root, opener)
+        return Source(_choose_splits(spec.source, found, given), {"source": spec.source})
     if spec.source.startswith(packaged.PREFIX):
         return _read_packaged(spec.source, given)
     path = Path(spec.source).expanduser()
@@ -96,6 +153,25 @@ def _dates(path: Path, reference: str) -> Source:
 
 PACKAGED: dict[str, Callable[[Path, str], Source]] = {"film-reviews": _film_reviews, "dates": _dates}
 """data sets by name; each is one table"""
+
+
+def _load_encrypted(source: str, root: Path | None, opener: Vaults) -> dict[str, Any]:
+    """A `datasets` folder in an encrypted one, its tables in memory."""
+    if root is None:
+        raise DataError(
+            f"data.source: {source} is no encrypted folder, and data.key is given. Encrypt it with `mptrain data"
+            " encrypt`, or drop data.key."
+        )
+    vault, folder = opener(root), Path(source).expanduser().absolute().relative_to(root).as_posix()
+    try:
+        return load_dataset_folder(Encrypted(vault, "" if folder == "." else folder))
+    except DataError:
+        raise
+    except Exception as error:  # of json, pyarrow and datasets
+        raise DataError(
+            f"data.source: {source} holds no folder that `datasets` saved with save_to_disk ({type(error).__name__})."
+            f" For files, name them in data.train, data.validation and data.test, e.g. {source}/train.csv."
+        ) from None
 
 
 def _load_folder(path: Path) -> dict[str, Any]:

@@ -12,15 +12,18 @@ import bz2
 import csv
 import difflib
 import gzip
+import io
 import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.places import Opener, Place, locate
+from mptrain.data.sources.quoting import hidden, listed, reason, shown
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 _SEPARATORS = {"\t": "tabs", ";": "semicolons (;)", "|": "bars (|)", ",": "commas"}
@@ -35,12 +38,15 @@ class Table:
     columns: dict[str, list]
     classes: dict[str, list[str]] = field(default_factory=dict)
     """names of integer class labels, by column, where the source declares them"""
-    folder: Path | None = None
+    folder: Place | None = None
     """what relative paths in cells start from"""
     separator: str = "\n\n"
     """what joins the rows to a running text"""
     rows: Sequence[int] = ()
     """the number of each row in the source, from 1 on; by default they are all there, in order"""
+
+    secret: bytes | None = None
+    """of encrypted data: keys what a run keeps of it"""
 
     def __post_init__(self) -> None:
         self.rows = self.rows or range(1, len(self) + 1)
@@ -64,60 +70,71 @@ class Table:
         for option, column in wanted.items():
             if column not in self.columns:
                 close = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.5)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
+                hint = f" Did you mean {close[0]!r}?" if close and not hidden() else ""
                 raise DataError(
                     f"data.{option}: {self.where} has no column {column!r}; its columns are"
-                    f" {', '.join(self.columns) or 'none'}.{hint} Set data.{option} to the right one."
+                    f" {listed(self.columns) or 'none'}.{hint} Set data.{option} to the right one."
                 )
         columns = {option: self.columns[column] for option, column in wanted.items()}
         classes = {option: self.classes[column] for option, column in wanted.items() if column in self.classes}
         return replace(self, columns=columns, classes=classes)
 
 
-def read_table(file: str, option: str, wanted: Iterable[str] = ()) -> Table:
+def read_table(file: str, option: str, wanted: Iterable[str] = (), opener: Opener | None = None) -> Table:
     """Read a file named by the recipe's `option`; `wanted` are the column names that will be asked for.
 
-    Raises DataError when the file is missing, of an unknown format, malformed or without rows.
+    opener: of encrypted folders. Raises DataError when the file is missing, of an unknown format, malformed or without
+    rows.
     """
     path = Path(file).expanduser()
-    if not path.is_file():
+    found = locate(file, option, opener)
+    if found is None:
         raise DataError(
             f"{option}: there is no file {path.absolute()}. Give the path of a {', '.join(FORMATS)} file,"
             " relative to the current folder or absolute."
         )
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes[-1:] in ([".gz"], [".bz2"]):
-        suffixes.pop()
+    place, name = found
+    suffixes = [s.lower() for s in Path(name).suffixes]
+    packed = suffixes.pop() if suffixes[-1:] in ([".gz"], [".bz2"]) else ""
     form = suffixes[-1] if suffixes else ""
     if form not in FORMATS:
         raise DataError(f"{option}: {file} is none of the formats that can be read: {', '.join(FORMATS)}.")
     try:
-        table = _parse(path, form, f"{option} ({file})", list(wanted))
+        with place.open(name) as stream:
+            table = _parse(stream, form, packed, f"{option} ({file})", list(wanted))
+    except DataError:
+        raise
     except Exception as error:  # each format has its own: zlib.error, EOFError, csv.Error, ArrowInvalid, RecursionError
         raise DataError(
-            f"{option}: {path.absolute()} could not be read as {form[1:]}: {error}. Repair the file, or rename it"
-            " if its ending is wrong."
-        ) from error
+            f"{option}: {path.absolute()} could not be read as {form[1:]}: {_said(error)}. Repair the file, or rename"
+            " it if its ending is wrong."
+        ) from (None if hidden() else error)
     if not len(table):
         raise DataError(f"{option}: {path.absolute()} holds no rows.")
-    table.folder = path.absolute().parent
+    table.folder = place
     return table
 
 
-def _parse(path: Path, form: str, where: str, wanted: Sequence[str]) -> Table:
+class _Form(ValueError):
+    """What is wrong with the form of a file, in words of ours."""
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, _Form) or not hidden() else reason(error)
+
+
+def _parse(stream: BinaryIO, form: str, packed: str, where: str, wanted: Sequence[str]) -> Table:
+    """packed: .gz, .bz2 or nothing."""
     if form == ".parquet":
-        return _read_parquet(path, where)
-    with _open_text(path) as stream:
+        return _read_parquet(stream, where)
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(packed)
+    content: Any = stream if opener is None else opener(stream, "rb")
+    with io.TextIOWrapper(content, encoding="utf-8-sig", newline="" if form == ".csv" else None) as text:
         if form == ".txt":
-            return Table(where, {"text": stream.read().split("\n")}, separator="\n")
+            return Table(where, {"text": text.read().split("\n")}, separator="\n")
         if form == ".jsonl":
-            return _read_jsonl(stream, where)
-        return _read_separated(stream, where, form, wanted)
-
-
-def _open_text(path: Path) -> TextIO:
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
-    return opener(path, "rt", encoding="utf-8-sig", newline="" if ".csv" in path.suffixes else None)
+            return _read_jsonl(text, where)
+        return _read_separated(text, where, form, wanted)
 
 
 def _read_separated(stream: TextIO, where: str, form: str, wanted: Sequence[str]) -> Table:
@@ -137,19 +154,19 @@ def _read_separated(stream: TextIO, where: str, form: str, wanted: Sequence[str]
         if names is None:
             names = [f"column {i}" for i in range(1, len(row) + 1)] if headless else row
             if len(set(names)) != len(names):
-                raise ValueError(f"the header names a column twice: {names}")
+                raise _Form(f"the header names a column twice: {listed(names)}")
             columns = [[] for _ in names]
             if not headless:
                 continue
         if len(row) != len(names):
-            raise ValueError(f"line {rows.line_num} has {len(row)} fields, the first line has {len(names)}")
+            raise _Form(f"line {rows.line_num} has {len(row)} fields, the first line has {len(names)}")
         for column, cell in zip(columns, row):
             column.append(cell)
     return Table(where, dict(zip(names or [], columns)))
 
 
 def _check_separator(first: str, form: str, wanted: Sequence[str], headless: bool) -> None:
-    """Raise ValueError for a first line that other signs than a comma (tsv: a tab) cut into the columns asked for."""
+    """Raise _Form for a first line that other signs than a comma (tsv: a tab) cut into the columns asked for."""
     if ("\t" if form == ".tsv" else ",") in first or not wanted:
         return
     for sign, name in _SEPARATORS.items():
@@ -157,7 +174,7 @@ def _check_separator(first: str, form: str, wanted: Sequence[str], headless: boo
         if len(cut) > 1 and (len(cut) >= len(wanted) if headless else not set(wanted).isdisjoint(cut)):
             ours = "tabs" if form == ".tsv" else "commas"
             fix = "name it .tsv" if sign == "\t" else "name it .csv" if sign == "," else f"save it with {ours}"
-            raise ValueError(f"its columns ({', '.join(cut)}) are separated by {name}, not by {ours}: {fix}")
+            raise _Form(f"its columns ({listed(cut)}) are separated by {name}, not by {ours}: {fix}")
 
 
 def _read_jsonl(stream: TextIO, where: str) -> Table:
@@ -169,9 +186,9 @@ def _read_jsonl(stream: TextIO, where: str) -> Table:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
+            raise _Form(f"line {number}: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object")
+            raise _Form(f"line {number} is not a JSON object")
         for name in row:
             if name not in columns:
                 columns[name] = [None] * count
@@ -181,10 +198,10 @@ def _read_jsonl(stream: TextIO, where: str) -> Table:
     return Table(where, columns)
 
 
-def _read_parquet(path: Path, where: str) -> Table:
+def _read_parquet(stream: BinaryIO, where: str) -> Table:
     import pyarrow.parquet as parquet
 
-    table = parquet.read_table(path)
+    table = parquet.read_table(stream)
     classes = {}
     if b"huggingface" in (table.schema.metadata or {}):
         from datasets import Features
@@ -199,9 +216,9 @@ def check_unicode(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place} holds {text[error.start]!r}, half of a character that was cut in two (after"
-            f" {text[max(0, error.start - 20) : error.start]!r}). Remove the half from the row, or write the row anew"
-            " from a source that has the whole character."
+            f"{place} holds {shown(text[error.start])}, half of a character that was cut in two (after"
+            f" {shown(text[max(0, error.start - 20) : error.start])}). Remove the half from the row, or write the row"
+            " anew from a source that has the whole character."
         ) from None
 
 

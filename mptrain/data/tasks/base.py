@@ -9,6 +9,7 @@ the answer of all others does not fit it, it also says what its loss is (`loss`)
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import random
 from abc import ABC, abstractmethod
@@ -63,7 +64,9 @@ class Task(ABC):
         train, validation, test: Examples.
         labels: class names by index; None for tasks without classes.
         unseen: names of classes that only validation or test has, whose indices follow.
-        hash: sha256 of what is used: inputs, targets and which split each row is in; not of paths.
+        hash: sha256 of what is used: inputs, targets and which split each row is in; not of paths. Of encrypted data
+            it is keyed, so that it does not tell who has the data from who guesses it.
+        secret: of encrypted data; keys what is kept of it.
         facts: JSON facts for the report, see `load_data`.
     """
 
@@ -83,6 +86,7 @@ class Task(ABC):
         self.processor = processor
         self.seed = seed
         self.facts = facts
+        self.secret = tables["train"].secret
         self.labels = self.index_labels(tables)
         if not self.in_order:
             tables = {name: t.take(sample(len(t), spec.max_samples)) for name, t in tables.items()}
@@ -304,7 +308,7 @@ class Task(ABC):
 
     def _content_hash(self, tables: Mapping[str, Table]) -> str:
         classes = [self.labels, self.unseen] if self.unseen else self.labels
-        digest = hashlib.sha256(json.dumps(classes).encode())
+        digest = self._digest(json.dumps(classes).encode())
         for name in SPLITS:
             self._add_rows(digest, name, tables[name])
         return digest.hexdigest()
@@ -314,13 +318,17 @@ class Task(ABC):
 
         Where rows are not examples, it is of what is read: the windows of a running text depend on the tokenizer.
         """
-        digest = hashlib.sha256()
+        digest = self._digest()
         if not self.in_order:
             self._add_rows(digest, "test", table)
         for index in range(len(self.test)) if self.in_order else ():
             for name, value in sorted(self.test[index].items()):
                 digest.update(f"{name}\0".encode() + np.asarray(value).tobytes())
         return digest.hexdigest()
+
+    def _digest(self, begun: bytes = b"") -> Any:
+        """sha256 of bytes; of encrypted data HMAC-SHA256."""
+        return hashlib.sha256(begun) if self.secret is None else hmac.new(self.secret, begun, "sha256")
 
     def _add_rows(self, digest: Any, split: str, table: Table) -> None:
         targets = [table[column] for column in table.columns if column not in (*self.inputs(), GROUP, IDENTITY)]

@@ -31,6 +31,7 @@ from torch.nn.functional import cross_entropy, log_softmax, mse_loss
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port
+from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.agreement import array, order
 from mptrain.data.tasks.base import Example, Examples, Task, finite
@@ -96,9 +97,9 @@ class Embedding(Task):
             for row, name in enumerate(tables["train"]["label"]):
                 if counts[name] == 1:
                     raise DataError(
-                        f"{tables['train'].place('label', row)}: the group {name!r} has no other text in the training"
-                        " split, so nothing belongs to this one. Drop the row, or keep groups in one split with"
-                        " data.split.group."
+                        f"{tables['train'].place('label', row)}: the group {shown(name)} has no other text in the"
+                        " training split, so nothing belongs to this one. Drop the row, or keep groups in one"
+                        " split with data.split.group."
                     )
             self.facts["groups_by_label"] = {split: len(set(table["label"])) for split, table in tables.items()}
 
@@ -297,6 +298,6 @@ def _name(cell: Any, table: Table, row: int) -> str:
     if isinstance(cell, str | int) and not isinstance(cell, bool) and cell != "":
         return str(cell)
     raise DataError(
-        f"{table.place('label', row)} holds {cell!r} where the name of a group (text or a whole number) is needed."
+        f"{table.place('label', row)} holds {shown(cell)} where the name of a group (text or a whole number) is needed."
         " Correct or drop the row, or set data.label to the column with the groups."
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.quoting import hidden, listed, shown
 from mptrain.data.sources.tables import check_unicode
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ def _of_train(column: Column, words: Sequence[str]) -> list[str]:
             )
     if len(names) < 2:
         raise DataError(
-            f"{column.where}: a classifier needs at least two labels, the training split has {names}. Name them all in"
-            " data.labels if others may come."
+            f"{column.where}: a classifier needs at least two labels, the training split has {shown(names)}. Name them"
+            " all in data.labels if others may come."
         )
     return names
 
@@ -126,7 +127,7 @@ def _check_named(words: Sequence[str], column: Column, names: Sequence[str], by:
     for word, row in zip(words, column.rows):
         if word not in known:
             raise DataError(
-                f"{column.where}: row {row} has the label {word!r}, which {by} does not name; it names"
+                f"{column.where}: row {row} has the label {shown(word)}, which {by} does not name; it names"
                 f" {_shown(names)}. Correct the row{', or add the class there' if by == 'data.labels' else ''}."
             )
 
@@ -136,7 +137,7 @@ def _say_unseen(split: str, column: Column, words: Sequence[str], index: Mapping
     if not at:
         return
     rows, counts = len(at), Counter(word for word in words if word not in index)
-    found = _shown([f"{name!r}: {count}" for name, count in counts.most_common()]) + f"; first in row {at[0]}"
+    found = _shown([f"{shown(name)}: {count}" for name, count in counts.most_common()]) + f"; first in row {at[0]}"
     if 2 * rows > len(column.values):
         raise DataError(
             f"{column.where}: {rows} of {len(column.values)} labels of {split} are classes that the training split does"
@@ -157,7 +158,7 @@ def _doubtful(counts: Mapping[str, int], field: str) -> list[str]:
         alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
     for group in alike.values():
         if len(group) > 1:
-            found = ", ".join(f"{name!r}: {counts[name]}" for name in group)
+            found = ", ".join(f"{shown(name)}: {counts[name]}" for name in group)
             lines.append(f"{field}: {len(group)} classes differ in case or spaces only ({found}). Write them alike.")
     for joint in _JOINED:
         parts = {name: [part.strip() for part in name.split(joint)] for name in counts if joint in name}
@@ -170,7 +171,7 @@ def _doubtful(counts: Mapping[str, int], field: str) -> list[str]:
             rows = sum(counts[name] for name in joined)
             lines.append(
                 f"{field}: {len(joined)} of {len(counts)} classes look like several in one cell, joined by {joint!r}"
-                f" ({_shown([repr(name) for name in joined], 3)}; {rows} rows). Each combination is a class of its own"
+                f" ({_shown([shown(name) for name in joined], 3)}; {rows} rows). Each combination is a class of its own"
                 " here: a row has one class."
             )
     return lines
@@ -183,7 +184,7 @@ def _name(value: Any, row: int, column: Column) -> str:
             return value
         if value is None or not 0 <= value < len(column.declared):
             raise DataError(
-                f"{column.where}: row {row} has the label {value!r}, which is none of {_shown(column.declared)}."
+                f"{column.where}: row {row} has the label {shown(value)}, which is none of {_shown(column.declared)}."
                 " Correct or drop such rows; a split whose labels are hidden (-1) cannot be scored, so use another."
             )
         return column.declared[value]
@@ -193,10 +194,12 @@ def _name(value: Any, row: int, column: Column) -> str:
         check_unicode(str(value), f"{column.where}: row {row}")
         return str(value)
     raise DataError(
-        f"{column.where}: row {row} has {value!r} where a class label (text or a whole number) is needed. Correct the"
-        " row, or set the column with the labels."
+        f"{column.where}: row {row} has {shown(value)} where a class label (text or a whole number) is needed. Correct"
+        " the row, or set the column with the labels."
     )
 
 
 def _shown(names: Sequence[str], most: int = 12) -> str:
+    if hidden():
+        return listed(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

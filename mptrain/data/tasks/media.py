@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.places import NoFile, OnDisk
+from mptrain.data.sources.quoting import hidden, shown
 from mptrain.data.sources.read import Stored
 from mptrain.data.sources.tables import Table, check_unicode
 
@@ -24,20 +26,17 @@ def read_bytes(table: Table, field: str, row: int) -> bytes:
             f" set data.{field}."
         )
     check_unicode(value, table.place(field, row))
-    path = Path(value)
+    place = table.folder or OnDisk(Path())
     try:
-        path = path.expanduser()
-        if not path.is_absolute():
-            path = (table.folder or Path()).absolute() / path
-        if path.exists() and not path.is_file():  # a pipe or a device would never end
-            raise DataError(f"{table.place(field, row)} names {value!r}, which is no file; correct the row.")
-        return path.read_bytes()
+        return place.read(value)
+    except NoFile:
+        raise DataError(f"{table.place(field, row)} names {shown(value)}, which is no file; correct the row.") from None
     except (OSError, ValueError, RuntimeError) as error:  # also NUL in a name, ~nobody
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"{table.place(field, row)} names {_short(value)}, but {path} could not be read ({reason}). Paths are"
-            " relative to the folder of the data file."
-        ) from error
+            f"{table.place(field, row)} names {_short(value)}, but {place.shown(value)} could not be read ({reason})."
+            " Paths are relative to the folder of the data file."
+        ) from (None if hidden() else error)
 
 
 def cell(table: Table, field: str, row: int) -> Any:
@@ -55,5 +54,5 @@ def digest(*parts: bytes) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = shown(value)
+    return text if len(text) <= 60 or hidden() else text[:57] + "..."

@@ -29,6 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Batch, Outputs, Port
+from mptrain.data.sources.quoting import listed, shown
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.agreement import array
 from mptrain.data.tasks.base import Example, finite
@@ -104,24 +105,24 @@ class MultiLabel(TextTask):
         names = given if given is not None else sorted({name for row in sets["train"] for name in row})
         if len(names) < 2:
             raise DataError(
-                f"data.label ({tables['train'].where}): there is one label, {names}; labels are lists, or joined by one"
-                f" of {' '.join(SEPARATORS)}. For one label to each row the task is text-classification."
+                f"data.label ({tables['train'].where}): there is one label, {listed(names)}; labels are lists, or"
+                f" joined by one of {' '.join(SEPARATORS)}. For one label to each row the task is text-classification."
             )
         for split, table in tables.items():
             for row, found in enumerate(sets[split]):
                 unknown = sorted(set(found) - set(names))
                 if unknown and given is not None:
                     raise DataError(
-                        f"{table.place('label', row)} has the label {unknown[0]!r}, which data.labels does not name; it"
-                        f" has {', '.join(names[:12])}. Correct the row or data.labels."
+                        f"{table.place('label', row)} has the label {shown(unknown[0])}, which data.labels does not"
+                        f" name; it has {', '.join(names[:12])}. Correct the row or data.labels."
                     )
         self.unseen = sorted({name for found in sets.values() for row in found for name in row} - set(names))
         if self.unseen:
             log.warning(
-                "data.label: the training split lacks %d of the labels of the others (first: %r); no output stands for"
+                "data.label: the training split lacks %d of the labels of the others (first: %s); no output stands for"
                 " them, so where a row has one it counts as missed",
                 len(self.unseen),
-                self.unseen[0],
+                shown(self.unseen[0]),
             )
         self._targets: dict[str, np.ndarray] = {}
         index = {name: i for i, name in enumerate([*names, *self.unseen])}
@@ -219,7 +220,7 @@ def _labels(table: Table, row: int, separator: str | None, given: Sequence[str] 
         items = [declared[i] if isinstance(i, int) and 0 <= i < len(declared) else i for i in items]
     if not isinstance(items, list) or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in items):
         raise DataError(
-            f"{place} holds {cell!r} where labels are needed: a list of names, or names joined by one of"
+            f"{place} holds {shown(cell)} where labels are needed: a list of names, or names joined by one of"
             f" {' '.join(SEPARATORS)}. Correct the row, or set data.label to the column with the labels."
         )
     names = [str(item) for item in items]
@@ -229,7 +230,7 @@ def _labels(table: Table, row: int, separator: str | None, given: Sequence[str] 
             " in data.labels."
         )
     if "" in names:
-        raise DataError(f"{place} holds {cell!r}, in which a label is empty; correct the row.")
+        raise DataError(f"{place} holds {shown(cell)}, in which a label is empty; correct the row.")
     for name in names:
         check_unicode(name, place)
     return names
@@ -252,8 +253,8 @@ def _from_columns(table: Table, names: Sequence[str]) -> list[list[str]]:
         if None in bits:
             column, cell = names[bits.index(None)], cells[bits.index(None)]
             raise DataError(
-                f"data.labels: row {table.rows[row]} of {table.where} holds {cell!r} in the column {column!r}, where 0"
-                " or 1 is needed. Correct the row, or drop the column from data.labels."
+                f"data.labels: row {table.rows[row]} of {table.where} holds {shown(cell)} in the column {column!r},"
+                " where 0 or 1 is needed. Correct the row, or drop the column from data.labels."
             )
         found.append([name for name, bit in zip(names, bits) if bit])
     return found

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.metrics import Measure, Score
 
@@ -63,7 +64,7 @@ def number(cell: Any, table: Table, field: str, row: int) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise DataError(
-            f"{table.place(field, row)} holds {cell!r} where a number is needed (with a point: 3.5). Correct or drop"
-            f" the row, or set data.{field} to the column with the numbers."
+            f"{table.place(field, row)} holds {shown(cell)} where a number is needed (with a point: 3.5). Correct or"
+            f" drop the row, or set data.{field} to the column with the numbers."
         )
     return value

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from mptrain.core.errors import DataError
 from mptrain.core.host import usable_cpus
 from mptrain.core.progress import track
+from mptrain.data.sources.quoting import hidden, reason
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.media import digest, read_bytes
 
@@ -49,9 +50,9 @@ def read_image(table: Table, field: str, row: int) -> Image.Image:
             " model should see (PIL.Image.MAX_IMAGE_PIXELS). Make it smaller, or drop the row."
         ) from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error, IndexError, MemoryError, …
-        raise DataError(
-            f"{place} is not a picture that can be read ({type(error).__name__}: {error}). Repair or drop it."
-        ) from error
+        raise DataError(f"{place} is not a picture that can be read ({reason(error)}). Repair or drop it.") from (
+            None if hidden() else error
+        )
 
 
 def check(table: Table, field: str, split: str) -> None:

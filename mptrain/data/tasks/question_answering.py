@@ -21,6 +21,7 @@ import torch
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Port
+from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, Task, finite
@@ -178,14 +179,14 @@ def _answers(cell: Any, context: Any, row: int, table: Table) -> list[dict[str, 
         ]
     except (TypeError, ValueError, KeyError):
         raise DataError(
-            f"{table.place('answers', row)} holds {cell!r}; answers look like"
+            f"{table.place('answers', row)} holds {shown(cell)}; answers look like"
             ' {"text": ["Paris"], "answer_start": [17]}. Correct the row or set data.answers.'
         ) from None
     for answer in answers:
         begin = answer["answer_start"]
         if not answer["text"] or str(context)[begin : begin + len(answer["text"])] != answer["text"]:
             raise DataError(
-                f"{table.place('answers', row)}: the context does not hold {answer['text']!r} at"
-                f" character {begin} (it has {str(context)[max(0, begin) :][:40]!r} there). Correct answer_start."
+                f"{table.place('answers', row)}: the context does not hold {shown(answer['text'])} at"
+                f" character {begin} (it has {shown(str(context)[max(0, begin) :][:40])} there). Correct answer_start."
             )
     return answers

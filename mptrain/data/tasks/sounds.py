@@ -15,6 +15,7 @@ import warnings
 import numpy as np
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.quoting import hidden, reason, shown
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.media import digest, read_bytes
 
@@ -52,9 +53,9 @@ def read_sound(table: Table, field: str, row: int) -> tuple[np.ndarray, int | No
             found = _decode(content)
         except Exception as error:  # readers raise struct.error, RuntimeError, IndexError, MemoryError, …
             raise DataError(
-                f"{place} is not a sound that can be read ({type(error).__name__}: {error}). Repair or drop it. Without"
+                f"{place} is not a sound that can be read ({reason(error)}). Repair or drop it. Without"
                 " the package soundfile only wav files are read: `pip install soundfile`, or convert it."
-            ) from error
+            ) from (None if hidden() else error)
     samples, rate = found
     samples = _one_channel(samples, place)
     if not samples.size:
@@ -86,9 +87,11 @@ def _numbers(table: Table, field: str, row: int) -> tuple[np.ndarray, float | No
     try:
         samples = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{place} holds a list that is not one of numbers ({error}); correct the row.") from error
+        raise DataError(f"{place} holds a list that is not one of numbers ({reason(error)}); correct the row.") from (
+            None if hidden() else error
+        )
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float)):
-        raise DataError(f"{place} has the sampling_rate {rate!r}, which is no number; correct the row.")
+        raise DataError(f"{place} has the sampling_rate {shown(rate)}, which is no number; correct the row.")
     return samples, rate
 
 

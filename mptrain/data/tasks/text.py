@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.base import IGNORED, Batch, Example, stack
 
@@ -23,7 +24,7 @@ def texts_of(table: Table, field: str) -> list[str]:
     for row, value in enumerate(table[field]):
         if not isinstance(value, str):
             raise DataError(
-                f"{table.place(field, row)} holds {value!r} where text is needed. Correct the row,"
+                f"{table.place(field, row)} holds {shown(value)} where text is needed. Correct the row,"
                 f" or set data.{field} to the column with the text."
             )
         check_unicode(value, table.place(field, row))

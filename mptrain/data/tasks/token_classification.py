@@ -15,6 +15,7 @@ import numpy as np
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Port
+from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, Task, finite
 from mptrain.data.tasks.labels import Column, classes_of
@@ -129,7 +130,7 @@ def _items(cell: Any, field: str, row: int, table: Table) -> list:
     items = cell.split() if isinstance(cell, str) else cell
     if not isinstance(items, list) or not items or (field == "tokens" and not all(isinstance(i, str) for i in items)):
         raise DataError(
-            f"{table.place(field, row)} holds {cell!r} where a list of {field} is needed"
+            f"{table.place(field, row)} holds {shown(cell)} where a list of {field} is needed"
             " (or one text with spaces between them). Correct the row or set the column."
         )
     if field == "tokens":

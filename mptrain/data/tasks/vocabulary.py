@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mptrain.core.errors import DataError
+from mptrain.data.sources.quoting import shown
 from mptrain.data.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def note_unknown(task: Task, split: str, encoding: Any, texts: Sequence[str]) ->
     if share <= WARNED:
         return
     what = "characters" if tokenizer.unk_token_id is None else "tokens"
-    examples = f" (such as {', '.join(map(repr, found))})" if found else ""
+    examples = f" (such as {', '.join(map(shown, found))})" if found else ""
     said = f"{100 * share:.1f}% of the {what} of {split} are unknown to the tokenizer{examples}"
     if share > task.spec.max_unknown:
         raise DataError(
