@@ -23,12 +23,14 @@ from mptrain.data.load import task_class
 from mptrain.export.base import Embeddings, Runner, Source
 from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
+from mptrain.export.torch import heads
 from mptrain.export.torch.cached_decoder import check_decoder, check_length, padded_right
-from mptrain.models.artifact import QUANTIZERS
+from mptrain.models.artifact import QUANTIZERS, code_of
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
-from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Stage, TaskSpec
+from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Stage
 from mptrain.recipe.exports import spec_of
+from mptrain.recipe.exports.heads import misfit
 from mptrain.recipe.tasks import causal
 from mptrain.report.render.export_card import export_card
 from mptrain.report.upgrade import about
@@ -82,6 +84,10 @@ def export_model(
     others = calibration if stage is not None and data is not None else samples
     found = load_with_inputs(path, task, attn, data, samples + others, limit, allow_code)
     inputs = _Inputs(found.samples.batches if spec.cache is None else _for_cache(spec.cache, found), samples)
+    if why := misfit(spec.heads, TASKS[found.task]):
+        raise UserError(f"--head: {why}")
+    if TASKS[found.task].causal:
+        heads.check_vocabulary(spec.heads, found.model.config)
     fp32_bytes = sum(p.numel() * p.element_size() for p in found.model.parameters())
     compressed = None
     if stage is not None and not is_quantized(found.model):
@@ -95,13 +101,16 @@ def export_model(
     kind = format_of(spec)
     config = getattr(source.model, "config", None)
     generation = getattr(source.model, "generation_config", None) if spec.cache is not None else None
-    with progress(f"export {to.name}"), whole(to, config, found.processor, generation) as scratch:
+    code = code_of(source.model, TASKS[found.task].head)
+    with progress(f"export {to.name}"), whole(to, config, found.processor, generation, code) as scratch:
         written = kind.write(source, scratch)
     model_path = to / written.path.relative_to(scratch)
-    source = replace(source, written=written.facts)
+    after = Facts(more={"heads": [head.words for head in spec.heads]} if spec.heads else {})
+    source = replace(source, written=written.facts | after)
     before = None if compressed is None else lambda: load_model(found.spec, None, seed=0, allow_code=allow_code)
     with progress("verify"), closing(kind.open(model_path, source)) as runner:
-        facts, difference, change = _compared(runner, source, inputs.compared, TASKS[found.task], before)
+        alike = heads.agreement(task_class(TASKS[found.task]), spec.heads)
+        facts, difference, change = _compared(runner, source, inputs.compared, alike, before)
     if compressed is not None:
         compressed |= {"expanded": expanded, "change": change}
     facts_json = {
@@ -127,7 +136,11 @@ def export_model(
 
 
 def _compared(
-    runner: Runner, source: Source, batches: list[Batch], kind: TaskSpec, before: Callable[[], nn.Module] | None
+    runner: Runner,
+    source: Source,
+    batches: list[Batch],
+    alike: parity.Agreement,
+    before: Callable[[], nn.Module] | None,
 ) -> tuple[Facts, dict[str, Any], dict[str, Any] | None]:
     """What is known of an export, its difference from the model that was written, and from the one `before` that was
     compressed."""
@@ -136,7 +149,7 @@ def _compared(
         runner=runner,
         batches=batches,
         signature=source.signature,
-        agreement=task_class(kind).agreement,
+        agreement=alike,
     )
     facts = runner.facts() | source.written
     difference = compare(source.model, exact=facts.exact(source.precision))
@@ -210,7 +223,7 @@ def _source(found: Loaded, spec: ExportSpec, inputs: _Inputs) -> Source:
     embeddings: Embeddings = "int8" if quantized else "fp32"
     model = format_of(spec).torch(found.model, precision, embeddings).eval()
     example = next((batch for batch in inputs.compared if rows_of(batch) > 1), inputs.compared[0])
-    signature = probed(model, example)
+    signature = heads.signature_with(probed(model, example), spec.heads, TASKS[found.task])
     searched = partial(inputs.searched, model, TASKS[found.task].unit)
     return Source(lambda: model, signature, example, precision, embeddings, quantized, searched)
 

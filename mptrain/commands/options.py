@@ -10,7 +10,11 @@ from mptrain.core.errors import UserError
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """Of the commands that take a model and run it on inputs."""
-    command.add_argument("--data", metavar="FILE", help="texts (csv, jsonl, txt…) or a recipe whose data is used")
+    command.add_argument(
+        "--data",
+        metavar="FILE",
+        help="texts (csv, jsonl, txt…), a folder of pictures or sounds, or a recipe whose data is used",
+    )
     command.add_argument("--task", help="what the model does; default: from its head")
     command.add_argument("--attn", choices=["sdpa", "eager"], help="default: the model's own")
     command.add_argument("--samples", type=int, default=32, help="inputs to run on (default 32)")

@@ -43,6 +43,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="causal LM: generate with a key-value cache of N tokens, where the format keeps one",
     )
+    parser.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="computed after the model in the exported graph, in this order: softmax, topk=20, argmax, pool=mean,"
+        " pool=cls, normalize (may be repeated)",
+    )
     add_model_options(parser)
 
 
@@ -59,7 +67,11 @@ def run(options: argparse.Namespace) -> int:
     if options.calibration < 1:
         raise UserError(f"--calibration must be at least 1, got {options.calibration}")
 
-    chosen = {"minimum_deployment_target": options.target, "cache": options.cache}
+    chosen = {
+        "minimum_deployment_target": options.target,
+        "cache": options.cache,
+        "heads": [_head(text) for text in options.head] or None,
+    }
     facts = export_model(
         options.model,
         Path(options.to),
@@ -100,3 +112,11 @@ def run(options: argparse.Namespace) -> int:
             else f"the exported model decides as the torch model in less than {100 * facts['limit']:.0f}%; it was kept."
         )
     return 0
+
+
+def _head(text: str) -> dict[str, object]:
+    """ "topk=20" as an item of a recipe's heads."""
+    from mptrain.recipe.file import scalar
+
+    name, equals, value = text.partition("=")
+    return {name: scalar(value) if equals else True}

@@ -121,6 +121,7 @@ def _row(point: Point, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         {"id": v["id"], "metric": metric, **v["metrics"][metric]}
         | {key: v[key] for key in ("size_bytes", "params", "latency_ms")}
         for v in report["variants"]
+        if metric in v["metrics"]
     ]
     return {
         "values": point.values,

@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,25 @@ def check_writable(folder: Path) -> None:
     _scratch(folder).rmdir()
 
 
+@dataclass(frozen=True)
+class Code:
+    """Of a model that transformers does not know. files: its Python. names: by Auto class "file.Class", as `auto_map`
+    of config.json has them."""
+
+    files: Sequence[Path]
+    names: Mapping[str, str]
+
+
 @contextmanager
-def whole(folder: Path, config: Any = None, processor: Any = None, generation: Any = None) -> Iterator[Path]:
+def whole(
+    folder: Path, config: Any = None, processor: Any = None, generation: Any = None, code: Code | None = None
+) -> Iterator[Path]:
     """Yields an empty folder for the model's files; when the block ends well it takes the place of `folder`.
 
     What an export that was killed left of its temporary folder is deleted.
     config: of the model, written as config.json without what an exported model has no use for. processor: saved too.
     generation: the generation config of a model that is exported with a key-value cache, written beside the config;
-    both then say use_cache, and false without.
+    both then say use_cache, and false without. code: shipped, for what reads the config of such a model needs it.
     Raises UserError where nothing can be written.
     """
     scratch = _scratch(folder)
@@ -59,12 +71,16 @@ def whole(folder: Path, config: Any = None, processor: Any = None, generation: A
         yield scratch
         if config is not None:
             described = config.to_dict()
-            described.pop("auto_map", None)  # an exported model needs no modeling code
+            described.pop("auto_map", None)  # an exported model needs no modeling code, but for its config
+            if code is not None:
+                described["auto_map"] = dict(code.names)
             if "use_cache" in described:  # it takes none from its caller; optimum-intel refuses one that says it does
                 described["use_cache"] = generation is not None
             _write_config(scratch / "config.json", described)
         if generation is not None:
             _write_config(scratch / "generation_config.json", generation.to_diff_dict() | {"use_cache": True})
+        for file in () if code is None else code.files:
+            shutil.copy(file, scratch / file.name)
         if processor is not None:
             processor.save_pretrained(scratch)
         scratch.chmod(0o755)

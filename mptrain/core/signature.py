@@ -3,6 +3,7 @@
     Port(name, axes, dtype)     one tensor. An axis is a word, "batch" or "tokens", whose size is free and the same
                                 wherever the word stands, or a number, which is fixed
     Signature(inputs, outputs)  of a model; an output with the axes of a mask is per token
+    Signature(…, call)          of a model and what is computed after it: call(model, inputs) gives the outputs
 
 Made once, by the task (or by `probed`), and asked by everyone who would else guess from shapes: converters for the
 axes that stay dynamic, parity and searches for what is padding, runtimes of fixed shapes for what to cut.
@@ -32,6 +33,14 @@ Forward = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 """an exported model: inputs by name to arrays by name"""
 
 
+Call = Callable[[nn.Module, Mapping[str, Any]], Any]
+"""(model, inputs by name) to what its forward returns, or more than that"""
+
+
+def called(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    return model(**inputs)
+
+
 @dataclass(frozen=True)
 class Port:
     """dtype: as torch writes it, "int64" or "float32"."""
@@ -48,10 +57,12 @@ class Port:
 
 @dataclass(frozen=True)
 class Signature:
-    """inputs: in the order of a forward by position. outputs: those that count; a model may give more."""
+    """inputs: in the order of a forward by position. outputs: those that count; a model may give more. call: what
+    gives them, of a model and inputs by name."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    call: Call = called
 
     @property
     def input_names(self) -> list[str]:
@@ -79,6 +90,10 @@ class Signature:
             if port.name.endswith(MASK) and len(port.axes) == 2 and port.axes == axes[:2]:
                 return port.name
         return None
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The outputs that count, by name."""
+        return self.named(self.call(model, inputs))
 
     def named(self, outputs: Any) -> dict[str, Tensor]:
         """The outputs that count, by name, of what a forward returned: a mapping, a tuple or a tensor."""

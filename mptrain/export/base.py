@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mptrain.core.signature import Batch, Signature
 from mptrain.export.facts import NOTHING, Facts
+from mptrain.measure.throughput import Stream
 
 Embeddings = Literal["fp32", "int8"]
 
@@ -96,4 +97,12 @@ class Foreseeing(Format, Protocol):
     def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
         """model: of the architecture, with any weights. Raises ExportError that lists all operations that the format
         lacks."""
+        ...
+
+
+class Streaming(Format, Protocol):
+    """A format whose spec says `streams`."""
+
+    def stream(self, path: Path, source: Source, threads: int) -> Stream:
+        """path: that was written. Raises ExportError for a file that is not whole."""
         ...

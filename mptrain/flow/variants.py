@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -23,17 +23,20 @@ from mptrain.core.disk import read_json, whole, write_json
 from mptrain.core.errors import ModelError
 from mptrain.core.host import thread_count
 from mptrain.core.progress import progress
+from mptrain.core.signature import Forward
 from mptrain.data.lm_eval.questions import MultipleChoice
 from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.metrics import Measure, Score
-from mptrain.export.base import Embeddings, Format, Runner, Source
+from mptrain.export.base import Embeddings, Format, Runner, Source, Streaming
 from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
+from mptrain.export.torch import heads
 from mptrain.flow.stage import Context
-from mptrain.measure import generation, memory
+from mptrain.measure import generation, memory, throughput
 from mptrain.measure import latency as measure
 from mptrain.models import artifact
-from mptrain.recipe import Recipe
+from mptrain.recipe import ExportSpec, Recipe
+from mptrain.recipe.exports.heads import keep_score
 from mptrain.recipe.plan import Planned, variants
 from mptrain.report.build import Variant
 from mptrain.train import peaks
@@ -69,7 +72,8 @@ class Variants:
         source = self._source(planned)
         folder, config = self.folder / variant, getattr(source.model, "config", None)
         generation = getattr(source.model, "generation_config", None) if planned.export.cache is not None else None
-        with progress(f"export {variant}"), whole(folder, config, self.context.processor, generation) as scratch:
+        code = artifact.code_of(source.model, self.recipe.model.kind.head)
+        with progress(f"export {variant}"), whole(folder, config, self.context.processor, generation, code) as scratch:
             written = self._format(variant).write(source, scratch)
         facts = {
             "id": variant,
@@ -78,7 +82,7 @@ class Variants:
             "precision": planned.precision,
             "path": (folder / written.path.relative_to(scratch)).relative_to(self.context.folder).as_posix(),
             "size_bytes": written.size_bytes,
-            "written": written.facts.as_json(),
+            "written": (written.facts | _heads(planned.export)).as_json(),
             **_counts(source.model, self.data.example(1, self.recipe.data.max_length)),
         }
         return self._keep(facts, "export", begun)
@@ -98,7 +102,7 @@ class Variants:
                 runner,
                 batches,
                 signature=source.signature,
-                agreement=self.data.agreement,
+                agreement=heads.agreement(type(self.data), self._planned[variant].export.heads),
                 exact=known.exact(source.precision),
             )
             facts["runtime"] = known.as_json()
@@ -111,8 +115,14 @@ class Variants:
         if "scores" in facts:
             return variant
         begun = time.monotonic()
+        kind, after = self.recipe.model.kind, self._planned[variant].export.heads
+        if not keep_score(after, kind):
+            facts |= {"scores": [], "multiple_choice": {}}
+            log.info("%s: not scored, for its heads do not keep what scores are made of", variant)
+            return self._keep(facts, "evaluate", begun)
         with closing(self._runner(variant, facts)) as runner:
-            scores = self.data.evaluate(runner, "test", self.recipe.evaluate.batch_size, f"test {variant}")
+            forward: Forward = (lambda batch: heads.restored(runner(batch), batch)) if after else runner
+            scores = self.data.evaluate(forward, "test", self.recipe.evaluate.batch_size, f"test {variant}")
             facts["scores"] = [score.kept() for score in scores]
             log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
             facts["multiple_choice"] = {}
@@ -160,14 +170,40 @@ class Variants:
                 self.recipe.evaluate.latency,
                 has_length=self.recipe.model.kind.unit is not None,
             )
-            write_json(latency_file, {"latency_ms": found, "wall_s": time.monotonic() - begun})
+            per_second = self._throughput(ids, facts) if self.recipe.evaluate.latency.throughput else {}
+            write_json(
+                latency_file,
+                {"latency_ms": found, "throughput": per_second, "wall_s": time.monotonic() - begun},
+            )
         measured = read_json(latency_file)
         self._seconds = {"latency": measured["wall_s"]}
         self._time_generation(facts)
         for f in facts.values():
             for step, seconds in f["wall_s"].items():
                 self._seconds[step] = self._seconds.get(step, 0.0) + seconds
-        return [_variant(facts[i], measured["latency_ms"].get(i, {}), self.data.measures) for i in ids]
+        return [
+            _variant(
+                facts[i],
+                self.data.measures,
+                latency_ms=measured["latency_ms"].get(i, {}),
+                throughput=measured.get("throughput", {}).get(i, {}),
+            )
+            for i in ids
+        ]
+
+    def _throughput(self, ids: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        def stream(variant: str, threads: int) -> throughput.Stream:
+            kind = cast(Streaming, self._format(variant))
+            source = self._source(self._planned[variant], facts[variant])
+            return kind.stream(self.context.folder / facts[variant]["path"], source, threads)
+
+        return throughput.throughput(
+            [variant for variant in ids if self._planned[variant].export.streams],
+            stream,
+            self.data.example,
+            self.recipe.evaluate.latency,
+            has_length=self.recipe.model.kind.unit is not None,
+        )
 
     def _time_generation(self, facts: dict[str, dict[str, Any]]) -> None:
         """Add the times to the facts of the variants that generate; once."""
@@ -187,7 +223,7 @@ class Variants:
 
     def _generates(self, variant: str) -> bool:
         export = self._planned[variant].export
-        return export.generates and export.cache is not None
+        return export.generates and export.cache is not None and not export.heads
 
     def _whole_texts(self, count: int, length: int) -> np.ndarray:
         """Token ids [count, at most length] of training examples, without padding."""
@@ -234,9 +270,10 @@ class Variants:
             model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
             return self._format(planned.id).torch(model, planned.precision, embeddings).eval()
 
+        signature = heads.signature_with(self.data.signature(), planned.export.heads, self.recipe.model.kind)
         source = Source(
             load,
-            self.data.signature(),
+            signature,
             self.data.example(2, TRACED_LENGTH * self.data.min_length),
             planned.precision,
             embeddings,
@@ -253,6 +290,10 @@ class Variants:
         return self._open(self._source(self._planned[variant], facts), facts, threads)
 
 
+def _heads(export: ExportSpec) -> Facts:
+    return Facts(more={"heads": [head.words for head in export.heads]} if export.heads else {})
+
+
 def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
     """Parameters of all, MACs of the attention and FFN blocks for one example; None where these are not known."""
     plain = quantizers.plain(model)
@@ -265,7 +306,7 @@ def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
     return {"params": params, "macs": sum(row["macs"] for row in rows)}
 
 
-def _variant(facts: dict[str, Any], latency_ms: dict[str, Any], measures: Mapping[str, Measure]) -> Variant:
+def _variant(facts: dict[str, Any], measures: Mapping[str, Measure], **times: Any) -> Variant:
     def scores(kept: list[dict[str, Any]]) -> list[Score]:
         return [Score.from_kept(score, measures) for score in kept]
 
@@ -275,6 +316,6 @@ def _variant(facts: dict[str, Any], latency_ms: dict[str, Any], measures: Mappin
         **{k: facts[k] for k in keys},
         scores=scores(facts["scores"]),
         multiple_choice=chosen,
-        latency_ms=latency_ms,
         generation=facts.get("generation"),
+        **times,
     )

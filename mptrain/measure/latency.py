@@ -53,22 +53,21 @@ def latency(
     result: dict[str, dict[str, dict[str, float | int]]] = {variant: {} for variant in ids}
     if not ids:
         return result
-    shapes = [(b, s) for b in cfg.batch for s in (cfg.length if has_length else cfg.length[:1])]
-    left = len(cfg.threads) * len(shapes)
+    grid = settings(cfg, has_length)
+    left = len(cfg.threads) * len(grid)
     deadline = time.monotonic() + budget_s
     with progress("latency", left * cfg.runs, unit="round") as bar:
         for threads in cfg.threads:
             count = thread_count(threads)
             forwards = {variant: runner(variant, count) for variant in ids}
-            for batch, length in shapes:
-                inputs = {name: np.asarray(value) for name, value in example(batch, length).items()}
+            for batch, length, name in grid:
+                inputs = {n: np.asarray(value) for n, value in example(batch, length).items()}
                 share = max(0.0, deadline - time.monotonic()) / left
                 left -= 1
-                times = _rounds(forwards, inputs, cfg.runs, time.monotonic() + share, bar)
-                key = f"b{batch}_s{length}_t{threads}" if has_length else f"b{batch}_t{threads}"
+                times = rounds(forwards, inputs, cfg.runs, time.monotonic() + share, bar)
                 for variant, seconds in times.items():
                     milliseconds = [1e3 * s for s in seconds]
-                    result[variant][key] = {
+                    result[variant][f"{name}_t{threads}"] = {
                         "median": statistics.median(milliseconds),
                         "min": min(milliseconds),
                         "runs": len(milliseconds),
@@ -76,9 +75,18 @@ def latency(
     return result
 
 
-def _rounds(
-    forwards: Mapping[str, Timed], inputs: dict[str, np.ndarray], rounds: int, deadline: float, bar: Progress
+def settings(cfg: Latency, has_length: bool) -> list[tuple[int, int, str]]:
+    """(batch, length, name) of the grid, but for the threads. has_length: False for images, whose names lack it."""
+    if not has_length:
+        return [(batch, cfg.length[0], f"b{batch}") for batch in cfg.batch]
+    return [(batch, length, f"b{batch}_s{length}") for batch in cfg.batch for length in cfg.length]
+
+
+def rounds(
+    forwards: Mapping[str, Timed], inputs: dict[str, np.ndarray], count: int, deadline: float, bar: Progress
 ) -> dict[str, list[float]]:
+    """Seconds of each call, by variant, of `count` rounds or as many as begin before the deadline, at least
+    MIN_ROUNDS."""
     order = list(forwards)
     times: dict[str, list[float]] = {variant: [] for variant in order}
     # Twice: the first call at a new shape allocates and picks kernels.
@@ -86,9 +94,9 @@ def _rounds(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for done in range(rounds):
+        for done in range(count):
             if done >= MIN_ROUNDS and time.monotonic() > deadline:
-                bar.update(rounds - done)
+                bar.update(count - done)
                 break
             first = done % len(order)
             for variant in order[first:] + order[:first]:

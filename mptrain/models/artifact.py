@@ -28,10 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.dynamic_module_utils import (
+    custom_object_save,
+    get_class_from_dynamic_module,
+    get_relative_import_files,
+)
 
 from mptrain.compress.structure import saved
 from mptrain.compress.weights import records
+from mptrain.core.disk import Code
 from mptrain.core.errors import ModelError, MptrainError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.models.head import drop_pooler
@@ -197,6 +202,24 @@ def _save_code(model: PreTrainedModel, folder: Path) -> str:
             " move it to a .py file of its own"
         )
     return f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}"  # the copy has the name of the file, not of the module
+
+
+def code_of(model: nn.Module, auto: str | None) -> Code | None:
+    """The code of a model whose class is not of transformers, to ship with what it is exported to; None for others.
+
+    auto: name of the Auto class that stands for what it does.
+    """
+    if not isinstance(model, PreTrainedModel) or _base(type(model)) is not None:
+        return None
+    classes = {"AutoConfig": type(model.config)} | ({auto: type(model)} if auto else {})
+    own = {name: cls for name, cls in classes.items() if not cls.__module__.startswith("transformers.")}
+    try:
+        places = {name: Path(inspect.getfile(cls)) for name, cls in own.items()}
+    except (OSError, TypeError):  # made in a session, in no file
+        return None
+    files = dict.fromkeys(places.values())
+    files |= dict.fromkeys(Path(other) for file in list(files) for other in get_relative_import_files(file))
+    return Code(tuple(files), {name: f"{places[name].stem}.{cls.__name__}" for name, cls in own.items()})
 
 
 def _auto_classes(model: PreTrainedModel) -> list[str]:

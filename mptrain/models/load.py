@@ -58,7 +58,7 @@ def _load(
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             cls = head_class(spec.kind) if spec.modeling is None else _model_class(Path(spec.modeling), path)
-            config = _config(spec, cls, path, options)
+            config = _config(spec, path, options)
             if spec.modeling is not None:
                 options.pop("trust_remote_code")
             loaded: Any = cls.from_pretrained(
@@ -91,9 +91,17 @@ def read_config(spec: Checkpoint, allow_code: bool = False) -> PreTrainedConfig:
     path, options = locate(spec, allow_code)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, **options)
+            return _config_at(spec, path, options)
     except LOADING as error:
         raise unloadable(spec, "config", error) from error
+
+
+def _config_at(spec: Checkpoint, path: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """Of the kind that `modeling` has, which transformers need not know; else of the kind that the file names."""
+    if spec.modeling is None:
+        return AutoConfig.from_pretrained(path, **options)
+    cls: Any = _model_class(Path(spec.modeling), path)
+    return cls.config_class.from_pretrained(path, local_files_only=options["local_files_only"])
 
 
 def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> PreTrainedModel:
@@ -104,7 +112,7 @@ def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) ->
     if spec.modeling is not None:
         path, options = locate(spec, allow_code)
         cls = _model_class(Path(spec.modeling), path)
-        own = _config(spec, cls, path, options)
+        own = _config(spec, path, options)
         with torch.device("meta"):
             return cls(own)
     try:
@@ -123,11 +131,8 @@ def _attention(spec: Checkpoint) -> str | None:
     return spec.attn if "attn" in spec.model_fields_set else None
 
 
-def _config(spec: Model, cls: Any, path: str, options: dict[str, Any]) -> PreTrainedConfig:
-    if spec.modeling is not None:
-        config = cls.config_class.from_pretrained(path, local_files_only=options["local_files_only"])
-    else:
-        config = AutoConfig.from_pretrained(path, **options)
+def _config(spec: Model, path: str, options: dict[str, Any]) -> PreTrainedConfig:
+    config = _config_at(spec, path, options)
     if spec.dropout is not None:
         set_dropout(config, spec.dropout)
     if spec.kind.finds_end and getattr(config, "pad_token_id", None) is None:
@@ -187,11 +192,18 @@ def _load_artifact(
     return model
 
 
+def modeling_file(file: Path, folder: str | Path) -> Path:
+    """Here, or in the model's folder. Raises ModelError."""
+    file, inside = file.expanduser(), Path(folder) / file
+    if not file.is_file() and not inside.is_file():
+        raise ModelError(f"model.modeling: there is no file {file.absolute()}, nor {inside}.")
+    return file if file.is_file() else inside
+
+
 def _model_class(file: Path, path: str) -> type[PreTrainedModel]:
-    """The model class in a local .py file: the one config.json names in architectures, else the only one."""
-    file = file.expanduser()
-    if not file.is_file():
-        raise ModelError(f"model.modeling: there is no file {file.absolute()}.")
+    """The model class in a local .py file, or one in the model's folder: the one config.json names in architectures,
+    else the only one."""
+    file = modeling_file(file, path)
     name = f"mptrain_modeling_{file.stem}"
     source = importlib.util.spec_from_file_location(name, file)
     if source is None or source.loader is None:

@@ -41,10 +41,11 @@ def _tokenizer(spec: Model, path: str, options: dict[str, Any]) -> Any:
         raise ModelError(
             f"model.path: {spec.path} has no tokenizer; copy the tokenizer's files (tokenizer.json) there."
         )
-    if not tokenizer.is_fast:
+    if spec.kind.offsets and not tokenizer.is_fast:
         raise ModelError(
-            f"model.path: {spec.path} has no fast tokenizer ({type(tokenizer).__name__}), which offsets and speed need."
-            " Save one with AutoTokenizer, use_fast=True, or choose another model."
+            f"model.path: {spec.path} has no fast tokenizer ({type(tokenizer).__name__}), and task {spec.task} has to"
+            " know which characters a token stands for, which others do not say. Save one with AutoTokenizer,"
+            " use_fast=True, or choose another model."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -55,9 +56,11 @@ def _tokenizer(spec: Model, path: str, options: dict[str, Any]) -> Any:
 
 def _accepted(spec: Model, path: str, options: dict[str, Any], names: list[str]) -> list[str]:
     """The inputs that the model takes: a tokenizer of a general class makes token_type_ids for every model."""
+    if spec.modeling is not None:
+        return names
     cls = head_class(spec.kind)._model_mapping.get(type(AutoConfig.from_pretrained(path, **options)), None)
     forward = getattr(cls, "forward", None)
-    if spec.modeling is not None or forward is None:
+    if forward is None:
         return names
     return [name for name in names if name in inspect.signature(forward).parameters]
 

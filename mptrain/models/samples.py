@@ -22,6 +22,7 @@ from mptrain.data.tasks.base import Batch
 from mptrain.data.tasks.text import examples_of, pad, tokenize
 from mptrain.models.head import head_class
 from mptrain.models.load import load_model, read_config
+from mptrain.models.media import MEDIA, from_folder
 from mptrain.models.positions import positions_of
 from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
@@ -60,7 +61,8 @@ def load_with_inputs(
     length: int = 128,
     allow_code: bool = False,
 ) -> Loaded:
-    """path: a model folder, packaged:NAME or a hub name. data: a file of texts, or a recipe whose `data:` is used.
+    """path: a model folder, packaged:NAME or a hub name. data: a file of texts, a folder of pictures or
+    sounds, or a recipe whose `data:` is used.
 
     task: default from the model's head. Raises UserError (ModelError, DataError).
     """
@@ -87,8 +89,12 @@ def load_with_inputs(
             raise
         processor = None
     if spec.kind.processor != "tokenizer":
+        if data is not None and spec.kind.processor in MEDIA and Path(data).expanduser().is_dir():
+            batches = from_folder(Path(data).expanduser(), spec.kind.processor, processor, samples, BATCH)
+            return Loaded(model, spec, task, Samples(batches, f"the files of {Path(data).name}"), processor)
         if data is not None:
-            raise UserError(f"--data: for {task} give a recipe, whose `data:` is then used; got {data}")
+            what = f"a folder of {MEDIA[spec.kind.processor].what}, or " if spec.kind.processor in MEDIA else ""
+            raise UserError(f"--data: for {task} give {what}a recipe, whose `data:` is then used; got {data}")
         made = _readable(model, made_up(model, spec.kind, samples, processor=processor))
         return Loaded(model, spec, task, made, processor)
     texts = texts_for(data) if processor is not None else None

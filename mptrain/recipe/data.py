@@ -36,7 +36,9 @@ class Checkpoint(Strict):
     )
     trust_remote_code: bool = Field(False, description="also needs --allow-code on the command line")
     modeling: PathText | None = Field(
-        None, description="a local .py file with the model class; also needs --allow-code"
+        None,
+        description="a local .py file with the model class, or the name of one in the model's folder; also needs"
+        " --allow-code",
     )
 
 

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Data, Model
-from mptrain.recipe.exports import EXPORTS, Export
+from mptrain.recipe.exports import EXPORTS, Export, ExportSpec
+from mptrain.recipe.exports.heads import keep_score, misfit
 from mptrain.recipe.precision import MixedPrecision, ShortPrecision
 from mptrain.recipe.stage import Stage
 from mptrain.recipe.tasks import causal
@@ -25,6 +26,9 @@ class Latency(Strict):
     length: list[Annotated[int, Field(gt=0)]] = Field([32, 128], description="tokens; ignored for images")
     threads: list[Annotated[int, Field(gt=0)] | Literal["all"]] = [1, "all"]
     runs: Annotated[int, Field(gt=0)] = Field(15, description="alternating rounds over the variants")
+    throughput: bool = Field(
+        False, description="also time many requests at once, in examples a second: OpenVINO's hint THROUGHPUT"
+    )
 
 
 class Generation(Strict):
@@ -163,6 +167,7 @@ class Recipe(Strict):
                     raise ValueError(f"{where}.{method.field}.{reason}")
             seen.append(stage.id)
         self._check_speedups()
+        self._check_throughput()
         ids = [e.id for e in self.export]
         if len(set(ids)) != len(ids):
             raise ValueError(f"export: ids must differ, got {ids}")
@@ -174,6 +179,8 @@ class Recipe(Strict):
                     )
             if export.cache is not None:
                 self._check_cache(f"export.{export.id}.cache", export.cache)
+            if export.heads:
+                self._check_heads(export)
         self._check_generation()
         return self
 
@@ -202,6 +209,32 @@ class Recipe(Strict):
                     f" {', '.join(settings[:8])}{' …' if len(settings) > 8 else ''}.{hint}"
                 )
 
+    def _check_throughput(self) -> None:
+        if not self.evaluate.latency.throughput:
+            return
+        unable = [export for export in self.export if export.timed and not export.streams]
+        if not any(export.streams for export in self.export):
+            unable = self.export
+        if unable:
+            able = " or ".join(kind.title for kind in EXPORTS.values() if kind.streams)
+            named = ", ".join(f"export.{export.id} ({export.title})" for export in unable)
+            raise ValueError(
+                f"evaluate.latency.throughput: {named}: its runtime is timed here with one request at a time alone;"
+                f" drop throughput, or export to {able} instead"
+            )
+
+    def _check_heads(self, export: ExportSpec) -> None:
+        where, kind = f"export.{export.id}.heads", self.model.kind
+        if why := misfit(export.heads, kind):
+            raise ValueError(f"{where}: {why}")
+        plain = [e for e in self.export if e.format == export.format and not e.heads and set(e.of) >= set(export.of)]
+        if not keep_score(export.heads, kind) and not plain:
+            given = ", ".join(head.words for head in export.heads)
+            raise ValueError(
+                f"{where}: {given}: task {kind.name} has no score of such outputs; export {', '.join(export.of)} to"
+                f" {export.title} without heads too, so that the model is scored"
+            )
+
     def _check_cache(self, where: str, tokens: int) -> None:
         if not self.model.kind.causal:
             raise ValueError(f"{where}: is for task {causal()}, not for {self.model.task}; drop it")
@@ -215,7 +248,7 @@ class Recipe(Strict):
         how = self.evaluate.generation
         if how is None:
             return
-        able = [export for export in self.export if export.generates and export.cache is not None]
+        able = [export for export in self.export if export.generates and export.cache is not None and not export.heads]
         if not able:
             kinds = " or ".join(name for name, spec in EXPORTS.items() if spec.generates)
             raise ValueError(f"evaluate.generation: no export keeps a cache for it; give one of {kinds} a `cache`")

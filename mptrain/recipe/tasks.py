@@ -46,6 +46,9 @@ class TaskSpec:
     """its models have a decoder, which reads the tokens so far"""
     per_token: bool = False
     """its outputs have a row for each token"""
+    gives: Literal["classes", "labels", "features"] | None = None
+    """what is along the last axis of its first output: scores of classes of which one is right, or of labels of which
+    any are, or the features of a token; None for others. Exports may have heads for it"""
     new_head: bool = True
     """its head may be drawn anew, on an encoder that comes without one"""
     problem: str | None = None
@@ -56,6 +59,8 @@ class TaskSpec:
     """of an architecture that has its head, when the model's config names none"""
     finds_end: bool = False
     """its head may read the last token that is no padding, and has to know which token pads"""
+    offsets: bool = False
+    """it has to know which characters or words a token stands for, as fast tokenizers alone do"""
     words: bool = False
     """its texts are lists of words"""
     floor: str | None = None
@@ -91,6 +96,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForSequenceClassification",
             processor="tokenizer",
             unit="tokens",
+            gives="classes",
             tag="text-classification",
             pipeline="text-classification",
             options=("labels",),
@@ -135,6 +141,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForSequenceClassification",
             processor="tokenizer",
             unit="tokens",
+            gives="labels",
             tag="text-classification",
             pipeline="text-classification",
             options=("labels",),
@@ -158,6 +165,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModel",
             processor="tokenizer",
             unit="tokens",
+            gives="features",
             tag="sentence-similarity",
             pipeline="feature-extraction",
             targets=("labels", "scores"),
@@ -177,6 +185,8 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForTokenClassification",
             processor="tokenizer",
             unit="tokens",
+            gives="classes",
+            offsets=True,
             tag="token-classification",
             pipeline="token-classification",
             options=("labels",),
@@ -197,6 +207,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForQuestionAnswering",
             processor="tokenizer",
             unit="tokens",
+            offsets=True,
             tag="question-answering",
             targets=("start_positions", "end_positions"),
             options=("stride",),
@@ -212,6 +223,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForImageClassification",
             processor="image",
             unit=None,
+            gives="classes",
             tag="image-classification",
             pipeline="image-classification",
             options=("labels",),
@@ -227,6 +239,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForAudioClassification",
             processor="audio",
             unit="samples",
+            gives="classes",
             tag="audio-classification",
             pipeline="audio-classification",
             options=("labels",),
@@ -242,6 +255,7 @@ TASKS: dict[str, TaskSpec] = {
             head="AutoModelForCausalLM",
             processor="tokenizer",
             unit="tokens",
+            gives="classes",
             tag="text-generation",
             pipeline="text-generation",
             options=("stride",),

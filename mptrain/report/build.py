@@ -47,10 +47,10 @@ def build(
 
     The baseline is `baseline_fp32`, else the first variant of `recipe.baseline`, else the first variant.
     Keys: schema, name, task, about_task (what its row of TASKS says), metric, created, host, versions, recipe,
-    wall_s, variants, baseline, comparisons (one per other variant), floor, methods (by stage: words, tags, facts),
-    structure, compressed, gates, recommendation, data, multiple_choice (facts by task; scores and differences are with
-    the variants and comparisons), training (optimizer steps per stage), history, checkpoints, on_hub (whether model and
-    data names are names on the Hugging Face hub), notes.
+    wall_s, variants, baseline, comparisons (one per other variant that is scored), floor, methods (by stage: words,
+    tags, facts), structure, compressed, gates, recommendation, data, multiple_choice (facts by task; scores and
+    differences are with the variants and comparisons), training (optimizer steps per stage), history, checkpoints,
+    on_hub (whether model and data names are names on the Hugging Face hub), notes.
 
     Args:
         floor: score of the task's floor on the same test examples as the variants.
@@ -63,7 +63,7 @@ def build(
     """
     base = _baseline(recipe, variants)
     rows = _finite([measured(v) for v in variants])
-    comparisons = _finite([compared(v, base) for v in variants if base is not None and v is not base])
+    comparisons = _finite([compared(v, base) for v in variants if base is not None and v is not base and v.scores])
     structure = _structure(methods or {})
     report: Row = {
         **_asked(recipe),
@@ -104,8 +104,9 @@ def _asked(recipe: Recipe) -> Row:
 
 
 def _baseline(recipe: Recipe, variants: Sequence[Variant]) -> Variant | None:
-    base = next((v for v in variants if v.id == "baseline_fp32"), None)
-    return base or next((v for v in variants if v.stage == recipe.baseline), variants[0] if variants else None)
+    scored = [v for v in variants if v.scores]
+    base = next((v for v in scored if v.id == "baseline_fp32"), None)
+    return base or next((v for v in scored if v.stage == recipe.baseline), scored[0] if scored else None)
 
 
 def _recommendation(

@@ -103,7 +103,7 @@ def tiles(report: Row) -> list[Tile]:
 def accuracy_words(report: Row, comparison: Row) -> str:
     """ "accuracy 82.53% against 82.96% (−0.43 points, 95% interval −1.31 to +0.45: tied)"."""
     name, unit = comparison["metric"], comparison["unit"]
-    value = {v["id"]: v["metrics"][name]["value"] for v in report["variants"]}
+    value = {v["id"]: v["metrics"][name]["value"] for v in report["variants"] if name in v["metrics"]}
     delta, (low, high) = comparison[f"{name}_delta"], comparison[f"{name}_delta_ci95"]
     return (
         f"{words.metric_name(name)} {words.metric(unit, value[comparison['id']])} against"

@@ -25,6 +25,7 @@ def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_fa
         *_unchecked(recipe, variants),
         *_expanded(recipe, variants),
         *filter(None, [packaged.note(recipe.model.path)]),
+        *_unscored(variants),
     ]
 
 
@@ -72,4 +73,14 @@ def _expanded(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
         f"{title} has no look-up tables: the palettized weights of {', '.join(ids)} are written out as fp32 numbers."
         " They score as the tables do, but the file is not smaller; the table Compressed weights has the stored size."
         for title, ids in found.items()
+    ]
+
+
+def _unscored(variants: Sequence[Row]) -> list[str]:
+    """Variants whose heads do not keep what scores are made of."""
+    return [
+        f"{v['id']} is not scored: of its heads ({', '.join(v['runtime']['heads'])}) no score can be made. It was"
+        " compared with the torch model with the same heads, and that model is scored in the export without heads."
+        for v in variants
+        if not v["metrics"] and v["runtime"].get("heads")
     ]

@@ -39,6 +39,8 @@ class Variant:
     parity: dict[str, Any] | None = None
     multiple_choice: dict[str, list[Score]] = field(default_factory=dict)
     generation: dict[str, Any] | None = None
+    throughput: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    """examples a second, by the settings of latency_ms"""
 
 
 def measured(v: Variant) -> Row:
@@ -57,6 +59,7 @@ def measured(v: Variant) -> Row:
         "macs": v.macs,
         "latency_ms": v.latency_ms,
         "generation": v.generation,
+        "throughput": v.throughput,
         "runtime": v.runtime,
         "parity": v.parity,
     }

@@ -102,6 +102,13 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def rate(value: float | None) -> str:
+    """Of examples a second."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return NONE

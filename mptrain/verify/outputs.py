@@ -76,7 +76,7 @@ def of_model(
         model.eval()
         try:
             with without_cache(model):
-                return rows(model(**batches[index]), batches[index], signature)
+                return rows(signature.call(model, batches[index]), batches[index], signature)
         finally:
             model.train(training)
 

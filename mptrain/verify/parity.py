@@ -29,6 +29,8 @@ MEASURED, ROUNDED = 5e-5, 1e-2
 size or of 1, for an output may be the little that is left of large values"""
 ORDERS = 4
 """times the error of one computation in float32; the difference of two is at most twice it, each a sample of few"""
+CHOSEN = 0.5
+"""share of the integers of an exact export that must be the model's"""
 _AT_A_TIME = 2**22  # values
 
 
@@ -40,7 +42,7 @@ def executed(
     found = []
     for batch in batches:
         with without_cache(model):
-            expected = rows(model(**batch), batch, signature)
+            expected = rows(signature.call(model, batch), batch, signature)
         found.append(overflow.compare(expected, rows(runner(batch), batch, signature)))
     return overflow.worst(found)
 
@@ -78,7 +80,7 @@ def compare(
     for batch in batches:
         signature = probed(model, batch) if signature is None else signature
         with without_cache(model):
-            ours = signature.named(model(**{name: value.to(device) for name, value in batch.items()}))
+            ours = signature.run(model, {name: value.to(device) for name, value in batch.items()})
         theirs = runner(batch)
         missing = [name for name in ours if name not in theirs]
         if missing:
@@ -88,6 +90,8 @@ def compare(
                 raise ExportError(
                     f"output {name}: the exported model gives {theirs[name].shape}, the model {tuple(value.shape)}"
                 )
+            if exact and not value.is_floating_point():
+                _check_chosen(name, value, theirs[name])
         expected, got = rows(ours, batch, signature), rows(theirs, batch, signature)
         errors: dict[str, float] | None = None
         for name, wanted in expected.items():
@@ -134,6 +138,15 @@ def judged(difference: Mapping[str, Any], *, exact: bool) -> dict[str, Any]:
     }
 
 
+def _check_chosen(name: str, ours: Tensor, theirs: np.ndarray) -> None:
+    """Raises ExportError where an exact export chooses other classes or tokens: few of them may be ties, most not."""
+    alike = float((ours.cpu().numpy() == theirs).mean()) if theirs.size else 1.0
+    if alike < CHOSEN:
+        raise ExportError(
+            f"output {name}: the exported model gives what the model does in {100 * alike:.0f}% of the places alone"
+        )
+
+
 def _difference(got: Tensor, wanted: Tensor) -> tuple[float, float]:
     """The largest, and the sum of all; in float64, and of few rows at a time, for logits are large."""
     largest = total = 0.0
@@ -159,12 +172,12 @@ def _rounding(model: nn.Module, batch: Mapping[str, Tensor], signature: Signatur
     given = {name: value.to(device) for name, value in batch.items()}
     try:
         with _in_float64(model), without_cache(model):
-            right = model(**{n: v.double() if v.is_floating_point() else v for n, v in given.items()})
+            right = signature.call(model, {n: v.double() if v.is_floating_point() else v for n, v in given.items()})
     except (RuntimeError, TypeError, NotImplementedError) as error:
         log.debug("%s does not compute in float64: %s", type(model).__name__, error)
         return {}
     with without_cache(model):
-        single = rows(model(**given), batch, signature)
+        single = rows(signature.call(model, given), batch, signature)
     double = rows(right, batch, signature)
     return {
         name: float((value.cpu().double() - double[name]).abs().nan_to_num(0.0).max()) for name, value in single.items()

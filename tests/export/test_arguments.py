@@ -15,6 +15,7 @@ WRONG_WITHOUT = {
         "add, alpha",
         "sub, alpha",
         "gelu, tanh",
+        "reciprocal, small",
         "rms norm, eps",
         "rms norm, no eps",
         "rms norm, rows of zeros",
@@ -24,7 +25,12 @@ WRONG_WITHOUT = {
         "var, all",
         "hardswish",
     ],
-    "coreml trace": ["rms norm, rows of zeros", "std, correction 2", "clamp, tensors, low above high"],
+    "coreml trace": [
+        "reciprocal, small",
+        "rms norm, rows of zeros",
+        "std, correction 2",
+        "clamp, tensors, low above high",
+    ],
     "coreai": ["add, alpha", "where, number", "average pool, no padding counted", "nearest", "var, correction 2"],
     "openvino": ["softplus, beta", "softplus, beta and threshold", "round, decimals", "var, correction 2"],
 }

@@ -1,5 +1,6 @@
 import json
 import os
+from contextlib import closing
 
 import numpy as np
 import openvino as ov
@@ -18,6 +19,7 @@ from mptrain.core.errors import ExportError, UserError
 from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.stream import IrStream
 from mptrain.export.torch.traceable import additive_mask
 from mptrain.recipe import OpenVino, Qat
 from mptrain.recipe.exports.base import Use
@@ -318,3 +320,18 @@ def test_the_lines_that_load_a_causal_lm_work(tmp_path):
     assert (found["model"](**batch).logits - expected)[batch["attention_mask"].bool()].abs().max() < 1e-5
     made = found["model"].generate(batch["input_ids"][:1, :4], max_new_tokens=3, do_sample=False)
     assert made.equal(model.generate(batch["input_ids"][:1, :4], max_new_tokens=3, do_sample=False, use_cache=False))
+
+
+# -- several requests in flight
+
+
+def test_a_stream_computes_every_call(tmp_path):
+    model, calls = tiny("bert"), []
+    done = export(model, "bert", tmp_path)
+    with closing(IrStream(done.xml, threads=1)) as stream:
+        assert stream.requests >= 1
+        stream._queue.set_callback(lambda request, _: calls.append(request.get_output_tensor(0).data.copy()))
+        batch = {name: value.numpy() for name, value in inputs("bert").items()}
+        stream(batch, calls=5)
+    expected = outputs(model, inputs("bert"))["logits"]
+    assert len(calls) == 5 and all(np.abs(found - expected).max() < 2e-5 for found in calls)

@@ -56,6 +56,7 @@ CASES = {
     "normalize, eps": lambda x: F.normalize(1e-3 * x, dim=-1, eps=0.5),
     "layer norm, eps": lambda x: F.layer_norm(x, x.shape[-1:], eps=0.5),
     "layer norm, two axes": lambda x: F.layer_norm(x, x.shape[-2:], eps=0.1),
+    "reciprocal, small": lambda x: 1.0 / (x.abs() * 1e-2 + 1e-3),
     "rms norm, eps": lambda x: F.rms_norm(x, x.shape[-1:], eps=0.5),
     "rms norm, no eps": lambda x: F.rms_norm(x, x.shape[-1:]),
     "rms norm, rows of zeros": lambda x: F.rms_norm(x * (x[..., :1] > 0), x.shape[-1:], eps=1e-6),

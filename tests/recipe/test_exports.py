@@ -91,3 +91,67 @@ def test_an_unknown_field_is_answered_with_those_of_its_own_format():
 def test_an_older_target_has_no_tables_of_3_bits():
     older = CoreMl.model_validate({"id": "e", "format": "coreml", "of": [], "minimum_deployment_target": "iOS17"})
     assert 3 not in older.widths() and 3 in older.model_copy(update={"minimum_deployment_target": "iOS18"}).widths()
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        (["openvino", "onnx"], r"export\.onnx \(ONNX\): .*drop throughput, or export to OpenVINO instead"),
+        (["coreml", "coreai"], r"export\.coreml \(Core ML\), export\.coreai"),
+        (["openvino", "coreml"], None),  # Core ML is not timed here at all
+    ],
+)
+def test_throughput_of_a_runtime_without_such_a_mode_is_refused(formats, message):
+    fields = {
+        "export": [{"id": name, "format": name, "of": ["dense"], "precision": ["fp32"]} for name in formats],
+        "stages": [{"id": "dense", "train": {"epochs": 1, "lr": 1e-4}}],
+        "gates": {},
+        "evaluate": {"latency": {"throughput": True}},
+    }
+    if message is None:
+        assert recipe(**fields).evaluate.latency.throughput
+        return
+    with pytest.raises(ValueError, match=message):
+        recipe(**fields)
+
+
+TEXT = {"path": "m", "task": "text-classification"}
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "message"),
+    [
+        (TEXT, [{"pool": "mean"}], r"export\.x\.heads: pool is no head for task text-classification"),
+        (TEXT, [{"softmax": True}, {"softmax": True}], "softmax is there twice"),
+        (TEXT, [{"softmax": True}, {"pool": "cls"}], "go with no model together"),
+        (TEXT, [{"topk": 2}, {"argmax": True}], "the first of topk is what argmax chooses"),
+        (TEXT, [{"argmax": True}], "has no score of such outputs; export dense to .* without heads too"),
+        (TEXT, [{"topk": 2, "softmax": True}], "a head is one of topk, softmax"),
+        ({"path": "m", "task": "multi-label-classification"}, [{"softmax": True}], "its models can have topk"),
+        ({"path": "m", "task": "embedding"}, [{"normalize": True}, {"pool": "mean"}], "pool comes first"),
+        ({"path": "m", "task": "embedding"}, [{"pool": "mean"}, {"normalize": True}], None),
+        (TEXT, [{"softmax": True}], None),
+        (TEXT, [{"softmax": True}, {"topk": 2}], "has no score of such outputs"),
+    ],
+)
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_heads_that_do_not_fit_are_refused(name, model, heads, message):
+    fields = {
+        "model": model,
+        "data": {"train": "t.csv"},
+        "export": [{"id": "x", "format": name, "of": ["dense"], "precision": ["fp32"], "heads": heads}],
+        "stages": [{"id": "dense", "train": {"epochs": 1, "lr": 1e-4}}],
+        "gates": {},
+    }
+    if message is None:
+        assert recipe(**fields).export[0].heads
+        return
+    with pytest.raises(ValueError, match=message):
+        recipe(**fields)
+
+
+@pytest.mark.parametrize("name", ["coreml", "coreai"])
+def test_heads_with_a_cache_are_refused_where_they_cannot_be_had(name):
+    entry = {"id": "x", "format": name, "of": ["dense"], "precision": ["fp32"], "cache": 128, "heads": [{"topk": 3}]}
+    with pytest.raises(ValueError, match=r"heads: with cache .* is written without heads here"):
+        EXPORTS[name].model_validate(entry)

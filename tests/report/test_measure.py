@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mptrain.core import host
-from mptrain.measure import latency
+from mptrain.measure import latency, throughput
 from mptrain.recipe import Latency
 
 
@@ -147,3 +147,27 @@ def test_host_describes_this_machine():
     assert all(isinstance(found[key], str) and found[key] for key in ("cpu", "os", "machine", "python"))
     present = Path("/proc/cpuinfo").read_text().split()
     assert found["cpu_flags"] and set(found["cpu_flags"]) <= set(present)
+
+
+class Busy:
+    """A stream on the clock: `cost` seconds to a call, with two requests at once half of it."""
+
+    requests = 2
+
+    def __init__(self, clock: Clock, cost: float) -> None:
+        self.clock, self.cost, self.closed = clock, cost, False
+
+    def __call__(self, batch: dict[str, np.ndarray], calls: int) -> None:
+        self.clock.now += self.cost * calls / self.requests
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_throughput_counts_the_examples_of_all_requests(clock):
+    streams = {"a": Busy(clock, 0.1), "b": Busy(clock, 0.4)}
+    cfg = Latency(batch=[1, 8], length=[4], threads=[1], runs=3)
+    found = throughput.throughput(["a", "b"], lambda variant, _: streams[variant], example, cfg)
+    assert found["a"]["b8_s4_t1"] == {"median": pytest.approx(160), "max": pytest.approx(160), "requests": 2, "runs": 3}
+    assert found["b"]["b1_s4_t1"]["median"] == pytest.approx(5) and set(found["b"]) == {"b1_s4_t1", "b8_s4_t1"}
+    assert all(stream.closed for stream in streams.values())

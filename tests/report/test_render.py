@@ -308,6 +308,25 @@ def test_layers_left_in_float_are_said_with_what_they_are_worth(report):
     assert "of the torch models on 1,273 validation examples" in Page(page(report)).text
 
 
+def test_throughput_stands_beside_latency():
+    rates = {"baseline_fp32": 40.0, "pruned_fp32": 100.4, "jpqd_int8": 1234.6}
+    found = sample.report(
+        variants=[
+            replace(v, throughput={"b8_s128_t1": {"median": rates[v.id], "max": 2000.0, "requests": 2, "runs": 5}})
+            if v.id in rates
+            else v
+            for v in sample.variants()
+        ]
+    )
+    table = tables.throughput(found)
+    assert [cell.text for cell in table.rows[0]] == ["batch 8, 128 tokens, 1 thread", "40.0", "100", "1,235"]
+    assert [cell.sub for cell in table.rows[0]] == ["", "", "2.51×", "30.86×"] and table.rows[0][3].best
+    assert "2 requests in flight" in table.note
+    for text in (markdown(found), card(found), Page(page(found)).text):
+        assert "Throughput" in text and "1,235" in text
+    assert tables.throughput(sample.report()) is None
+
+
 def test_every_task_renders():
     rng = np.random.default_rng(0)
     scores = {

@@ -62,6 +62,8 @@ PACKAGES = {
 
 MADE = {
     "opt-untrained": "mptrain.data.sources.packaged_opt",
+    "gpt2-untrained": "mptrain.data.sources.packaged_gpt2",
+    "aquila-untrained": "mptrain.data.sources.packaged_aquila",
     "smollm2-135m": "mptrain.data.sources.packaged_smollm2",
     "bart-untrained": "mptrain.data.sources.packaged_bart",
     "dates": "mptrain.data.sources.packaged_dates",

@@ -42,7 +42,7 @@ def make(reviews: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
         new = Path(temporary) / "model"
-        tokenizer(table["text"]).save_pretrained(new)
+        tokenizer(table["text"], _CONFIG["vocab_size"], _CONFIG["max_position_embeddings"]).save_pretrained(new)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = OPTForCausalLM(OPTConfig(**_CONFIG))
@@ -51,15 +51,16 @@ def make(reviews: Path, folder: Path) -> Path:
     return folder
 
 
-def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; it adds no special tokens, text is one stream."""
+def tokenizer(texts: list[str], words: int, length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of so many tokens, for a model that reads `length` of them; it adds no special tokens, text is
+    one stream."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=_CONFIG["vocab_size"],
+            vocab_size=words,
             special_tokens=_SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -70,6 +71,6 @@ def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         bos_token="</s>",
-        model_max_length=_CONFIG["max_position_embeddings"],
+        model_max_length=length,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -7,12 +7,10 @@ mask where the extractor asks for one; a model that takes a spectrogram gets it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 
 from mptrain.core.errors import DataError
 from mptrain.core.progress import track
@@ -48,11 +46,8 @@ class AudioClassification(Classification):
         return Examples(get, lengths)
 
     def _sound(self, table: Table, row: int) -> np.ndarray:
-        samples, rate = sounds.read_sound(table, "audio", row)
         wanted = self.processor.sampling_rate
-        if rate is not None and rate != wanted:
-            common = math.gcd(wanted, rate)
-            samples = resample_poly(samples, wanted // common, rate // common).astype(np.float32)
+        samples = sounds.resampled(*sounds.read_sound(table, "audio", row), wanted)
         if len(samples) < self.min_length:
             raise DataError(
                 f"{table.place('audio', row)} is a sound of {1000 * len(samples) / wanted:.3g} ms; models need"

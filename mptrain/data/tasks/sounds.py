@@ -9,6 +9,7 @@ shorter one is that of the channels.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 
@@ -74,6 +75,16 @@ def read_sound(table: Table, field: str, row: int) -> tuple[np.ndarray, int | No
             f"{place} says that it has {rate} samples a second; {RATES[0]} to {RATES[1]:,} are read. Correct the rate."
         )
     return samples, None if rate is None else round(rate)
+
+
+def resampled(samples: np.ndarray, rate: int | None, wanted: int) -> np.ndarray:
+    """float32 samples at `wanted` a second (polyphase, with a low-pass filter); of an unknown rate as they are."""
+    if rate is None or rate == wanted:
+        return samples
+    from scipy.signal import resample_poly
+
+    common = math.gcd(wanted, rate)
+    return resample_poly(samples, wanted // common, rate // common).astype(np.float32)
 
 
 def _numbers(table: Table, field: str, row: int) -> tuple[np.ndarray, float | None] | None:

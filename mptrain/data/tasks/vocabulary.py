@@ -5,13 +5,14 @@ of them that of "unknown". Everything then runs, and the scores are those of a m
 such tokens is a fact of the report, above 1% a warning, above `data.max_unknown` an error.
 
 A vocabulary without an unknown token leaves out what it does not have: there the share is that of the characters,
-other than spaces, that no token covers, in the first texts of the split.
+other than spaces, that no token covers, in the first texts of the split. A tokenizer that is not fast does not say
+which characters its tokens cover: its unknown tokens are counted, and the pieces are not named.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def note_unknown(task: Task, split: str, encoding: Any, texts: Sequence[str]) ->
     """
     tokenizer = task.processor
     found, missed = _looked_at(tokenizer, texts)
-    share = missed if tokenizer.unk_token_id is None else unknown_share(encoding, tokenizer.unk_token_id)
+    share = missed if tokenizer.unk_token_id is None else unknown_share(encoding, tokenizer)
     task.facts.setdefault("unknown_tokens", {})[split] = share
     if share <= WARNED:
         return
@@ -50,19 +51,34 @@ def note_unknown(task: Task, split: str, encoding: Any, texts: Sequence[str]) ->
     log.warning("data: %s. Check that the model's folder has its own tokenizer.", said)
 
 
-def unknown_share(encoding: Any, unknown: int) -> float:
-    """Of the tokens of a fast tokenizer's encoding, without those that it adds around a text."""
+def unknown_share(encoding: Any, tokenizer: Any) -> float:
+    """Of the tokens of an encoding, without those that the tokenizer adds around a text."""
+    unknown = tokenizer.unk_token_id
+    added = [number for number in tokenizer.all_special_ids if number != unknown]
     count = total = 0
-    for one in encoding.encodings:
-        text = np.asarray(one.special_tokens_mask) == 0
-        total += int(text.sum())
-        count += int((np.asarray(one.ids)[text] == unknown).sum())
+    for ids, around in _tokens(encoding, added):
+        total += int((~around).sum())
+        count += int((ids[~around] == unknown).sum())
     return count / total if total else 0.0
+
+
+def _tokens(encoding: Any, added: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, whether each was added) of each text."""
+    if encoding.encodings is not None:
+        for one in encoding.encodings:
+            yield np.asarray(one.ids), np.asarray(one.special_tokens_mask) != 0
+        return
+    rows = encoding["input_ids"]
+    for row in rows if rows and isinstance(rows[0], list) else [rows]:
+        ids = np.asarray(row)
+        yield ids, np.isin(ids, added)
 
 
 def _looked_at(tokenizer: Any, texts: Sequence[str]) -> tuple[list[str], float]:
     """Up to three unknown pieces of the first texts, and the share of their characters that no token covers."""
     found: dict[str, None] = {}
+    if not tokenizer.is_fast:
+        return [], 0.0
     missed = total = 0
     for text in texts[:_LOOKED_AT]:
         text = text[:_CHARACTERS]

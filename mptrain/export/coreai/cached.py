@@ -8,6 +8,7 @@ a state at places that the data says only where the number of places is fixed, s
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mptrain.export.coreai import arguments
 from mptrain.export.coreai.convert import ASSET, MASKED, Exported, converted, quiet, save
 from mptrain.export.coreai.weights import stored
 from mptrain.export.torch.cached_decoder import CALL, CachedDecoder
+from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.traceable import traceable_masks
 
 
@@ -46,7 +48,14 @@ def write_decoder(model: nn.Module, folder: Path, *, max_length: int) -> Exporte
     step = CachedDecoder(model, max_length).eval()
     example = (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     try:
-        with torch.no_grad(), quiet(), traceable_masks(MASKED), stored(model, held):
+        shown = partial(model, example[0])
+        with (
+            torch.no_grad(),
+            quiet(),
+            traceable_masks(MASKED),
+            real_arithmetic(model, shown),
+            stored(model, held),
+        ):
             graph = torch.export.export(step, example)
         with quiet():
             from coreai_torch import get_decomp_table

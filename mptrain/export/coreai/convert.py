@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from mptrain.export.coreai.asset import load
 from mptrain.export.coreai.facts import float_casts
 from mptrain.export.coreai.runner import Asset
 from mptrain.export.torch import graphs
+from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.traceable import Positional, dtype_of, traceable_masks
 from mptrain.verify import overflow, parity
 from mptrain.verify.outputs import of_model
@@ -150,10 +152,18 @@ def traced(
     """The graph that is converted: core ATen operations in fp32, inputs and outputs in the order of the signature."""
     training, held = model.training, records.of(model)
     names = signature.input_names
-    wrapper = Positional(model, names, signature.output_names).eval()
+    wrapper = Positional(model, names, signature.output_names, signature.call).eval()
     axes = _dynamic(example, signature) if shapes == "dynamic" else None
     try:
-        with torch.no_grad(), quiet(), traceable_masks(MASKED), without_cache(model), stored(model, held):
+        shown = partial(signature.call, model, example)
+        with (
+            torch.no_grad(),
+            quiet(),
+            traceable_masks(MASKED),
+            without_cache(model),
+            real_arithmetic(model, shown),
+            stored(model, held),
+        ):
             values = tuple(example[name] for name in names)
             program, _ = graphs.export(model, wrapper, values, axes)
             program = program.run_decompositions(arguments.table(get_decomp_table()))

@@ -29,6 +29,7 @@ WRITTEN_OUT = {
     aten.gelu.default: written.gelu,
     aten.clamp.Tensor: written.clamp,
     aten.diagonal.default: written.diagonal,
+    aten.reciprocal.default: written.reciprocal,
 }
 
 

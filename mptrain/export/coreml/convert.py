@@ -34,6 +34,7 @@ from mptrain.export.coreml.shapes import Axes, axes_of, fitted, flexible, narrow
 from mptrain.export.coreml.weights import constants
 from mptrain.export.torch import calls, graphs
 from mptrain.export.torch.cached_decoder import CachedDecoder
+from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.traceable import Positional, traceable_masks
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import Interpreter
@@ -142,16 +143,19 @@ def convert(
     if parameter is not None and parameter.dtype != torch.float32:
         model = copy.deepcopy(model).float()
     training = model.training
-    plain = Positional(model, list(example), signature.output_names)
+    plain = Positional(model, list(example), signature.output_names, signature.call)
     wrapper = (plain if cache is None else CachedDecoder(model, cache)).eval()
     axes = axes_of(signature)
     values = sized_inside(example, shapes, axes)
+    # with a cache the example is that of a call: its tokens alone are the model's
+    shown = partial(signature.call, model, example) if cache is None else partial(model, example["input_ids"])
     try:
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
             traceable_masks(MASKED),
             without_cache(model),
+            real_arithmetic(model, shown),
             compatible(**({} if cache is None else {"index_copy": index_copy})),
         ):
             warnings.simplefilter("ignore")
@@ -265,7 +269,10 @@ def _to_package(
     return ct.convert(
         source,
         inputs=tensor_types(values, shapes, axes_of(signature), np.float16 if half else np.float32),
-        outputs=[ct.TensorType(name=name, dtype=np.float16 if half else np.float32) for name in signature.output_names],
+        outputs=[
+            ct.TensorType(name=port.name, dtype=np.int32 if "int" in port.dtype else np.float16 if half else np.float32)
+            for port in signature.outputs
+        ],
         convert_to="mlprogram",
         minimum_deployment_target=getattr(ct.target, target),
         compute_precision=ct.transform.FP16ComputePrecision(selector) if precision == "fp16" else ct.precision.FLOAT32,

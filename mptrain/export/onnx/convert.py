@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from mptrain.export.onnx.operations import lacking
 from mptrain.export.onnx.parts import Part, parts_of
 from mptrain.export.onnx.runner import CachedSession, opened
 from mptrain.export.torch import arguments, graphs
+from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.token_by_token import check
 from mptrain.export.torch.traceable import dtype_of, traceable_masks
 from mptrain.recipe.exports.onnx import OPSET
@@ -156,7 +158,8 @@ def converted(model: nn.Module, part: Part) -> tuple[ir.Model, ExportedProgram]:
     ExportError."""
     program: ExportedProgram | None = None
     try:
-        with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model):
+        shown = partial(part.module, *(part.example[name] for name in part.ports.input_names))
+        with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model), real_arithmetic(model, shown):
             program = _traced(model, part)
             made = torch.onnx.export(
                 program,

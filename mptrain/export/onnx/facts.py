@@ -48,6 +48,7 @@ def facts(path: Path) -> Facts:
     optimized = list(_optimized(path).graph.all_nodes())
     kinds = Counter(node.op_type for node in optimized)
     fused = [node for node in optimized if node.op_type in ATTENTION]
+    apart = sum(node.op_type == "Softmax" and not _of_outputs(node) for node in optimized)
     types = {kind.lower(): size for kind, size in sizes.most_common() if kind not in _INDICES}
     named = {str(node.name): module(node) for node in model.graph.all_nodes()}  # the optimizer keeps names alone
     integer = [node for node in optimized if node.op_type in INTEGER]
@@ -64,7 +65,7 @@ def facts(path: Path) -> Facts:
         inference_precision="f16" if types.get("float16", 0) > types.get("float", 0) else "f32",
         fused_attention=len(fused),
         fused_nodes=modules(fused),
-        attention_layers=len(fused) + kinds["Softmax"],
+        attention_layers=len(fused) + apart,
         int8_layers=modules(integer),
         fp32_layers=modules(floating),
         layer_precisions={kind: dict(found.most_common()) for kind, found in sorted(precisions.items())},
@@ -72,6 +73,13 @@ def facts(path: Path) -> Facts:
         float_casts=len(between),
         more={"operations": dict(kinds.most_common())},
     )
+
+
+def _of_outputs(node: ir.Node) -> bool:
+    """Whether a softmax makes probabilities that leave the model: attention multiplies its own with values."""
+    (value,) = node.outputs
+    readers = {reader.op_type for reader in value.consumers()}
+    return not readers or readers == {"TopK"}
 
 
 def together(*parts: Facts) -> Facts:

@@ -53,11 +53,11 @@ class Part:
 def parts_of(model: nn.Module, example: Mapping[str, Tensor], signature: Signature, *, cached: bool) -> list[Part]:
     """In the order in which they run. model: in eval mode. Raises UserError for a model that cannot have a cache."""
     if cached:
-        decoder, given, ports = decoding(model)
+        decoder, given, ports = decoding(model, signature)
         return [Part(FILE, decoder, given, ports, signature, partial(whole_texts, ports=ports))]
     if TOKENS in signature.input_names and callable(getattr(model, "get_encoder", None)):
         return _encoder_and_decoder(model, example, signature)
-    module = Positional(model, signature.input_names, signature.output_names)
+    module = Positional(model, signature.input_names, signature.output_names, signature.call)
     return [Part(FILE, module, example, signature, signature, dict)]
 
 

@@ -2,7 +2,7 @@
 
     call   input_ids [b, n], attention_mask [b, past + n], beam_idx [b], where the model takes them position_ids [b, n]
     state  past_key_values.<layer>.key and .value, [b, key-value heads, past, head size]; after a reset past is 0
-    gives  logits [b, n, vocabulary]; the state has past + n places then
+    gives  logits [b, n, vocabulary], or what heads make of the last; the state has past + n places then
 
 Row i of a call goes on with row beam_idx[i] of the state. The trace has keys and values as inputs and outputs; a pair
 of them is made a variable, which starts empty with the rows of input_ids.

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from mptrain.export.openvino import weights
 from mptrain.export.openvino.cached import make_stateful
 from mptrain.export.openvino.runner import CachedIr, CompiledIr, computes_in
 from mptrain.export.torch import calls, graphs
+from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.decoding import decoding
 from mptrain.export.torch.fits import check_fits
 from mptrain.export.torch.token_by_token import check
@@ -169,11 +171,19 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
         model = quantizers.frozen(model)
     model = _single(model)  # OpenVINO's frontend reads bf16 constants with the bits of f16
     training = model.training
-    wrapper: nn.Module = Positional(model.eval(), list(example), signature.output_names)
+    shown = partial(signature.call, model, example)
+    wrapper: nn.Module = Positional(model.eval(), list(example), signature.output_names, signature.call)
     if cached:
-        wrapper, example, signature = decoding(model)
+        wrapper, example, signature = decoding(model, signature)
     try:
-        with torch.no_grad(), silenced(), traceable_masks(), without_cache(model), calls.WrittenOut(calls.OPENVINO):
+        with (
+            torch.no_grad(),
+            silenced(),
+            traceable_masks(),
+            without_cache(model),
+            real_arithmetic(model, shown),
+            calls.WrittenOut(calls.OPENVINO),
+        ):
             graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
     except ExportError:
         raise

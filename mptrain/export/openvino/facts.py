@@ -13,6 +13,7 @@ from mptrain.export.facts import Facts
 _FUSED = {"Subgraph", "MHA", "ScaledDotProductAttention"}
 _INTEGER = {"i8", "u8"}
 _WEIGHTED = {"FullyConnected", "Convolution"}
+_AROUND = "aten::"  # no module before it: computed around the model, as heads are
 _INDICES = {"i64", "i32", "boolean"}  # constants of these types are shapes, axes and positions
 
 
@@ -32,7 +33,7 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
         kind = info["layerType"]
         if kind in _FUSED and _has_softmax(info["originalLayersNames"]):
             fused.append(node.get_friendly_name())
-        elif kind == "Softmax":
+        elif kind == "Softmax" and not info["originalLayersNames"].startswith(_AROUND):
             unfused += 1
         elif kind == "Convert":
             converts += 1

@@ -11,6 +11,7 @@ from mptrain.compress.quantize import quantizers
 from mptrain.core.silence import import_unreported
 from mptrain.export.base import Embeddings, Runner, Source, Written
 from mptrain.export.facts import WHOLE, Facts
+from mptrain.measure.throughput import Stream
 from mptrain.recipe import OpenVino
 
 
@@ -46,3 +47,8 @@ class OpenVinoFormat:
         if self.spec.cache is not None or keeps_state(path):  # a file alone does not say how it was asked for
             return CachedIr(path, self.spec.cache, threads, precision=self.spec.hint)
         return CompiledIr(path, threads, precision=self.spec.hint)
+
+    def stream(self, path: Path, source: Source, threads: int) -> Stream:
+        from mptrain.export.openvino.stream import IrStream
+
+        return IrStream(path, threads, self.spec.hint)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
 from mptrain.core.signature import Signature, without_cache
+from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.traceable import traceable_masks
 from mptrain.verify import overflow
 from mptrain.verify.overflow import HALF_MAX, Found, Op
@@ -52,7 +54,8 @@ _FOLDED = {"native_batch_norm", "_native_batch_norm_legit_no_training"}
 
 def find(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signature: Signature) -> tuple[Found, list[Op]]:
     """The ops to keep in fp32, and all ops, of the model with the masks that it is exported with."""
-    with traceable_masks(), without_cache(model):
+    shown = partial(signature.call, model, batches[0])
+    with traceable_masks(), without_cache(model), real_arithmetic(model, shown):
         program = TorchOps(model, batches, signature)
         return overflow.search(program), list(program.ops)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -16,6 +16,8 @@ from mptrain.export.facts import Facts
 from mptrain.export.openvino.facts import facts
 from mptrain.export.torch.decoding import completed
 
+Hint = Literal["LATENCY", "THROUGHPUT"]
+
 
 class CompiledIr:
     """A compiled IR as a function of named inputs, on the CPU.
@@ -23,12 +25,14 @@ class CompiledIr:
     threads: all usable ones by default. precision: of the floating-point part; "f32" by
     default, for OpenVINO would take bf16 on CPUs that have it. `precision` afterwards is what
     the plugin really took: on a CPU without bf16 or f16 it silently stays f32. Activations are not
-    quantized on the fly, as OpenVINO does by default before compressed weights. Raises ExportError for a file
-    that OpenVINO does not take.
+    quantized on the fly, as OpenVINO does by default before compressed weights. hint: what the plugin arranges its
+    threads for. Raises ExportError for a file that OpenVINO does not take.
     """
 
-    def __init__(self, xml: Path | str, threads: int | None = None, precision: str = "f32"):
-        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    def __init__(
+        self, xml: Path | str, threads: int | None = None, precision: str = "f32", hint: Hint = "LATENCY"
+    ) -> None:
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": hint}
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         options["KV_CACHE_PRECISION"] = precision  # of a state; left to itself, the plugin rounds it to 8 bits
         if threads is not None:
@@ -49,12 +53,15 @@ class CompiledIr:
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Takes torch tensors or arrays; inputs that the IR does not have are dropped."""
+        results = self._request.infer(self.arrays(batch), share_inputs=True)
+        return {name: results[i] for i, name in enumerate(self.outputs)}
+
+    def arrays(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+        """What a request is given for a batch."""
         missing = [name for name in self.inputs if name not in batch]
         if missing:
             raise ExportError(f"{self.xml} needs the inputs {self.inputs}, the batch lacks {missing}")
-        arrays = {name: _array(batch[name]) for name in self.inputs}
-        results = self._request.infer(arrays, share_inputs=True)
-        return {name: results[i] for i, name in enumerate(self.outputs)}
+        return {name: _array(batch[name]) for name in self.inputs}
 
     def facts(self) -> Facts:
         return facts(self.compiled, self.xml, self.precision)
@@ -69,8 +76,15 @@ class CachedIr(CompiledIr):
     max_length: tokens of the longest text; None, where nobody knows.
     """
 
-    def __init__(self, xml: Path | str, max_length: int | None, threads: int | None = None, precision: str = "f32"):
-        super().__init__(xml, threads, precision)
+    def __init__(
+        self,
+        xml: Path | str,
+        max_length: int | None,
+        threads: int | None = None,
+        precision: str = "f32",
+        hint: Hint = "LATENCY",
+    ) -> None:
+        super().__init__(xml, threads, precision, hint)
         self.max_length = max_length
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
@@ -86,7 +100,10 @@ class CachedIr(CompiledIr):
         """One call, which goes on with the state. input_ids: [batch, n], the new tokens. attention_mask: [batch,
         places so far + n]. Where these are missing, positions are counted from each text's first token, and each row
         goes on with its own state (beam_idx)."""
-        return super().__call__(completed(batch, self.max_length))
+        return super().__call__(batch)
+
+    def arrays(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+        return super().arrays(completed(batch, self.max_length))
 
 
 def computes_in(precision: str) -> bool:

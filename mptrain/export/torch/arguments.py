@@ -241,6 +241,11 @@ def var(x: Tensor, axes: Sequence[int] | None = None, *, correction: Any = None,
     return made if correction == 0 else made * (count / (count - correction))
 
 
+def reciprocal(x: Tensor) -> Any:
+    """For converters that compute 1 / (x + 1e-4)."""
+    return NotImplemented if not x.is_floating_point() else torch.ones_like(x) / x
+
+
 def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
     """For converters that round a number to a half first; sizes stay as they are."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

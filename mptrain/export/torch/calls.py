@@ -95,6 +95,12 @@ def clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
     return arguments.clamp(input, min, max) if tensors else NotImplemented
 
 
+def reciprocal(input: Tensor, one: Any = 1) -> Any:
+    """As `one / input`, too, which a trace holds as the same."""
+    found = arguments.reciprocal(input)
+    return found if found is NotImplemented or one == 1 else found * one
+
+
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Tensor:
     return arguments.rms_norm(input, normalized_shape, weight, eps)
 
@@ -131,4 +137,11 @@ COMMON: dict[Any, Call] = {
     torch.std_mean: with_mean(deviation),
 }
 OPENVINO = COMMON | {functional.avg_pool2d: avg_pool2d}
-COREML = COMMON | {functional.rms_norm: rms_norm, torch.clamp: clamp, Tensor.clamp: clamp}
+COREML = COMMON | {
+    functional.rms_norm: rms_norm,
+    torch.clamp: clamp,
+    Tensor.clamp: clamp,
+    torch.reciprocal: reciprocal,
+    Tensor.reciprocal: reciprocal,
+    Tensor.__rtruediv__: reciprocal,
+}

@@ -2,7 +2,8 @@
 
     call   input_ids [b, n], attention_mask [b, past + n], where the model takes them position_ids [b, n], and
            past_key_values.<layer>.key and .value, [b, key-value heads, past, head size]
-    gives  logits [b, n, vocabulary], and present.<layer>.key and .value with past + n places
+    gives  logits [b, n, vocabulary], or what heads make of the last, and present.<layer>.key and .value with past + n
+           places
 
 The names are optimum's. All layers keep all places, also those that attend to a window: their mask leaves the others
 out. past is 0 at the first call.
@@ -31,11 +32,11 @@ _KINDS = ("key", "value")
 
 class WithPast(nn.Module):
     """model: a causal LM. By position: the tensors that `inputs` names, then key and value of each layer. Gives the
-    logits, then key and value of each layer with the new places."""
+    outputs of the signature, then key and value of each layer with the new places."""
 
-    def __init__(self, model: PreTrainedModel, inputs: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: Sequence[str], signature: Signature) -> None:
         super().__init__()
-        self.model, self.inputs = model, list(inputs)
+        self.model, self.inputs, self.signature = model, list(inputs), signature
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         past = values[len(self.inputs) :]
@@ -46,14 +47,15 @@ class WithPast(nn.Module):
             layer.keys, layer.values = keys, held
             cache.layers.append(layer)
         named: dict[str, Any] = dict(zip(self.inputs, values))
-        outputs = self.model(**named, past_key_values=cache, use_cache=True)
+        outputs = self.signature.run(self.model, {**named, "past_key_values": cache, "use_cache": True})
         layers: list[Any] = list(cache.layers)
-        return (outputs.logits, *(value for layer in layers for value in (layer.keys, layer.values)))
+        return (*outputs.values(), *(value for layer in layers for value in (layer.keys, layer.values)))
 
 
-def decoding(model: nn.Module) -> tuple[WithPast, dict[str, Tensor], Signature]:
+def decoding(model: nn.Module, signature: Signature) -> tuple[WithPast, dict[str, Tensor], Signature]:
     """What is traced, its inputs of two rows, two tokens and three places, and its signature.
 
+    signature: of whole texts, whose outputs it has.
     Raises UserError for a model that keeps other things than keys and values, or is no causal LM.
     """
     decoder, held = check_decoder(model)
@@ -62,7 +64,7 @@ def decoding(model: nn.Module) -> tuple[WithPast, dict[str, Tensor], Signature]:
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         ports.append(Port("position_ids", (BATCH, tokens), "int64"))
     inputs = [port.name for port in ports]
-    outputs = [Port("logits", (BATCH, tokens, "vocabulary"))]
+    outputs = list(signature.outputs)
     example = {
         "input_ids": torch.arange(4).reshape(2, 2) % decoder.config.get_text_config().vocab_size,
         "attention_mask": torch.ones(2, 5, dtype=torch.long),
@@ -75,7 +77,7 @@ def decoding(model: nn.Module) -> tuple[WithPast, dict[str, Tensor], Signature]:
             example[f"{PAST}.{index}.{kind}"] = torch.zeros(2, heads, 3, size)
             ports.append(Port(f"{PAST}.{index}.{kind}", (BATCH, heads, past, size)))
             outputs.append(Port(f"{PRESENT}.{index}.{kind}", (BATCH, heads, everything, size)))
-    return WithPast(decoder, inputs), example, Signature(tuple(ports), tuple(outputs))
+    return WithPast(decoder, inputs, signature), example, Signature(tuple(ports), tuple(outputs))
 
 
 def present(past: str) -> str:

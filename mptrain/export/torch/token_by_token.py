@@ -54,35 +54,46 @@ def check(runner: Decoder, model: nn.Module, *, runtime: str, exact: bool) -> No
     if "position_ids" in runner.inputs:
         batch["position_ids"] = torch.where(mask == 0, 1, mask.cumsum(1) - 1)
     try:
-        whole, steps = runner(batch), {"logits": _token_by_token(runner, ids, mask)}
+        steps = _token_by_token(runner, ids, mask)
+        of_tokens = set(steps) == {"logits"}  # heads see the last token alone
+        whole = runner(batch) if of_tokens else _prefixes(runner, batch)
     except RuntimeError as error:
         said = " ".join(str(error).split())[-300:]
         raise ExportError(
             f"an export with a cache: {runtime} cannot run {type(model).__name__} token by token ({said}); export it"
             " without a cache"
         ) from error
-    kept = mask.bool().numpy()
-    logits, apart = whole["logits"][kept], (whole["logits"] - steps["logits"])[kept]
-    found = {"as a whole": float(np.sqrt(np.square(apart).mean()) / logits.std())}
-    if exact:
+    kept, found = mask.bool().numpy(), {}
+    for name in (name for name, value in whole.items() if value.dtype.kind == "f"):
+        values, apart = whole[name][kept], (whole[name] - steps[name])[kept]
+        found[f"as a whole ({name})"] = float(np.sqrt(np.square(apart).mean()) / values.std())
+    if exact and of_tokens:
         # with the noise of float32 left out, as of any export
         found["in torch"] = parity.compare(model, lambda _: steps, [batch], signature=CALL)["relative"]
     for how, difference in found.items():
         if not difference <= (EXACT if exact else ROUGH):
             raise ExportError(
-                f"an export with a cache: {type(model).__name__} gives other logits token by token than {how}, by"
+                f"an export with a cache: {type(model).__name__} gives other outputs token by token than {how}, by"
                 f" {difference:.2g} of their size; export it without a cache"
             )
 
 
-def _token_by_token(runner: Decoder, ids: Tensor, mask: Tensor) -> np.ndarray:
-    """Logits [rows, tokens, vocabulary], each row where it stands in ids."""
+def _prefixes(runner: Decoder, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Outputs [rows, tokens, …] of heads: of each text up to each of its tokens."""
+    length = batch["input_ids"].shape[1]
+    found = [runner({name: value[:, : place + 1] for name, value in batch.items()}) for place in range(length)]
+    return {name: np.stack([one[name] for one in found], 1) for name in found[0]}
+
+
+def _token_by_token(runner: Decoder, ids: Tensor, mask: Tensor) -> dict[str, np.ndarray]:
+    """Outputs [rows, tokens, …], each row where it stands in ids."""
     runner.reset()
     order, found = np.arange(len(ids)), []
     for place in range(ids.shape[1]):
         beams = np.roll(np.arange(len(ids)), 1) if place == ids.shape[1] // 2 else np.arange(len(ids))
         order = order[beams]
         part = {"input_ids": ids[order, place : place + 1], "attention_mask": mask[order, : place + 1]}
-        logits = runner.step({**part, BEAM: beams.astype(np.int32)})["logits"]
-        found.append(logits[np.argsort(order)])
-    return np.concatenate(found, 1)
+        outputs = runner.step({**part, BEAM: beams.astype(np.int32)})
+        found.append({name: value[np.argsort(order)] for name, value in outputs.items()})
+    joined = np.concatenate if set(found[0]) == {"logits"} else np.stack
+    return {name: joined([one[name] for one in found], 1) for name in found[0]}

@@ -18,18 +18,21 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from mptrain.core.patch import replaced
-from mptrain.core.signature import by_name
+from mptrain.core.signature import Call, by_name, called
 
 
 class Positional(nn.Module):
-    """The model with inputs by position and its tensor outputs as a tuple. outputs: their names, default all."""
+    """The model with inputs by position and its tensor outputs as a tuple. outputs: their names, default all. call:
+    of its signature."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str] | None = None):
+    def __init__(
+        self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str] | None = None, call: Call = called
+    ) -> None:
         super().__init__()
-        self.model, self.inputs, self.outputs = model, list(inputs), outputs
+        self.model, self.inputs, self.outputs, self.call = model, list(inputs), outputs, call
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        found = by_name(self.model(**dict(zip(self.inputs, values))))
+        found = by_name(self.call(self.model, dict(zip(self.inputs, values))))
         return tuple(found.values() if self.outputs is None else (found[name] for name in self.outputs))
 
 

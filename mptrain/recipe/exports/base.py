@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from mptrain.core.errors import UserError
 from mptrain.recipe.base import Name, Strict
+from mptrain.recipe.exports.heads import Heads
 from mptrain.recipe.method import Weights
 from mptrain.recipe.stage import Stage
 
@@ -79,6 +80,8 @@ class Use:
     """whether it keeps a key-value cache"""
     inference: str = "f32"
     """what its floating-point part computed in when it was measured"""
+    heads: bool = False
+    """whether it computes more than the model, so that its outputs are no classifier's and no language model's"""
 
     @property
     def imports(self) -> list[str]:
@@ -111,6 +114,10 @@ class ExportSpec(Strict):
     """`library_name` and tag of a model card"""
     timed: ClassVar[bool] = True
     """whether the time of its runner here says something about the runtime the format is for"""
+    heads_cached: ClassVar[bool] = False
+    """whether an export with a cache may have heads"""
+    streams: ClassVar[bool] = False
+    """whether its runtime keeps several requests in flight here, for `evaluate.latency.throughput`"""
     checks: ClassVar[frozenset[str]] = frozenset()
     """gates beside those of numbers, size and speed that its facts can answer, e.g. fused_attention"""
     foresees: ClassVar[bool] = False
@@ -128,6 +135,13 @@ class ExportSpec(Strict):
     cache: Cache = Field(
         None, description="causal-lm: generate with a key-value cache of so many tokens, where the format keeps one"
     )
+    heads: Heads = Field([], description="computed after the model, in the exported graph, in this order")
+
+    @model_validator(mode="after")
+    def _heads_with_cache(self):
+        if self.heads and self.cache is not None and not self.heads_cached:
+            raise ValueError(f"heads: with cache {self.title} is written without heads here; drop one of them")
+        return self
 
     @model_validator(mode="after")
     def _caches(self):

@@ -28,6 +28,8 @@ class OpenVino(ExportSpec):
     )
     library = "openvino"
     caches = "float32"
+    heads_cached = True
+    streams = True
     generates = True
     checks = frozenset({"fused_attention", "effective_precision"})
 
@@ -59,7 +61,7 @@ class OpenVino(ExportSpec):
         return precision in PLAIN
 
     def variant(self, stage: str, precision: str) -> str:
-        return f"{stage}_{precision}" if self.cache is None else super().variant(stage, precision)
+        return f"{stage}_{precision}" if self.cache is None and not self.heads else super().variant(stage, precision)
 
     def stores(self, weights: Weights) -> Stored:
         if weights.kind == "tables":
@@ -86,7 +88,22 @@ class OpenVino(ExportSpec):
     def loading(cls, use: Use) -> list[str]:
         hint = "# as it was measured; left to itself, OpenVINO computes in bf16 on CPUs with AMX"
         options = f'{{"INFERENCE_PRECISION_HINT": {json.dumps(use.inference)}}}'
-        if use.optimum is None or use.processor is None:
+        if use.heads and use.cached:
+            return [
+                "import numpy as np",
+                "import openvino",
+                *use.imports,
+                "",
+                hint,
+                f'model = openvino.compile_model({use.path!r}, "CPU", {options})',
+                "request = model.create_infer_request()  # keeps the text so far; request.reset_state() forgets it",
+                *use.inputs,
+                'inputs["position_ids"] = inputs["attention_mask"].cumsum(1) - 1',
+                'inputs["beam_idx"] = np.arange(len(inputs["input_ids"]), dtype=np.int32)',
+                "outputs = request.infer({port.any_name: inputs[port.any_name] for port in model.inputs})",
+                "# next the chosen token alone, as input_ids [b, 1], with the attention_mask of all tokens so far",
+            ]
+        if use.heads or use.optimum is None or use.processor is None:
             return [
                 "import openvino",
                 *use.imports,

@@ -29,7 +29,13 @@ def card(report: Row) -> str:
     verdict = [f"- {escape(claim.text)}" for claim in claims.claims(report)]
     if verdict:
         parts.append("\n".join(verdict))
-    for table in (results.results(report), choices.table(report), results.latency(report), generation.table(report)):
+    for table in (
+        results.results(report),
+        choices.table(report),
+        results.latency(report),
+        results.throughput(report),
+        generation.table(report),
+    ):
         if table:
             parts.append(f"## {table.title}\n\n{grid(table)}\n\n{escape(table.note)}")
     parts += [*_use(report), _limits(report)]
@@ -67,7 +73,7 @@ def _results(report: Row) -> list[Row]:
             "metrics": [{"type": name, "value": value, "name": f"{name}, {v['id']}"}],
         }
         for v in report["variants"]
-        if (value := v["metrics"][name]["value"]) is not None
+        if (value := v["metrics"].get(name, {}).get("value")) is not None
     ]
 
 
@@ -127,6 +133,7 @@ def loading(format: str, about: Row, path: str, folder: str, cut: int | None, ru
             cut,
             cached="cache" in runtime,
             inference=runtime.get("inference_precision", "f32"),
+            heads="heads" in runtime,
         )
     )
 

@@ -50,6 +50,7 @@ def markdown(report: Row) -> str:
         choices.table(report),
         results.latency(report),
         generation.table(report),
+        results.throughput(report),
         results.gates(report),
         models.structure(report),
         models.compressed(report),

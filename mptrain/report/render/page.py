@@ -39,6 +39,7 @@ def page(report: Row) -> str:
             "choices": choices.table(report),
             "latency": results.latency(report),
             "generation": generation.table(report),
+            "throughput": results.throughput(report),
             "gates": results.gates(report),
             "structure": models.structure(report),
             "compressed": models.compressed(report),

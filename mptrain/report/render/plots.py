@@ -92,8 +92,8 @@ def _scatter(
     scale = 100 if metric["unit"] == "fraction" else 1
     for ax, (title, cost) in zip(axes, panels, strict=True):
         for i, v in enumerate(rows):
-            measured, x = v["metrics"][metric["name"]], cost(v)
-            if x is None or measured["value"] is None:
+            measured, x = v["metrics"].get(metric["name"]), cost(v)
+            if x is None or measured is None or measured["value"] is None:
                 continue
             y, (low, high) = measured["value"], measured["ci95"]
             around = [[scale * (y - low)], [scale * (high - y)]] if low is not None else None

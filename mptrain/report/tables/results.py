@@ -46,7 +46,8 @@ def results(report: Row) -> Table | None:
     for v in report["variants"]:
         c = comparisons.get(v["id"])
         cells = [Cell(v["id"], _role(report, v)), *(score(v["metrics"].get(name)) for name in names)]
-        cells.append(_difference(c) if c else Cell("baseline", tone="quiet"))
+        reference = "baseline" if v["id"] == report["baseline"] else "not scored"
+        cells.append(_difference(c) if c else Cell(reference, tone="quiet"))
         cells.append(
             Cell(
                 words.megabytes(v["size_bytes"]),
@@ -112,6 +113,31 @@ def latency(report: Row) -> Table | None:
         " Bold: the fastest variant inside the accuracy limit."
     )
     return Table("Latency", ["Setting", *(v["id"] for v in timed)], rows, note)
+
+
+def throughput(report: Row) -> Table | None:
+    """Examples a second with several requests in flight, one row per setting, one column per variant."""
+    timed = [v for v in report["variants"] if v.get("throughput")]  # reports of before have none
+    if not timed:
+        return None
+    base: Row = next((v["throughput"] for v in timed if v["id"] == report["baseline"]), {})
+    rows = []
+    for key in dict.fromkeys(key for v in timed for key in v["throughput"]):
+        found = {v["id"]: v["throughput"][key]["median"] for v in timed if key in v["throughput"]}
+        best = max(found, key=lambda name: found[name])
+        cells = [Cell(words.setting_words(key, report["about_task"]["unit"]))]
+        for v in timed:
+            rate = found.get(v["id"])
+            against = rate / base[key]["median"] if rate and key in base and v["id"] != report["baseline"] else None
+            cells.append(Cell(words.rate(rate), words.ratio(against) if against else "", best=v["id"] == best))
+        rows.append(cells)
+    requests = sorted({time["requests"] for v in timed for time in v["throughput"].values()})
+    flight = f"{requests[0]}" if len(requests) == 1 else f"{requests[0]} to {requests[-1]}"
+    note = (
+        f"Examples a second with {flight} request{'s' * (requests[-1] > 1)} in flight, as the runtime chose for the"
+        f" threads; median of alternating rounds, with the rate against {report['baseline']}. Bold: the highest."
+    )
+    return Table("Throughput", ["Setting", *(v["id"] for v in timed)], rows, note)
 
 
 _LEAST = ("min_size_ratio", "min_speedup", "agreement", "fused_attention", "effective_precision")

@@ -82,7 +82,7 @@ class TorchOps:
         inputs = self._inputs[batch]
         mode = Rounding(keep, watch, self._stored, self._weights, harm)
         with torch.no_grad(), scopes(self.model, mode.scope), mode:
-            outputs = self.model(**inputs)
+            outputs = self._signature.call(self.model, inputs)
         return rows(outputs, inputs, self._signature), mode
 
 
