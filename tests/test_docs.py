@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import getdoc, getsource, isclass, isfunction, signature
+from inspect import getdoc, getsource, isclass, isfunction, signature, unwrap
 from pathlib import Path
 from textwrap import dedent
 
@@ -105,7 +105,7 @@ def test_what_the_api_page_shows_says_what_its_arguments_are(path):
 
 @pytest.mark.parametrize("name", mptrain.__all__)
 def test_public_names_say_shapes_units_errors_and_source(name):
-    shown = getattr(mptrain, name)
+    shown = unwrap(getattr(mptrain, name))
     text = (getdoc(shown) or "") + (getdoc(shown.__init__) or "" if isclass(shown) else "")
     missing = [word for word in ("Shapes and dtypes: ", "Units: ", "Raises ", "Source: ") if word not in text]
     assert not missing

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pydantic import ValidationError
-from torch import nn
 
 from mptrain.compress.base import Site, Tools
-from mptrain.compress.methods import methods_of
+from mptrain.compress.methods import finalized, methods_of, prepared
 from mptrain.compress.weights import records
 from mptrain.core.errors import UserError
 from mptrain.core.signature import Batch, rows_of
@@ -33,6 +32,10 @@ class Word:
     settings: dict[str, Any]
     grouped: str | None = None
     searched: tuple[tuple[str, Any], ...] = ()
+
+    def given(self, data: bool) -> dict[str, Any]:
+        """Its settings where there are inputs to calibrate on, or are none."""
+        return {**self.settings, **dict(self.searched if data else ())}
 
 
 WORDS = {
@@ -74,7 +77,7 @@ def stage_of(word: str, asked: Asked, *, data: bool) -> Stage:
     Raises UserError for an option or value that the word has no use for, and for one that needs data where none are.
     """
     known = WORDS[word]
-    settings = {**known.settings, **dict(known.searched if data else ())}
+    settings = known.given(data)
     if asked.method is not None:
         if "method" not in settings:
             raise UserError(f"--method {asked.method}: --precision {word} has one method only; drop it")
@@ -133,12 +136,10 @@ def compress_first(
         raise UserError("--precision: the weights of this model are compressed already; say how to compute, e.g. fp32")
     methods = methods_of(stage.methods)
     for method in methods:
-        method.check(method.config, found.model, Site("--precision"))
+        method.check(method.config, found.model, Site("--precision", example=example))
     batches = calibration() if any(method.needs() for method in stage.methods) else []
     tools = Tools(inputs=lambda: batches, example=lambda: example, length=length)
-    model: nn.Module = found.model
-    for method in methods:
-        model = method.finalize(method.prepare(model, tools), tools)
+    model = finalized(methods, prepared(methods, found.model, tools), tools)
     did = {method.config.field: method.facts() for method in methods}
     facts = {
         "how": stage.methods[0].words(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mptrain.export.torch.cached_decoder import check_decoder, check_length, pad
 from mptrain.models.artifact import QUANTIZERS, code_of
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
-from mptrain.recipe import EXPORTS, TASKS, Export, ExportSpec, Stage
+from mptrain.recipe import EXPORTS, Export, ExportSpec, Stage
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.exports.heads import misfit
 from mptrain.recipe.tasks import causal
@@ -71,65 +71,112 @@ def export_model(
     numbers are rounded) is within the default gate. Raises UserError, ExportError.
     """
     begun = time.monotonic()
+    calibrated = (Path(path) / QUANTIZERS).is_file()  # with ranges of its own, and exported as it is
+    wanted = wanted_of(to, format, precision, options or {}, asked, data=data is not None or calibrated)
+    limit = min(length, wanted.spec.cache or length)
+    others = calibration if wanted.stage is not None and data is not None else samples
+    found = load_with_inputs(path, task, attn, data, samples + others, limit, allow_code)
+
+    def before() -> nn.Module:
+        assert found.spec is not None
+        return load_model(found.spec, None, seed=0, allow_code=allow_code)
+
+    facts = export_loaded(found, wanted, samples=samples, length=limit, before=before, name=path)
+    return facts | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of an export. precision: the word of it. spec: with one precision. stage: compresses first.
+    expanded: what to say of weights that the format writes out in full."""
+
+    to: Path
+    format: str
+    precision: str
+    spec: ExportSpec
+    stage: Stage | None
+    expanded: str | None
+
+
+def wanted_of(
+    to: Path, format: str, precision: str, options: dict[str, Any], asked: Asked = UNSAID, *, data: bool
+) -> Wanted:
+    """Checked as far as it can be without the model. data: whether there are inputs to calibrate on. Raises
+    UserError."""
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
     check_writable(to)
-    calibrated = (Path(path) / QUANTIZERS).is_file()  # with ranges of its own, and exported as it is
-    stage = stage_of(precision, asked, data=data is not None or calibrated) if precision in WORDS else None
+    stage = stage_of(precision, asked, data=data) if precision in WORDS else None
     if stage is None and asked.options:
         raise UserError(f"{asked.options[0]}: says how to compress, which --precision {precision} does not")
-    spec = _spec(format, precision, options or {}, stage)
-    expanded = None if stage is None else check_stored(spec, stage)
-    limit = min(length, spec.cache or length)
-    others = calibration if stage is not None and data is not None else samples
-    found = load_with_inputs(path, task, attn, data, samples + others, limit, allow_code)
-    inputs = _Inputs(found.samples.batches if spec.cache is None else _for_cache(spec.cache, found), samples)
-    if why := misfit(spec.heads, TASKS[found.task]):
+    spec = _spec(format, precision, options, stage)
+    return Wanted(to, format, precision, spec, stage, None if stage is None else check_stored(spec, stage))
+
+
+def export_loaded(
+    found: Loaded,
+    wanted: Wanted,
+    *,
+    samples: int,
+    length: int,
+    before: Callable[[], nn.Module],
+    name: str,
+    calibration: list[Batch] | None = None,
+) -> dict[str, Any]:
+    """`export_model` of a model in memory; its weights change where it is compressed first.
+
+    samples: inputs to compare on, the others calibrate. length: tokens that it reads at most. before: the model once
+    more, as it was. name: of the model, for a reader. calibration: inputs that calibrate, where there are others.
+    """
+    spec, stage, to = wanted.spec, wanted.stage, wanted.to
+    inputs = _Inputs(
+        found.samples.batches if spec.cache is None else _for_cache(spec.cache, found), samples, calibration
+    )
+    if why := misfit(spec.heads, found.kind):
         raise UserError(f"--head: {why}")
-    if TASKS[found.task].causal:
+    if found.kind.causal:
         heads.check_vocabulary(spec.heads, found.model.config)
     fp32_bytes = sum(p.numel() * p.element_size() for p in found.model.parameters())
     compressed = None
     if stage is not None and not is_quantized(found.model):
-        with progress(f"compress {precision}"):
-            found, compressed = compress_first(found, stage, inputs.compared[0], inputs.calibration, limit)
+        with progress(f"compress {wanted.precision}"):
+            found, compressed = compress_first(found, stage, inputs.compared[0], inputs.calibration, length)
     source = _source(found, spec, inputs)
-    if TASKS[found.task].unit == "tokens":
-        spec = spec.sized(tokens_read(found.model, limit), True)
+    if found.kind.unit == "tokens":
+        spec = spec.sized(tokens_read(found.model, length), True)
     elif lengths := _lengths(source):
-        spec = spec.sized(max(lengths), False)
+        spec = spec.sized(max(lengths), not found.task)
     kind = format_of(spec)
     config = getattr(source.model, "config", None)
     generation = getattr(source.model, "generation_config", None) if spec.cache is not None else None
-    code = code_of(source.model, TASKS[found.task].head)
+    code = code_of(source.model, found.kind.head)
     with progress(f"export {to.name}"), whole(to, config, found.processor, generation, code) as scratch:
         written = kind.write(source, scratch)
     model_path = to / written.path.relative_to(scratch)
     after = Facts(more={"heads": [head.words for head in spec.heads]} if spec.heads else {})
     source = replace(source, written=written.facts | after)
-    before = None if compressed is None else lambda: load_model(found.spec, None, seed=0, allow_code=allow_code)
+    earlier = None if compressed is None else before
     with progress("verify"), closing(kind.open(model_path, source)) as runner:
-        alike = heads.agreement(task_class(TASKS[found.task]), spec.heads)
-        facts, difference, change = _compared(runner, source, inputs.compared, alike, before)
+        alike = heads.agreement(task_class(found.kind), spec.heads)
+        facts, difference, change = _compared(runner, source, inputs.compared, alike, earlier)
     if compressed is not None:
-        compressed |= {"expanded": expanded, "change": change}
+        compressed |= {"expanded": wanted.expanded, "change": change}
     facts_json = {
         "schema": SCHEMA,
-        "model": path,
-        "task": found.task,
-        "about_task": about(TASKS[found.task]),
-        "format": format,
+        "model": name,
+        "task": found.kind.name,
+        "about_task": about(found.kind),
+        "format": wanted.format,
         "precision": source.precision,
         "compressed": compressed,
         "path": str(model_path),
         "size_bytes": written.size_bytes,
         "fp32_bytes": fp32_bytes,
         "inputs": found.samples.source,
-        "max_length": limit,
+        "max_length": length,
         "parity": difference,
         **parity.judged(difference, exact=facts.exact(source.precision)),
         "runtime": facts.as_json(),
-        "seconds": round(time.monotonic() - begun, 1),
     }
     (to / "README.md").write_text(export_card(facts_json), encoding="utf-8")
     return facts_json
@@ -188,11 +235,11 @@ class _Inputs:
     Too few for both are shared out when they are asked for; a single batch has to do for both.
     """
 
-    def __init__(self, batches: list[Batch], samples: int) -> None:
+    def __init__(self, batches: list[Batch], samples: int, others: list[Batch] | None = None) -> None:
         count = 0
         while count < len(batches) and sum(map(rows_of, batches[:count])) < samples:
             count += 1
-        self.compared, self._others = batches[:count], batches[count:]
+        self.compared, self._others = batches[:count], batches[count:] if others is None else others
 
     def calibration(self) -> list[Batch]:
         if not self._others and len(self.compared) > 1:
@@ -223,8 +270,8 @@ def _source(found: Loaded, spec: ExportSpec, inputs: _Inputs) -> Source:
     embeddings: Embeddings = "int8" if quantized else "fp32"
     model = format_of(spec).torch(found.model, precision, embeddings).eval()
     example = next((batch for batch in inputs.compared if rows_of(batch) > 1), inputs.compared[0])
-    signature = heads.signature_with(probed(model, example), spec.heads, TASKS[found.task])
-    searched = partial(inputs.searched, model, TASKS[found.task].unit)
+    signature = heads.signature_with(probed(model, example), spec.heads, found.kind)
+    searched = partial(inputs.searched, model, found.kind.unit)
     return Source(lambda: model, signature, example, precision, embeddings, quantized, searched)
 
 
@@ -236,8 +283,8 @@ def _said(where: tuple[int | str, ...], message: str) -> str:
 
 def _for_cache(cache: int, found: Loaded) -> list[Batch]:
     """The inputs that a cached export is compared on. Raises UserError when it cannot be."""
-    if not TASKS[found.task].causal:
-        raise UserError(f"--cache {cache}: is for task {causal()}, not for {found.task}; drop it")
+    if not found.kind.causal:
+        raise UserError(f"--cache {cache}: is for task {causal()}, not for {found.kind.name}; drop it")
     check_length("--cache", cache, found.model.config)
     check_decoder(found.model)
     longest = max(int(batch["attention_mask"].sum(1).max()) for batch in found.samples.batches)

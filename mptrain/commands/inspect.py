@@ -28,7 +28,7 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.host import host
 from mptrain.core.signature import probed
-from mptrain.models.samples import Samples, load_with_inputs
+from mptrain.models.samples import Loaded, Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.policy import Compute
@@ -61,17 +61,29 @@ def inspect_model(
     precisions: of `memory.PRECISIONS`; what needs fp16 is left out when none of them computes in fp16.
     Raises UserError (ModelError, DataError) for a model, data or option that cannot be used.
     """
-    for name in precisions:
+    check_precisions(precisions)
+    found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
+    return inspect_loaded(found, precisions, path)
+
+
+def check_precisions(names: Sequence[str]) -> None:
+    """Raises UserError."""
+    for name in names:
         if name not in memory.PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(memory.PRECISIONS)}, got {name!r}")
-    computes = {chosen[0] for name in precisions if (chosen := memory.PRECISIONS[name])}
-    model, task, inputs = _load(path, task, attn, data, samples, length, allow_code)
+
+
+def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str) -> dict[str, Any]:
+    """`inspect_model` of a model in memory, which is put in eval mode and float32, and on the accelerator where there
+    is one. name: of the model, for a reader."""
+    computes = {chosen[0] for asked in precisions if (chosen := memory.PRECISIONS[asked])}
+    model, inputs = quantizers.plain(found.model).float().eval(), found.samples
     facts: dict[str, Any] = {
         "schema": SCHEMA,
-        "model": path,
+        "model": name,
         "class": type(model).__name__,
-        "task": task,
-        "attn": model.config._attn_implementation,
+        "task": found.kind.name,
+        "attn": _attention(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tied": _tied(model),
         "inputs": {
@@ -92,7 +104,7 @@ def inspect_model(
         if compute in computes:
             facts["training"][compute] = _training(model, inputs, compute)
             keep[compute] = facts["training"][compute]["keep_fp32"] or []
-    facts["memory"] = [_memory(model, name, keep) for name in precisions]
+    facts["memory"] = [_memory(model, asked, keep) for asked in precisions]
     facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
     facts["advice"] = _advice(facts)
     facts["host"] = host()
@@ -107,12 +119,9 @@ def inspect_model(
 # -- model and inputs
 
 
-def _load(
-    path: str, task: str | None, attn: str | None, data: str | None, samples: int, length: int, allow_code: bool
-) -> tuple[PreTrainedModel, str, Samples]:
-    found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
-    model = quantizers.plain(found.model)
-    return model.float().eval(), found.task, found.samples
+def _attention(model: nn.Module) -> str | None:
+    """None for a model that is not of transformers."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -184,7 +193,7 @@ def _export(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
         {"op": name, "kind": ops[name].kind, "module": ops[name].module, **asdict(found.ranges[name])} for name in ops
     ]
     facts = _found(found) | {"ops": len(ops), "ranges": ranges, "sdpa": None}
-    if found.keep and model.config._attn_implementation == "eager" and getattr(model, "_supports_sdpa", False):
+    if found.keep and _attention(model) == "eager" and getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
         other = overflow.search(TorchOps(model, inputs.batches))
         model.set_attn_implementation("eager")

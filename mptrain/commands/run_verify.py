@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
-    from mptrain.commands.verify_file import found_in
+    from mptrain.commands.verify_file import INTERPRETED, found_in
     from mptrain.core.errors import ExportError
 
     path, spec = found_in(Path(options.package))
@@ -52,10 +52,6 @@ def run(options: argparse.Namespace) -> int:
     if not facts["passed"]:
         raise ExportError(f"{options.package}: its outputs are wrong; see above.")
     return 0
-
-
-INTERPRETED = (".mlpackage",)
-"""endings of what has no runtime here"""
 
 
 def _interpreted(path: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:

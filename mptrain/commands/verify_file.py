@@ -17,10 +17,12 @@ from mptrain.data.load import task_class
 from mptrain.export.base import Source
 from mptrain.export.formats import format_of
 from mptrain.models.samples import Loaded
-from mptrain.recipe import EXPORTS, TASKS, ExportSpec
+from mptrain.recipe import EXPORTS, ExportSpec
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.verify-file/v1"
+INTERPRETED = (".mlpackage",)
+"""endings of what has no runtime here"""
 
 
 def found_in(path: Path) -> tuple[Path, type[ExportSpec]]:
@@ -61,7 +63,7 @@ def verify_file(path: Path, spec: type[ExportSpec], source: Loaded | None = None
         }
         if source is None:
             return found
-        agreement = task_class(TASKS[source.task]).agreement
+        agreement = task_class(source.kind).agreement
         floats = {"f32", "float", "Float32"}
         exact = set(facts.weight_types or ()) <= floats and facts.inference_precision in ("f32", None)
         difference = parity.compare(source.model, runner, source.samples.batches, agreement=agreement, exact=exact)

@@ -28,7 +28,11 @@ def load_source(path: str, task: str | None = None, allow_code: bool = False) ->
     if task is not None:
         tasks.check(task, "--task")
     task = task or guess_task(read_config(Checkpoint(path=path), allow_code))
-    model = load_model(Model(path=path, task=task), None, seed=0, allow_code=allow_code)
+    return as_stored(load_model(Model(path=path, task=task), None, seed=0, allow_code=allow_code))
+
+
+def as_stored(model: nn.Module) -> nn.Module:
+    """The model in float32 and eval mode, of one with fake quantizers its weights alone."""
     if is_quantized(model):
         from mptrain.compress.quantize.integers import weight_only
 

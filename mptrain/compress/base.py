@@ -86,12 +86,14 @@ class Site:
     """Where settings stand and what is known there before training.
 
     field: of the stage, for errors. length: tokens of an input; None where inputs are not tokens. exact: whether the
-    skeleton has the shapes that the method will meet; False after a stage that prunes.
+    skeleton has the shapes that the method will meet; False after a stage that prunes. example: an input, where one
+    is at hand; for models of transformers it can be made up.
     """
 
     field: str
     length: int | None = None
     exact: bool = True
+    example: Batch | None = None
 
 
 @dataclass(frozen=True)

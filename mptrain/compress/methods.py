@@ -5,7 +5,7 @@ A line is added by `mptrain.extend.register_method` for methods outside this pac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from mptrain.recipe.prune import Curvature, Fisher, Magnitude, Movement
 from mptrain.recipe.weights import Palettize, Ptq, Qat, WeightOnly
 
 if TYPE_CHECKING:
-    from mptrain.compress.base import Method
+    from torch import nn
+
+    from mptrain.compress.base import Method, Tools, TrainingMethod
 
 METHODS: dict[type[MethodConfig], str] = {
     Movement: "mptrain.compress.prune.methods:MovementPruning",
@@ -37,3 +39,22 @@ def method_class(config: MethodConfig) -> type[Method[Any]]:
 def methods_of(configs: Iterable[MethodConfig]) -> list[Method[Any]]:
     """A method for each of the settings, in their order at a boundary."""
     return sorted((method_class(config)(config) for config in configs), key=lambda method: method.order)
+
+
+def prepared(methods: Sequence[Method[Any]], model: nn.Module, tools: Tools) -> nn.Module:
+    """A phase begins; the model may be another object. methods: of `methods_of`."""
+    for method in reversed(methods):
+        model = method.prepare(model, tools)
+    return model
+
+
+def acting(methods: Sequence[Method[Any]]) -> list[TrainingMethod]:
+    """Those that act in the steps of a phase that has begun."""
+    return [found for method in methods if (found := method.training()) is not None]
+
+
+def finalized(methods: Sequence[Method[Any]], model: nn.Module, tools: Tools) -> nn.Module:
+    """A phase ends; the model may be another object."""
+    for method in methods:
+        model = method.finalize(model, tools)
+    return model

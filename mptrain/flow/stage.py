@@ -19,9 +19,9 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
-from mptrain.compress.base import Method, Tools
+from mptrain.compress.base import Tools, TrainingMethod
 from mptrain.compress.calibrate.ranks import Ranks
-from mptrain.compress.methods import methods_of
+from mptrain.compress.methods import acting, finalized, methods_of, prepared
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.host import thread_count
 from mptrain.data.load import Task
@@ -99,13 +99,9 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     begun = time.monotonic()
     methods = methods_of(getattr(inputs.stage, field) for field in phase.methods)
     tools = _tools(context, inputs, phase)
-    model = _starting_model(context, inputs, phase)
-    for method in reversed(methods):
-        model = method.prepare(model, tools)
-    trained = _train(context, inputs, phase, model.to(context.peers.device), methods) if phase.steps else Trained()
-    model.to("cpu")
-    for method in methods:
-        model = method.finalize(model, tools)
+    model, device = prepared(methods, _starting_model(context, inputs, phase), tools), context.peers.device
+    trained = _train(context, inputs, phase, model.to(device), acting(methods)) if phase.steps else Trained()
+    model = finalized(methods, model.to("cpu"), tools)
     if context.peers.is_main_process:
         artifact.save(model.eval(), folder / MODEL, context.processor)
         wall = time.monotonic() - begun + trained.before_s
@@ -168,7 +164,7 @@ def _starting_model(context: Context, inputs: StageInputs, phase: Phase) -> nn.M
 
 
 def _train(
-    context: Context, inputs: StageInputs, phase: Phase, model: nn.Module, methods: Sequence[Method[Any]]
+    context: Context, inputs: StageInputs, phase: Phase, model: nn.Module, compressors: Sequence[TrainingMethod]
 ) -> Trained:
     assert inputs.stage.train is not None
     with _graceful_stop(context.peers) as stop:
@@ -181,7 +177,7 @@ def _train(
             seed=inputs.seed,
             stop=stop,
             precision=inputs.precision,
-            compressors=[acting for method in methods if (acting := method.training()) is not None],
+            compressors=compressors,
             distiller=_distiller(context, inputs),
             watch=inputs.peaks,
         )

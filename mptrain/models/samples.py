@@ -26,6 +26,7 @@ from mptrain.models.media import MEDIA, from_folder
 from mptrain.models.positions import positions_of
 from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
+from mptrain.recipe.tasks import NO_TASK
 
 BATCH = 8
 _OUTPUTS = 32 * 2**20  # bytes that the logits of a batch of a language model may take; at least 2 examples
@@ -42,14 +43,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that a command was given by name, with inputs to run it on. spec: loads it again. processor: None where
-    it has none."""
+    """A model with inputs to run it on. spec: loads it again; None for one that was given in memory. task: empty for a
+    torch module that is for none. processor: None where it has none."""
 
     model: PreTrainedModel
-    spec: Model
+    spec: Model | None
     task: str
     samples: Samples
     processor: Any
+
+    @property
+    def kind(self) -> TaskSpec:
+        return TASKS[self.task] if self.task else NO_TASK
 
 
 def load_with_inputs(
@@ -95,12 +100,12 @@ def load_with_inputs(
         if data is not None:
             what = f"a folder of {MEDIA[spec.kind.processor].what}, or " if spec.kind.processor in MEDIA else ""
             raise UserError(f"--data: for {task} give {what}a recipe, whose `data:` is then used; got {data}")
-        made = _readable(model, made_up(model, spec.kind, samples, processor=processor))
+        made = readable(model, made_up(model, spec.kind, samples, processor=processor))
         return Loaded(model, spec, task, made, processor)
     texts = texts_for(data) if processor is not None else None
     limit = tokens_read(model, length)
     if texts is None or processor is None:
-        return Loaded(model, spec, task, _readable(model, made_up(model, spec.kind, samples, limit)), processor)
+        return Loaded(model, spec, task, readable(model, made_up(model, spec.kind, samples, limit)), processor)
     read = tokenized(*texts, processor, spec.kind, samples, limit, _examples(model, spec.kind, limit))
     if spec.kind.writes:
         read = Samples([_forced(batch, model) for batch in read.batches], read.source)
@@ -123,7 +128,7 @@ def _forced(batch: Batch, model: PreTrainedModel) -> Batch:
 
 
 @torch.no_grad()
-def _readable(model: PreTrainedModel, samples: Samples) -> Samples:
+def readable(model: PreTrainedModel, samples: Samples) -> Samples:
     """The samples, once the model has read two. Raises UserError for a model that takes other inputs."""
     given = {name: value[:2] for name, value in samples.batches[0].items()}
     try:

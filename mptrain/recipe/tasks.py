@@ -80,6 +80,18 @@ class TaskSpec:
         return self.head == "AutoModel"
 
 
+NO_TASK = TaskSpec(
+    "a model of its own kind",
+    "mptrain.data.tasks.none:NoTask",
+    {},
+    head=None,
+    processor=None,
+    unit=None,
+    tag="",
+    targets=(),
+)
+"""of a torch module that is for none of TASKS; in no table, for no recipe can be written for it"""
+
 _LABEL = ColumnField("label", "the class: a word or number", target=True)
 
 TASKS: dict[str, TaskSpec] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -29,9 +31,21 @@ def test_the_public_names_are_exactly_all():
         mptrain.lod  # noqa: B018
 
 
-def test_no_public_name_is_a_submodule():
-    modules = {m.name for m in pkgutil.iter_modules(mptrain.__path__)}
-    assert not modules & set(mptrain.__all__)
+def test_a_public_name_that_is_a_package_too_is_its_function():
+    """Importing anything below it puts the package where the name was looked up."""
+    both = {m.name for m in pkgutil.iter_modules(mptrain.__path__)} & set(mptrain.__all__)
+    assert both == {"compress", "export", "verify"}
+    for name in both:
+        package = importlib.import_module(f"mptrain.{name}")
+        assert getattr(mptrain, name) is package and inspect.unwrap(package).__name__ == name
+        assert list(inspect.signature(package).parameters) == list(inspect.signature(package.__wrapped__).parameters)
+
+
+def test_importing_the_face_and_its_packages_is_light():
+    code = "import sys, mptrain; from mptrain import compress, export, verify; mptrain.export.base = 1\n"
+    code += "print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split("LOADED")[1].split()) & HEAVY
 
 
 def test_help_imports_nothing_heavy():

@@ -29,7 +29,7 @@ class Pruning(Method[PruneConfig]):
 
     @classmethod
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
-        structure = find_structure(skeleton, ignore=config.ignore)
+        structure = find_structure(skeleton, site.example, ignore=config.ignore)
         keep = config.budget()
         # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
         if keep is None or keep.latency is not None or (keep.macs is not None and site.length is None):
@@ -108,7 +108,8 @@ class CurvaturePruning(Pruning):
     @classmethod
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
         super().check(config, skeleton, site)
-        check_readers(skeleton, find_structure(skeleton, ignore=config.ignore), f"{site.field}.ignore")
+        structure = find_structure(skeleton, site.example, ignore=config.ignore)
+        check_readers(skeleton, structure, f"{site.field}.ignore")
 
     def collect(self, model: nn.Module, tools: Tools) -> None:
         self.pruner.look(model, tools.inputs(), seed=tools.seed, ranks=tools.ranks)

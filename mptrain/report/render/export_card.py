@@ -14,7 +14,8 @@ def export_card(facts: Row) -> str:
     """facts: of `mptrain export` (schema mptrain.export/v1)."""
     spec, about = spec_of(facts["format"]), facts["about_task"]
     tags = ["mptrain", *filter(None, [spec.library]), facts["precision"]]
-    front = {**({"library_name": spec.library} if spec.library else {}), "pipeline_tag": about["tag"], "tags": tags}
+    named = {"library_name": spec.library, "pipeline_tag": about["tag"]}
+    front = {**{key: value for key, value in named.items() if value}, "tags": tags}
     done = facts["compressed"]
     how = f", {done['how']}" if done else ""
     source = escape(short(facts["model"]))

@@ -19,9 +19,9 @@ _TONES = {"good": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "bol
 
 def inspection(facts: dict[str, Any]) -> RenderableType:
     """Tables and verdict for `rich.print`."""
+    attention = f"{facts['attn']} attention, " if facts["attn"] else ""
     head = (
-        f"{facts['class']}, {facts['task']}, {facts['attn']} attention, {words.millions(facts['parameters'])}"
-        " parameters;"
+        f"{facts['class']}, {facts['task']}, {attention}{words.millions(facts['parameters'])} parameters;"
         f" {facts['inputs']['examples']} inputs ({facts['inputs']['source']})"
     )
     parts: list[RenderableType] = [line("•", head, "bold"), *structure(facts["structure"]), draw(memory(facts))]

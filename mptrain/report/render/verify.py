@@ -65,6 +65,19 @@ def file(facts: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def found(facts: dict[str, Any]) -> Table:
+    """Of a model that a runtime executed, the one row that decides."""
+    compared, stored = facts["parity"], facts["runtime"].get("weight_types", {})
+    row = [
+        Cell(facts["path"]),
+        Cell(words.megabytes(facts["size_bytes"])),
+        Cell(", ".join(f"{words.megabytes(size)} {kind}" for kind, size in stored.items()) or "none"),
+        Cell("–" if compared is None else f"{compared['relative']:.2g}"),
+        Cell("–" if compared is None else f"{100 * compared['agreement']:.1f}%"),
+    ]
+    return Table("", ["Exported model", "Size", "Weights", "Relative difference", "Same decision"], [row])
+
+
 def _running(runtime: dict[str, Any]) -> list[str]:
     """What the runtime made of it, in words, as far as it is known."""
     texts = []
