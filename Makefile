@@ -45,6 +45,10 @@ test-package: setup
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_all.py --jobs $(JOBS)
 
+# core tests on the lowest and newest versions, on every Python here; a folder to each below build/lanes
+lanes: setup
+	$(BIN)/python -m scripts.lanes
+
 .venv-docs/.ready: constraints.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt mkdocs-material mkdocstrings-python

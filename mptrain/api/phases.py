@@ -25,6 +25,7 @@ from mptrain.commands.compressions import WORDS
 from mptrain.compress.base import Batch, Method, Site, Tools, TrainingMethod
 from mptrain.compress.methods import acting, finalized, methods_of, prepared
 from mptrain.core.errors import UserError
+from mptrain.core.pins import warn_untested
 from mptrain.data.tasks import divergence
 from mptrain.models.artifact import load
 from mptrain.recipe import Distill, MethodConfig, Stage
@@ -133,6 +134,7 @@ class Compression:
 
     def _check(self) -> None:
         """Before anything is changed."""
+        warn_untested(["torch", "transformers", *(name for method in self.stage.methods for name in method.packages)])
         example = None if self._data is None else self._inputs()[0]
         for method in methods_of(self.stage.methods):
             config, field = method.config, method.config.field

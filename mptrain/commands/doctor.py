@@ -81,6 +81,7 @@ def _extras() -> list[dict[str, Any]]:
         if spec.extra
     ]
     others = [
+        ("optimum", "optimum.intel", "loading OpenVINO exports in optimum-intel"),
         ("plots", "matplotlib", "figures in reports"),
         ("gguf", "gguf", "packaged:smollm2-135m"),
         ("seq2seq", "sacrebleu", "scores of texts that a model writes"),

@@ -17,6 +17,7 @@ from mptrain.commands.compressions import WORDS, Asked, check_stored, compress_f
 from mptrain.core.disk import check_writable, whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.core.pins import warn_untested
 from mptrain.core.progress import progress
 from mptrain.core.signature import BATCH, Batch, probed, rows_of
 from mptrain.data.load import task_class
@@ -226,6 +227,7 @@ def _spec(format: str, precision: str, options: dict[str, Any], stage: Stage | N
         said = "; ".join(_said(e["loc"], e["msg"]) for e in error.errors())
         raise UserError(f"export {format} {precision}: {said}") from None
     spec.check_installed()
+    warn_untested(["torch", "transformers", *(package.name for package in spec.packages if package.needed)])
     return spec
 
 

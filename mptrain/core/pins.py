@@ -7,10 +7,14 @@ every name up in the installed packages, and fail when the source uses one that 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+
+log = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,14 @@ def untested(packages: Iterable[str]) -> list[str]:
             f" Should something fail: pip install '{name}=={pin.tested[-1]}.*'"
         )
     return found
+
+
+def warn_untested(packages: Iterable[str]) -> None:
+    """Says before work what `untested` finds, once in a process."""
+    for said in untested(packages):
+        if said not in _said:
+            _said.add(said)
+            log.warning("%s", said)
 
 
 def _installed(package: str) -> str | None:

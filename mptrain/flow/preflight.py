@@ -8,7 +8,6 @@ the field; only a package that is missing is a ModuleNotFoundError, of which the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptrain.compress.base import Site
 from mptrain.compress.methods import method_class
 from mptrain.core.errors import DataError, ExportError, ModelError, UserError
-from mptrain.core.pins import untested
+from mptrain.core.pins import warn_untested
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import Task
 from mptrain.export.base import Foreseeing
@@ -36,8 +35,6 @@ from mptrain.models.probe import probe
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
-
-log = logging.getLogger(__name__)
 
 TRACED = 16
 """tokens of a converter's example, or of a sound frames"""
@@ -72,8 +69,7 @@ def check_exports(recipe: Recipe) -> None:
     used = {"torch", "transformers"} | {package.name for export in recipe.export for package in export.packages}
     methods = [method for stage in recipe.stages for method in stage.methods]
     used |= {name for method in methods for name in method.packages}
-    for said in untested(sorted(used)):
-        log.warning("%s", said)
+    warn_untested(sorted(used))
     for name in sorted({name for method in methods for name in method.packages}):
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)

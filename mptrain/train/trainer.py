@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from mptrain.compress.base import TrainingMethod
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import HOOKS
+from mptrain.core.pins import warn_untested
 from mptrain.precision.casting import cast
 from mptrain.precision.half import computing_in
 from mptrain.precision.policy import DTYPES, Compute
@@ -55,6 +56,7 @@ class Trainer(Saving):
     def __init__(
         self, *args: Any, compressors: Sequence[TrainingMethod] = (), distiller: Distiller | None = None, **kwargs: Any
     ) -> None:
+        warn_untested(("torch", "transformers"))
         with taken():
             super().__init__(*args, **kwargs)
         _check_kinds(compressors, distiller)

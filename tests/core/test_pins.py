@@ -124,3 +124,14 @@ def test_the_formats_take_what_was_tested_and_the_constraints_are_it():
         for package in spec.packages:
             version = constraints[package.name]
             assert SpecifierSet(package.tested, prereleases=True).contains(version), package
+
+
+def test_a_version_that_was_not_tested_is_said_once_before_work(monkeypatch, caplog):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(pins, "_said", set())
+    monkeypatch.setattr(pins, "_installed", lambda name: "99.1")
+    for _ in range(2):
+        with pytest.raises(RuntimeError):  # no model: said before anything else is looked at
+            mptrain.Trainer(None, TrainingArguments("out", use_cpu=True, report_to=[]))
+    assert [r.getMessage().partition(" is installed")[0] for r in caplog.records] == ["torch 99.1", "transformers 99.1"]

@@ -76,7 +76,13 @@ def test_the_tested_versions_are_those_of_the_extras():
     extras = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
     for spec in EXPORTS.values():
         asked = {r.name: r.specifier for r in map(Requirement, extras[spec.extra])}
-        assert asked == {p.name: Requirement(f"{p.name}{p.tested}").specifier for p in spec.packages}
+        tested = {p: Requirement(f"{p.name}{p.tested}").specifier for p in spec.packages}
+        assert asked == {p.name: range for p, range in tested.items() if p.needed}
+        for package, range in tested.items():
+            if not package.needed:  # only those who use what is exported want it, and its own limits
+                (alone,) = map(Requirement, extras[package.name.partition("-")[0]])
+                assert (alone.name, alone.specifier) == (package.name, range)
+                assert not any(package.name.partition("-")[0] in requirement for requirement in extras["all"])
         assert any(spec.extra in requirement for requirement in extras["all"])
 
 

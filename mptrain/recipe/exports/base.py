@@ -29,7 +29,8 @@ BYTES = {"fp32": 4.0, "fp16": 2.0}
 @dataclass(frozen=True)
 class Package:
     """name: on PyPI. module: that is imported. tested: the versions our use of it was tested with, as pip reads them;
-    others are refused, for they fail late. needed: False for what only users of the exported model install.
+    others are refused, for they fail late. needed: False for what only users of the exported model install, by an
+    extra of its own that is called as it begins.
     """
 
     name: str
