@@ -143,11 +143,7 @@ def export_loaded(
         with progress(f"compress {wanted.precision}"):
             found, compressed = compress_first(found, stage, inputs.compared[0], inputs.calibration, length)
     source = _source(found, spec, inputs)
-    if found.kind.unit == "tokens":
-        spec = spec.sized(tokens_read(found.model, length), True)
-    elif lengths := _lengths(source):
-        spec = spec.sized(max(lengths), not found.task)
-    kind = format_of(spec)
+    kind = format_of(_sized(spec, found, source, length))
     config = getattr(source.model, "config", None)
     generation = getattr(source.model, "generation_config", None) if spec.cache is not None else None
     code = code_of(source.model, found.kind.head)
@@ -181,6 +177,14 @@ def export_loaded(
     }
     (to / "README.md").write_text(export_card(facts_json), encoding="utf-8")
     return facts_json
+
+
+def _sized(spec: ExportSpec, found: Loaded, source: Source, length: int) -> ExportSpec:
+    """With the lengths that the written model reads, where it fixes them."""
+    if found.kind.unit == "tokens":
+        return spec.sized(tokens_read(found.model, length), True)
+    lengths = _lengths(source)
+    return spec.sized(max(lengths), not found.task) if lengths else spec
 
 
 def _compared(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -74,42 +76,16 @@ def compare(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
-    largest = relative = rounding = total = 0.0
-    values = examples = 0
+    apart, examples = _Apart(), 0
     alike: list[np.ndarray] = []
     for batch in batches:
         signature = probed(model, batch) if signature is None else signature
         with without_cache(model):
             ours = signature.run(model, {name: value.to(device) for name, value in batch.items()})
         theirs = runner(batch)
-        missing = [name for name in ours if name not in theirs]
-        if missing:
-            raise ExportError(f"the exported model has the outputs {list(theirs)}, and lacks {missing} of the model's")
-        for name, value in ours.items():
-            if theirs[name].shape != tuple(value.shape):
-                raise ExportError(
-                    f"output {name}: the exported model gives {theirs[name].shape}, the model {tuple(value.shape)}"
-                )
-            if exact and not value.is_floating_point():
-                _check_chosen(name, value, theirs[name])
+        _check_outputs(ours, theirs, exact)
         expected, got = rows(ours, batch, signature), rows(theirs, batch, signature)
-        errors: dict[str, float] | None = None
-        for name, wanted in expected.items():
-            bad = int((~got[name].isfinite()).sum())
-            if bad:
-                raise ExportError(
-                    f"output {name}: {bad} of {got[name].numel()} values of the exported model are not finite"
-                )
-            furthest, summed = _difference(got[name], wanted.cpu())
-            largest = max(largest, furthest)
-            size, noise = _size(wanted), 0.0
-            if exact and MEASURED * size < furthest < ROUNDED * max(1.0, size):
-                errors = _rounding(model, batch, signature) if errors is None else errors
-                noise = ORDERS * errors.get(name, 0.0)
-                size = size if name in errors else max(1.0, size)
-            relative, rounding = max(relative, max(0.0, furthest - noise) / size), max(rounding, noise / size)
-            total += summed
-            values += wanted.numel()
+        apart.add(expected, got, cache(partial(_rounding, model, batch, signature)) if exact else None)
         if agreement is None:
             alike.append(decisions(expected, got))
         else:
@@ -117,13 +93,60 @@ def compare(
         examples += len(next(iter(batch.values())))
     model.train(training)
     return {
-        "max_abs_diff": largest,
-        "relative": relative,
-        "rounding": rounding,
-        "mean_abs_diff": total / max(values, 1),
+        "max_abs_diff": apart.largest,
+        "relative": apart.relative,
+        "rounding": apart.rounding,
+        "mean_abs_diff": apart.total / max(apart.values, 1),
         "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,
     }
+
+
+@dataclass
+class _Apart:
+    """The differences of all batches so far, as `compare` returns them."""
+
+    largest: float = 0.0
+    relative: float = 0.0
+    rounding: float = 0.0
+    total: float = 0.0
+    values: int = 0
+
+    def add(
+        self, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], errors: Callable[[], dict[str, float]] | None
+    ) -> None:
+        """errors: `_rounding` of the batch, asked for where it may matter; None where it does not. Raises ExportError
+        for values that are not finite."""
+        for name, wanted in expected.items():
+            if bad := int((~got[name].isfinite()).sum()):
+                raise ExportError(
+                    f"output {name}: {bad} of {got[name].numel()} values of the exported model are not finite"
+                )
+            furthest, summed = _difference(got[name], wanted.cpu())
+            size, noise = _size(wanted), 0.0
+            if errors is not None and MEASURED * size < furthest < ROUNDED * max(1.0, size):
+                noise = ORDERS * errors().get(name, 0.0)
+                size = size if name in errors() else max(1.0, size)
+            self.largest = max(self.largest, furthest)
+            self.relative = max(self.relative, max(0.0, furthest - noise) / size)
+            self.rounding = max(self.rounding, noise / size)
+            self.total += summed
+            self.values += wanted.numel()
+
+
+def _check_outputs(ours: Mapping[str, Tensor], theirs: Mapping[str, np.ndarray], exact: bool) -> None:
+    """Raises ExportError for an output that is missing, has another shape or, of integers of an exact export, mostly
+    others."""
+    missing = [name for name in ours if name not in theirs]
+    if missing:
+        raise ExportError(f"the exported model has the outputs {list(theirs)}, and lacks {missing} of the model's")
+    for name, value in ours.items():
+        if theirs[name].shape != tuple(value.shape):
+            raise ExportError(
+                f"output {name}: the exported model gives {theirs[name].shape}, the model {tuple(value.shape)}"
+            )
+        if exact and not value.is_floating_point():
+            _check_chosen(name, value, theirs[name])
 
 
 def judged(difference: Mapping[str, Any], *, exact: bool) -> dict[str, Any]:
