@@ -56,6 +56,14 @@ WORDS = {
 }
 
 
+ABSENT = {
+    "nf4": "16 levels spaced as a normal distribution; mptrain has no method that makes them yet. Take --precision"
+    " int4, also 16 levels in blocks: with --data GPTQ searches them, --set symmetric=false gives each block a zero"
+    " point",
+}
+"""words that people know from other tools: what they are, and what to take instead"""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the command line says of a compression. settings: "KEY=VALUE" as in a recipe's stage."""

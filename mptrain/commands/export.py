@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from mptrain.commands.compressions import WORDS, Asked, check_stored, compress_first, stage_of
+from mptrain.commands.compressions import ABSENT, WORDS, Asked, check_stored, compress_first, stage_of
 from mptrain.core.disk import check_writable, whole
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import is_quantized
@@ -104,6 +104,8 @@ def wanted_of(
 ) -> Wanted:
     """Checked as far as it can be without the model. data: whether there are inputs to calibrate on. Raises
     UserError."""
+    if precision in ABSENT:
+        raise UserError(f"--precision {precision}: {ABSENT[precision]}")
     if to.exists():
         raise UserError(f"--to {to}: exists already; choose another folder or remove it.")
     check_writable(to)

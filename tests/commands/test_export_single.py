@@ -57,6 +57,7 @@ def test_a_quantized_model_keeps_its_integers(bert, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--precision", "nf4"], "--precision nf4: 16 levels spaced as a normal distribution; mptrain has no method"),
         (["--precision", "int8"], "int8 post-training quantization calibrates on real inputs; give --data FILE"),
         (["--precision", "int8_emb4"], "needs a model with fake quantizers, and this one has none: quantize it first"),
         (["--precision", "compressed"], "models with weights compressed to integers, and no others"),

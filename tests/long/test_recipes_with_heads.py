@@ -1,0 +1,36 @@
+"""The bundled recipes of heads in the graph and of a model with code of its own, as a user tries them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mptrain.cli import main
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_gpt2_topk(here):
+    assert main(["recipe", "gpt2-topk", "--set", "preset=tiny"]) == 0
+    report = json.loads((here / "runs/gpt2-topk/report.json").read_text())
+    plain, top = report["variants"]
+    assert plain["metrics"]["perplexity"]["value"] > 1 and not top["metrics"]
+    assert top["runtime"]["heads"] == ["topk 20", "softmax"] and top["parity"]["relative"] < 1e-4
+    assert any("not scored" in note for note in report["notes"])
+
+
+def test_custom_arch(here, capsys):
+    words = ["recipe", "custom-arch", "--set", "preset=tiny"]
+    assert main(words) == 2
+    assert "modeling_aquila.py would run code" in capsys.readouterr().err
+    assert main([*words, "--allow-code"]) == 0
+    (variant,) = json.loads((here / "runs/custom-arch/report.json").read_text())["variants"]
+    assert variant["parity"]["relative"] < 1e-4 and variant["runtime"]["cache"] == 128
+    assert (here / "runs/custom-arch/export" / variant["id"] / "modeling_aquila.py").is_file()
