@@ -165,6 +165,26 @@ TASKS: dict[str, TaskSpec] = {
             cuts=True,
         ),
         TaskSpec(
+            "click-rate",
+            "mptrain.data.tasks.click_rate:ClickRate",
+            columns={
+                "text": ColumnField("text", "the text"),
+                "text_pair": ColumnField(None, "the second text of a pair"),
+                "label": ColumnField("label", "the click: 1, or 0 for none", target=True),
+            },
+            head="AutoModelForSequenceClassification",
+            processor="tokenizer",
+            unit="tokens",
+            tag="text-classification",
+            pipeline="text-classification",
+            problem="multi_label_classification",
+            endings=("ForSequenceClassification",),
+            finds_end=True,
+            floor="TF-IDF + logistic regression",
+            optimum="OVModelForSequenceClassification",
+            cuts=True,
+        ),
+        TaskSpec(
             "embedding",
             "mptrain.data.tasks.embedding:Embedding",
             columns={

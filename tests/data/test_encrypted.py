@@ -40,8 +40,6 @@ CANARY, NUMBER = "CANARYxyz", 7.1234567
 @pytest.fixture(autouse=True)
 def _key(monkeypatch):
     monkeypatch.setenv(sealed.VARIABLE, sealed.KEY.hex())
-    yield
-    quoting.hide(False)
 
 
 def opener(root: Path) -> Vault:
@@ -204,7 +202,7 @@ VALUES = (CANARY, [CANARY], {CANARY: CANARY}, NUMBER, f"{CANARY} {NUMBER}", [[CA
 
 
 @pytest.mark.parametrize("task", tiny_tasks.CASES)
-def test_no_message_of_any_task_quotes_a_cell_of_encrypted_data(tmp_path, task, caplog):
+def test_no_message_of_any_task_quotes_a_cell_of_encrypted_data(tmp_path, task, caplog, monkeypatch):
     quoted = False
     for number, value in enumerate(VALUES):
         first = tmp_path / f"{number}"
@@ -217,6 +215,7 @@ def test_no_message_of_any_task_quotes_a_cell_of_encrypted_data(tmp_path, task, 
         for column in [c for c in columns if c.encode() in before.splitlines()[0]]:
             file.write_bytes(before)
             poisoned(first, made["data"], column, value)
+            monkeypatch.setattr(quoting, "_hidden", False)
             plain = said(partial(load_data, Data(**made["data"]), task, processor, seed=0), caplog)
             quoted |= CANARY in plain or str(NUMBER) in plain
             files = tmp_path / f"{number}-{column}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -222,6 +223,20 @@ def ratings(folder: Path) -> dict[str, Any]:
     return _files(folder, rows, max_length=16)
 
 
+def clicks(folder: Path) -> dict[str, Any]:
+    """Who praises is offered what; it is clicked with a probability that grows with the words of praise."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(240):
+        good, bad = draw.randint(0, 3), draw.randint(0, 3)
+        words = _shuffled(draw, [*draw.choices(GOOD, k=good), *draw.choices(BAD, k=bad)], draw.randint(1, 4))
+        clicked = draw.random() < 1 / (1 + math.exp(-3 * (good - bad)))
+        rows.append({"text": " ".join(words), "label": int(clicked)})
+    _save(folder, t.BertForSequenceClassification(t.BertConfig(**ENCODER, **TEXT)))
+    _tokenizer(["input_ids", "token_type_ids", "attention_mask"], pair=True).save_pretrained(folder / "model")
+    return _files(folder, rows, max_length=16)
+
+
 def topics(folder: Path) -> dict[str, Any]:
     """A text has the labels praise, blame, person and place, of which it holds a word."""
     draw = random.Random(0)
@@ -260,6 +275,10 @@ def _numbers(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": batch["labels"][:, None]}
 
 
+def _sign(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"logits": 30.0 * (2 * batch["labels"].float()[:, None] - 1)}
+
+
 def _signs(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": 30.0 * (2 * batch["labels"] - 1)}
 
@@ -291,6 +310,7 @@ def _targets(task: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 CASES = {
     "text-classification": Case(text_pair, ("accuracy", "loss"), 40, 0.6, _classes, epochs=12),
     "regression": Case(ratings, ("mae", "mse", "pearson", "spearman"), 50, 0.45, _numbers, epochs=12),
+    "click-rate": Case(clicks, ("log_loss", "auc"), 60, 0.6, _sign, epochs=8),
     "multi-label-classification": Case(topics, ("micro_f1", "macro_f1", "map", "loss"), 60, 0.8, _signs, epochs=16),
     "embedding": Case(topical, ("ndcg@10", "mrr", "recall@1", "recall@5", "recall@10"), 69, 0.8, _places, epochs=12),
     "token-classification": Case(tagging, ("f1", "accuracy"), 35, 0.8, _classes),

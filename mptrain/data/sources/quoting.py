@@ -1,7 +1,7 @@
 """What messages may say of the data: of encrypted data no cell, no part of one, and nothing that a decoder says of one.
 
-One switch for the process, thrown by whoever reads data: messages come from places that see a value and not where it
-is from, in threads too.
+One switch for the process, thrown by whoever reads encrypted data, and never back: messages come from places that see
+a value and not where it is from, in threads and long after it was read too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ NOT_SHOWN = "(not shown: the data is encrypted)"
 _hidden = False
 
 
-def hide(yes: bool) -> None:
-    """From now on, messages of this process quote no cells, or do."""
+def hide() -> None:
+    """From now on, messages of this process quote no cells."""
     global _hidden
-    _hidden = yes
+    _hidden = True
 
 
 def hidden() -> bool:

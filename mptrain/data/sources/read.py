@@ -54,13 +54,14 @@ class Source:
 def read_source(spec: Data, columns: Iterable[str], *, allow_code: bool = False) -> Source:
     """Read what `spec` names; `columns` are the column names that will be asked for. allow_code: for data.key.command.
 
-    From here on, messages of this process quote cells where the data is in clear, and none where it is encrypted.
+    Once encrypted data is read, messages of this process quote no cells.
     Raises DataError, which says what was looked for and what there is.
     """
-    quoting.hide(spec.key is not None)
-    opener = None if spec.key is None else Vaults(spec.key, allow_code)
-    source = _read_source(spec, columns, opener)
-    return source if opener is None else replace(source, secret=opener.secret())
+    if spec.key is None:
+        return _read_source(spec, columns, None)
+    quoting.hide()
+    opener = Vaults(spec.key, allow_code)
+    return replace(_read_source(spec, columns, opener), secret=opener.secret())
 
 
 def read_encrypted(
@@ -75,7 +76,7 @@ def read_encrypted(
         key = Key(file=file, env=env, command=command)
     except ValidationError:
         raise DataError("read_encrypted: say where the key is by one of file, env and command.") from None
-    quoting.hide(True)
+    quoting.hide()
     return read_table(path, "path", (), Vaults(key, allow_code=command is not None)).columns
 
 

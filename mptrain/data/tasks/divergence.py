@@ -29,6 +29,19 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return per_row.mean() * temperature**2
 
 
+def bernoulli(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * mean of KL(Bernoulli(teacher / T) || Bernoulli(student / T)) over logits of one shape; float32 inside.
+
+    Raises ModelError for shapes that differ.
+    """
+    same_shape("logits", student, teacher)
+    ours, theirs = (logits.float() / temperature for logits in (student, teacher))
+    there = theirs.sigmoid()
+    terms = there * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+    terms = terms + (1 - there) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+    return terms.mean() * temperature**2
+
+
 def same_shape(name: str, student: Tensor, teacher: Tensor) -> None:
     """Raises ModelError for outputs that cannot be compared."""
     if student.shape != teacher.shape:

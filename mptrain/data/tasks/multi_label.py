@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Batch, Outputs, Port
@@ -33,7 +32,7 @@ from mptrain.data.sources.quoting import listed, shown
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.agreement import array
 from mptrain.data.tasks.base import Example, finite
-from mptrain.data.tasks.divergence import same_shape
+from mptrain.data.tasks.divergence import bernoulli
 from mptrain.data.tasks.floor import tfidf_labels
 from mptrain.data.tasks.metrics import F1, MEAN, Measure, Score
 from mptrain.data.tasks.text import pad
@@ -174,12 +173,7 @@ class MultiLabel(TextTask):
         self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor], temperature: float
     ) -> Tensor:
         """T² · mean over labels of KL(Bernoulli(teacher / T) || Bernoulli(student / T))."""
-        same_shape("logits", student["logits"], teacher["logits"])
-        ours, theirs = (outputs["logits"].float() / temperature for outputs in (student, teacher))
-        there = theirs.sigmoid()
-        terms = there * (logsigmoid(theirs) - logsigmoid(ours))
-        terms = terms + (1 - there) * (logsigmoid(-theirs) - logsigmoid(-ours))
-        return terms.mean() * temperature**2
+        return bernoulli(student["logits"], teacher["logits"], temperature)
 
     def floor(self, seed: int) -> Score | None:
         found = tfidf_labels(self.texts, seed)
