@@ -1,6 +1,6 @@
 """What mptrain does with each of many architectures: tiny random models, one row to each, one cell to each feature.
 
-    PYTHONPATH=tests python -m benchmarks.reach --json benchmarks/results/reach.json [--rows PATTERN]
+    PYTHONPATH=tests python -m benchmarks.reach --json benchmarks/results/reach.json [--rows PATTERN] [--cells PATTERN]
 
 A cell is `ok`, `refused: <reason>` (an error of mptrain, which a recipe gets before training) or `FAIL: <error>`:
 
@@ -12,8 +12,11 @@ A cell is `ok`, `refused: <reason>` (an error of mptrain, which a recipe gets be
     ptq_int8               the shrunk model with int8 quantizers calibrated, in torch
     int4_gptq              weights in int4 by GPTQ
     palettize              weights in tables of 16 values
+    openvino, onnx, coreml, coreai
+                           the dense model in float32 in that format, run again, computes what the model computes
 
-No timing. Versions stand at the top of the file, so that a run with newer packages is told apart.
+A repeated command keeps the cells of a file that was made with the same versions, and goes on; a cell that was not run
+is not there. No timing. Versions stand at the top of the file, so that a run with newer packages is told apart.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +45,7 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.compress.weights import palettize, weight_only
 from mptrain.core.errors import MptrainError
+from mptrain.flow.identity import versions
 from mptrain.recipe import Ptq, WeightOnly
 from mptrain.recipe.prune import Movement
 from mptrain.recipe.weights import Palettize
@@ -50,6 +55,8 @@ ROWS = (
     " mistral qwen2 qwen3 gemma3_text phi3 mixtral qwen3_moe mamba t5 bart whisper wav2vec2 hubert"
     " audio-spectrogram-transformer vit deit dinov2 beit swin segformer clip siglip convnext resnet"
 ).split()
+LENGTH = 16
+"""tokens of a text, of formats that fix a longest"""
 Cell = Callable[["Subject"], None]
 
 
@@ -129,6 +136,19 @@ def tables(subject: Subject) -> None:
         raise RuntimeError("no weight has a table")
 
 
+def exported(format: str) -> Cell:
+    """Written, opened by the format's runner and compared, within the default gate."""
+
+    def check(subject: Subject) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "model"
+            done = mptrain.export(subject.model(), format, to=target, data=subject.batch, length=LENGTH)
+            if not done.passed:
+                raise RuntimeError(f"differs by {done.facts['parity']['relative']:.2g} of the largest output")
+
+    return check
+
+
 CELLS: dict[str, Cell] = {
     "shrunk_equals_masked": shrunk_equals_masked,
     "save_load": save_load,
@@ -137,12 +157,32 @@ CELLS: dict[str, Cell] = {
     "ptq_int8": ptq_int8,
     "int4_gptq": int4_gptq,
     "palettize": tables,
+    "openvino": exported("openvino"),
+    "onnx": exported("onnx"),
+    "coreml": exported("coreml"),
+    "coreai": exported("coreai"),
 }
 
 
-def row(name: str) -> dict[str, str]:
-    subject = Subject(name)
-    return {"name": name, "found": found(subject)} | {key: cell(check, subject) for key, check in CELLS.items()}
+def fill(row: dict[str, str], wanted: list[str]) -> bool:
+    """Run the cells that a row lacks, in place; whether there were any."""
+    missing = [key for key in wanted if key not in row]
+    subject = Subject(row["name"]) if missing else None
+    for key in missing:
+        assert subject is not None
+        row[key] = found(subject) if key == "found" else cell(CELLS[key], subject)
+    return bool(missing)
+
+
+def kept(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of a file that was made with the packages that are installed, by name."""
+    if not path.is_file():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = versions()
+    if any(now.get(name) != version for name, version in before["versions"].items() if name != "mptrain"):
+        return {}
+    return {row["name"]: row for row in before["rows"]}
 
 
 def found(subject: Subject) -> str:
@@ -184,17 +224,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.reach", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rows", default="*", metavar="PATTERN")
+    parser.add_argument("--cells", default="*", metavar="PATTERN", help="columns, e.g. openvino; default: all")
     parser.add_argument("--all", action="store_true", help="every architecture of tests/kit, not the listed ones only")
     options = parser.parse_args()
-    rows = []
-    for name in fnmatch.filter(ARCHITECTURES if options.all else ROWS, options.rows):
-        rows.append(row(name))
-        print("\t".join(rows[-1].values()), flush=True)
-    prunable = sum(one["shrunk_equals_masked"] == "ok" for one in rows)
+    columns = fnmatch.filter(["found", *CELLS], options.cells)
+    names = list(ARCHITECTURES if options.all else ROWS)
+    rows = kept(options.json)
+    for name in fnmatch.filter(names, options.rows):
+        row = rows.setdefault(name, {"name": name})
+        if fill(row, columns):
+            print("\t".join([name, *(f"{key}: {row[key]}" for key in columns)]), flush=True)
+            save(options.json, [rows[known] for known in names if known in rows])
+    save(options.json, [rows[known] for known in names if known in rows])
+
+
+def save(path: Path, rows: list[dict[str, str]]) -> None:
+    prunable = sum(one.get("shrunk_equals_masked") == "ok" for one in rows)
     failed = [f"{one['name']} {key}" for one in rows for key, value in one.items() if value.startswith("FAIL")]
     bars = [("no cell is FAIL", not failed), ("30 architectures or more can be pruned", prunable >= 30)]
-    table = markdown(rows, {"name": "architecture", "found": "found", **{key: key.replace("_", " ") for key in CELLS}})
-    write(options.json, rows, bars, table, plotted=None)
+    shown = [{key: one.get(key, "not run") for key in ("name", "found", *CELLS)} for one in rows]
+    table = markdown(shown, {"name": "architecture", "found": "found", **{key: key.replace("_", " ") for key in CELLS}})
+    write(path, rows, bars, table, plotted=None)
 
 
 if __name__ == "__main__":
