@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -295,9 +296,10 @@ def _for_cache(cache: int, found: Loaded) -> list[Batch]:
         raise UserError(f"--cache {cache}: is for task {causal()}, not for {found.kind.name}; drop it")
     check_length("--cache", cache, found.model.config)
     check_decoder(found.model)
-    longest = max(int(batch["attention_mask"].sum(1).max()) for batch in found.samples.batches)
+    batches = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in found.samples.batches]
+    longest = max(int(batch["attention_mask"].sum(1).max()) for batch in batches)
     if longest > cache:
         raise UserError(
             f"--cache {cache}: {found.samples.source} has texts of {longest} tokens; raise it, or give shorter texts"
         )
-    return [padded_right(batch) for batch in found.samples.batches]
+    return [padded_right(batch) for batch in batches]

@@ -109,6 +109,12 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     return len(next(iter(batch.values())))
 
 
+def counted_places(batch: Mapping[str, Any], mask: str, shape: Sequence[int]) -> Tensor:
+    """Bool [batch, length], the places that count of a tensor of that shape; all where the batch has no such mask."""
+    found = batch.get(mask)
+    return torch.ones(tuple(shape[:2]), dtype=torch.bool) if found is None else torch.as_tensor(found).bool()
+
+
 def by_name(outputs: Any) -> dict[str, Tensor]:
     """All tensors that a forward returned; those without a name are called output, or output_0, output_1, …"""
     if isinstance(outputs, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from kit import tiny
@@ -13,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 import mptrain
 from mptrain.core.errors import DataError, UserError
 from mptrain.core.hooks import is_quantized
-from mptrain.recipe import Distill, Magnitude, Qat, file
+from mptrain.data.load import task_class
+from mptrain.recipe import TASKS, Distill, Magnitude, Qat, file
 
 
 class Net(nn.Module):
@@ -202,6 +204,26 @@ def test_a_recipe_whose_teacher_is_not_at_hand_is_refused(net, here):
     stages = [recipe.stages[0], recipe.stages[0].model_copy(update={"id": "more"}), recipe.stages[1]]
     with pytest.raises(UserError, match="stage jpqd of the recipe learns from dense, which is not at hand"):
         mptrain.compress(net, recipe.model_copy(update={"stages": stages}), data=[{"x": torch.zeros(2, 32)}])
+
+
+@pytest.mark.parametrize("task", ["seq2seq", "embedding", "token-classification", "text-classification"])
+def test_tasks_compare_inputs_without_a_mask(task):
+    """All places count, as of a mask of ones; recipes always have one."""
+    generator = torch.Generator().manual_seed(0)
+    kind = task_class(TASKS[task])
+    name = "last_hidden_state" if task == "embedding" else "logits"
+    ours, theirs = ({name: torch.randn(4, 6, 5, generator=generator).numpy()} for _ in range(2))
+    masks = {mask: torch.ones(4, 6, dtype=torch.long) for mask in ("attention_mask", "decoder_attention_mask")}
+    without = kind.agreement(ours, theirs, {"input_ids": torch.zeros(4, 6, dtype=torch.long)})
+    assert without.tolist() == kind.agreement(ours, theirs, masks).tolist()
+    assert 0 < without.mean() < 1 == kind.agreement(ours, ours, {}).mean()
+
+
+def test_a_bare_model_without_an_output_to_each_token_is_compared():
+    ours = {"logits_per_image": np.eye(4, dtype=np.float32)}
+    kind = task_class(TASKS["embedding"])
+    assert kind.agreement(ours, ours, {}).tolist() == [1.0] * 4
+    assert kind.agreement(ours, {"logits_per_image": np.roll(np.eye(4), 1, 1)}, {}).tolist() == [0.0] * 4
 
 
 def test_inputs_of_a_module_are_not_made_up(net, here):

@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, mse_loss
 
 from mptrain.core.errors import DataError
-from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port
+from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port, counted_places
 from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.agreement import array, order
+from mptrain.data.tasks.agreement import array, decisions, order
 from mptrain.data.tasks.base import Example, Examples, Task, finite
 from mptrain.data.tasks.floor import vectorizer
 from mptrain.data.tasks.metrics import Score
@@ -205,9 +205,12 @@ class Embedding(Task):
     def agreement(cls, expected: Outputs, got: Outputs, batch: Batch) -> np.ndarray:
         """Of each text the share of pairs of others that both models put in the same order of similarity to it.
 
-        By the mean of the tokens that count, whatever the pooling; of one text alone the cosine of its two vectors.
+        By the mean of the tokens that count, whatever the pooling; of one text alone the cosine of its two vectors. Of
+        a bare model without an output to each token, as CLIP's, whether they decide alike.
         """
-        mask = torch.as_tensor(batch[MASK])
+        if "last_hidden_state" not in expected:
+            return decisions(expected, got)
+        mask = counted_places(batch, MASK, expected["last_hidden_state"].shape).cpu()
         both = (torch.as_tensor(array(o["last_hidden_state"])) for o in (expected, got))
         ours, theirs = (pooled(hidden, mask).double().numpy() for hidden in both)
         if len(ours) == 1:

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 
 from mptrain.core.errors import DataError, ModelError, MptrainError, UserError
-from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature
+from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature, counted_places
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import agreement
 from mptrain.data.tasks.base import IGNORED, Example, Examples, Task, stack
@@ -145,7 +145,7 @@ class Seq2Seq(Task):
     @classmethod
     def agreement(cls, expected: Outputs, got: Outputs, batch: Batch) -> np.ndarray:
         """Whether they choose the same token at each place of the target."""
-        kept = agreement.array(batch[MASK]).astype(bool)
+        kept = counted_places(batch, MASK, expected["logits"].shape).cpu().numpy()
         ours, theirs = (agreement.array(outputs["logits"])[kept] for outputs in (expected, got))
         return agreement.same(ours, theirs)
 

@@ -153,8 +153,8 @@ def restored(outputs: Outputs, batch: Mapping[str, Any]) -> Outputs:
         smallest = np.finfo(np.float32).tiny
         found["logits"] = np.log(np.maximum(array(found.pop(PROBABILITIES)).astype(np.float32), smallest))
     if VECTOR in found:
-        vector, mask = array(found.pop(VECTOR)), array(batch[MASK])
-        found["last_hidden_state"] = np.repeat(vector[:, None], mask.shape[1], 1)
+        vector = array(found.pop(VECTOR))
+        found["last_hidden_state"] = np.repeat(vector[:, None], array(batch[MASK]).shape[1] if MASK in batch else 1, 1)
     return found
 
 
