@@ -373,6 +373,29 @@ def heads() -> list[str]:
     ]
 
 
+def onnx_casts() -> list[str]:
+    found = load("onnx_casts.json")
+    lines = []
+    for row in found["rows"]:
+        if "error" in row:
+            lines.append([row["name"], "none that runs", "", "", "", ""])
+            continue
+        cosine = f"{row['cosine']:.6f}" if row["cosine"] else "not finite"
+        shares = f"{100 * row['casts_ratio']:.1f}%", cosine, f"{row['size_ratio']:.3f}", f"{row['latency_ratio']:.2f}×"
+        lines.append([row["name"], str(row["casts"]), *shares])
+    heads = ("model/way", "casts", "of the block list's", "cosine with torch", "of fp32's size", "of fp32's time")
+    return [
+        "### ONNX in fp16: casts",
+        "",
+        "Random weights with channels of FFNs beyond 65504; the same float32 files for all ways; cosine on inputs that"
+        " were not calibrated on; time on a CPU, where onnxruntime has few kernels for half"
+        f" ({link('onnx_casts.md')}, {where(found)}).",
+        "",
+        *table(heads, lines),
+        "",
+    ]
+
+
 def choices() -> list[str]:
     found = load("multiple_choice.json")
     every = found["rows"].values()
@@ -403,6 +426,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     opt,
     exports,
     heads,
+    onnx_casts,
     choices,
 ]
 

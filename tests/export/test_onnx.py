@@ -209,6 +209,17 @@ def test_compressed_weights_of_encoder_and_decoder_are_stored_in_both(tmp_path):
         opened(done.path)
 
 
+def test_both_files_of_a_quantized_model_quantize_what_its_layers_read(tmp_path):
+    """The quantizers act in the forward of the whole model."""
+    batch = read_and_written(0)
+    model = quantizers.quantize(writer(), Qat(mode="qat"), [batch])
+    convert.write(model, batch, tmp_path)
+    for file in tmp_path.iterdir():
+        kinds = Counter(node.op_type for node in ir.load(file).graph.all_nodes())
+        # of the decoder what reads the encoder's output: its quantizer stands at the end of the encoder
+        assert kinds["QuantizeLinear"] >= 4 and kinds["MatMulNBits"] == (2 if "decoder" in file.name else 0), file.name
+
+
 def test_external_data_moves_with_its_file(tmp_path, monkeypatch, capsys):
     """And a file without it is refused by name."""
     monkeypatch.setattr(convert, "LARGEST", 1000)

@@ -225,14 +225,19 @@ def save(graph: ir.Model, path: Path) -> None:
 
 
 def _name_axes(graph: ir.Model, signature: Signature) -> None:
-    """Free axes carry the words of the signature instead of torch's s48."""
+    """Free axes carry the words of the signature instead of torch's s48, and what shape inference made up no name: a
+    tool that infers shapes again makes up the same ones, and takes axes of one name to be of one size."""
     words: dict[str | None, str] = {}
     for value, port in zip(graph.graph.inputs, signature.inputs):
         assert value.shape is not None
         words |= {str(value.shape[place]): word for place, word in port.free.items()}
     for value in [*graph.graph.inputs, *graph.graph.outputs, *(v for n in graph.graph.all_nodes() for v in n.outputs)]:
         if value.shape is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) else words.get(str(d), str(d)) for d in value.shape])
+            value.shape = ir.Shape([d if isinstance(d, int) else _axis(str(d), words) for d in value.shape])
+
+
+def _axis(name: str, words: Mapping[str | None, str]) -> str | None:
+    return words.get(name, None if name.startswith("unk__") else name)
 
 
 class _QuantizeDequantize(nn.Module):

@@ -95,12 +95,15 @@ def _encoder_and_decoder(model: Any, example: Mapping[str, Tensor], signature: S
 
 
 class _Encoder(nn.Module):
+    """Through the whole model, whose quantizers act in its own forward; what its decoder makes is dropped."""
+
     def __init__(self, model: Any, inputs: list[str]) -> None:
         super().__init__()
         self.model, self.inputs = model, inputs
 
     def forward(self, *values: Tensor) -> tuple[Tensor]:
-        return (self.model.get_encoder()(**dict(zip(self.inputs, values))).last_hidden_state,)
+        token = torch.zeros((values[0].shape[0], 1), dtype=torch.long, device=values[0].device)
+        return (self.model(**dict(zip(self.inputs, values)), decoder_input_ids=token)[PASSED_ON],)
 
 
 class _Decoder(nn.Module):
