@@ -32,6 +32,10 @@ CANARIES = (
 )
 
 
+FORMATS = (("onnx", {}), ("coreml", {"shapes": {"length": [16, 48]}}), ("coreai", {}))
+"""beside OpenVINO; all are traced with the longest training examples, which the canaries are"""
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty machine, as far as a run can tell: its home, caches and temporary files are below one folder."""
@@ -46,7 +50,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def recipe(place: Path, private: bool = True) -> Path:
+def recipe(place: Path, private: bool = True, formats: Sequence[tuple[str, dict]] = ()) -> Path:
     """fp16 exports too, for which training keeps the examples with the largest activations."""
     inputs = place / "inputs"
     inputs.mkdir(exist_ok=True)
@@ -59,6 +63,7 @@ def recipe(place: Path, private: bool = True) -> Path:
     described["export"] = [
         {"id": "ov", "format": "openvino", "of": ["dense", "jpqd"], "precision": ["fp32", "int8"]},
         {"id": "half", "format": "openvino", "of": ["dense"], "precision": ["fp16"]},
+        *({"id": format, "format": format, "of": ["dense"], "precision": ["fp16"], **more} for format, more in formats),
     ]
     described["gates"] = {"fused_attention": None}
     described["output"]["dir"] = str(place / "run")
@@ -151,7 +156,7 @@ def test_a_run_killed_and_continued_leaves_nothing_of_its_data(place):
 
 @pytest.mark.long
 def test_two_processes_leave_nothing_of_their_data(place):
-    done = launched("-m", "mptrain", "recipe", str(recipe(place)), count=2, cwd=place, output=place)
+    done = launched("-m", "mptrain", "recipe", str(recipe(place, formats=FORMATS)), count=2, cwd=place, output=place)
     assert done.status == 0, done.stderr[-3000:]
     kept = kept_texts(place)
     assert len(list((place / "run").rglob("peaks-*"))) >= 2 and kept and not found_in(place, *kept)
