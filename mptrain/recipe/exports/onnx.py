@@ -73,7 +73,7 @@ class Onnx(ExportSpec):
     def loading(cls, use: Use) -> list[str]:
         if use.cached and use.processor is not None:
             return [
-                "from optimum.onnxruntime import ORTModelForCausalLM  # of optimum-onnx; not run with it by mptrain",
+                "from optimum.onnxruntime import ORTModelForCausalLM  # of optimum-onnx, with transformers < 4.58",
                 *use.imports,
                 "",
                 f"model = ORTModelForCausalLM.from_pretrained({use.folder!r}, use_io_binding=False)",
