@@ -247,11 +247,11 @@ class Variants:
         write_json(self._facts_file(facts["id"]), facts)
         return facts["id"]
 
-    def _calibration(self, stage: str, model: nn.Module) -> list[Batch]:
+    def _calibration(self, stage: str, parameters: int) -> list[Batch]:
         """Training examples: some drawn, and those with the largest activations that training saw."""
         size = self.data.batch_size("train", 16)
         tokens = self.recipe.data.max_length if self.recipe.model.kind.unit == "tokens" else 1
-        count = overflow.enough(sum(p.numel() for p in model.parameters()), tokens, CALIBRATION_EXAMPLES)
+        count = overflow.enough(parameters, tokens, CALIBRATION_EXAMPLES)
         return self.data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage), self.data.secret)
 
     def _facts_file(self, variant: str) -> Path:
@@ -266,22 +266,24 @@ class Variants:
         embeddings: Embeddings = "int8" if getattr(stage.quantize, "embeddings", None) == "int8" else "fp32"
         kept = {} if facts is None else facts["runtime"] if "runtime" in facts else facts["written"]
 
+        sizes: list[int] = []  # not the source itself: in a circle with it, its model would outlive it
+
         def load() -> nn.Module:
             model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
+            sizes.append(sum(p.numel() for p in model.parameters()))
             return self._format(planned.id).torch(model, planned.precision, embeddings).eval()
 
         signature = heads.signature_with(self.data.signature(), planned.export.heads, self.recipe.model.kind)
-        source = Source(
+        return Source(
             load,
             signature,
             self.data.example(2, TRACED_LENGTH * self.data.min_length),
             planned.precision,
             embeddings,
             stage.quantizes,
-            lambda: self._calibration(planned.stage, source.model),
+            lambda: self._calibration(planned.stage, max(sizes, default=0)),
             Facts.from_json(kept),
         )
-        return source
 
     def _open(self, source: Source, facts: Mapping[str, Any], threads: int | None = None) -> Runner:
         return self._format(facts["id"]).open(self.context.folder / facts["path"], source, threads)
