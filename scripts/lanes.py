@@ -31,8 +31,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 SHOWN = ("torch", "transformers", "accelerate", "datasets", "numpy", "nncf", "openvino", "onnxruntime", "pydantic")
-EXTRAS = ("openvino", "onnx")
-"""of a lane: what the core tests import, and what has a wheel for each Python"""
+EXTRAS = ("openvino", "onnx", "coreml", "coreai")
+"""of a lane: what the core tests import"""
 TESTS = (
     "tests/core/test_pins.py",
     "tests/compress/test_dataflow.py",

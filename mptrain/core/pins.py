@@ -156,6 +156,8 @@ PINS: dict[str, Pin] = {
             "transformers.cache_utils:DynamicLayer": "export/torch/decoding.py",
             "transformers.dynamic_module_utils:custom_object_save": "models/artifact.py",
             "transformers.dynamic_module_utils:get_class_from_dynamic_module": "models/artifact.py",
+            "transformers.dynamic_module_utils:get_relative_import_files": "models/artifact.py",
+            "transformers.masking_utils:create_causal_mask": "data/sources/modeling_aquila.py",
             **_in(
                 "export/torch/traceable.py",
                 "transformers.masking_utils",

@@ -25,6 +25,8 @@ OURS = {"_fields", "_is_accelerate_prepared"}
 
 @pytest.mark.parametrize(("package", "name"), NAMES, ids=lambda value: value)
 def test_a_private_name_is_there(package, name):
+    if pins._installed(package) is None:  # in a lane of scripts/lanes.py; `make setup` installs all
+        pytest.skip(f"{package} is not installed")
     module, _, path = name.partition(":")
     path, _, attribute = path.partition("@")
     with warnings.catch_warnings():
@@ -134,4 +136,5 @@ def test_a_version_that_was_not_tested_is_said_once_before_work(monkeypatch, cap
     for _ in range(2):
         with pytest.raises(RuntimeError):  # no model: said before anything else is looked at
             mptrain.Trainer(None, TrainingArguments("out", use_cpu=True, report_to=[]))
-    assert [r.getMessage().partition(" is installed")[0] for r in caplog.records] == ["torch 99.1", "transformers 99.1"]
+    said = [record.getMessage() for record in caplog.records if record.name == pins.log.name]
+    assert [text.partition(" is installed")[0] for text in said] == ["torch 99.1", "transformers 99.1"]
