@@ -227,7 +227,7 @@ def clicks(folder: Path) -> dict[str, Any]:
     """Who praises is offered what; it is clicked with a probability that grows with the words of praise."""
     draw = random.Random(0)
     rows = []
-    for _ in range(240):
+    for _ in range(480):
         good, bad = draw.randint(0, 3), draw.randint(0, 3)
         words = _shuffled(draw, [*draw.choices(GOOD, k=good), *draw.choices(BAD, k=bad)], draw.randint(1, 4))
         clicked = draw.random() < 1 / (1 + math.exp(-3 * (good - bad)))
@@ -310,7 +310,7 @@ def _targets(task: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 CASES = {
     "text-classification": Case(text_pair, ("accuracy", "loss"), 40, 0.6, _classes, epochs=12),
     "regression": Case(ratings, ("mae", "mse", "pearson", "spearman"), 50, 0.45, _numbers, epochs=12),
-    "click-rate": Case(clicks, ("log_loss", "auc"), 60, 0.6, _sign, epochs=8),
+    "click-rate": Case(clicks, ("log_loss", "auc"), 120, 0.6, _sign, epochs=12),
     "multi-label-classification": Case(topics, ("micro_f1", "macro_f1", "map", "loss"), 60, 0.8, _signs, epochs=16),
     "embedding": Case(topical, ("ndcg@10", "mrr", "recall@1", "recall@5", "recall@10"), 69, 0.8, _places, epochs=12),
     "token-classification": Case(tagging, ("f1", "accuracy"), 35, 0.8, _classes),
