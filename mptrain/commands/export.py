@@ -152,13 +152,13 @@ def export_loaded(
     code = code_of(source.model, found.kind.head)
     with progress(f"export {to.name}"), whole(to, config, found.processor, generation, code) as scratch:
         written = kind.write(source, scratch)
+        after = Facts(more={"heads": [head.words for head in spec.heads]} if spec.heads else {})
+        source = replace(source, written=written.facts | after)
+        earlier = None if compressed is None else before
+        with progress("verify"), closing(kind.open(written.path, source)) as runner:  # what cannot run is not kept
+            alike = heads.agreement(task_class(found.kind), spec.heads)
+            facts, difference, change = _compared(runner, source, inputs.compared, alike, earlier)
     model_path = to / written.path.relative_to(scratch)
-    after = Facts(more={"heads": [head.words for head in spec.heads]} if spec.heads else {})
-    source = replace(source, written=written.facts | after)
-    earlier = None if compressed is None else before
-    with progress("verify"), closing(kind.open(model_path, source)) as runner:
-        alike = heads.agreement(task_class(found.kind), spec.heads)
-        facts, difference, change = _compared(runner, source, inputs.compared, alike, earlier)
     if compressed is not None:
         compressed |= {"expanded": wanted.expanded, "change": change}
     facts_json = {

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from mptrain.core.errors import ExportError
 from mptrain.core.signature import Batch, Signature
 from mptrain.export.facts import NOTHING, Facts
 from mptrain.measure.throughput import Stream
@@ -89,6 +90,15 @@ class Format(Protocol):
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
         """path: that was written. threads: default all. Raises ExportError for a file that is not whole."""
         ...
+
+
+def cannot_run(path: Path, runtime: str, inputs: Mapping[str, np.ndarray], error: Exception) -> ExportError:
+    """For what a runtime raises while it computes, which is of many types."""
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+    return ExportError(
+        f"{path.name}: {runtime} cannot run it on {shapes} (…{' '.join(str(error).split())[-300:]}). If other sizes"
+        " run, the model computes for those alone."
+    )
 
 
 class Foreseeing(Format, Protocol):

@@ -102,9 +102,7 @@ def test_a_word_compresses_a_plain_model_first(bert, tmp_path, capsys, format, w
     assert status == 0, err
     found = json.loads(facts.read_text())
     change = found["compressed"]["change"]
-    assert found["parity"]["relative"] < 2e-3 < 0.2 > change["relative"] > 1e-6, (
-        "it was rounded, and is what was rounded"
-    )
+    assert found["parity"]["relative"] < 0.02 and 1e-6 < change["relative"] < 0.5, "it was rounded, and is that model"
     assert "Against the model before it was compressed" in out
     assert stored <= {name.lower() for name in found["runtime"]["weight_types"]}
     card = (tmp_path / "to" / "README.md").read_text()

@@ -70,7 +70,12 @@ def read_encrypted(
     """The columns of a table that `mptrain data encrypt` wrote, in memory.
 
     path: an encrypted folder, or, of one with several files, a file in it. One of file, env and command says where
-    the key is. Messages of this process quote no cells from here on. Raises DataError.
+    the key is. Messages of this process quote no cells from here on.
+
+    - Shapes and dtypes: a list for each column, its cells as the file has them.
+    - Units: none.
+    - Raises DataError for a wrong key, a shard that was changed or is missing, and a file that is no table.
+    - Source: ChaCha20-Poly1305 or AES-GCM of `cryptography`, see `mptrain data --help`.
     """
     try:
         key = Key(file=file, env=env, command=command)

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from mptrain.core.errors import ExportError
+from mptrain.export.base import cannot_run
 from mptrain.export.coreai.asset import load
 from mptrain.export.coreai.facts import FUNCTION, facts
 from mptrain.export.facts import Facts
@@ -66,7 +67,10 @@ class Asset:
         if missing:
             raise ExportError(f"{self.asset} needs the inputs {self.inputs}, the batch lacks {missing}")
         arrays = {name: self._array(name, batch[name]) for name in self.inputs}
-        results = _wait(self._function({name: NDArray(array) for name, array in arrays.items()}, self._state))
+        try:
+            results = _wait(self._function({name: NDArray(array) for name, array in arrays.items()}, self._state))
+        except RuntimeError as error:
+            raise cannot_run(self.asset, "Core AI's runtime", arrays, error) from error
         return {name: np.array(results[name].numpy()) for name in self.outputs}
 
     def _array(self, name: str, value: Tensor | np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mptrain.core.errors import ExportError
 from mptrain.core.signature import MASK
+from mptrain.export.base import cannot_run
 from mptrain.export.facts import Facts
 from mptrain.export.onnx.facts import facts, together
 from mptrain.export.onnx.parts import ENCODED, ENCODER, PASSED_ON, SEEN, TOKENS
@@ -56,12 +57,8 @@ class Session:
         arrays = {name: _array(batch[name], kind) for name, kind in self.inputs.items()}
         try:
             return dict(zip(self.outputs, self._session.run(self.outputs, arrays)))
-        except Exception as error:  # onnxruntime's own, of many types
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-            raise ExportError(
-                f"{self.path}: onnxruntime {ort.__version__} cannot run it on {shapes}"
-                f" (…{' '.join(str(error).split())[-300:]}). If other sizes run, the model computes for those alone."
-            ) from error
+        except Exception as error:
+            raise cannot_run(self.path, f"onnxruntime {ort.__version__}", arrays, error) from error
 
     def facts(self) -> Facts:
         return facts(self.path)

@@ -12,6 +12,7 @@ from openvino import opset13 as opset
 from torch import Tensor
 
 from mptrain.core.errors import ExportError
+from mptrain.export.base import cannot_run
 from mptrain.export.facts import Facts
 from mptrain.export.openvino.facts import facts
 from mptrain.export.torch.decoding import completed
@@ -53,7 +54,11 @@ class CompiledIr:
 
     def __call__(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Takes torch tensors or arrays; inputs that the IR does not have are dropped."""
-        results = self._request.infer(self.arrays(batch), share_inputs=True)
+        arrays = self.arrays(batch)
+        try:
+            results = self._request.infer(arrays, share_inputs=True)
+        except RuntimeError as error:
+            raise cannot_run(self.xml, "OpenVINO", arrays, error) from error
         return {name: results[i] for i, name in enumerate(self.outputs)}
 
     def arrays(self, batch: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:

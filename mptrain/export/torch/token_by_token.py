@@ -57,8 +57,8 @@ def check(runner: Decoder, model: nn.Module, *, runtime: str, exact: bool) -> No
         steps = _token_by_token(runner, ids, mask)
         of_tokens = set(steps) == {"logits"}  # heads see the last token alone
         whole = runner(batch) if of_tokens else _prefixes(runner, batch)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())[-300:]
+    except ExportError as error:
+        said = str(error).rstrip(".")
         raise ExportError(
             f"an export with a cache: {runtime} cannot run {type(model).__name__} token by token ({said}); export it"
             " without a cache"
