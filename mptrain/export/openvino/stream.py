@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 
 from mptrain.export.openvino.runner import CachedIr, CompiledIr, keeps_state
 
@@ -21,17 +20,23 @@ class IrStream:
             if self._stateful
             else CompiledIr(xml, threads, precision, hint="THROUGHPUT")
         )
-        self._queue = ov.AsyncInferQueue(self._ir.compiled, 0)  # 0: OPTIMAL_NUMBER_OF_INFER_REQUESTS
-        self.requests = len(self._queue)
+        # not openvino.AsyncInferQueue: what frees its model waits for threads, which may wait for Python's lock
+        count = self._ir.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self._flights = [self._ir.compiled.create_infer_request() for _ in range(count)]
+        self.requests = len(self._flights)
 
     def __call__(self, batch: Mapping[str, np.ndarray], calls: int) -> None:
         arrays = self._ir.arrays(batch)
-        for _ in range(calls):
+        for call in range(calls):
+            flight = self._flights[call % self.requests]
+            if call >= self.requests:
+                flight.wait()
             if self._stateful:
-                self._queue[self._queue.get_idle_request_id()].reset_state()
-            self._queue.start_async(arrays, share_inputs=True)
-        self._queue.wait_all()
+                flight.reset_state()
+            flight.start_async(arrays, share_inputs=True)
+        for flight in self._flights[:calls]:
+            flight.wait()
 
     def close(self) -> None:
-        del self._queue
+        del self._flights
         self._ir.close()
