@@ -147,7 +147,8 @@ def test_bundled_recipes_are_valid_named_like_their_file_and_round_trip(path):
     assert recipe.description
     assert recipe.output.dir == f"runs/{path.stem}"
     again = file.validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True))), "dump")
-    assert again == recipe
+    keyless = recipe.data.model_copy(update={"key": None})  # where the key is goes into no dump
+    assert again == recipe.model_copy(update={"data": keyless})
 
 
 LLM = (file.folder("recipes") / "int4-llm.yaml").read_text()
