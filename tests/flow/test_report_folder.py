@@ -11,7 +11,6 @@ from mptrain.cli import main
 from mptrain.core.errors import UserError
 from mptrain.report import words
 from mptrain.report.render.files import PAGES, read, render
-from mptrain.report.tables import results
 
 
 def test_a_folder_that_cannot_be_written_is_said_with_the_fix(tmp_path, monkeypatch):
@@ -83,11 +82,3 @@ def test_larger_is_not_called_smaller():
     assert (words.smaller(5.24), words.smaller(0.88), words.smaller(None)) == (
         "5.24× smaller", "1.14× larger", "n/a smaller",
     )  # fmt: skip
-
-
-def test_a_sweep_of_runs_without_compression_shows_the_baselines():
-    report = sample.report()
-    baseline = {**report["variants"][0], "metric": "accuracy", **report["variants"][0]["metrics"]["accuracy"]}
-    point = {"values": {"lr": "1"}, "folder": "x", "gates_passed": True, "variants": [baseline], "comparisons": []}
-    (row,) = results.sweep({"points": [point]}).rows
-    assert [cell.text for cell in row][:2] == ["1", "baseline_fp32"]
