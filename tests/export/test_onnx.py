@@ -197,6 +197,7 @@ def test_an_encoder_and_a_decoder_are_a_file_each(precision, tmp_path):
         assert 4 <= found.float_casts <= 12 and done.half["executed"]["finite"]
 
 
+@pytest.mark.long
 def test_compressed_weights_of_encoder_and_decoder_are_stored_in_both(tmp_path):
     model = writer()
     weight_only.compress(model, WeightOnly(mode="weight_only", method="rtn", block_size=16), [])

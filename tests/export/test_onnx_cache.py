@@ -64,9 +64,9 @@ def weights(path):
 @pytest.mark.parametrize(
     ("family", "precision", "change"),
     [
-        ("llama", "fp32", rtn),
+        pytest.param("llama", "fp32", rtn, marks=pytest.mark.long),
         ("opt", "fp32", lambda model: quantizers.quantize(model, Qat(mode="qat"), [BATCH])),
-        ("gpt2", "fp16", lambda model: model),
+        pytest.param("gpt2", "fp16", lambda model: model, marks=pytest.mark.long),
     ],
 )
 def test_weights_are_those_of_the_export_without_a_cache(family, precision, change, tmp_path):
@@ -83,6 +83,7 @@ def test_weights_are_those_of_the_export_without_a_cache(family, precision, chan
     assert apart < (1e-4 if precision == "fp32" else 2e-3)
 
 
+@pytest.mark.long
 def test_the_cache_of_an_fp16_file_is_half_and_costs_no_cast(tmp_path):
     """Unless what makes it stays in float32: then all of it is float32, as the empty ones of a caller have one type."""
     done = convert.write(tiny("llama"), BATCH, tmp_path, precision="fp16", cache=20, calibration=[BATCH])

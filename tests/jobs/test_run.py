@@ -137,6 +137,7 @@ def test_a_run_killed_anywhere_continues_to_the_same_numbers(finished, tmp_path,
     continued(finished, tmp_path, KILL_AT[phase])
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_checkpoint_and_the_run_continues(finished, tmp_path):
     source, _, _ = finished
     described = yaml.safe_load((source / "tiny.yaml").read_text())

@@ -218,6 +218,7 @@ def test_a_head_may_be_trained_by_any_stage_of_the_chain():
     assert untrained(recipe_file.validate(stages(train, prune), "x")) == []
 
 
+@pytest.mark.long
 def test_nothing_taken_over_is_said(tmp_path):
     recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
     run(recipe)

@@ -66,7 +66,7 @@ def run(folder, described, name, stop_at=None, monkeypatch=None):
 @pytest.mark.parametrize(
     ("precision", "jpqd", "stop_at"),
     [
-        ({"compute": "fp16", "loss_scale": {"init": 2.0**24}}, {}, 24),
+        pytest.param({"compute": "fp16", "loss_scale": {"init": 2.0**24}}, {}, 24, marks=pytest.mark.long),
         pytest.param("bf16-master", {"prune": MOVEMENT}, 40, marks=pytest.mark.long),
         pytest.param("bf16-split", {"prune": None}, 27, marks=pytest.mark.long),
     ],
