@@ -21,6 +21,7 @@ def test_the_matrix_is_whole():
     assert len(names) == len(set(names)) == 5 * 2 * 2 * 2 * 2 + 2 * 2 * 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FEW)
 def test_a_cell_converts_and_computes_what_the_model_does(name, tmp_path):
     check(name, tmp_path)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_rows_of_the_benchmark(tmp_path):
     command = [sys.executable, "-m", "benchmarks.weights.kmeans", "--json", tmp_path / "out.json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -92,6 +92,7 @@ def test_a_cut_ir_is_named(tmp_path):
         CompiledIr(exported.xml)
 
 
+@pytest.mark.long
 def test_a_package_with_cut_weights_is_named(tmp_path):
     package = export_coreml(
         model_of("gpt2", use_cache=False, n_positions=128), batch_of("gpt2"), tmp_path / "m"

@@ -99,7 +99,7 @@ def test_a_model_without_any_is_traced_as_ever():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("case", ["rotary", "buffer"])
+@pytest.mark.parametrize("case", [pytest.param("rotary", marks=pytest.mark.long), "buffer"])
 def test_every_format_takes_them(name, case):
     if case == "rotary":
         model, batch, other = aquila(), texts(), texts(2, 13, 1)
