@@ -32,6 +32,7 @@ from mptrain.models.samples import Loaded, Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern
 from mptrain.precision.policy import Compute
+from mptrain.report.tables.models import fold
 from mptrain.verify import overflow
 from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import Difference, Found
@@ -304,7 +305,7 @@ def _export_line(export: dict[str, Any]) -> tuple[str, str]:
     count, casts = len(export["keep"]), export["casts"]
     return (
         "warn",
-        f"fp16 export: {count} op{'s' * (count > 1)} in fp32: {', '.join(export['keep'])}; {casts} float↔half"
+        f"fp16 export: {count} op{'s' * (count > 1)} in fp32: {', '.join(fold(export['keep']))}; {casts} float↔half"
         f" cast{'s' * (casts != 1)}; then {verified}.",
     )
 
