@@ -111,17 +111,7 @@ def measured(runners: dict[str, CachedIr], batch: int, rounds: int, label: str) 
     for way in ("partition", "head"):
         same = float((tokens[way] == tokens["sort"]).mean())
         assert same > 0.9, f"{label}: {way} draws other tokens than sort ({same:.2f} are the same)"
-    head = statistics.median(times["head"])
-    return [
-        {
-            "name": f"{label}/b{batch}/{way}",
-            "token_ms": statistics.median(found),
-            "min": min(found),
-            "max": max(found),
-            "less": 1 - head / statistics.median(found),
-        }
-        for way, found in times.items()
-    ]
+    return rows(f"{label}/b{batch}", times)
 
 
 def prompts(runners: dict[str, CachedIr], batch: int, rounds: int, label: str) -> list[dict[str, Any]]:
@@ -134,10 +124,15 @@ def prompts(runners: dict[str, CachedIr], batch: int, rounds: int, label: str) -
             choose(runners[file]({"input_ids": ids}), np.full(batch, 0.5))
             if number >= 0:
                 found.append(1e3 * (time.process_time() - begun))
+    return rows(f"{label}/b{batch}/prompt", times)
+
+
+def rows(label: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Of milliseconds by way; less: what the head takes off."""
     head = statistics.median(times["head"])
     return [
         {
-            "name": f"{label}/b{batch}/prompt/{way}",
+            "name": f"{label}/{way}",
             "token_ms": statistics.median(found),
             "min": min(found),
             "max": max(found),

@@ -177,16 +177,10 @@ def _arguments(fields: Any, collate: Any) -> TrainingArguments | None:
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         num_train_epochs=settings.epochs,
-        learning_rate=settings.lr,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_steps,
-        report_to=settings.report_to,
         save_strategy="no",
+        **arguments.of_recipe(settings),
     )
 
 

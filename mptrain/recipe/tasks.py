@@ -92,6 +92,10 @@ NO_TASK = TaskSpec(
 )
 """of a torch module that is for none of TASKS; in no table, for no recipe can be written for it"""
 
+_TEXTS = {
+    "text": ColumnField("text", "the text"),
+    "text_pair": ColumnField(None, "the second text of a pair"),
+}
 _LABEL = ColumnField("label", "the class: a word or number", target=True)
 
 TASKS: dict[str, TaskSpec] = {
@@ -101,8 +105,7 @@ TASKS: dict[str, TaskSpec] = {
             "text-classification",
             "mptrain.data.tasks.text_classification:TextClassification",
             columns={
-                "text": ColumnField("text", "the text"),
-                "text_pair": ColumnField(None, "the second text of a pair"),
+                **_TEXTS,
                 "label": _LABEL,
             },
             head="AutoModelForSequenceClassification",
@@ -124,8 +127,7 @@ TASKS: dict[str, TaskSpec] = {
             "regression",
             "mptrain.data.tasks.regression:Regression",
             columns={
-                "text": ColumnField("text", "the text"),
-                "text_pair": ColumnField(None, "the second text of a pair"),
+                **_TEXTS,
                 "label": ColumnField("label", "the number", target=True),
             },
             head="AutoModelForSequenceClassification",
@@ -144,8 +146,7 @@ TASKS: dict[str, TaskSpec] = {
             "multi-label-classification",
             "mptrain.data.tasks.multi_label:MultiLabel",
             columns={
-                "text": ColumnField("text", "the text"),
-                "text_pair": ColumnField(None, "the second text of a pair"),
+                **_TEXTS,
                 "label": ColumnField(
                     "label", "the labels: lists, or `a|b|c`; with data.labels also a column of 0 and 1 to each", True
                 ),
@@ -168,8 +169,7 @@ TASKS: dict[str, TaskSpec] = {
             "click-rate",
             "mptrain.data.tasks.click_rate:ClickRate",
             columns={
-                "text": ColumnField("text", "the text"),
-                "text_pair": ColumnField(None, "the second text of a pair"),
+                **_TEXTS,
                 "label": ColumnField("label", "the click: 1, or 0 for none", target=True),
             },
             head="AutoModelForSequenceClassification",

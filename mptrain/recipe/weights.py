@@ -23,6 +23,11 @@ class QuantizeConfig(MethodConfig):
 
     embeddings: Literal["fp32", "int8", "same"] = "fp32"
 
+    @property
+    def limit(self) -> float | None:
+        """What may be lost where layers that stay in float are sought; None where they are given."""
+        return None
+
 
 def _fake_quantized(bits: dict[str, Any]) -> Iterator[tuple[str, Weights]]:
     for width in sorted({8, *bits.values()}):
@@ -93,7 +98,6 @@ class Ptq(QuantizeConfig):
 
     @property
     def limit(self) -> float | None:
-        """What may be lost where layers are sought; None where they are given."""
         return (0.002 if self.max_drop is None else self.max_drop) if self.ignore == "auto" else None
 
     def words(self) -> str:

@@ -13,7 +13,7 @@ import transformers
 from pydantic import ValidationError
 
 from mptrain.core.errors import UserError
-from mptrain.recipe import LossScale, MixedPrecision, ShortPrecision
+from mptrain.recipe import LossScale, MixedPrecision, ShortPrecision, Train
 
 HELP = (
     "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, fp32, or the mapping of a recipe's"
@@ -61,6 +61,19 @@ class TrainingArguments(transformers.TrainingArguments):
                 f" {compute}=True of transformers for autocast"
             )
         return super().place_model_on_device
+
+
+def of_recipe(train: Train) -> dict[str, Any]:
+    """What a recipe's `train` says by one number or word, under transformers' names."""
+    return {
+        "per_device_train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "learning_rate": train.lr,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "logging_steps": train.log_steps,
+        "report_to": train.report_to,
+    }
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from mptrain.data.tasks.metrics import Score
 from mptrain.recipe import MixedPrecision, Train
 from mptrain.recipe.plan import Phase
 from mptrain.train import checkpoint
-from mptrain.train.arguments import TrainingArguments
+from mptrain.train.arguments import TrainingArguments, of_recipe
 from mptrain.train.distill import Distiller
 from mptrain.train.interrupt import Checkpoints
 from mptrain.train.peaks import Peaks
@@ -87,11 +87,6 @@ class PhaseTrainer(Trainer):
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=phase.steps,
-            per_device_train_batch_size=train.batch_size,
-            gradient_accumulation_steps=train.accumulation,
-            learning_rate=train.lr,
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
             optim="adamw_torch_fused",
             seed=seed,
             data_seed=seed,
@@ -101,16 +96,15 @@ class PhaseTrainer(Trainer):
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             logging_strategy="steps",
-            logging_steps=train.log_steps,
             logging_first_step=True,
             logging_nan_inf_filter=precision.compute != "fp32",  # there a skipped step is no failure
             eval_strategy="epoch",
             save_strategy="no",
             save_total_limit=2,
-            report_to=train.report_to,
             run_name=f"{phase.stage}-{phase.name}",
             disable_tqdm=None,
             precision=precision.model_dump(mode="json"),
+            **of_recipe(train),
         )
         super().__init__(
             model,

@@ -38,6 +38,7 @@ def test_one_that_loses_text_is_refused():
 
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         packaged_smollm2.make(tmp_path / "a.gguf", tmp_path / "out" / "model")
     assert not list((tmp_path / "out").iterdir())

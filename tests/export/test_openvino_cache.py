@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as t
 from kit import tiny_tasks
-from kit.decoders import BATCH, FAMILIES, GREEDY, HYBRID, IDS, LONGEST, MASK, OTHERS, SHARED, continued, made
+from kit.decoders import BATCH, FAMILIES, GREEDY, HYBRID, IDS, LONGEST, MASK, OTHERS, SHARED, check_continues, made
 from kit.tiny_models import inputs, tiny
 
 import mptrain
@@ -32,17 +32,8 @@ from mptrain.run import run
 
 def as_torch(model, folder):
     done = write(model, BATCH, folder, precision="fp32", cache=LONGEST)
-    expected = model.generate(IDS[:, :5], attention_mask=MASK[:, :5], max_new_tokens=64, **GREEDY)
-    text = torch.randint(4, 50, (2, 64), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        whole = model(text).logits.numpy()
     with closing(CachedIr(done.xml, LONGEST)) as runner:
-        assert continued(runner, IDS[:, :5], MASK[:, :5], 64).equal(expected)
-        runner.reset()
-        calls = ({"input_ids": text[:, i : i + 1], "attention_mask": torch.ones(2, i + 1)} for i in range(64))
-        steps = np.concatenate([runner.step(call)["logits"] for call in calls], 1)
-        for found in (steps, runner({"input_ids": text})["logits"]):
-            assert np.abs(found - whole).max() < 1e-4 * np.abs(whole).max()
+        check_continues(runner, model)
         return runner.facts()
 
 

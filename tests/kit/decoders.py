@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import transformers as t
 
@@ -62,3 +63,17 @@ def continued(runner, prompt, mask, tokens):
 
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def check_continues(runner, model):
+    """64 greedy tokens are the model's, and so are logits token by token and of a text gone in whole."""
+    expected = model.generate(IDS[:, :5], attention_mask=MASK[:, :5], max_new_tokens=64, **GREEDY)
+    text = torch.randint(4, 50, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = model(text).logits.numpy()
+    assert continued(runner, IDS[:, :5], MASK[:, :5], 64).equal(expected)
+    runner.reset()
+    calls = ({"input_ids": text[:, i : i + 1], "attention_mask": torch.ones(2, i + 1)} for i in range(64))
+    steps = np.concatenate([runner.step(call)["logits"] for call in calls], 1)
+    for found in (steps, runner({"input_ids": text})["logits"]):
+        assert np.abs(found - whole).max() < 1e-4 * np.abs(whole).max()

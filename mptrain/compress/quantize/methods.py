@@ -39,8 +39,8 @@ class Quantization(Method[Qat | Ptq]):
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         batches = tools.inputs()
-        if isinstance(self.config, Ptq) and self.config.limit is not None:
-            self._restored = self._search(self.config, self.config.limit, model, batches, tools)
+        if self.config.limit is not None:
+            self._restored = self._search(self.config.limit, model, batches, tools)
             self.config = self.config.model_copy(update={"ignore": self._restored["ignore"]})
         quantized = quantizers.quantize(model, self.config, batches)
         self._shapes = _shapes(quantized)
@@ -56,12 +56,11 @@ class Quantization(Method[Qat | Ptq]):
     def facts(self) -> dict[str, Any]:
         return {} if self._restored is None else {"restored": self._restored}
 
-    @staticmethod
-    def _search(config: Ptq, limit: float, model: nn.Module, batches: list[Batch], tools: Tools) -> dict[str, Any]:
+    def _search(self, limit: float, model: nn.Module, batches: list[Batch], tools: Tools) -> dict[str, Any]:
         from mptrain.compress.quantize import restore
 
         def quantized(ignore: list[str]) -> nn.Module:
-            return quantizers.quantize(model, config.model_copy(update={"ignore": ignore}), batches)
+            return quantizers.quantize(model, self.config.model_copy(update={"ignore": ignore}), batches)
 
         return tools.once("restored", lambda: restore.search(model, quantized, batches, tools.score, limit))
 

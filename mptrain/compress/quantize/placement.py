@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import nncf
 import torch
@@ -170,7 +170,7 @@ def units(model: nn.Module, example: Mapping[str, Tensor]) -> list[Unit]:
     """The quantizers of a hooked model, in the order of its modules: those whose values one module computes with, and
     those of modules that share one, are a unit. Operations that run in no module but the model itself have no name
     that could be ignored, so their units are left out."""
-    record = _record(model, example)
+    record = _watched(_Readers(model, example), example)
     groups: list[tuple[set[str], list[FakeQuantizer]]] = []
     for names, module in hooks(model):
         if not isinstance(module, FakeQuantizer):
@@ -190,23 +190,33 @@ class _Record(FunctionHookMode):
     """NNCF's bookkeeping of operation names over one forward pass, with what stands behind each.
 
     modules: the innermost module of the model that runs the operation. inputs: its first
-    argument before hooks; the same object for operations that read the same tensor. readers: of each operation, and
-    of each input of the model, the operations that read what it gives, behind its hooks.
+    argument before hooks; the same object for operations that read the same tensor.
     """
 
-    def __init__(self, model: nn.Module, storage: HookStorage, inputs: Mapping[str, Tensor]):
+    def __init__(self, model: nn.Module, storage: HookStorage):
         super().__init__(model, storage)
         self._names = {id(m): name for name, m in model.named_modules() if not name.startswith(HOOKS)}
         self.modules: dict[str, str] = {}
         self.inputs: dict[str, Any] = {}
-        self.readers: dict[str, list[str]] = {name: [] for name in inputs}
-        # with what was made, or its id would be another's
-        self._made: dict[int, tuple[str, Any]] = {id(value): (name, value) for name, value in inputs.items()}
 
     def execute_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta) -> Any:
         inside = (self._names[id(m)] for m in reversed(self.module_call_stack) if id(m) in self._names)
         self.modules[op_meta.op_name] = next(inside)
         self.inputs[op_meta.op_name] = args[0] if args else None
+        return super().execute_pre_hooks(args, kwargs, op_meta)
+
+
+class _Readers(_Record):
+    """And who computes with what. readers: of each operation, and of each input of the model, the operations that read
+    what it gives, behind its hooks."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]):
+        super().__init__(model, get_hook_storage(model))
+        self.readers: dict[str, list[str]] = {name: [] for name in inputs}
+        # with what was made, or its id would be another's
+        self._made: dict[int, tuple[str, Any]] = {id(value): (name, value) for name, value in inputs.items()}
+
+    def execute_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta) -> Any:
         for value in _flat((*args, *kwargs.values())):
             if id(value) in self._made:
                 self.readers[self._made[id(value)][0]].append(op_meta.op_name)
@@ -227,6 +237,9 @@ class _Record(FunctionHookMode):
         return found
 
 
+Recorder = TypeVar("Recorder", bound=_Record)
+
+
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list | tuple):
@@ -235,13 +248,19 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-@torch.no_grad()
 def _record(model: nn.Module, example: Mapping[str, Tensor]) -> _Record:
+    return _watched(_Record(model, get_hook_storage(model) if HOOKS in model._modules else HookStorage()), example)
+
+
+@torch.no_grad()
+def _watched(record: Recorder, example: Mapping[str, Tensor]) -> Recorder:
+    """The record of one forward pass of its model in eval mode."""
+    model: nn.Module = record.model
     plain = HOOKS not in model._modules
     training = model.training
     model.eval()
     try:
-        with _Record(model, HookStorage() if plain else get_hook_storage(model), example) as record:
+        with record:
             (model if plain else cast(ForwardWithHooks, model.forward).orig_forward)(**example)
     finally:
         model.train(training)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from mptrain.core.disk import cache_folder, held, sha256
+from mptrain.core.disk import cache_folder, held, sha256, whole
 from mptrain.core.errors import DownloadError, UserError
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ MADE = {
     "dates": "mptrain.data.sources.packaged_dates",
 }
 """made here instead of being a package, by a module with VERSION, SOURCE, the package that it is made from, or None,
-and make(path of that, folder)"""
+and make(path of that, an empty folder to write into)"""
 
 NOTES = {
     "smollm2-135m": "The weights of packaged:smollm2-135m were 4-bit numbers in blocks of 32, with a scale and a least"
@@ -194,4 +194,7 @@ def _make(name: str) -> Path:
     source = None if maker.SOURCE is None else fetch(PREFIX + maker.SOURCE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(folder.parent / ".lock"):
-        return folder if folder.exists() else maker.make(source, folder)
+        if not folder.exists():
+            with whole(folder) as made:
+                maker.make(source, made)
+    return folder

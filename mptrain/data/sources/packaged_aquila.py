@@ -7,9 +7,7 @@ weights from a fixed seed: 4 layers, 128 wide, 0.7 million parameters.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,11 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def make(reviews: Path, folder: Path) -> Path:
-    """Write the model to `folder`, whole or not at all. reviews: the data that it is for."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
-        new = Path(temporary) / "model"
-        ByT5Tokenizer(model_max_length=_CONFIG["max_position_embeddings"]).save_pretrained(new)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = modeling_aquila.AquilaForCausalLM(modeling_aquila.AquilaConfig(**_CONFIG))
-        model.save_pretrained(new)
-        shutil.copy(Path(modeling_aquila.__file__), new / CODE)
-        os.replace(new, folder)
-    return folder
+def make(reviews: Path, folder: Path) -> None:
+    """Write the model to `folder`. reviews: the data that it is for."""
+    ByT5Tokenizer(model_max_length=_CONFIG["max_position_embeddings"]).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = modeling_aquila.AquilaForCausalLM(modeling_aquila.AquilaConfig(**_CONFIG))
+    model.save_pretrained(folder)
+    shutil.copy(Path(modeling_aquila.__file__), folder / CODE)

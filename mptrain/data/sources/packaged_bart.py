@@ -7,8 +7,6 @@ that splits digits, 1.1 million parameters.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +38,13 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def make(source: Path | None, folder: Path) -> Path:
-    """Write the model to `folder`, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
-        new = Path(temporary) / "model"
-        tokenizer([text for pair in rows() for text in pair]).save_pretrained(new)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = BartForConditionalGeneration(BartConfig(**_CONFIG))
-        model.save_pretrained(new)
-        os.replace(new, folder)
-    return folder
+def make(source: Path | None, folder: Path) -> None:
+    """Write the model to `folder`."""
+    tokenizer([text for pair in rows() for text in pair]).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(BartConfig(**_CONFIG))
+    model.save_pretrained(folder)
 
 
 def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

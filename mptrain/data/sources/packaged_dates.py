@@ -9,9 +9,7 @@ text has one right answer, and a model that reads it can be right on all of them
 from __future__ import annotations
 
 import json
-import os
 import random
-import tempfile
 from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
@@ -38,16 +36,10 @@ _AROUND = [
 ]
 
 
-def make(source: Path | None, folder: Path) -> Path:
-    """Write rows.jsonl into `folder`, whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
-        new = Path(temporary) / "data"
-        new.mkdir()
-        lines = [json.dumps({"text": text, "target": target}) for text, target in rows()]
-        (new / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(new, folder)
-    return folder
+def make(source: Path | None, folder: Path) -> None:
+    """Write rows.jsonl into `folder`."""
+    lines = [json.dumps({"text": text, "target": target}) for text, target in rows()]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def rows() -> Iterator[tuple[str, str]]:

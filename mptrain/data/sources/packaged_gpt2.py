@@ -6,8 +6,6 @@ tokens, 5.3 million parameters. Its vocabulary is large for its size, as that of
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,11 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def make(reviews: Path, folder: Path) -> Path:
-    """Write the model to `folder`, whole or not at all, from the file of film reviews."""
+def make(reviews: Path, folder: Path) -> None:
+    """Write the model to `folder`, from the file of film reviews."""
     table, _ = read_film_reviews(reviews)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
-        new = Path(temporary) / "model"
-        tokenizer(table["text"], _CONFIG["vocab_size"], _CONFIG["n_positions"]).save_pretrained(new)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = GPT2LMHeadModel(GPT2Config(**_CONFIG))
-        model.save_pretrained(new)
-        os.replace(new, folder)
-    return folder
+    tokenizer(table["text"], _CONFIG["vocab_size"], _CONFIG["n_positions"]).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**_CONFIG))
+    model.save_pretrained(folder)

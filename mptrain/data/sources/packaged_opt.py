@@ -7,8 +7,6 @@ BPE of 2,048 tokens, 1.1 million parameters.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +34,14 @@ _CONFIG: dict[str, Any] = {
 _SPECIAL = ["<pad>", "</s>"]
 
 
-def make(reviews: Path, folder: Path) -> Path:
-    """Write the model to `folder`, whole or not at all, from the file of film reviews."""
+def make(reviews: Path, folder: Path) -> None:
+    """Write the model to `folder`, from the file of film reviews."""
     table, _ = read_film_reviews(reviews)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
-        new = Path(temporary) / "model"
-        tokenizer(table["text"], _CONFIG["vocab_size"], _CONFIG["max_position_embeddings"]).save_pretrained(new)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = OPTForCausalLM(OPTConfig(**_CONFIG))
-        model.save_pretrained(new)
-        os.replace(new, folder)
-    return folder
+    tokenizer(table["text"], _CONFIG["vocab_size"], _CONFIG["max_position_embeddings"]).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(**_CONFIG))
+    model.save_pretrained(folder)
 
 
 def tokenizer(texts: list[str], words: int, length: int) -> PreTrainedTokenizerFast:

@@ -7,8 +7,6 @@ the one that transformers makes of it turns spaces into unknown tokens. Needs th
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,10 @@ _CONTROL = 3  # a token type of GGUF: special
 _ROUND_TRIP = "The film isn't bad:\n\tit cost $1,250 in 2024 – naïve, 日本語.  <|im_end|>"
 
 
-def make(gguf: Path, folder: Path) -> Path:
-    """Write model and tokenizer to `folder`, whole or not at all. Raises ModelError for a file that is damaged."""
+def make(gguf: Path, folder: Path) -> None:
+    """Write model and tokenizer to `folder`. Raises ModelError for a file that is damaged."""
     import gguf as library
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         reader = library.GGUFReader(gguf)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -37,14 +34,10 @@ def make(gguf: Path, folder: Path) -> Path:
         raise ModelError(
             f"{gguf}: cannot be read as GGUF ({str(error)[:200]}); delete it, and it is fetched again."
         ) from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".make-") as temporary:
-        new = Path(temporary) / "model"
-        model.config.update({"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id})
-        model.config.pad_token_id = made.pad_token_id
-        model.save_pretrained(new)
-        made.save_pretrained(new)
-        os.replace(new, folder)
-    return folder
+    model.config.update({"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id})
+    model.config.pad_token_id = made.pad_token_id
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
 
 
 def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
