@@ -40,3 +40,21 @@ def json_target(options: argparse.Namespace) -> Path | None:
     if target is not None and not target.absolute().parent.is_dir():
         raise UserError(f"--json: there is no folder {target.absolute().parent}; make it first.")
     return target
+
+
+def add_head_option(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help=f"{what}, in this order: softmax, topk=20, argmax, pool=mean, pool=cls, normalize (may be repeated)",
+    )
+
+
+def head_item(text: str) -> dict[str, object]:
+    """ "topk=20" as an item of a recipe's heads."""
+    from mptrain.recipe.file import scalar
+
+    name, equals, value = text.partition("=")
+    return {name: scalar(value) if equals else True}

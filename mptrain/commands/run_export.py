@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mptrain.commands.options import add_model_options, check_model_options
+from mptrain.commands.options import add_head_option, add_model_options, check_model_options, head_item
 
 HELP = "export one model and compare the result with it"
 
@@ -43,14 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="causal LM: generate with a key-value cache of N tokens, where the format keeps one",
     )
-    parser.add_argument(
-        "--head",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="computed after the model in the exported graph, in this order: softmax, topk=20, argmax, pool=mean,"
-        " pool=cls, normalize (may be repeated)",
-    )
+    add_head_option(parser, "computed after the model in the exported graph")
     add_model_options(parser)
 
 
@@ -70,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = {
         "minimum_deployment_target": options.target,
         "cache": options.cache,
-        "heads": [_head(text) for text in options.head] or None,
+        "heads": [head_item(text) for text in options.head] or None,
     }
     facts = export_model(
         options.model,
@@ -112,11 +105,3 @@ def run(options: argparse.Namespace) -> int:
             else f"the exported model decides as the torch model in less than {100 * facts['limit']:.0f}%; it was kept."
         )
     return 0
-
-
-def _head(text: str) -> dict[str, object]:
-    """ "topk=20" as an item of a recipe's heads."""
-    from mptrain.recipe.file import scalar
-
-    name, equals, value = text.partition("=")
-    return {name: scalar(value) if equals else True}

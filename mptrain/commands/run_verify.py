@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mptrain.commands.options import json_target
+from mptrain.commands.options import add_head_option, head_item, json_target
 
 HELP = "say what an exported model holds and does, and compare it with its source"
 
@@ -29,6 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="beside --model: texts or a recipe to compare on")
     parser.add_argument("--samples", type=int, default=32, help="inputs to compare on (default 32)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default 128)")
+    add_head_option(parser, "beside --model: what the export was told to compute after the model")
     parser.add_argument("--json", metavar="PATH", help="also write everything that was found as JSON")
     parser.add_argument("--allow-code", action="store_true", help="run code that comes with the source model")
 
@@ -57,9 +58,12 @@ def run(options: argparse.Namespace) -> int:
 def _interpreted(path: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     from mptrain.commands.verify import verify
     from mptrain.commands.verify_source import load_source
+    from mptrain.core.errors import UserError
     from mptrain.report.render.verify import package
 
     model = None
+    if options.head:
+        raise UserError(f"--head {options.head[0]}: is for what is run; {path} is emulated, and compared without heads")
     if options.model is not None:
         model = load_source(options.model, options.task, options.allow_code)
     facts = verify(path, precision=options.precision or "stored", model=model)
@@ -74,9 +78,11 @@ def _executed(path: Path, spec: Any, options: argparse.Namespace) -> tuple[dict[
 
     if options.precision is not None:
         raise UserError(f"--precision {options.precision}: is for Core ML packages, which are emulated; {path} is run")
+    if options.head and options.model is None:
+        raise UserError(f"--head {options.head[0]}: is of the source model's outputs; give --model too")
     source = None
     if options.model is not None:
         how = (options.task, None, options.data, options.samples, options.max_length, options.allow_code)
         source = load_with_inputs(options.model, *how)
-    facts = verify_file(path, spec, source)
+    facts = verify_file(path, spec, source, [head_item(text) for text in options.head])
     return facts, file(facts)

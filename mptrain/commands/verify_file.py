@@ -6,9 +6,12 @@ written. A Core ML package has no runtime here and goes through the interpreter 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from mptrain.core.disk import size
 from mptrain.core.errors import UserError
@@ -16,8 +19,10 @@ from mptrain.core.signature import probed, rows_of
 from mptrain.data.load import task_class
 from mptrain.export.base import Source
 from mptrain.export.formats import format_of
+from mptrain.export.torch import heads as in_graph
 from mptrain.models.samples import Loaded
 from mptrain.recipe import EXPORTS, ExportSpec
+from mptrain.recipe.exports.heads import Head, Heads, misfit
 from mptrain.verify import parity
 
 SCHEMA = "mptrain.verify-file/v1"
@@ -39,18 +44,22 @@ def found_in(path: Path) -> tuple[Path, type[ExportSpec]]:
     return inside[0], kinds[inside[0].suffix]
 
 
-def verify_file(path: Path, spec: type[ExportSpec], source: Loaded | None = None) -> dict[str, Any]:
+def verify_file(
+    path: Path, spec: type[ExportSpec], source: Loaded | None = None, heads: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Facts as JSON values.
 
+    heads: items of a recipe's, that the file computes after the source.
     source: the model that it was made from, with inputs, on which both are run. "parity" is then as of
     `verify.parity.compare`, judged as an export is ("judged_by", "limit"); without, "passed" says that the file is
-    whole and the runtime takes it. Raises ExportError for a file that the runtime refuses, or of which outputs are
-    missing, of another shape or not finite.
+    whole and the runtime takes it. Raises UserError for heads that are none or not of the source's task, ExportError
+    for a file that the runtime refuses, or of which outputs are missing, of another shape or not finite.
     """
     spec.check_installed()
     bare: dict[str, Any] = {"format": spec.name()}
     kind = format_of(spec.model_construct(**bare))
-    with closing(kind.open(path, _source(source))) as runner:
+    after = [] if source is None else _heads(heads, source)
+    with closing(kind.open(path, _source(source, after))) as runner:
         facts = runner.facts()
         found: dict[str, Any] = {
             "schema": SCHEMA,
@@ -63,10 +72,17 @@ def verify_file(path: Path, spec: type[ExportSpec], source: Loaded | None = None
         }
         if source is None:
             return found
-        agreement = task_class(source.kind).agreement
+        agreement = in_graph.agreement(task_class(source.kind), after)
         floats = {"f32", "float", "Float32"}
         exact = set(facts.weight_types or ()) <= floats and facts.inference_precision in ("f32", None)
-        difference = parity.compare(source.model, runner, source.samples.batches, agreement=agreement, exact=exact)
+        difference = parity.compare(
+            source.model,
+            runner,
+            source.samples.batches,
+            signature=_source(source, after).signature,
+            agreement=agreement,
+            exact=exact,
+        )
     return found | {
         "parity": difference,
         "inputs": source.samples.source,
@@ -79,13 +95,24 @@ def _bytes(path: Path) -> int:
     return size(path) if path.is_dir() else sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
 
 
-def _source(found: Loaded | None) -> Source:
+def _heads(items: Sequence[Mapping[str, Any]], source: Loaded) -> list[Head]:
+    try:
+        heads = TypeAdapter(Heads).validate_python(list(items))
+    except ValidationError as error:
+        raise UserError(f"--head: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    if why := misfit(heads, source.kind):
+        raise UserError(f"--head: {why}")
+    return heads
+
+
+def _source(found: Loaded | None, heads: Sequence[Head] = ()) -> Source:
     """What a format may ask of a source where it opens a file."""
     if found is None:
         return Source(_no_model, None, {}, "fp32", "fp32", False, list)  # type: ignore[arg-type]
     model = found.model.eval()
     example = next((batch for batch in found.samples.batches if rows_of(batch) > 1), found.samples.batches[0])
-    return Source(lambda: model, probed(model, example), example, "fp32", "fp32", False, list)
+    signature = in_graph.signature_with(probed(model, example), heads, found.kind)
+    return Source(lambda: model, signature, example, "fp32", "fp32", False, list)
 
 
 def _no_model() -> Any:

@@ -71,6 +71,11 @@ def fast(flags: list[str]) -> dict[str, bool]:
     return {kind: any(flag in flags for flag in needed) for kind, needed in _FAST.items()}
 
 
+def adds_int8_in_16_bits() -> bool:
+    """Whether this is an x86 CPU that sums two int8 products in 16 bits: it has neither VNNI nor AMX."""
+    return platform.machine() in ("x86_64", "AMD64") and not fast(_cpu()[1])["int8"]
+
+
 def _cpu() -> tuple[str, list[str]]:
     if platform.system() == "Darwin":
         names = ["machdep.cpu.brand_string", *_MAC_FLAGS]

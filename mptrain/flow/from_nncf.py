@@ -286,8 +286,8 @@ class _Work:
         hits = self._ignored(quantize, entry.pop("ignored_scopes", []), "quantization", ("Linear", "Conv1d", "Conv2d"))
         if any(isinstance(self.scopes.leaves[name], nn.Embedding) for name in hits):
             quantize["embeddings"] = "fp32"
-        if entry.pop("overflow_fix", "disable") != "disable":
-            self.notes.append("quantization.overflow_fix: left out; without VNNI int8 products may saturate.")
+        if entry.pop("overflow_fix", "disable") == "enable":
+            quantize["reduce_range"] = True
         if entry.pop("scope_overrides", None):
             self.notes.append("quantization.scope_overrides: left out; attention's products are not quantized here.")
         entry.pop("export_to_onnx_standard_ops", None)

@@ -8,6 +8,7 @@ the field; only a package that is missing is a ModuleNotFoundError, of which the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mptrain.compress.base import Site
 from mptrain.compress.methods import method_class
 from mptrain.core.errors import DataError, ExportError, ModelError, UserError
+from mptrain.core.host import adds_int8_in_16_bits
 from mptrain.core.pins import warn_untested
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import Task
@@ -35,6 +37,8 @@ from mptrain.models.probe import probe
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
+
+log = logging.getLogger(__name__)
 
 TRACED = 16
 """tokens of a converter's example, or of a sound frames"""
@@ -73,6 +77,7 @@ def check_exports(recipe: Recipe) -> None:
     for name in sorted({name for method in methods for name in method.packages}):
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    _warn_saturating(recipe)
     for export in recipe.export:
         export.check_installed()
         for stage_id in export.of:
@@ -80,6 +85,18 @@ def check_exports(recipe: Recipe) -> None:
             for field, weights in stage.leaves():
                 if (stored := export.stores(weights)).result == "refused":
                     raise UserError(f"stages.{stage.id}.{field}: export.{export.id} cannot hold it: {stored.how}.")
+
+
+def _warn_saturating(recipe: Recipe) -> None:
+    """Of int8 weights whose products exceed what this CPU adds them in."""
+    stages = [s.id for s in recipe.stages if any(weights.saturates for _, weights in s.leaves())]
+    if stages and adds_int8_in_16_bits():
+        log.warning(
+            "stages.%s.quantize: this CPU has neither VNNI nor AMX and adds int8 products in 16 bits, which 8-bit"
+            " weights exceed: int8 exports give other numbers here than on CPUs that have them. Where they are to run"
+            " on such CPUs, reduce_range: true makes them right.",
+            stages[0],
+        )
 
 
 def check_decoders(recipe: Recipe, found: Architecture, allow_code: bool = False) -> None:

@@ -31,6 +31,11 @@ class Weights:
     vectors: bool = False
     row_scale: bool = False
 
+    @property
+    def saturates(self) -> bool:
+        """Whether two products with 8-bit activations can exceed 16 bits, which x86 CPUs without VNNI add them in."""
+        return self.activations and self.bits > 7
+
 
 class MethodConfig(Strict):
     """Settings of a method. A subclass has the field that `by` names, a Literal, and below what differs from here."""

@@ -29,8 +29,12 @@ class QuantizeConfig(MethodConfig):
         return None
 
 
-def _fake_quantized(bits: dict[str, Any]) -> Iterator[tuple[str, Weights]]:
-    for width in sorted({8, *bits.values()}):
+REDUCED = 7
+"""bits of a weight whose products with 8-bit activations fit into 16 bits two by two"""
+
+
+def _fake_quantized(bits: dict[str, Any], reduce_range: bool) -> Iterator[tuple[str, Weights]]:
+    for width in sorted({REDUCED if reduce_range else 8, *bits.values()}):
         yield "quantize.bits", Weights("integers", width, activations=True)
 
 
@@ -45,6 +49,11 @@ class Qat(QuantizeConfig):
     embeddings: Literal["fp32", "int8"] = Field("int8", description="int4 embeddings: export precision int8_emb4")
     ignore: list[str] = Field([], description=KEPT)
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
+    reduce_range: bool = Field(
+        False,
+        description="weights of 7 bits in place of 8, for x86 CPUs without VNNI or AMX: they add products of two int8"
+        " weights in 16 bits, which 8-bit weights exceed",
+    )
     smooth_quant: bool = False
     start: Literal["joint", "after_prune"] = Field(
         "joint", description="joint: fake quantizers act during the pruning warm-up; after_prune: from the boundary on"
@@ -57,7 +66,7 @@ class Qat(QuantizeConfig):
         return "int8 quantization-aware training"
 
     def leaves(self) -> Iterator[tuple[str, Weights]]:
-        return _fake_quantized(self.bits)
+        return _fake_quantized(self.bits, self.reduce_range)
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"})
@@ -87,6 +96,11 @@ class Ptq(QuantizeConfig):
         None, description="with ignore: auto, what may be lost, counted as gates.max_drop is; default 0.002"
     )
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
+    reduce_range: bool = Field(
+        False,
+        description="weights of 7 bits in place of 8, for x86 CPUs without VNNI or AMX: they add products of two int8"
+        " weights in 16 bits, which 8-bit weights exceed",
+    )
     smooth_quant: bool = True
     fast_bias_correction: bool = True
 
@@ -104,7 +118,7 @@ class Ptq(QuantizeConfig):
         return "int8 post-training quantization"
 
     def leaves(self) -> Iterator[tuple[str, Weights]]:
-        return _fake_quantized(self.bits)
+        return _fake_quantized(self.bits, self.reduce_range)
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"})

@@ -24,6 +24,7 @@ def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_fa
         *_unlearned(variants, baseline or "", data_facts),
         *_unchecked(recipe, variants),
         *_expanded(recipe, variants),
+        *_saturating(recipe, variants),
         *filter(None, [packaged.note(recipe.model.path)]),
         *_unscored(variants),
     ]
@@ -73,6 +74,22 @@ def _expanded(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
         f"{title} has no look-up tables: the palettized weights of {', '.join(ids)} are written out as fp32 numbers."
         " They score as the tables do, but the file is not smaller; the table Compressed weights has the stored size."
         for title, ids in found.items()
+    ]
+
+
+def _saturating(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
+    """Variants whose int8 products exceed what some CPUs add them in."""
+    ids = [
+        v["id"]
+        for v in variants
+        if not gates.is_float(v) and any(weights.saturates for _, weights in recipe.stage(v["stage"]).leaves())
+    ]
+    if not ids:
+        return []
+    return [
+        f"{', '.join(ids)}: x86 CPUs without VNNI or AMX add two products of int8 numbers in 16 bits, which these"
+        " weights can exceed: outputs there differ from those on other CPUs. For such CPUs train with"
+        " quantize.reduce_range: true, and measure on one of them."
     ]
 
 

@@ -1,7 +1,8 @@
 """The fewest elements with which something is right, found in few trials.
 
     harm         elements in the order of the harm that each does alone: the first n go together, n by bisection
-    alike        of those left, elements that do the same in other layers go together, or else the first n of them
+    alike        of those left, elements that do the same in all layers go together, the largest groups first; then of
+                 each group that stayed the first n
     one by one   what is left, in groups of halving size (delta debugging; Zeller, Hildebrandt 2002)
 
 Harm and likeness only order the trials; what is returned is right by a trial of it as it is. With e elements left
@@ -46,7 +47,13 @@ def fewest(
     for name in kept:
         groups.setdefault(alike[name], []).append(name)
     if len(groups) < len(kept):
-        for group in groups.values():
+        stayed = []
+        for group in sorted(groups.values(), key=len, reverse=True):  # one trial each, before the many of a part
+            if right(without(group)):
+                kept = without(group)
+            else:
+                stayed.append(group)
+        for group in stayed:
             drop(group)
     if one_by_one(len(kept)):
         kept = _halving(kept, right)

@@ -83,7 +83,7 @@ def test_what_is_exported_is_compressed_first_where_the_precision_says_so(net, b
     done = mptrain.export(net, "openvino", to="int8", precision="int8", calibration=batches)
     assert done.facts["runtime"]["weight_types"]["i8"] == 32 * 64 + 64 * 4
     change = done.facts["compressed"]["change"]
-    assert done.passed and done.facts["compressed"]["calibrated_on"] > 0 and 1e-4 < change["relative"] < 0.2
+    assert done.passed and done.facts["compressed"]["calibrated_on"] > 0 and 1e-4 < change["relative"] < 0.5
     assert same(net, before)
     with pytest.raises(UserError, match="exists already"):
         mptrain.export(net, "openvino", to="int8", data=batches)

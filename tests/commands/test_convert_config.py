@@ -55,6 +55,12 @@ def stage(config, bert, **options):
     return from_nncf.convert(config, model=str(bert), **options).recipe["stages"][0]
 
 
+@pytest.mark.parametrize(("fix", "reduced"), [("enable", True), ("disable", None), ("first_layer_only", None)])
+def test_the_fix_of_overflows_is_a_reduced_range(bert, fix, reduced):
+    found = stage({"algorithm": "quantization", "overflow_fix": fix}, bert, epochs=1.0)
+    assert found["quantize"].get("reduce_range") == reduced
+
+
 def test_jpqd_becomes_a_recipe_that_runs_dry(bert, tmp_path, capsys):
     (tmp_path / "nncf.json").write_text(JPQD)
     tiny.save_reviews(tmp_path / "reviews.csv")

@@ -86,10 +86,10 @@ def test_wrong_options_are_errors_and_write_nothing(bert, tmp_path, capsys, word
 @pytest.mark.parametrize(
     ("format", "words", "stored"),
     [
-        ("openvino", ["--precision", "int8"], {"i8"}),
+        ("openvino", ["--precision", "int8", "--set", "reduce_range=true"], {"i8"}),
         ("openvino", ["--precision", "int8-weights"], {"i8"}),
         ("openvino", ["--precision", "int4", "--group-size", "8", "--set", "symmetric=false"], {"u4", "i8"}),
-        ("onnx", ["--precision", "int8"], {"int8"}),
+        ("onnx", ["--precision", "int8", "--set", "reduce_range=true"], {"int8"}),
         ("onnx", ["--precision", "int4", "--method", "rtn"], {"uint4", "int8"}),
         pytest.param("coreml", ["--precision", "palette4"], {"uint4"}, marks=pytest.mark.long),
         ("coreai", ["--precision", "int4"], {"int4", "int8"}),

@@ -49,6 +49,19 @@ def test_what_it_holds_and_whether_it_is_its_source(bert, tmp_path, capsys, form
     assert status == 1 and "is not the source model" in out and "its outputs are wrong" in err
 
 
+def test_heads_are_named_to_be_compared(bert, tmp_path, capsys):
+    """A file with heads gives other outputs than its source: `--head` says which, as it did for the export."""
+    heads = ("--head", "softmax", "--head", "topk=2")
+    assert main(["export", str(bert / "plain"), "--to", str(tmp_path / "out"), "--samples", "8", *heads]) == 0
+    data = ("--model", bert / "plain", "--data", bert / "texts.txt")
+    status, out, err = verify(capsys, tmp_path / "out", *data, *heads)
+    assert status == 0 and "is the source model" in out, err
+    status, _, err = verify(capsys, tmp_path / "out", *data, "--head", "pool=mean")
+    assert status == 2 and "pool is no head for task text-classification" in err
+    status, _, err = verify(capsys, tmp_path / "out", *heads)
+    assert status == 2 and "give --model too" in err
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [("nowhere", "there is no such file"), ("plain", "this is none"), ("texts.txt", "give an exported model (.xml, ")],

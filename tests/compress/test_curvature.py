@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from kit.architectures import build, without_loss
 from kit.structures import sink
 from kit.tiny_models import FAMILIES, inputs, logits, tiny
 
@@ -149,3 +150,20 @@ def test_blocks_that_no_single_linear_reads_are_refused_by_name():
     doubled = Structure(structure.name, (type(first)(**{**vars(first), "axes": (*first.axes, first.sinks[0])}),))
     with pytest.raises(ModelError, match=rf"these are not: {first.name}.*prune\.ignore, or use method fisher"):
         check_readers(model, doubled, "prune.ignore")
+
+
+@pytest.mark.parametrize("name", ["mpnet", "t5"])
+def test_heads_that_all_layers_share_are_cut_in_all_of_them_at_once(name):
+    """Their table of relative positions has one column to a head, so a head goes in every layer or in none."""
+    model, batch = build(name)
+    batch = without_loss(name, batch)
+    structure = find_structure(model, batch)
+    shared = max(structure.prunable(), key=lambda block: len(block.sinks))
+    assert len(shared.sinks) >= 2
+    config = Curvature.model_validate({"method": "curvature", "keep": {"heads": 0.5, "ffn": 0.5}, "min_ffn": 1})
+    ours = CurvaturePruner(config, structure=structure, phase_steps=0, steps_per_epoch=1)
+    ours.prepare(model)
+    ours.look(model, [batch])
+    cut_model = cut(model, ours)
+    assert ours.kept().count(shared) == shared.units // 2
+    assert torch.isfinite(cut_model(**batch).logits).all()

@@ -87,6 +87,20 @@ def test_every_linear_and_convolution_is_quantized_per_channel(family):
     assert 0 < error < 0.25 * expected.abs().max()
 
 
+@pytest.mark.parametrize("config", [qat(), ptq(), qat(weights="asymmetric")])
+def test_a_reduced_range_keeps_sums_of_two_products_in_16_bits(config):
+    model, q = quantized("vit", config.model_copy(update={"reduce_range": True}))
+    layers = dict(q.named_modules())
+    assert weights(q)
+    for name, quantizer in weights(q).items():
+        low, high = quantizer.levels
+        integers = (quantizer(layers[name].weight) / quantizer.grid()[0]).detach()
+        assert high - low <= 127 and 2 * 255 * high <= 32767 * (1 if low < 0 else 2)
+        assert float(integers.abs().max()) >= 62, "the range is used, also by the first convolution"
+    error = (logits(q, inputs("vit")) - logits(model, inputs("vit"))).abs().max()
+    assert 0 < error < 0.25 * logits(model, inputs("vit")).abs().max()
+
+
 def test_placement_and_outputs_are_nncfs():
     model, batches = tiny("bert"), [inputs("bert", seed=i) for i in range(2)]
     ours = quantizers.quantize(model, ptq(preset="mixed", fast_bias_correction=True, smooth_quant=False), batches)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mptrain.compress.prune.removal import damped, refit, removal
+from mptrain.compress.prune import removal as obs
+from mptrain.compress.prune.removal import Reader, damped, refit
 
 DAMPING = 1e-3
 
@@ -20,6 +21,10 @@ def problem(outputs: int = 5, inputs: int = 8, samples: int = 60, seed: int = 0)
     g = torch.randn(samples, outputs, generator=draw, dtype=torch.float64)
     weight = torch.randn(outputs, inputs, generator=draw, dtype=torch.float64)
     return weight, torch.cov(x.T, correction=0), g.T @ g / samples, x, g
+
+
+def removal(weight, covariance, gram, size, *, damping):
+    return obs.removal([Reader(weight, covariance, gram)], weight.shape[1] // size, damping=damping)
 
 
 def loss_of(weight, covariance, gram, columns):
@@ -120,3 +125,16 @@ def test_inputs_that_never_change_are_free():
     assert found.order[0] == 2 and found.loss[1] < 1e-2 * found.loss[2]
     none = removal(weight, torch.zeros_like(covariance), gram, 1, damping=DAMPING)
     assert np.isfinite(none.loss).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_units_that_several_maps_read_cost_the_sum_of_what_they_cost_each(size):
+    parts = [problem(seed=seed)[:3] for seed in (0, 1, 2)]
+    units = 8 // size
+    found = obs.removal([Reader(*part) for part in parts], units, damping=DAMPING)
+    left = set(range(units))
+    for number, unit in enumerate(found.order[:-1], 1):
+        losses = {u: sum(loss_of(*part, columns_of(sorted(left - {u}), size)) for part in parts) for u in left}
+        assert unit == min(losses, key=losses.get)
+        assert found.loss[number] == pytest.approx(losses[unit], rel=1e-9)
+        left.remove(unit)

@@ -63,7 +63,7 @@ def test_a_value_that_crosses_is_cast_once_and_nothing_else_is(tmp_path):
 
 
 def test_int8_layers_compute_in_integers_with_the_learned_ranges(tmp_path):
-    model = quantizers.quantize(tiny("bert"), Qat(mode="qat"), [inputs("bert")])
+    model = quantizers.quantize(tiny("bert"), Qat(mode="qat", reduce_range=True), [inputs("bert")])
     done = convert.write(model, inputs("bert"), tmp_path)
     found = facts(done.path)
     assert len(found.int8_layers) == 12 and "bert.encoder.layer.1.attention.self.query" in found.int8_layers

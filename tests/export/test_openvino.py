@@ -26,7 +26,9 @@ from mptrain.recipe.exports.base import Use
 
 
 def quantized(model, family, **options):
-    return quantizers.quantize(model, Qat(mode="qat", **options), [inputs(family, seed=i) for i in range(2)])
+    """Of a range with which CPUs with and without VNNI compute the same."""
+    config = Qat(mode="qat", reduce_range=True, **options)
+    return quantizers.quantize(model, config, [inputs(family, seed=i) for i in range(2)])
 
 
 def export(model, family, folder, precision="fp32", **options):

@@ -14,6 +14,7 @@ from kit import tiny, tiny_tasks
 from kit.jobs import run
 from transformers import BertModel, MambaConfig, MambaForCausalLM
 
+from mptrain.core import host
 from mptrain.core.errors import UserError
 from mptrain.flow import preflight
 from mptrain.recipe import Recipe
@@ -219,3 +220,15 @@ def test_a_tracker_that_nobody_knows(tmp_path):
     described = tiny.jpqd(tmp_path)
     described["stages"][1]["train"]["report_to"] = ["tensorbord"]
     refused(tmp_path, described, "stages.jpqd.train.report_to.0: 'tensorbord' is not known; trackers are tensorboard,")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reduced", "said"), [(["avx2"], False, True), (["avx2"], True, False), (["avx_vnni"], False, False)]
+)
+def test_int8_that_this_cpu_computes_wrong_is_said(tmp_path, monkeypatch, caplog, flags, reduced, said):
+    described = tiny.jpqd(tmp_path)
+    described["stages"][1]["quantize"]["reduce_range"] = reduced
+    monkeypatch.setattr(host, "_cpu", lambda: ("a CPU", flags))
+    monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
+    preflight.check_exports(Recipe.model_validate(described))
+    assert ("neither VNNI nor AMX" in caplog.text) == said

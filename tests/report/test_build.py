@@ -189,3 +189,11 @@ def test_a_baseline_that_has_learned_nothing_is_said():
 def test_without_a_baseline_in_fp32_it_is_the_first_variant_of_that_stage():
     found = [replace(v, id=f"{v.id}_x", precision="fp16") for v in sample.variants()]
     assert sample.report(variants=found[::-1])["baseline"] == "baseline_fp32_x"
+
+
+def test_int8_variants_say_where_they_compute_other_numbers():
+    (note,) = [n for n in sample.report()["notes"] if "16 bits" in n]
+    assert note.startswith("jpqd_int8, jpqd_int8_emb4: ") and "quantize.reduce_range: true" in note
+    stages = sample.recipe().model_dump(mode="json", by_alias=True)["stages"]
+    stages[1]["quantize"]["reduce_range"] = True
+    assert not any("16 bits" in n for n in sample.report(recipe=sample.recipe(stages=stages))["notes"])

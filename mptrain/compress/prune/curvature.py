@@ -1,6 +1,6 @@
 """Curvature pruning: units leave one by one at the least loss, and what stays answers for what left.
 
-For the projection W that reads the units of a block (attention output, fc_out), the loss of a change is
+For a projection W that reads the units of a block (attention output, fc_out), the loss of a change is
 
     ½ tr(G ΔW H ΔWᵀ)
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mptrain.compress.calibrate.curvature import Probe, curvatures, logits
 from mptrain.compress.calibrate.ranks import ALONE, Ranks
 from mptrain.compress.prune.base import Pruner
-from mptrain.compress.prune.removal import Removal, refit, removal
+from mptrain.compress.prune.removal import Reader, Removal, refit, removal
 from mptrain.compress.structure.blocks import Block, Kept, Structure
 from mptrain.compress.structure.consumers import Consumer, consumers
 from mptrain.core.errors import ModelError
@@ -36,21 +36,20 @@ from mptrain.core.signature import Batch
 log = logging.getLogger(__name__)
 
 
-def reader(model: nn.Module, block: Block) -> Consumer | None:
-    """The one Linear that reads a block's units and nothing else; None where there is no such Linear."""
+def readers(model: nn.Module, block: Block) -> list[Consumer]:
+    """The Linears that read a block's units and nothing else; none where something else reads them too."""
     found = consumers(model, block)
-    if len(found) != 1 or len(block.sinks) != 1 or found[0].columns.numel() != found[0].axis.size:
-        return None
-    return found[0]
+    whole = all(consumer.columns.numel() == consumer.axis.size for consumer in found)
+    return found if whole and len({c.module for c in found}) == len(block.sinks) else []
 
 
 def check_readers(model: nn.Module, structure: Structure, field: str) -> None:
-    """Raises ModelError for blocks that curvature cannot prune: something else than one Linear reads their units."""
-    others = [block.name for block in structure.prunable() if reader(model, block) is None]
+    """Raises ModelError for blocks that curvature cannot prune: something else than Linears reads their units."""
+    others = [block.name for block in structure.prunable() if not readers(model, block)]
     if others:
         listed = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
         raise ModelError(
-            "curvature prunes blocks whose units are the inputs of one Linear, and these are not:"
+            "curvature prunes blocks whose units are the inputs of Linears that read nothing else, and these are not:"
             f" {listed}. Leave them alone with {field}, or use method fisher."
         )
 
@@ -73,27 +72,26 @@ class CurvaturePruner(Pruner):
         without batches, ModelError for values that are not finite.
         """
         check_readers(model, self.structure, "prune.ignore")
-        blocks = {c.module: (b, c) for b in self.structure.prunable() if (c := reader(model, b)) is not None}
+        blocks = {block.name: (block, readers(model, block)) for block in self.structure.prunable()}
+        modules = {c.module: (name, c) for name, (_, found) in blocks.items() for c in found}
         self._removals: dict[str, Removal] = {}
-        self._moments: dict[str, tuple[Consumer, Tensor, Tensor]] = {}
+        self._moments: dict[str, list[tuple[Consumer, Tensor, Tensor]]] = {name: [] for name in blocks}
+        waiting: dict[str, list[Reader]] = {name: [] for name in blocks}
         thin: list[str] = []
-        for group in curvatures(model, list(blocks), batches, probe=probe, seed=seed, ranks=ranks):
+        for group in curvatures(model, list(modules), batches, probe=probe, seed=seed, ranks=ranks):
             for module, found in group.items():
-                block, consumer = blocks[module]
+                name, consumer = modules[module]
+                block, all_readers = blocks[name]
                 covariance, mean = found.covariance()
                 columns = consumer.columns.flatten().to(covariance.device)
-                width = consumer.columns.shape[1]
-                self._removals[block.name] = removal(
-                    consumer.matrix(model).detach()[:, columns],
-                    covariance[columns][:, columns],
-                    found.gram(),
-                    width,
-                    damping=self._damping,
-                )
-                self._moments[block.name] = (consumer, covariance, mean)
+                matrix = consumer.matrix(model).detach()[:, columns]
+                waiting[name].append(Reader(matrix, covariance[columns][:, columns], found.gram()))
+                self._moments[name].append((consumer, covariance, mean))
                 self.tokens = int(found.tokens)
                 if found.tokens < len(covariance):
-                    thin.append(block.name)
+                    thin.append(module)
+                if len(waiting[name]) == len(all_readers):
+                    self._removals[name] = removal(waiting.pop(name), block.units, damping=self._damping)
         if thin:
             log.warning(
                 "curvature: %d calibration tokens are fewer than the inputs of %d layers (%s …), so damping decides"
@@ -115,16 +113,16 @@ class CurvaturePruner(Pruner):
         for block in self.structure.prunable():
             if not kept.cuts(block):
                 continue
-            consumer, covariance, mean = self._moments[block.name]
             units = kept.of(block)
-            columns = consumer.columns[units].flatten().to(covariance.device)
-            weight = consumer.matrix(model)
-            bias = getattr(model.get_submodule(consumer.module), "bias", None)
-            second = covariance if bias is not None else covariance + torch.outer(mean, mean)
-            new = refit(weight.detach(), second, columns, damping=self._damping)
-            if bias is not None:
-                bias += (weight.double() @ mean - new @ mean[columns]).to(bias.dtype)
-            weight[:, columns] = new.to(weight.dtype)
+            for consumer, covariance, mean in self._moments[block.name]:
+                columns = consumer.columns[units].flatten().to(covariance.device)
+                weight = consumer.matrix(model)
+                bias = getattr(model.get_submodule(consumer.module), "bias", None)
+                second = covariance if bias is not None else covariance + torch.outer(mean, mean)
+                new = refit(weight.detach(), second, columns, damping=self._damping)
+                if bias is not None:
+                    bias += (weight.double() @ mean - new @ mean[columns]).to(bias.dtype)
+                weight[:, columns] = new.to(weight.dtype)
 
     def facts(self) -> dict[str, Any]:
         """tokens: real ones that the curvature was taken on. loss: the predicted rise, summed over the blocks."""

@@ -13,13 +13,22 @@ A unit S is a set of columns. To set them to zero while all other weights answer
 (Hassibi and Stork 1993; for whole units Kurtic et al. 2023, arXiv 2302.04089). The cheapest unit goes first, and so
 on until none is left: one pass gives the order and the loss at every size. G weighs the errors of a unit but does
 not move the optimal weights, so those of any size come from one ridge regression. Losses are absolute: they add up
-over the blocks of a model, and a knapsack can spread a budget over them.
+over the blocks of a model, and a knapsack can spread a budget over them. Where several maps read the same units (the
+heads of all layers that share a table of relative positions), a unit costs the sum, and leaves all of them.
 
-H is damped by `damping` of its mean diagonal, which stands for a prior on small changes. All in float64.
+Only P = H⁻¹ and C = WᵀGW are kept: the cost of S is ½ tr(C_SS (P_SS)⁻¹), and with A = (P_SS)⁻¹ P_S
+
+    P ← P - AᵀP_S
+    C ← C - AᵀB - BᵀA,    B = C_S - ½ C_SS A
+
+whose rows are gathered and applied when `COMPACT` columns have gone, so that a step costs as much as its own rows and
+not as the matrices (as GPTQ gathers its updates, Frantar et al. 2022). H is damped by `damping` of its mean diagonal,
+which stands for a prior on small changes. All in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +36,17 @@ import torch
 from torch import Tensor
 
 COMPACT = 128
-"""units that are removed before the matrices are made smaller"""
+"""columns that are removed before the matrices are brought up to date and made smaller"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear map that reads units: weight [outputs, units · columns], the columns of a unit side by side; covariance
+    H of its inputs [inputs, inputs]; gram G of the gradients at its outputs [outputs, outputs]."""
+
+    weight: Tensor
+    covariance: Tensor
+    gram: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,66 +73,86 @@ def damped(covariance: Tensor, damping: float) -> Tensor:
     return h
 
 
-def half_gram(gram: Tensor) -> Tensor:
-    """L [outputs, outputs] with LᵀL = G, for a positive semi-definite G."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    return (vectors * values.clamp_min(0).sqrt()).T
-
-
 @torch.no_grad()
-def removal(weight: Tensor, covariance: Tensor, gram: Tensor, columns: int, *, damping: float) -> Removal:
+def removal(readers: Sequence[Reader], units: int, *, damping: float) -> Removal:
     """The order in which units leave, and the loss of every size.
 
-    weight: [outputs, units · columns], the columns of a unit side by side. covariance: H [inputs, inputs].
-    gram: G [outputs, outputs]. Equal costs go to the lower unit; the same input gives the same result.
+    readers: of the same `units`, one or more. Equal costs go to the lower unit; the same input gives the same result.
     """
-    w = half_gram(gram).to(weight.device) @ weight.double()
-    inverse = torch.linalg.inv(damped(covariance, damping))
-    step = _channel if columns == 1 else _unit
-    alive = torch.arange(weight.shape[1] // columns)
-    gone = torch.zeros(len(alive), dtype=torch.bool, device=weight.device)
+    left = [_Left(reader, units, damping) for reader in readers]
+    alive = torch.arange(units)
+    gone = torch.zeros(units, dtype=torch.bool, device=left[0].p.device)
     order: list[int] = []
     loss = [0.0]
-    for number in range(1, len(alive) + 1):
-        unit, cost = step(w, inverse, gone, columns)
-        gone[unit] = True
+    for _ in range(units):
+        costs = sum(part.costs() for part in left)
+        costs = torch.where(gone, torch.inf, costs)
+        unit = int(costs.argmin())
+        loss.append(loss[-1] + max(float(costs[unit]), 0.0) / 2)
         order.append(int(alive[unit]))
-        loss.append(loss[-1] + max(cost, 0.0) / 2)
-        if number % COMPACT == 0 or columns > 1:
-            left = ~gone
-            at = left.repeat_interleave(columns)
-            w, inverse = w[:, at], inverse[at][:, at]
-            alive, gone = alive[left.cpu()], gone[left]
+        gone[unit] = True
+        for part in left:
+            part.remove(unit)
+        if max(part.rows for part in left) >= COMPACT:
+            stay = ~gone
+            for part in left:
+                part.compact(stay)
+            alive, gone = alive[stay.cpu()], gone[stay]
     return Removal(order, np.array(loss))
 
 
-def _channel(w: Tensor, inverse: Tensor, gone: Tensor, columns: int) -> tuple[int, float]:
-    """Remove the cheapest single column, in place."""
-    diagonal = inverse.diagonal()
-    costs = w.square().sum(0) / diagonal
-    costs[gone] = torch.inf
-    unit = int(costs.argmin())
-    row = inverse[unit].clone()
-    w.addr_(w[:, unit] / row[unit], row, alpha=-1.0)
-    inverse.addr_(row, row, alpha=-1.0 / float(row[unit]))
-    w[:, unit] = 0.0
-    inverse[unit, unit] = 1.0  # of a column that is gone: never looked at, and no division by zero
-    return unit, float(costs[unit])
+class _Left:
+    """What is left of one map: P and C as of the last `compact`, and the rows that have been gathered since."""
 
+    def __init__(self, reader: Reader, units: int, damping: float) -> None:
+        weight = reader.weight.double()
+        self.size = weight.shape[1] // units
+        self.p = torch.linalg.inv(damped(reader.covariance, damping))
+        self.c = weight.T @ (reader.gram.double().to(weight.device) @ weight)
+        self.rows = 0
+        self.q = self.a = self.b = self.p.new_empty(0, len(self.p))
+        self.compact(torch.ones(units, dtype=torch.bool, device=self.p.device))
 
-def _unit(w: Tensor, inverse: Tensor, gone: Tensor, columns: int) -> tuple[int, float]:
-    """Remove the cheapest group of columns, in place; groups that are gone have left the matrices."""
-    units = len(gone)
-    at = torch.arange(units, device=inverse.device)
-    blocks = inverse.view(units, columns, units, columns)[at, :, at, :]  # [units, columns, columns]
-    inner = torch.linalg.inv(blocks)
-    groups = w.view(-1, units, columns).transpose(0, 1)  # [units, outputs, columns]
-    costs = ((groups @ inner) * groups).sum((1, 2))
-    unit = int(costs.argmin())
-    rows = inverse[unit * columns : (unit + 1) * columns].clone()
-    w -= groups[unit].clone() @ inner[unit] @ rows
-    inverse -= rows.T @ inner[unit] @ rows
-    return unit, float(costs[unit])
+    def costs(self) -> Tensor:
+        """tr(C_SS (P_SS)⁻¹) of every unit: [units]."""
+        if self.size == 1:
+            return (self.c_own / self.p_own).flatten()
+        return (self.c_own * torch.linalg.inv(self.p_own)).sum((1, 2))
+
+    def remove(self, unit: int) -> None:
+        at = slice(unit * self.size, (unit + 1) * self.size)
+        q, a, b = (gathered[: self.rows] for gathered in (self.q, self.a, self.b))
+        p = self.p[at] - a[:, at].T @ q
+        c = self.c[at] - a[:, at].T @ b - b[:, at].T @ a
+        rows = slice(self.rows, self.rows + self.size)
+        self.q[rows] = p
+        self.a[rows] = torch.linalg.solve(p[:, at], p)
+        self.b[rows] = c - c[:, at] @ self.a[rows] / 2
+        self.rows += self.size
+        q, a, b = (self._own(gathered[rows]) for gathered in (self.q, self.a, self.b))
+        self.p_own -= a.mT @ q
+        change = a.mT @ b
+        self.c_own -= change + change.mT
+        self.p_own[unit] = torch.eye(self.size, dtype=p.dtype, device=p.device)  # gone: no division by zero
+
+    def compact(self, stay: Tensor) -> None:
+        """Apply what was gathered, and leave out units that have gone. stay: bool [units]."""
+        q, a, b = (gathered[: self.rows] for gathered in (self.q, self.a, self.b))
+        self.p -= a.T @ q
+        change = a.T @ b
+        self.c -= change + change.T
+        at = stay.repeat_interleave(self.size)
+        self.p, self.c = self.p[at][:, at], self.c[at][:, at]
+        self.rows = 0
+        self.q, self.a, self.b = (self.p.new_empty(COMPACT + self.size, len(self.p)) for _ in range(3))
+        units = torch.arange(int(stay.sum()), device=self.p.device)
+        shape = (len(units), self.size, len(units), self.size)
+        self.p_own = self.p.view(shape)[units, :, units, :].clone()  # [units, size, size]
+        self.c_own = self.c.view(shape)[units, :, units, :].clone()
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """[rows, units · size] as [units, rows, size]."""
+        return rows.view(len(rows), -1, self.size).transpose(0, 1)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import nncf
 import torch
 from nncf.common.quantization.structs import QuantizationScheme
-from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters, QuantizationParameters
+from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters, OverflowFix, QuantizationParameters
 from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
 from nncf.tensor import Tensor as NncfTensor
 from nncf.torch.extensions import ExtensionNamespace
@@ -90,10 +90,11 @@ def place(
     ignore: set[str],
     smooth: bool,
     correct_bias: bool,
+    bits: int,
 ) -> nn.Module:
     """A hooked copy of the model with calibrated FakeQuantizer and Smooth modules.
 
-    batches: keyword arguments of the model, on its device. ignore: names of modules to leave in fp32.
+    batches: keyword arguments of the model, on its device. ignore: names of modules to leave in fp32. bits: of weights.
     """
     ignore = ignore | {name for name, module in model.named_modules() if parametrize.is_parametrized(module)}
     skipped = [op for op, module in _record(model, batches[0]).modules.items() if module in ignore]
@@ -112,11 +113,30 @@ def place(
                     convolution=-1, matmul=_SMOOTH_ALPHA if smooth else -1
                 ),
                 disable_bias_correction=not correct_bias,
+                overflow_fix=_overflow_fix(bits, symmetric_weights),
             ),
         )
         record = _record(quantized, batches[0])
     _replace_quantizers(quantized, record)
+    if bits < 8:
+        _reduce(quantized, bits)
     return quantized
+
+
+def _overflow_fix(bits: int, symmetric: bool) -> OverflowFix | None:
+    """NNCF's own way to 7 bits, which only symmetric weights have: 8, and twice the scale. None: its default, which
+    leaves a bit of the first convolution unused. So it corrects biases for what the weights become."""
+    return None if bits == 8 else OverflowFix.ENABLE if symmetric else OverflowFix.DISABLE
+
+
+@torch.no_grad()
+def _reduce(model: nn.Module, bits: int) -> None:
+    """Weights of so many bits, in which the scales are those of their values again: they stay so in training."""
+    for _, module in hooks(model):
+        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
+            module.bits = bits
+            if module.symmetric:
+                module.scale.div_(2)
 
 
 def hooked(model: nn.Module, modules: Iterable[tuple[Sequence[str], nn.Module]]) -> nn.Module:

@@ -26,6 +26,7 @@ from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.core.silence import silenced
 from mptrain.recipe import Ptq, Qat
+from mptrain.recipe.weights import REDUCED
 
 Model = TypeVar("Model", bound=nn.Module)
 VERSION = 1
@@ -60,6 +61,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
             ignore=ignore,
             smooth=config.smooth_quant,
             correct_bias=isinstance(config, Ptq) and config.fast_bias_correction,
+            bits=REDUCED if config.reduce_range else 8,
         )
     if not any(isinstance(module, FakeQuantizer) for module in quantized.modules()):
         raise UserError(f"quantize.ignore: with {config.ignore} nothing is left to quantize; name fewer modules")

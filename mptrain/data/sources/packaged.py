@@ -66,6 +66,7 @@ MADE = {
     "aquila-untrained": "mptrain.data.sources.packaged_aquila",
     "smollm2-135m": "mptrain.data.sources.packaged_smollm2",
     "bart-untrained": "mptrain.data.sources.packaged_bart",
+    "mpnet-base": "mptrain.data.sources.packaged_mpnet",
     "dates": "mptrain.data.sources.packaged_dates",
 }
 """made here instead of being a package, by a module with VERSION, SOURCE, the package that it is made from, or None,
