@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kit import tiny, tiny_models
+from kit.long import except_for
 
 from mptrain.commands.export import export_model
 from mptrain.mil.interpreter import Interpreter
@@ -15,7 +16,7 @@ def bounds(facts, name):
     return next(feature.bounds for feature in program.inputs if feature.name == name)
 
 
-@pytest.mark.parametrize(("length", "longest"), [(24, 24), (256, 64)])
+@pytest.mark.parametrize(("length", "longest"), except_for([(24, 24), (256, 64)], [(256, 64)]))
 def test_the_length_is_that_of_max_length_or_of_the_positions(length, longest, tmp_path):
     tiny.save_bert(tmp_path / "bert")  # 64 positions
     (tmp_path / "texts.txt").write_text("good film\nbad plot was not so good\n" * 4)

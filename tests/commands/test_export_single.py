@@ -92,7 +92,7 @@ def test_wrong_options_are_errors_and_write_nothing(bert, tmp_path, capsys, word
         ("onnx", ["--precision", "int8", "--set", "reduce_range=true"], {"int8"}),
         ("onnx", ["--precision", "int4", "--method", "rtn"], {"uint4", "int8"}),
         pytest.param("coreml", ["--precision", "palette4"], {"uint4"}, marks=pytest.mark.long),
-        ("coreai", ["--precision", "int4"], {"int4", "int8"}),
+        pytest.param("coreai", ["--precision", "int4"], {"int4", "int8"}, marks=pytest.mark.long),
     ],
 )
 def test_a_word_compresses_a_plain_model_first(bert, tmp_path, capsys, format, words, stored):
@@ -116,6 +116,7 @@ def test_the_block_is_chosen_for_each_weight_and_said(bert, tmp_path, capsys):
     assert "Stored: 4 bits, blocks of 32: 12 weights; 8 bits, blocks of 32: 3 weights; 4 bits, blocks of 64: 2" in out
 
 
+@pytest.mark.long
 def test_a_model_that_is_compressed_is_not_compressed_again(bert, tmp_path, capsys):
     model = load_model(Model(path=str(bert / "plain"), task="text-classification"), ["a", "b"], seed=0)
     compress(model, WeightOnly(mode="weight_only", method="rtn", block_size=16))

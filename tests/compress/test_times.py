@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,7 +10,7 @@ from mptrain.compress.weights import times, weight_only
 from mptrain.recipe import WeightOnly
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "bert"])
+@pytest.mark.parametrize("family", except_for(["opt", "llama", "bert"], ["llama"]))
 @pytest.mark.parametrize("method", ["gptq", "scale"])
 def test_multiply_adds_are_those_of_the_calibration_within_a_factor_of_two(family, method):
     config = WeightOnly(mode="weight_only", method=method, block_size=16)

@@ -237,6 +237,7 @@ def test_scaled_tables_and_uneven_groups(tmp_path):
 # -- mptrain verify
 
 
+@pytest.mark.long
 def test_verify_says_whether_a_package_is_its_source(tmp_path, capsys):
     from mptrain.models import artifact
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as t
 from kit import tiny as kit
+from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 
 from mptrain.cli import main
@@ -155,8 +156,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("case", CASES)
+QUICK = [("openvino", case) for case in CASES] + [
+    ("onnx", "tokens"),
+    ("onnx", "classes"),
+    ("coreml", "vector"),
+    ("coreai", "first"),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), except_for([(n, c) for c in CASES for n in FORMATS], QUICK))
 def test_every_format_computes_them(name, case):
     make, batches, heads, task = CASES[case]
     model, batch = make(), batches()

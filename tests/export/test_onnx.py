@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as t
+from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 from torch import nn
 
@@ -175,7 +176,7 @@ def read_and_written(seed, rows=3, tokens=9, written=5):
     return {**ids, "decoder_input_ids": torch.randint(4, 50, (rows, written), generator=draw)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", except_for(["fp32", "fp16"], ["fp32"]))
 def test_an_encoder_and_a_decoder_are_a_file_each(precision, tmp_path):
     model = writer()
     batch = read_and_written(0)
@@ -210,6 +211,7 @@ def test_compressed_weights_of_encoder_and_decoder_are_stored_in_both(tmp_path):
         opened(done.path)
 
 
+@pytest.mark.long
 def test_both_files_of_a_quantized_model_quantize_what_its_layers_read(tmp_path):
     """The quantizers act in the forward of the whole model."""
     batch = read_and_written(0)

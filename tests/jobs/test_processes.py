@@ -116,6 +116,7 @@ def phase_model(run, stage):
     return json.loads((run / "report.json").read_text())["checkpoints"][stage]
 
 
+@pytest.mark.long
 def test_a_launch_that_silently_runs_one_process_is_refused(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += ["-m", "mptrain", "recipe", str(recipe(tmp_path, "run"))]

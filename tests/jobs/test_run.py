@@ -167,6 +167,7 @@ def test_a_full_disk_is_said_and_the_run_continues_when_there_is_space(finished,
     assert not differences(metrics(tmp_path / "run"), metrics(source / "run"))
 
 
+@pytest.mark.long
 def test_a_second_live_run_is_refused(finished, tmp_path):
     source, _, _ = finished
     described = yaml.safe_load((source / "tiny.yaml").read_text())

@@ -50,6 +50,7 @@ def test_a_run_killed_at_the_end_of_an_epoch_continues_to_the_same_numbers(dense
     assert not differences(metrics(tmp_path / "run"), expected)
 
 
+@pytest.mark.long
 def test_ctrl_c_in_the_last_evaluation_stops_before_the_export(dense, tmp_path):
     recipe, _ = dense
     path = recipe(tmp_path / "run", 1)

@@ -21,6 +21,7 @@ def described(folder):
     return recipe
 
 
+@pytest.mark.long
 def test_tensorboard_has_the_losses_of_the_report(tmp_path):
     recipe = described(tmp_path)
     run(tiny.write(recipe, tmp_path / "plain.yaml"))

@@ -20,7 +20,7 @@ from mptrain.recipe.file import read
 OPTIMUM = {n: getattr(optimum, kind.optimum) for n, kind in TASKS.items() if kind.optimum and not kind.causal}
 
 
-QUICK = ("text-classification", "causal-lm")
+QUICK = ("text-classification",)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from coreai.authoring.asset import AIModelAsset
+from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 from torch import nn
 from transformers import PretrainedConfig
@@ -122,7 +123,7 @@ def difference(model, asset, batch):
         return overflow.compare(model(**batch), {"logits": torch.from_numpy(Asset(asset)(batch)["logits"])})
 
 
-@pytest.mark.parametrize("function", OVERFLOWS)
+@pytest.mark.parametrize("function", except_for(OVERFLOWS, list(OVERFLOWS)[:2]))
 def test_an_fp16_asset_keeps_the_fewest_operations_in_fp32_with_the_fewest_casts(function, tmp_path):
     torch.manual_seed(0)
     model, (expected, casts, broken) = Net(function).eval(), OVERFLOWS[function]
