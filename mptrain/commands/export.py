@@ -27,6 +27,7 @@ from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
 from mptrain.export.torch import heads
 from mptrain.export.torch.cached_decoder import check_decoder, check_length, padded_right
+from mptrain.measure.memory import give_back
 from mptrain.models.artifact import QUANTIZERS, code_of
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
@@ -155,6 +156,7 @@ def export_loaded(
         after = Facts(more={"heads": [head.words for head in spec.heads]} if spec.heads else {})
         source = replace(source, written=written.facts | after)
         earlier = None if compressed is None else before
+        give_back()  # what converting took, before the written model is in memory beside this one
         with progress("verify"), closing(kind.open(written.path, source)) as runner:  # what cannot run is not kept
             alike = heads.agreement(task_class(found.kind), spec.heads)
             facts, difference, change = _compared(runner, source, inputs.compared, alike, earlier)
@@ -258,11 +260,7 @@ class _Inputs:
 
     def searched(self, model: nn.Module, unit: str | None) -> list[Batch]:
         """Those of `calibration` that are enough to search fp16 on."""
-        batches = self.calibration()
-        tokens = max(value.shape[1] for value in batches[0].values()) if unit == "tokens" else 1
-        wanted = overflow.enough(sum(p.numel() for p in model.parameters()), tokens, sum(map(rows_of, batches)))
-        count = next((n for n in range(len(batches)) if sum(map(rows_of, batches[:n])) >= wanted), len(batches))
-        return batches[:count]
+        return overflow.some(self.calibration(), sum(p.numel() for p in model.parameters()), unit == "tokens")
 
 
 def _lengths(source: Source) -> list[int]:

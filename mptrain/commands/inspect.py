@@ -27,7 +27,7 @@ from mptrain.compress.structure.blocks import Block
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.host import host
-from mptrain.core.signature import probed
+from mptrain.core.signature import Batch, probed
 from mptrain.models.samples import Loaded, Samples, load_with_inputs
 from mptrain.precision import memory, speed
 from mptrain.precision.half import in_half, pattern
@@ -40,6 +40,8 @@ from mptrain.verify.programs.aten import TorchOps
 from mptrain.verify.programs.modules import HalfModules
 
 SCHEMA = "mptrain.inspect/v1"
+SEARCH_S = 30.0
+"""for a choice of operations or modules; an export takes its time"""
 _MASK = 1e38  # finfo(float32).min and its like
 
 
@@ -99,11 +101,12 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str) -> dict[
     _check_fp32(model, inputs)
     facts["structure"] = _structure(model, inputs)
     keep: dict[Compute, list[str]] = {}
+    searched = overflow.some(inputs.batches, facts["parameters"], found.kind.unit == "tokens")
     if "fp16" in computes:
-        facts["export"] = _export(model, inputs)
+        facts["export"] = _export(model, searched)
     for compute in get_args(Compute):
         if compute in computes:
-            facts["training"][compute] = _training(model, inputs, compute)
+            facts["training"][compute] = _training(model, inputs, searched, compute)
             keep[compute] = facts["training"][compute]["keep_fp32"] or []
     facts["memory"] = [_memory(model, asked, keep) for asked in precisions]
     facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
@@ -186,9 +189,9 @@ def _block(block: Block) -> dict[str, Any]:
 # -- precision
 
 
-def _export(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
-    program = TorchOps(model, inputs.batches)
-    found = overflow.search(program)
+def _export(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Any]:
+    program = TorchOps(model, batches)
+    found = overflow.search(program, seconds=SEARCH_S)
     ops = {op.name: op for op in program.ops}
     ranges = [
         {"op": name, "kind": ops[name].kind, "module": ops[name].module, **asdict(found.ranges[name])} for name in ops
@@ -196,7 +199,7 @@ def _export(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
     facts = _found(found) | {"ops": len(ops), "ranges": ranges, "sdpa": None}
     if found.keep and _attention(model) == "eager" and getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
-        other = overflow.search(TorchOps(model, inputs.batches))
+        other = overflow.search(TorchOps(model, batches), seconds=SEARCH_S)
         model.set_attn_implementation("eager")
         facts["sdpa"] = {"keep": list(other.keep), "casts": other.casts}
     return facts
@@ -215,14 +218,14 @@ def _found(found: Found) -> dict[str, Any]:
     }
 
 
-def _training(model: PreTrainedModel, inputs: Samples, compute: Compute) -> dict[str, Any]:
-    """keep_fp32 None: no choice of modules helps."""
+def _training(model: PreTrainedModel, inputs: Samples, searched: list[Batch], compute: Compute) -> dict[str, Any]:
+    """keep_fp32 None: no choice of modules helps. searched: those of the inputs that modules are chosen on."""
     facts: dict[str, Any] = {"runs_here": True, "keep_fp32": [], "kept": 0.0, "reasons": {}}
     try:
         before = _in_half(model, inputs, [], compute)
         facts |= {"before": _difference(before), "after": _difference(before)}
         if not before.right() and compute == "fp16":
-            found = overflow.search(HalfModules(model, inputs.batches))
+            found = overflow.search(HalfModules(model, searched), seconds=SEARCH_S)
             names = [pattern(name) for name in found.keep]
             kept = {p for name in found.keep for p in model.get_submodule(name).parameters()}
             facts["kept"] = sum(p.numel() for p in kept) / sum(p.numel() for p in model.parameters())

@@ -23,8 +23,7 @@ class Added:
 def added() -> Iterator[Added]:
     """What is freed before is given back to the system first, so that it is not used again unseen."""
     found = Added()
-    gc.collect()
-    _give_back()
+    give_back()
     try:
         _RESET.write_text("5")  # the peak begins anew (proc(5))
         before = _resident("VmRSS")
@@ -40,8 +39,9 @@ def _resident(field: str) -> int:
     return 1024 * int(lines[field].split()[0])
 
 
-def _give_back() -> None:
-    """Freed memory that the C library keeps; others than glibc's have no such function."""
+def give_back() -> None:
+    """Give the system what is freed but held: by cycles, and by the C library (others than glibc cannot)."""
+    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):

@@ -15,6 +15,7 @@ judged together, in some 30 runs. A limit of time ends the dropping with the sma
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from mptrain.core.errors import ExportError
 from mptrain.core.progress import Progress, progress
+from mptrain.core.signature import Batch, rows_of
 from mptrain.verify.difference import MAX_ERROR, Difference, as_json, compare, worst
 from mptrain.verify.fewest import fewest
 from mptrain.verify.outputs import Kept
@@ -40,7 +42,7 @@ MIN_UNDERFLOW = 1e-3
 """fraction of an op's values that fp16 makes 0, from which on the op is suspected"""
 MAX_CONVERTED = 1e-3
 """of a row of an output of a converted program in fp32, relative to its norm"""
-SECONDS = 120.0
+SECONDS = 60.0
 """for dropping candidates"""
 ONE_BY_ONE = 20_000
 """ops to compute, of all trials that drop a single op, up to which each of them is made"""
@@ -201,6 +203,14 @@ def enough(parameters: int, tokens: int, most: int) -> int:
     """Examples of so many tokens to search on: as many as a run takes PASS for, at least 2. A large model needs fewer,
     for it has more layers of each kind. tokens: 1 for inputs of another kind."""
     return max(2, min(most, int(PASS / max(1, parameters * tokens))))
+
+
+def some(batches: Sequence[Batch], parameters: int, text: bool) -> list[Batch]:
+    """The first of the batches with `enough` examples. text: whether they are tokens."""
+    counts = list(itertools.accumulate(map(rows_of, batches)))
+    tokens = max(value.shape[1] for value in batches[0].values()) if text else 1
+    wanted = enough(parameters, tokens, counts[-1])
+    return list(batches[: 1 + next(place for place, count in enumerate(counts) if count >= wanted)])
 
 
 def described(found: Found) -> dict[str, Any]:
