@@ -39,6 +39,7 @@ def points() -> list[str]:
     found += [f"{method}/sequential/{kept}/0" for kept in (50, 33) for method in METHODS]
     found += [p for seed in SEEDS[1:] for p in (f"dense/-/100/{seed}", *_seed(seed))]
     found += [f"fisher/one_shot/{kept}/0" for kept in (50, 33)]
+    found += [f"curvature/one_shot/{kept}/0" for kept in (50, 33, 25, 15)]
     found += ["dense_longer/-/100/0"]
     found += [f"{m}/sequential/{kept}/0" for kept in (60, 40, 25) for m in ("fisher", "magnitude")]
     return found
@@ -59,11 +60,9 @@ def recipe(point: str, data: Path | None, work: Path) -> dict[str, Any]:
     elif method == "qat_int8":
         stages.append(jpqd | {"quantize": {"mode": "qat"}})
     elif method != "dense":
-        prune: dict[str, Any] = {
-            "method": method,
-            "keep": {"encoder_params": int(kept) / 100},
-            "schedule": {"end": 0 if order == "one_shot" else 0.75},
-        }
+        prune: dict[str, Any] = {"method": method, "keep": {"encoder_params": int(kept) / 100}}
+        if method != "curvature":  # which prunes at once alone
+            prune["schedule"] = {"end": 0 if order == "one_shot" else 0.75}
         if method == "movement":
             prune |= {"score": "shared", "score_lr": 1e-2}
         start = "joint" if order == "joint" else "after_prune"

@@ -2,11 +2,13 @@
 
     python -m benchmarks.jpqd.one_shot --json benchmarks/results/one_shot.json
     python -m benchmarks.jpqd.one_shot --json benchmarks/results/one_shot.json --dense FOLDER
+    .venv-bench/bin/python -m benchmarks.jpqd.one_shot --json benchmarks/results/one_shot.json --peers
 
 The dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) is cut by each method from the
 same 1,024 training reviews, and the torch model is scored on the test split, which no method sees. A row has the
 accuracy with its 95% interval, the paired differences to the dense model and to curvature pruning, and the seconds
-that pruning took. Rows that are in the file already are kept.
+that pruning took. Rows that are in the file already are kept. `--peers` adds torch-pruning and ModelOpt's gradnas
+(peers.py; `make setup-bench`), which prune the same model with the same reviews and their labels to as many parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from mptrain.compress.prune.base import Pruner
 from mptrain.compress.prune.curvature import CurvaturePruner
 from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.prune.magnitude import MagnitudePruner
+from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import shrink
 from mptrain.core.host import host
 from mptrain.data.load import Task, load_data
 from mptrain.data.tasks.metrics import Score
@@ -40,6 +44,7 @@ from mptrain.recipe import file as recipe_file
 
 KEPT = (0.5, 0.33, 0.25, 0.15)
 METHODS = ("curvature", "fisher+refit", "fisher", "magnitude")
+PEERS = ("modelopt_gradnas", "torch_pruning")
 SAMPLES = Calibration(samples=1024, batch_size=32)
 
 
@@ -62,6 +67,20 @@ def pruned(model: nn.Module, method: str, keep: float, task: Task) -> nn.Module:
         pruner.collect(model, task.labelled(SAMPLES))
     inputs = task.calibration(SAMPLES.samples, SAMPLES.batch_size) if method.endswith("+refit") else None
     return cut(model, pruner, inputs)
+
+
+def pruned_by_peer(dense: Path, peer: str, keep: float, task: Task) -> nn.Module:
+    """The dense model in a folder without the units that a peer chose to leave out."""
+    from benchmarks.jpqd import peers
+
+    model = artifact.load(dense)
+    structure = find_structure(model)
+    encoder = sum(costs.params(block, block.units) for block in structure)
+    params = sum(p.numel() for p in model.parameters()) - round((1 - keep) * encoder)
+    batches = list(task.labelled(SAMPLES.model_copy(update={"batch_size": peers.BATCH})))
+    left = peers.PEERS[peer](dense, batches, params)
+    kept = peers.kept_of(structure, {name: p.detach() for name, p in model.named_parameters()}, left)
+    return shrink(model, structure, kept)
 
 
 def scored(model: nn.Module, task: Task, split: str) -> Score:
@@ -98,7 +117,7 @@ def table(result: dict[str, Any]) -> str:
         "| kept | method | accuracy | against dense | curvature is ahead by | seconds |",
         "|--:|---|--:|--:|--:|--:|",
     ]
-    for r in sorted(result["rows"], key=lambda r: (-r["keep"], METHODS.index(r["method"]))):
+    for r in sorted(result["rows"], key=lambda r: (-r["keep"], (*METHODS, *PEERS).index(r["method"]))):
         d, a = r["against_dense"], r.get("curvature_ahead")
         against = f"{100 * d[0]:+.1f} ({100 * d[1]:+.1f} … {100 * d[2]:+.1f})"
         ahead = f"{100 * a[0]:+.1f} ({100 * a[1]:+.1f} … {100 * a[2]:+.1f})" if a else ""
@@ -112,6 +131,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run")
+    parser.add_argument("--peers", action="store_true", help="also torch-pruning and gradnas")
     options = parser.parse_args()
     torch.set_num_threads(1)
     spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
@@ -130,13 +150,16 @@ def main() -> None:
     }
     done = {r["name"]: r for r in result["rows"]}
     for keep in KEPT:
-        for method in METHODS:
+        for method in [*METHODS, *(PEERS if options.peers else ())]:
             if f"{method}/{keep:g}" in done:
                 continue
             ours = done.get(f"curvature/{keep:g}")
             of_ours = None if ours is None else like(dense, ours["correct"])
             begun = time.monotonic()
-            model = pruned(artifact.load(dense_folder), method, keep, task)
+            if method in PEERS:
+                model = pruned_by_peer(dense_folder, method, keep, task)
+            else:
+                model = pruned(artifact.load(dense_folder), method, keep, task)
             seconds = time.monotonic() - begun
             found = row(method, keep, scored(model, task, "test"), dense, of_ours, seconds)
             print({k: v for k, v in found.items() if k != "correct"}, flush=True)

@@ -12,7 +12,13 @@ from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.measure.intervals import paired_difference
 
 SETTING = "b1_s128_t1"
-COLOURS = {"fisher": "#1b6ca8", "magnitude": "#b5541c", "movement": "#3d8b37", "qat_int8": "#666666"}
+COLOURS = {
+    "curvature": "#c0392b",
+    "fisher": "#1b6ca8",
+    "magnitude": "#b5541c",
+    "movement": "#3d8b37",
+    "qat_int8": "#666666",
+}
 PEERS = {"torch_pruning": "#8e44ad", "modelopt_gradnas": "#c9a227"}
 STYLES = {"joint": "-o", "sequential": "--s", "one_shot": ":^", "-": "D"}
 

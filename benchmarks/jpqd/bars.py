@@ -1,0 +1,126 @@
+"""Every bar of the project's own method as a row, read from the result files: `python -m benchmarks.jpqd.bars`.
+
+Writes benchmarks/results/jpqd_bars.json: `rows` with `bar`, `value`, `low`, `high`, `limit`, `met`, `source`. `value`
+is None, and `met` False, where a file does not have it: that has not been measured. A bar on a difference is met where
+its whole interval is; one on a size or a speed where the value is. `--check` only compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mptrain.core.disk import write_json
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SETTING = "b1_s128_t1"
+KEPT = (0.5, 0.33, 0.25, 0.15)
+METHODS = ("modelopt_gradnas", "torch_pruning", "fisher", "magnitude")
+BUDGETS = (0.75, 0.5, 0.33, 0.25, 0.15)
+
+Row = dict[str, Any]
+
+
+def load(name: str) -> Any:
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def at_least(bar: str, value: float | None, limit: float, source: str, interval: Any = (None, None)) -> Row:
+    """interval: of the value; where there is one all of it has to reach the limit."""
+    low, high = interval
+    judged = value if low is None else low
+    met = judged is not None and judged >= limit
+    return {"bar": bar, "value": value, "low": low, "high": high, "limit": limit, "met": met, "source": source}
+
+
+def at_most(bar: str, value: float | None, limit: float, source: str) -> Row:
+    met = value is not None and value <= limit
+    return {"bar": bar, "value": value, "low": None, "high": None, "limit": limit, "met": met, "source": source}
+
+
+def one_shot() -> Iterator[Row]:
+    """Ahead means that the interval of the paired difference excludes zero."""
+    source = "one_shot.json"
+    rows = {row["name"]: row for row in load(source).get("rows", [])}
+    for kept in KEPT:
+        for method in METHODS:
+            value, low, high = rows.get(f"{method}/{kept:g}", {}).get("curvature_ahead") or (None, None, None)
+            name = f"curvature ahead of {method} at {100 * kept:.0f}%, without training"
+            row = at_least(name, value, 0.0, source, (low, high))
+            yield row | {"met": low is not None and low > 0.0}
+
+
+def budgets() -> Iterator[Row]:
+    source = "latency_budget.json"
+    rows = {row["name"]: row for row in load(source).get("rows", [])}
+    for precision in ("fp32", "int8"):
+        for asked in BUDGETS:
+            row = rows.get(f"{precision}/{asked:g}")
+            value = None if row is None else abs(row["measured"] / asked - 1.0)
+            yield at_most(f"latency of {asked:g} asked for in {precision}, missed by", value, 0.05, source)
+
+
+def runs() -> Iterator[Row]:
+    for recipe, size, speed, drop in (
+        ("jpqd-bert", 11.0, 6.0, 0.01),
+        ("jpqd-bert-fast", 16.0, 9.0, 0.01),
+        ("prune-once", None, None, 0.015),
+    ):
+        source = f"runs/{recipe}.json"
+        report = load(source)
+        compared = [c for c in report.get("comparisons", []) if "int8" in c["id"]]
+        best = max(compared, key=lambda c: c["size_ratio"], default=None)
+        if size is not None:
+            yield at_least(f"{recipe}: times smaller", best and best["size_ratio"], size, source)
+            speeds = [c["speedup"][SETTING] for c in compared if (c.get("speedup") or {}).get(SETTING)]
+            yield at_least(f"{recipe}: times as fast", max(speeds, default=None), speed or 0.0, source)
+        ends = best["accuracy_delta_ci95"] if best else (None, None)
+        value = best["accuracy_delta"] if best else None
+        yield at_least(f"{recipe}: accuracy against dense", value, -drop, source, ends) | {
+            "met": value is not None and value >= -drop
+        }
+    seconds = load("runs/prune-once.json").get("wall_s", {})
+    taken = sum(s for name, s in seconds.items() if name.split("/")[0] in ("once", "int8", "export")) or None
+    yield at_most("prune-once: seconds to prune, quantize and export", taken, 300.0, "runs/prune-once.json")
+
+
+def seed() -> Iterator[Row]:
+    source = "seed_jpqd.json"
+    rows = {row["name"]: row for row in load(source).get("rows", [])}
+    row = rows.get("jpqd/int8", {})
+    yield at_least("seed's scale, jpqd: times smaller", row.get("size_ratio"), 5.24, source)
+    yield at_least("seed's scale, jpqd: times as fast", row.get("speedup"), 4.19, source)
+    for split in ("dev", "test"):
+        value, low, high = row.get(f"{split}_delta") or (None, None, None)
+        found = at_least(f"seed's scale, jpqd: accuracy on {split} against dense", value, -0.01, source, (low, high))
+        yield found | {"met": value is not None and value >= -0.01}
+
+
+def bars() -> dict[str, Any]:
+    return {"rows": [*one_shot(), *budgets(), *runs(), *seed()]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare with the file that is there")
+    options = parser.parse_args()
+    path, found = RESULTS / "jpqd_bars.json", bars()
+    if options.check:
+        if load(path.name) != json.loads(json.dumps(found)):
+            print(f"{path} is not what the result files say: run `python -m benchmarks.jpqd.bars`", file=sys.stderr)
+            return 1
+        return 0
+    write_json(path, found)
+    for row in found["rows"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
+        print(f"{'met   ' if row['met'] else 'missed'} {row['bar']}: {value} (limit {row['limit']:g})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
