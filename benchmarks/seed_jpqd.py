@@ -57,12 +57,13 @@ def recipe(point: str, data: Path, work: Path) -> dict[str, Any]:
         stage: dict[str, Any] = {"id": point}
         if point in _KEPT:
             stage["prune"] = {"method": "curvature", "keep": {"encoder_params": _KEPT[point]}, "round_ffn": 32}
-        mode = "qat" if point in _LR else "ptq"
-        stage["quantize"] = {"mode": mode, "embeddings": "int8", "reduce_range": adds_int8_in_16_bits()}
+        quantize = {"embeddings": "int8", "reduce_range": adds_int8_in_16_bits()}
         if point in _LR:
             stage |= {"teacher": "dense", "distill": {"weight": 0.9, "temperature": 2}}
             stage["train"] = train | {"epochs": _EPOCHS[point], "lr": _LR[point]}
-        stages.append(stage)
+            stages.append(stage | {"quantize": {"mode": "qat", **quantize}})
+        else:  # post-training quantization is a stage of its own
+            stages += [stage, {"id": f"{point}-int8", "quantize": {"mode": "ptq", **quantize}}]
     of = [stage["id"] for stage in stages]
     precision = ["fp32"] if point == "dense" else ["fp32", "int8", "int8_emb4"]
     return {
