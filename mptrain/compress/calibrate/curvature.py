@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank
 from mptrain.core.errors import ModelError, UserError
+from mptrain.core.progress import Progress, progress
 from mptrain.core.signature import Batch
 
 Probe = Callable[[nn.Module, dict[str, Tensor], torch.Generator], Tensor]
@@ -150,8 +151,11 @@ def curvatures(
     """
     if not batches:
         raise UserError("curvature needs calibration data: data.calibration gave no batch")
-    for group in _groups(model, names, memory):
-        yield _pass(model, group, batches, probe, seed, ranks)
+    groups = list(_groups(model, names, memory))
+    for number, group in enumerate(groups, 1):
+        with progress(f"curvature, pass {number} of {len(groups)}", len(batches), unit="batch") as bar:
+            found = _pass(model, group, batches, probe, seed, ranks, bar)
+        yield found
 
 
 def _groups(model: nn.Module, names: Sequence[str], memory: int) -> Iterator[list[str]]:
@@ -182,6 +186,7 @@ def _pass(
     probe: Probe,
     seed: int,
     ranks: Ranks,
+    bar: Progress,
 ) -> dict[str, Curvature]:
     device = next(model.parameters()).device
 
@@ -207,6 +212,7 @@ def _pass(
                     probe(model, batch, generator).backward()
             if ranks.count > 1:
                 _add_in_order(total, part, [batches[i] for i in turn], ranks)
+            bar.update(len(turn))
     finally:
         watch.close()
         for parameter in trainable:

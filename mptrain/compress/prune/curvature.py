@@ -31,6 +31,7 @@ from mptrain.compress.prune.removal import Reader, Removal, refit, removal
 from mptrain.compress.structure.blocks import Block, Kept, Structure
 from mptrain.compress.structure.consumers import Consumer, consumers
 from mptrain.core.errors import ModelError
+from mptrain.core.progress import track
 from mptrain.core.signature import Batch
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class CurvaturePruner(Pruner):
         waiting: dict[str, list[Reader]] = {name: [] for name in blocks}
         thin: list[str] = []
         for group in curvatures(model, list(modules), batches, probe=probe, seed=seed, ranks=ranks):
-            for module, found in group.items():
+            for module, found in track(list(group.items()), "ordering units"):
                 name, consumer = modules[module]
                 block, all_readers = blocks[name]
                 covariance, mean = found.covariance()
@@ -110,9 +111,7 @@ class CurvaturePruner(Pruner):
     @torch.no_grad()
     def refit(self, model: nn.Module, kept: Kept) -> None:
         """The best weights on the units that stay; the bias, where there is one, takes up the mean of the others."""
-        for block in self.structure.prunable():
-            if not kept.cuts(block):
-                continue
+        for block in track([b for b in self.structure.prunable() if kept.cuts(b)], "refitting weights"):
             units = kept.of(block)
             for consumer, covariance, mean in self._moments[block.name]:
                 columns = consumer.columns[units].flatten().to(covariance.device)

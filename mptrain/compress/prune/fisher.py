@@ -24,6 +24,7 @@ from mptrain.compress.base import Batch, LossFn, model_loss
 from mptrain.compress.prune.base import Pruner, as_numpy, sink_sums
 from mptrain.compress.structure.blocks import Kept
 from mptrain.compress.structure.budget import Importance
+from mptrain.core.progress import track
 
 DECAY = 0.99
 
@@ -62,7 +63,7 @@ class FisherPruner(Pruner):
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
-            for batch in batches:
+            for batch in track(batches, "gradients of the masks"):
                 loss = (loss_fn or model_loss)(model, {k: v.to(weights[0].device) for k, v in batch.items()})
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
                 products = {n: g.float() * w.detach().float() for n, g, w in zip(names, gradients, weights)}

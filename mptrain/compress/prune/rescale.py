@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mptrain.compress.structure.blocks import Kept, Structure
 from mptrain.compress.structure.consumers import Consumer, consumers
 from mptrain.compress.structure.shrink import slices_of
+from mptrain.core.progress import track
 
 RIDGE = 1e-3
 
@@ -47,7 +48,7 @@ def refit(model: nn.Module, structure: Structure, kept: Kept, batches: Iterable[
     try:
         model.eval()
         device = next(model.parameters()).device
-        for batch in batches:
+        for batch in track(batches, "inputs of what is kept"):
             model(**{k: v.to(device) for k, v in batch.items()})
     finally:
         model.train(training)

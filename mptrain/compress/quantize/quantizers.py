@@ -24,6 +24,7 @@ from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.structure.shrink import Slices
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS, is_quantized
+from mptrain.core.progress import progress
 from mptrain.core.silence import silenced
 from mptrain.recipe import Ptq, Qat
 from mptrain.recipe.weights import REDUCED
@@ -52,7 +53,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
         config.activations == "symmetric" if isinstance(config, Qat) else config.preset == "performance"
     )
     device = next(model.parameters()).device
-    with silenced():
+    with progress("calibrating quantizers"), silenced():
         quantized = nncf_side.place(
             model,
             [{name: value.to(device) for name, value in batch.items()} for batch in batches],
