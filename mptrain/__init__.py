@@ -2,6 +2,7 @@
 
     mptrain.compress           prune, quantize, palettize and distil a model in memory, at once or while it trains
     mptrain.Compression        the same, phase by phase, for a training loop of your own
+    mptrain.build              a torch module of your own as a model that can be trained, saved and read again
     mptrain.export             a model in memory to OpenVINO, ONNX, Core ML or Core AI, run again and compared
     mptrain.inspect            what can be cut out of a model, and what half precision would do to it
     mptrain.verify             what an exported file holds and does, and whether it is the model
@@ -21,6 +22,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mptrain.api.build import build
     from mptrain.api.compress import compress
     from mptrain.api.export import export
     from mptrain.api.inspect import inspect
@@ -38,6 +40,7 @@ __all__ = [
     "MasterWeights",
     "Trainer",
     "TrainingArguments",
+    "build",
     "compress",
     "export",
     "inspect",
@@ -53,6 +56,7 @@ _HOMES = {
     "MasterWeights": "mptrain.precision",
     "Trainer": "mptrain.train.trainer",
     "TrainingArguments": "mptrain.train.arguments",
+    "build": "mptrain.api.build",
     "inspect": "mptrain.api.inspect",
     "load": "mptrain.models.artifact",
     "read_encrypted": "mptrain.data.sources.read",

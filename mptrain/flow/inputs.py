@@ -116,7 +116,7 @@ def _exists(path: str) -> bool:
 
 
 def _plain(spec: Model) -> Model:
-    return spec.model_copy(update={"modeling": None})
+    return spec.model_copy(update={"modeling": None, "module": None})
 
 
 def _skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool) -> PreTrainedModel | None:
@@ -126,8 +126,8 @@ def _skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool) -> PreTra
         raise
     except Exception as error:  # code of a user's own need not work on tensors without values
         log.warning(
-            "model.modeling: what the stages ask of its model is not checked before training, for it cannot be built"
-            " without weights: %s", error,
+            "model.%s: what the stages ask of its model is not checked before training, for it cannot be built"
+            " without weights: %s", "modeling" if spec.module is None else "module", error,
         )  # fmt: skip
         return None
 

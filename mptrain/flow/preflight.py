@@ -102,7 +102,7 @@ def _warn_saturating(recipe: Recipe) -> None:
 def check_decoders(recipe: Recipe, found: Architecture, allow_code: bool = False) -> None:
     """Exports with a cache need a model that keeps keys and values, and nothing else; the architecture tells."""
     cached = [export for export in recipe.export if export.cache is not None]
-    if not cached or not found.known or recipe.model.modeling is not None:
+    if not cached or not found.known or recipe.model.own_code:
         return
     model = probe(recipe.model, found.config, allow_code)
     if model is None:
@@ -156,7 +156,7 @@ def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allo
     if not foreseeing or recipe.model.kind.head is None or not any(stage.train for stage in recipe.stages):
         return  # without training the export itself is soon there
     example = data.example(2, TRACED * data.min_length)
-    if recipe.model.modeling is None:
+    if not recipe.model.own_code:
         model = probe(recipe.model, config, allow_code)
     else:
         model = skeleton(recipe.model, config, allow_code)
@@ -165,9 +165,7 @@ def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allo
         return
     for export in foreseeing:
         try:
-            cast(Foreseeing, format_of(export)).check(
-                model, data.example(2, TRACED * data.min_length), data.signature()
-            )
+            cast(Foreseeing, format_of(export)).check(model, example, data.signature())
         except ExportError as error:
             raise ModelError(f"export.{export.id}: {error}") from None
 

@@ -194,7 +194,7 @@ def _distiller(context: Context, inputs: StageInputs) -> Distiller | None:
     else:
         spec = inputs.model
         if teacher != "model":
-            spec = spec.model_copy(update={"path": teacher, "modeling": None})
+            spec = spec.model_copy(update={"path": teacher, "modeling": None, "module": None})
         model = load_model(spec, context.data.labels, seed=inputs.seed, allow_code=context.allow_code, new_head=False)
     return Distiller(model, stage.distill, term=context.data.distillation, targets=context.data.kind.targets)
 

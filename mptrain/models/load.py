@@ -6,8 +6,6 @@ from the recipe's seed alone.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import is_quantized
+from mptrain.models import own
 from mptrain.models.folder import LOADING, check_weights, config_json, is_artifact, locate, quiet, unloadable
 from mptrain.models.head import drop_pooler, fit_head, head_class
-from mptrain.models.processor import load_processor
+from mptrain.models.processor import image_size, load_processor
 from mptrain.recipe import Checkpoint, Model
 
 
@@ -49,6 +48,8 @@ def _load(
 ) -> tuple[PreTrainedModel, bool]:
     """The model, and whether its head was trained."""
     path, options = locate(spec, allow_code)
+    if spec.module is not None:  # whether its head is trained, only its code knows
+        return _load_own(spec, path, labels, seed), True
     folder = Path(path) if options["local_files_only"] else None
     if folder and is_artifact(folder):
         return _load_artifact(spec, folder, labels, allow_code, new_head), True
@@ -86,18 +87,42 @@ def _load(
     return model.eval(), trained
 
 
+def _load_own(spec: Model, path: str, labels: Sequence[str] | None, seed: int) -> PreTrainedModel:
+    cls = _own_class(spec, path, allow_code=True)
+    config = own.config_of(spec, image_size(spec))
+    if labels is not None:
+        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(config).float().eval()
+    own.check(model, labels)
+    return model
+
+
+def _own_class(spec: Checkpoint, path: str, allow_code: bool) -> Any:
+    """Of `module`, or of a folder that such a model was saved to; None for others. Raises ModelError."""
+    if spec.module is not None:
+        file, _, function = spec.module.rpartition(":")
+        return own.class_of(modeling_file(Path(file), path, "model.module"), function)
+    return own.class_in(Path(path), allow_code)
+
+
 def read_config(spec: Checkpoint, allow_code: bool = False) -> PreTrainedConfig:
     """The model's config alone. Raises ModelError."""
     path, options = locate(spec, allow_code)
     try:
         with quiet():
-            return _config_at(spec, path, options)
+            return _config_at(spec, path, options, allow_code)
     except LOADING as error:
         raise unloadable(spec, "config", error) from error
 
 
-def _config_at(spec: Checkpoint, path: str, options: dict[str, Any]) -> PreTrainedConfig:
+def _config_at(spec: Checkpoint, path: str, options: dict[str, Any], allow_code: bool = False) -> PreTrainedConfig:
     """Of the kind that `modeling` has, which transformers need not know; else of the kind that the file names."""
+    if isinstance(spec, Model) and spec.module is not None:
+        return own.config_of(spec, image_size(spec))
+    if own.class_in(Path(path), allow_code) is not None:
+        return own.OwnConfig.from_dict(config_json(Path(path)))
     if spec.modeling is None:
         return AutoConfig.from_pretrained(path, **options)
     cls: Any = _model_class(Path(spec.modeling), path)
@@ -107,14 +132,19 @@ def _config_at(spec: Checkpoint, path: str, options: dict[str, Any]) -> PreTrain
 def skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> PreTrainedModel:
     """The model without weights, on torch's meta device. Raises ModelError where the task has no such model.
 
-    config: as `read_config` gives it. `spec.modeling` builds by its own, and raises whatever its code raises.
+    config: as `read_config` gives it. `spec.modeling` and `spec.module` build by their own, and raise whatever their
+    code raises.
     """
+    if isinstance(config, own.OwnConfig):
+        cls = _own_class(spec, locate(spec, allow_code)[0], allow_code)
+        with torch.device("meta"):
+            return cls(config)
     if spec.modeling is not None:
         path, options = locate(spec, allow_code)
         cls = _model_class(Path(spec.modeling), path)
-        own = _config(spec, path, options)
+        built = _config(spec, path, options)
         with torch.device("meta"):
-            return cls(own)
+            return cls(built)
     try:
         with torch.device("meta"):
             code = spec.trust_remote_code and allow_code
@@ -192,11 +222,11 @@ def _load_artifact(
     return model
 
 
-def modeling_file(file: Path, folder: str | Path) -> Path:
+def modeling_file(file: Path, folder: str | Path, field: str = "model.modeling") -> Path:
     """Here, or in the model's folder. Raises ModelError."""
     file, inside = file.expanduser(), Path(folder) / file
     if not file.is_file() and not inside.is_file():
-        raise ModelError(f"model.modeling: there is no file {file.absolute()}, nor {inside}.")
+        raise ModelError(f"{field}: there is no file {file.absolute()}, nor {inside}.")
     return file if file.is_file() else inside
 
 
@@ -205,15 +235,7 @@ def _model_class(file: Path, path: str) -> type[PreTrainedModel]:
     else the only one."""
     file = modeling_file(file, path)
     name = f"mptrain_modeling_{file.stem}"
-    source = importlib.util.spec_from_file_location(name, file)
-    if source is None or source.loader is None:
-        raise ModelError(f"model.modeling: {file.absolute()} is not a Python file (.py).")
-    module = importlib.util.module_from_spec(source)
-    sys.modules[name] = module  # dataclasses and pickling look their module up
-    try:
-        source.loader.exec_module(module)
-    except Exception as error:
-        raise ModelError(f"model.modeling: {file.absolute()} failed: {type(error).__name__}: {error}") from error
+    module = own.run_file(file, name, "model.modeling")
     classes = {
         key: value
         for key, value in vars(module).items()

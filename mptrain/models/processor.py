@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from mptrain.core.errors import ModelError, MptrainError
 from mptrain.models.folder import locate, quiet, unloadable
 from mptrain.models.head import head_class
+from mptrain.models.own import INPUTS
 from mptrain.recipe import Model
 
 
@@ -21,6 +22,8 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
     path, options = locate(spec, allow_code)
     if spec.kind.processor is None:
         return None
+    if spec.module is not None and not spec.path:
+        return _given(spec)
     try:
         with quiet():
             return PROCESSORS[spec.kind.processor](spec, path, options)
@@ -28,6 +31,34 @@ def load_processor(spec: Model, allow_code: bool = False) -> Any:
         raise
     except Exception as error:  # the tokenizers library raises no kind of its own
         raise unloadable(spec, "processor (tokenizer, image processor or feature extractor)", error) from error
+
+
+def image_size(spec: Model) -> tuple[int, int] | None:
+    """Height and width of every picture; None where its processor leaves them open, or makes no pictures."""
+    if spec.kind.processor != "image":
+        return None
+    size = load_processor(spec, allow_code=True).size
+    height, width = (dict(size).get(side) for side in ("height", "width"))
+    return (height, width) if height and width else None
+
+
+def _given(spec: Model) -> Any:
+    """Of a module of one's own, that comes without a folder."""
+    if spec.kind.processor != "image":
+        raise ModelError(
+            f"model.path: task {spec.task} needs a {spec.kind.processor or 'processor'}, and model.module gives none:"
+            " set path to a folder, packaged or hub model that has one."
+        )
+    if spec.picture is None:
+        raise ModelError(
+            "model.picture: how pictures are given to model.module is not said: set picture: {size: 32}, or path to a"
+            " folder with a preprocessor_config.json."
+        )
+    size, three = spec.picture.size, lambda value: value if isinstance(value, list) else [value] * 3
+    height, width = size if isinstance(size, list) else (size, size)
+    return transformers.ViTImageProcessorPil(
+        size={"height": height, "width": width}, image_mean=three(spec.picture.mean), image_std=three(spec.picture.std)
+    )
 
 
 def _tokenizer(spec: Model, path: str, options: dict[str, Any]) -> Any:
@@ -56,6 +87,8 @@ def _tokenizer(spec: Model, path: str, options: dict[str, Any]) -> Any:
 
 def _accepted(spec: Model, path: str, options: dict[str, Any], names: list[str]) -> list[str]:
     """The inputs that the model takes: a tokenizer of a general class makes token_type_ids for every model."""
+    if spec.module is not None:
+        return [name for name in names if name in INPUTS["tokenizer"]]
     if spec.modeling is not None:
         return names
     cls = head_class(spec.kind)._model_mapping.get(type(AutoConfig.from_pretrained(path, **options)), None)

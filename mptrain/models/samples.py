@@ -23,6 +23,7 @@ from mptrain.data.tasks.text import examples_of, pad, tokenize
 from mptrain.models.head import head_class
 from mptrain.models.load import load_model, read_config
 from mptrain.models.media import MEDIA, from_folder
+from mptrain.models.own import OwnConfig
 from mptrain.models.positions import positions_of
 from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
@@ -159,6 +160,8 @@ def tokens_read(model: PreTrainedModel, length: int) -> int:
 
 def guess_task(config: PreTrainedConfig) -> str:
     """What a model does, from its head, else from the heads that transformers has for it. Raises ModelError."""
+    if isinstance(config, OwnConfig):
+        return config.task
     head = (config.architectures or [""])[0]
     fits = {name: [len(end) for end in kind.endings if head.endswith(end)] for name, kind in TASKS.items()}
     longest = max((max(lengths) for lengths in fits.values() if lengths), default=0)  # LMHeadModel is no bare Model

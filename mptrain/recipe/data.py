@@ -26,10 +26,22 @@ TaskName = Annotated[
 ]
 
 
+class Picture(Strict):
+    """What a module of your own is given: RGB, [3, height, width], (value / 255 - mean) / std."""
+
+    size: Annotated[int, Field(gt=0)] | Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)]
+    mean: float | Annotated[list[float], Field(min_length=3, max_length=3)] = 0.5
+    std: Annotated[float, Field(gt=0)] | Annotated[list[float], Field(min_length=3, max_length=3)] = 0.5
+
+
 class Checkpoint(Strict):
     """A model as it is saved, whatever it is for."""
 
-    path: PathText = Field(description="packaged:NAME, a local folder, or a hub name")
+    path: PathText | Literal[""] = Field(
+        "",
+        description="packaged:NAME, a local folder, or a hub name; with `module` only where its tokenizer or image"
+        " processor is",
+    )
     attn: Literal["sdpa", "eager"] = "sdpa"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="replaces every dropout probability of the model's config"
@@ -40,6 +52,38 @@ class Checkpoint(Strict):
         description="a local .py file with the model class, or the name of one in the model's folder; also needs"
         " --allow-code",
     )
+    module: Annotated[str, Field(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$")] | None = Field(
+        None,
+        description="instead of a saved model FILE.py:NAME, a function or class that gives a torch module, in a local"
+        " file or one in the folder of `path`; also needs --allow-code",
+    )
+    arguments: dict[str, Any] = Field({}, description="of the function of `module`, by name")
+    picture: Picture | None = Field(None, description="how `module` is given pictures, where there is no `path`")
+
+    @model_validator(mode="after")
+    def _one_model(self):
+        if self.module is None:
+            if not self.path:
+                raise ValueError("path: say where the model is, or give a torch module of your own as module")
+            if extra := [name for name in ("arguments", "picture") if getattr(self, name)]:
+                raise ValueError(f"{extra[0]}: is for module, which is not given; drop it")
+            return self
+        others = {"modeling", "trust_remote_code", "dropout", "attn"} & self.model_fields_set
+        if extra := sorted(name for name in others if getattr(self, name) != type(self).model_fields[name].default):
+            raise ValueError(f"{extra[0]}: is for a saved model, and module is given; drop one of them")
+        if self.path and self.picture is not None:
+            raise ValueError("picture: the image processor of path already says it; drop one of them")
+        return self
+
+    @property
+    def own_code(self) -> bool:
+        """Whether code of the user's builds it."""
+        return self.modeling is not None or self.module is not None
+
+    @property
+    def named(self) -> str:
+        """What a reader knows it by."""
+        return self.module or self.path
 
 
 class Model(Checkpoint):

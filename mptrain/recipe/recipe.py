@@ -106,7 +106,9 @@ class Planning(Strict):
     """What `--dry-run` assumes while the model, or data of a hub or package, is not on this machine."""
 
     model_type: str = Field("bert", description="the default configuration of this transformers model type")
-    config: dict[str, int] = Field({}, description="what differs from that default, e.g. {hidden_size: 384}")
+    config: dict[str, int | list[int]] = Field(
+        {}, description="what differs from that default, e.g. {hidden_size: 384}"
+    )
     train_rows: Annotated[int, Field(gt=0)] = 10_000
 
 

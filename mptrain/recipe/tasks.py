@@ -30,7 +30,7 @@ class TaskSpec:
     """module:Class of its `mptrain.data.tasks.base.Task`"""
     columns: Mapping[str, ColumnField]
     head: str | None
-    """class of transformers that loads its models; AutoModel: the encoder alone"""
+    """class of transformers that loads its models; AutoModel: the encoder alone; None: transformers has none"""
     processor: Literal["tokenizer", "image", "audio"] | None
     unit: Literal["tokens", "samples"] | None
     """what lengths count; None where all inputs have one size"""
@@ -40,6 +40,8 @@ class TaskSpec:
     """entries of a batch that are no inputs of an exported model"""
     options: tuple[str, ...] = ()
     """further fields of `data:` that mean something here, and not for all tasks"""
+    output: str = "logits"
+    """the name of the one tensor that a module of a user's own gives"""
     causal: bool = False
     """reads from left to right, and predicts the next token"""
     writes: bool = False

@@ -99,7 +99,10 @@ def _asked(recipe: Recipe) -> Row:
         "task": recipe.model.task,
         "about_task": about(recipe.model.kind),
         "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "on_hub": {"model": _on_hub(recipe.model.path), "data": _on_hub(recipe.data.source)},
+        "on_hub": {
+            "model": _on_hub(recipe.model.path) and recipe.model.module is None,
+            "data": _on_hub(recipe.data.source),
+        },
     }
 
 

@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit.tiny_models import tiny
@@ -11,7 +12,9 @@ from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Axis, Block, Structure
 from mptrain.compress.structure.budget import Budget
 from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import UserError
+from mptrain.data.sources import cnn
 from mptrain.recipe import Keep
 
 
@@ -198,3 +201,33 @@ def test_bad_importance_is_refused():
     for bad in (np.ones(3), np.array([1, -1, 1, 1.0]), np.array([1, np.nan, 1, 1])):
         with pytest.raises(ValueError, match="importance"):
             search.search({"attention.0": bad, "ffn.0": np.ones(4)})
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("budget", ["macs", "encoder_params"])
+def test_of_convolutions_as_much_stays_as_is_asked_for(keep, budget):
+    """Blocks that cut the inputs and the outputs of one convolution; against a count of the model that was cut."""
+    example = {"pixel_values": torch.randn(1, 3, 16, 16)}
+
+    def count(model):
+        structure = find_structure(model, example)
+        rows = costs.layer_costs(structure, costs.measure_extents(model, structure, example))
+        return sum(row["macs" if budget == "macs" else "params"] for row in rows)
+
+    torch.manual_seed(0)
+    model = cnn.resnet(4, width=32).eval()
+    structure = find_structure(model, example)
+    extents = costs.measure_extents(model, structure, example)
+    search = Budget(structure, Keep(**{budget: keep}), length=extents)
+    kept = search.search(random_importance(structure))
+    whole = count(model)
+    left = count(shrink(model, structure, kept)) / whole
+    assert search.fraction(kept)[budget] == pytest.approx(left, rel=5e-3)  # shares are whole numbers of parameters
+    assert keep - 0.05 < left <= keep * 1.005
+
+
+def test_floors_of_convolutions_are_what_really_stays():
+    structure = find_structure(cnn.resnet(4, width=32).eval(), {"pixel_values": torch.randn(1, 3, 16, 16)})
+    Budget(structure, Keep(encoder_params=0.1), min_ffn=8)  # a quarter of the channels is a sixteenth of the weights
+    with pytest.raises(UserError, match=r"0\.01 cannot be reached"):
+        Budget(structure, Keep(encoder_params=0.01), min_ffn=8)

@@ -1,4 +1,4 @@
-"""The bundled recipes of heads in the graph and of a model with code of its own, as a user tries them."""
+"""The bundled recipes of heads in the graph and of models with code of their own, as a user tries them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,13 @@ def test_custom_arch(here, capsys):
     (variant,) = json.loads((here / "runs/custom-arch/report.json").read_text())["variants"]
     assert variant["parity"]["relative"] < 1e-4 and variant["runtime"]["cache"] == 128
     assert (here / "runs/custom-arch/export" / variant["id"] / "modeling_aquila.py").is_file()
+
+
+def test_prune_cnn(here, capsys):
+    words = ["recipe", "prune-cnn", "--set", "preset=tiny"]
+    assert main(words) == 2
+    assert "cnn.py:resnet would run code" in capsys.readouterr().err
+    assert main([*words, "--allow-code"]) == 0
+    found = {v["id"]: v for v in json.loads((here / "runs/prune-cnn/report.json").read_text())["variants"]}
+    assert 0.45 < found["small_fp32"]["macs"] / found["baseline_fp32"]["macs"] <= 0.5
+    assert found["small_fp32"]["parity"]["relative"] < 1e-4 and found["small_onnx_fp32"]["parity"]["relative"] < 1e-4

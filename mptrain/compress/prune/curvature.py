@@ -46,13 +46,20 @@ def readers(model: nn.Module, block: Block) -> list[Consumer]:
 
 def check_readers(model: nn.Module, structure: Structure, field: str) -> None:
     """Raises ModelError for blocks that curvature cannot prune: something else than Linears reads their units."""
-    others = [block.name for block in structure.prunable() if not readers(model, block)]
+    others = [block for block in structure.prunable() if not readers(model, block)]
     if others:
-        listed = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+        listed = ", ".join(f"{block.name} ({_read_by(model, block)})" for block in others[:5])
+        listed += " …" if len(others) > 5 else ""
         raise ModelError(
             "curvature prunes blocks whose units are the inputs of Linears that read nothing else, and these are not:"
             f" {listed}. Leave them alone with {field}, or use method fisher."
         )
+
+
+def _read_by(model: nn.Module, block: Block) -> str:
+    """The first module that reads its units, and what it is."""
+    name = block.sinks[0].parameter.rpartition(".")[0]
+    return f"read by {name}, {type(model.get_submodule(name)).__name__}"
 
 
 class CurvaturePruner(Pruner):

@@ -9,6 +9,9 @@ Solved by dynamic programming over the cost. Whole-number costs with few distinc
 exact; others are rounded up to `CELLS` cells (so the budget always holds) and what rounding
 left over is then filled greedily. n is at least the floor of the recipe, and an FFN width is
 a multiple of `round_ffn` or the full width.
+
+Where two blocks cut one parameter, a convolution's inputs and outputs, costs do not add up (crossings.py): the sum
+above is then the largest whose real cost holds the budget.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import numpy as np
 
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Block, Kept, Kind, Structure
+from mptrain.compress.structure.crossings import Crossings, Weight
 from mptrain.core.errors import UserError
 from mptrain.recipe import Keep
 
 CELLS = 8192
+TRIES = 10
+"""of budgets, where blocks cut the same parameters"""
 
 Importance = Mapping[str, np.ndarray]
 """Non-negative importance of every unit, by name of the block: [units]."""
@@ -53,9 +59,26 @@ class _Limit:
     total: float
     fixed: float  # cost of blocks that may not be pruned
     choices: list[_Choice]
+    crossings: Crossings
 
-    def fraction(self, kept: Kept) -> float:
-        return sum(self.cost_of(block, kept.count(block)) for block in self.blocks) / self.total
+    def cost(self, counts: Mapping[str, int]) -> float:
+        """counts: of units that stay, by name of the block; other blocks are whole."""
+        shares = sum(self.cost_of(block, counts.get(block.name, block.units)) for block in self.blocks)
+        return shares - self.crossings.more(counts)
+
+    def solved(self, values: list[np.ndarray], budget: float) -> list[int]:
+        """`_solve` with what crossings leave beyond the shares used up as well, by bisection. budget: of the cost."""
+        picked = _solve(self.choices, values, budget - self.fixed)
+        low, high = budget, self.total
+        for _ in range(TRIES if self.crossings and low < high else 0):
+            middle = (low + high) / 2
+            tried = _solve(self.choices, values, middle - self.fixed)
+            counts = {c.block.name: int(c.counts[p]) for c, p in zip(self.choices, tried)}
+            if self.cost(counts) <= budget * (1 + 1e-12):
+                low, picked = middle, tried
+            else:
+                high = middle
+        return picked
 
 
 class Budget:
@@ -89,9 +112,15 @@ class Budget:
             return
         every = structure.by_kind()
         if keep.encoder_params is not None:
-            limit = self._limit("encoder_params", keep.encoder_params, every, costs.params)
+            limit = self._limit("encoder_params", keep.encoder_params, every, costs.params, costs.params_of)
         elif keep.macs is not None:
-            limit = self._limit("macs", keep.macs, every, lambda block, n: costs.macs(block, n, length))
+            limit = self._limit(
+                "macs",
+                keep.macs,
+                every,
+                lambda block, n: costs.macs(block, n, length),
+                lambda block, axis: costs.macs_of(block, axis, length),
+            )
         else:
             if latency is None or keep.latency is None:
                 raise UserError("prune.keep.latency needs a latency table measured on this host")
@@ -115,22 +144,27 @@ class Budget:
         """
         found = {}
         for limit in self.limits:
-            budget = (1.0 - ease * (1.0 - limit.keep)) * limit.total - limit.fixed
+            budget = (1.0 - ease * (1.0 - limit.keep)) * limit.total
             values = [value(choice.block)[choice.counts] for choice in limit.choices]
-            for choice, picked in zip(limit.choices, _solve(limit.choices, values, budget)):
+            for choice, picked in zip(limit.choices, limit.solved(values, budget)):
                 found[choice.block.name] = int(choice.counts[picked])
         return found
 
     def fraction(self, kept: Kept) -> dict[str, float]:
         """Cost of `kept` as a fraction of the whole, for each budget."""
-        return {limit.name: limit.fraction(kept) for limit in self.limits}
+        return {
+            limit.name: limit.cost({block.name: kept.count(block) for block in limit.blocks}) / limit.total
+            for limit in self.limits
+        }
 
     def round_up(self, block: Block, count: int) -> int:
         """The smallest allowed number of units that is not below `count`."""
         allowed = self._allowed(block)
         return int(allowed[np.searchsorted(allowed, count)])
 
-    def _limit(self, name: str, keep: float, blocks: list[Block], cost_of: CostOf) -> _Limit:
+    def _limit(
+        self, name: str, keep: float, blocks: list[Block], cost_of: CostOf, weight: Weight = lambda block, axis: 0.0
+    ) -> _Limit:
         total = float(sum(cost_of(block, block.units) for block in blocks))
         fixed = float(sum(cost_of(block, block.units) for block in blocks if not block.prunable))
         choices = []
@@ -139,7 +173,8 @@ class Budget:
                 counts = self._allowed(block)
                 cost = np.array([cost_of(block, int(n)) for n in counts], dtype=np.float64)
                 choices.append(_Choice(block, counts, cost))
-        least = (fixed + sum(c.cost[0] for c in choices)) / total
+        limit = _Limit(name, keep, cost_of, blocks, total, fixed, choices, Crossings(blocks, weight))
+        least = limit.cost({choice.block.name: int(choice.counts[0]) for choice in choices}) / total
         if least > keep * (1 + 1e-12):
             (heads, _), (ffn, rounded) = self._floors["heads"], self._floors["ffn"]
             step = max(block.step for block in blocks)
@@ -149,7 +184,7 @@ class Budget:
                 f" {rounded}{kernels} and the ignored layers at least {math.ceil(least * 1000) / 1000:g} stays. Raise"
                 " the budget or lower the floors."
             )
-        return _Limit(name, keep, cost_of, blocks, total, fixed, choices)
+        return limit
 
     def _allowed(self, block: Block) -> np.ndarray:
         floor, step = self._floors[block.kind]

@@ -13,14 +13,14 @@ MACs leave out biases, norms, softmax and activations, as is usual.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.structure.blocks import Block, Kept, Structure
+from mptrain.compress.structure.blocks import Axis, Block, Kept, Structure
 from mptrain.compress.structure.counting import Counter
 from mptrain.core.errors import UserError
 
@@ -30,11 +30,15 @@ LatencyTable = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Extent:
-    """Per example: tokens that go through a block, keys that each of them looks at, and MACs of one unit."""
+    """Per example: tokens that go through a block, keys that each of them looks at, and MACs of one unit.
+
+    parameters: MACs with each whole parameter that the block cuts.
+    """
 
     tokens: int
     keys: int
     macs: float
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 Length = int | Mapping[str, Extent]
@@ -46,7 +50,8 @@ def extent(length: Length, block: Block) -> Extent:
         return length[block.name]
     weights = sum(axis.per_unit * axis.weights // axis.parts for axis in block.of_role("source", "sink"))
     columns = sum(axis.per_unit for axis in block.sinks) if block.kind == "heads" else 0
-    return Extent(length, length, length * (weights + 2 * length * columns))
+    by = {axis.parameter: float(length * axis.size * axis.weights) for axis in block.of_role("source", "sink")}
+    return Extent(length, length, length * (weights + 2 * length * columns), by)
 
 
 @torch.no_grad()
@@ -79,8 +84,9 @@ def measure_extents(model: nn.Module, structure: Structure, example: Mapping[str
         total = counter.inside[block.name] / block.units
         for axis in block.of_role("source", "sink"):
             total += counter.of[axis.parameter] * axis.per_unit / axis.size / axis.parts
+        by = {axis.parameter: counter.of[axis.parameter] / batch for axis in block.of_role("source", "sink")}
         tokens = shape.numel() // shape[-1] // batch
-        found[block.name] = Extent(tokens, min(tokens, shape[-2]), total / batch)
+        found[block.name] = Extent(tokens, min(tokens, shape[-2]), total / batch, by)
     return found
 
 
@@ -91,6 +97,16 @@ def params(block: Block, units: int) -> int:
 def macs(block: Block, units: int, length: Length) -> int:
     """For one example."""
     return round(extent(length, block).macs * units)
+
+
+def params_of(block: Block, axis: Axis) -> float:
+    """Of the whole parameter of an axis."""
+    return axis.size * axis.weights
+
+
+def macs_of(block: Block, axis: Axis, length: Length) -> float:
+    """For one example, of the whole parameter of an axis; biases and norms have none."""
+    return 0.0 if axis.role == "side" else extent(length, block).parameters.get(axis.parameter, 0.0)
 
 
 def latency(block: Block, units: int, table: LatencyTable) -> float:

@@ -68,6 +68,8 @@ MADE = {
     "bart-untrained": "mptrain.data.sources.packaged_bart",
     "mpnet-base": "mptrain.data.sources.packaged_mpnet",
     "dates": "mptrain.data.sources.packaged_dates",
+    "shapes": "mptrain.data.sources.packaged_shapes",
+    "cnn": "mptrain.data.sources.packaged_cnn",
 }
 """made here instead of being a package, by a module with VERSION, SOURCE, the package that it is made from, or None,
 and make(path of that, an empty folder to write into)"""

@@ -84,7 +84,8 @@ def _summary(report: Row) -> str:
         for stage in recipe["stages"]
     )
     text = f"{recipe['description'].rstrip('. ')}. " if recipe["description"] else ""
-    text += f"Made from {short(recipe['model']['path'])} for {report['task'].replace('-', ' ')} ({did})."
+    start = recipe["model"].get("module") or recipe["model"]["path"]
+    text += f"Made from {short(start)} for {report['task'].replace('-', ' ')} ({did})."
     return escape(text)
 
 

@@ -27,7 +27,7 @@ def page(report: Row) -> str:
         report=report,
         description=recipe["description"].rstrip(". "),
         task=report["task"].replace("-", " ").capitalize(),
-        model=recipe["model"]["path"],
+        model=recipe["model"].get("module") or recipe["model"]["path"],
         created=report["created"][:10],
         cpu=report["host"].get("cpu", "unknown CPU"),
         tiles=claims.tiles(report),
