@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.compress.base import Site
@@ -21,19 +23,21 @@ from mptrain.compress.methods import method_class
 from mptrain.core.errors import DataError, ExportError, ModelError, UserError
 from mptrain.core.host import adds_int8_in_16_bits
 from mptrain.core.pins import warn_untested
+from mptrain.core.signature import Batch, Signature
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
 from mptrain.data.load import Task
 from mptrain.export.base import Foreseeing
 from mptrain.export.formats import format_of
 from mptrain.export.torch.cached_decoder import check_decoder
 from mptrain.export.torch.cached_decoder import check_exports as check_caches
+from mptrain.export.torch.complex_numbers import check_real_form
 from mptrain.export.torch.heads import check_vocabulary, signature_with
 from mptrain.flow import input_checks
 from mptrain.flow.inputs import Architecture, Inputs, on_this_machine, read_architecture, read_data, read_processor
 from mptrain.models.folder import has_weights
-from mptrain.models.load import has_trained_head, skeleton
+from mptrain.models.load import has_trained_head
 from mptrain.models.positions import positions_of
-from mptrain.models.probe import probe
+from mptrain.models.probe import blank, probe
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
@@ -152,22 +156,33 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
 
 def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allow_code: bool = False) -> None:
     """The architecture, small and with random weights, goes through what each format can say of it before training."""
-    foreseeing = [export for export in recipe.export if export.foresees]
-    if not foreseeing or recipe.model.kind.head is None or not any(stage.train for stage in recipe.stages):
+    if not recipe.export or recipe.model.kind.head is None or not any(stage.train for stage in recipe.stages):
         return  # without training the export itself is soon there
-    example = data.example(2, TRACED * data.min_length)
-    if not recipe.model.own_code:
-        model = probe(recipe.model, config, allow_code)
-    else:
-        model = skeleton(recipe.model, config, allow_code)
-        example = {name: value.to("meta") for name, value in example.items()}
+    own = recipe.model.own_code
+    foreseeing = [export for export in recipe.export if export.foresees]
+    if not own and not foreseeing:
+        return  # models of transformers compute with real numbers, or convert as they are
+    example, signature = data.example(2, TRACED * data.min_length), data.signature()
+    model = (blank if own else probe)(recipe.model, config, allow_code)
     if model is None:
         return
+    if own:
+        _check_complex(model, example, signature)
     for export in foreseeing:
         try:
-            cast(Foreseeing, format_of(export)).check(model, example, data.signature())
+            cast(Foreseeing, format_of(export)).check(model, example, signature)
         except ExportError as error:
             raise ModelError(f"export.{export.id}: {error}") from None
+
+
+def _check_complex(model: nn.Module, example: Batch, signature: Signature) -> None:
+    """Of code of a user's own: what it does with complex numbers has a real form. It need not run on weights of 0."""
+    try:
+        check_real_form(model, partial(signature.call, model, example))
+    except ExportError as error:
+        raise ModelError(f"model.modeling: {error}") from None
+    except Exception as error:
+        log.debug("%s does not run on weights of 0: %s", type(model).__name__, error)
 
 
 def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mptrain.models.head import head_class
@@ -46,6 +47,21 @@ def probe(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> Pr
             model.config.use_cache = False
         return model.eval()
     return None
+
+
+def blank(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> nn.Module | None:
+    """The model with all weights and buffers 0, in eval mode on the CPU; None for one of more than MOST parameters.
+
+    For code of a user's own, of which nobody knows how to make it smaller.
+    """
+    model = skeleton(spec, config, allow_code)
+    if sum(p.numel() for p in model.parameters()) > MOST:
+        return None
+    made = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in [*made.parameters(), *made.buffers()]:
+            value.zero_()
+    return made.eval()
 
 
 def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:

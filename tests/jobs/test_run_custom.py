@@ -59,6 +59,16 @@ def test_its_code_runs_when_allowed_is_shipped_and_its_export_agrees(folder, tmp
     assert (out / "modeling_aquila.py").read_text() == (folder / "modeling_aquila.py").read_text()
 
 
+def test_complex_numbers_without_a_real_form_are_named_before_training(folder, tmp_path):
+    code = (folder / "modeling_aquila.py").read_text()
+    assert "torch.polar(" in code
+    odd = "torch.sinh(1e-9j * torch.ones(1)) + torch.polar("
+    (folder / "modeling_aquila.py").write_text(code.replace("torch.polar(", odd))
+    with pytest.raises(ModelError, match=r"model\.modeling: .*complex numbers.*but not sinh"):
+        run(file.validate(recipe(folder, tmp_path), "test"), allow_code=True)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 def test_optimum_generates_from_the_folder(folder, tmp_path):
     from optimum.intel import OVModelForCausalLM
     from transformers import AutoTokenizer

@@ -108,13 +108,9 @@ class RealArithmetic(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def real_arithmetic(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
-    """Within it, the model's complex numbers are pairs of real ones; nothing changes for a model that has none.
-
-    run: a forward of the model on an example, that shows what it computes. Raises ExportError, that lists every
-    operation on complex numbers without a real form.
-    """
+def check_real_form(model: nn.Module, run: Callable[[], Any]) -> bool:
+    """Whether the model computes with complex numbers. run: a forward of it. Raises ExportError, that lists every
+    operation on them without a real form."""
     unknown: dict[str, None] = {}
     with torch.no_grad(), without_cache(model), RealArithmetic(unknown) as mode:
         run()
@@ -123,7 +119,17 @@ def real_arithmetic(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
             f"{type(model).__name__} computes with complex numbers, which no target has a type for; what it does with"
             f" them is written out in real arithmetic, but not {', '.join(unknown)}. Write these with cos and sin."
         )
-    if not mode.used:
+    return mode.used
+
+
+@contextmanager
+def real_arithmetic(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
+    """Within it, the model's complex numbers are pairs of real ones; nothing changes for a model that has none.
+
+    run: a forward of the model on an example, that shows what it computes. Raises ExportError, that lists every
+    operation on complex numbers without a real form.
+    """
+    if not check_real_form(model, run):
         yield
         return
     kept = list(_split(model))
