@@ -27,10 +27,12 @@ from mptrain.compress.methods import acting, finalized, methods_of, prepared
 from mptrain.core.errors import UserError
 from mptrain.core.pins import warn_untested
 from mptrain.data.tasks import divergence
+from mptrain.export.target import opened
 from mptrain.models.artifact import load
 from mptrain.recipe import Distill, MethodConfig, Stage
 from mptrain.recipe.plan import Phase, phases
 from mptrain.recipe.plan import steps_per_epoch as planned_per_epoch
+from mptrain.recipe.target import quantizer, stand_in
 from mptrain.train.distill import TARGETS, Distiller
 
 CALIBRATION = 128
@@ -183,6 +185,7 @@ class Compression:
             steps=phase.steps,
             steps_per_epoch=phase.steps_per_epoch,
             lr=0.0 if self._asked is None else self._asked.learning_rate,
+            target=partial(opened, stand_in(quantizer([self.stage]), torch.get_num_threads())),
             device=device,
         )
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks
+from mptrain.compress.target import Target, Torch
 from mptrain.core.errors import UserError
 from mptrain.core.signature import Batch
 from mptrain.data.tasks.metrics import Score
@@ -59,9 +60,9 @@ class Tools:
     inputs: batches of model inputs to calibrate on. labelled: the same with labels. loss: of a model on such a batch, a
     scalar with its graph. score: of a model, the task's main one on the validation split. example: one input of
     `length` tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer steps of the phase; 0,
-    it does not train. lr: of the phase. widths: bits of the tables that all targets store; None, any. threads: of the
-    latency that counts; None, torch's. once(name, make): what `make` measured, made by one process only, once for all
-    attempts at the phase.
+    it does not train. lr: of the phase. widths: bits of the tables that all targets store; None, any. target: the
+    runtime and precision that the model is compressed for, for budgets in time and bytes. once(name, make): what `make`
+    measured, made by one process only, once for all attempts at the phase.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing
@@ -75,7 +76,7 @@ class Tools:
     steps_per_epoch: int = 1
     lr: float = 0.0
     widths: tuple[int, ...] | None = None
-    threads: int | None = None
+    target: Callable[[], Target] = Torch
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     ranks: Ranks = ALONE
     once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
@@ -87,13 +88,15 @@ class Site:
 
     field: of the stage, for errors. length: tokens of an input; None where inputs are not tokens. exact: whether the
     skeleton has the shapes that the method will meet; False after a stage that prunes. example: an input, where one
-    is at hand; for models of transformers it can be made up.
+    is at hand; for models of transformers it can be made up. bytes: of a weight of a layer and of an embedding, as the
+    target stores them; None, not known yet.
     """
 
     field: str
     length: int | None = None
     exact: bool = True
     example: Batch | None = None
+    bytes: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

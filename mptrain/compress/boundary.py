@@ -11,7 +11,7 @@ A run does this at the end of a phase, a script of your own between two training
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -46,12 +46,26 @@ def cut(model: nn.Module, pruner: Resolvable, refit: Iterable[dict[str, Tensor]]
     """
     pruner.restore_dense()
     kept, structure = pruner.kept(), pruner.structure
+
+    def change(plain: nn.Module) -> None:
+        pruner.refit(plain, kept)
+        if refit is not None:
+            rescale.refit(plain, structure, kept, refit)
+
+    return without(model, structure, kept, change)
+
+
+def without(
+    model: nn.Module, structure: Structure, kept: Kept, change: Callable[[nn.Module], None] = lambda plain: None
+) -> nn.Module:
+    """The model with `kept` alone, in place, or another object where there are quantizers, which follow.
+
+    change: what is done to the dense weights, in place, while the quantizers are off.
+    """
     quantized = is_quantized(model)
     if quantized:
         model, config, tensors = quantizers.detach(model)
-    pruner.refit(model, kept)
-    if refit is not None:
-        rescale.refit(model, structure, kept, refit)
+    change(model)
     slices = slices_of(structure, kept)
     shrink(model, structure, kept)
     return quantizers.attach(model, *quantizers.slice_quantizers(config, tensors, slices)) if quantized else model

@@ -41,6 +41,7 @@ from mptrain.models.probe import blank, probe
 from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
+from mptrain.recipe.target import target
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,9 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
         before = [method for earlier in recipe.chain(stage.id)[1:] for method in earlier.methods]
         for method in stage.methods:
             shapes = not any(other.reshapes for other in [*before, *stage.methods] if other is not method)
-            site = Site(method.field, recipe.data.max_length if text else None, exact=dense and shapes)
+            length = recipe.data.max_length if text else None
+            stored = target(recipe, stage).bytes if "bytes" in method.reads() else None
+            site = Site(method.field, length, exact=dense and shapes, bytes=stored)
             with _in_stage(stage.id, method.field):
                 method_class(method).check(method, model, site)
 

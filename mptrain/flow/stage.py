@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import nn
 from mptrain.compress.base import Tools, TrainingMethod
 from mptrain.compress.calibrate.ranks import Ranks
 from mptrain.compress.methods import acting, finalized, methods_of, prepared
+from mptrain.compress.target import Torch
 from mptrain.core.disk import read_json, write_json
-from mptrain.core.host import thread_count
 from mptrain.data.load import Task
+from mptrain.export.target import opened
 from mptrain.flow.stage_inputs import StageInputs
 from mptrain.models import artifact
 from mptrain.models.load import load_model
@@ -139,7 +141,7 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
         steps_per_epoch=phase.steps_per_epoch,
         lr=train.lr if train else 0.0,
         widths=inputs.widths,
-        threads=None if inputs.threads is None else thread_count(inputs.threads),
+        target=Torch if inputs.target is None else partial(opened, inputs.target),
         device=context.peers.device,
         ranks=context.ranks,
         once=lambda name, make: _once(context, context.folder / phase.folder / f"{name}.json", make),

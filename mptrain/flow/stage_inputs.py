@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 from pydantic import BaseModel
 
 from mptrain.recipe import Data, MixedPrecision, Model, Recipe, Stage
+from mptrain.recipe.target import Target, target
 
 
 @dataclass(frozen=True)
 class StageInputs:
     """start, teacher: "model", the id of a stage, or of a teacher also a path; None, there is none.
 
-    peaks: examples with large activations are kept for an fp16 export. threads, widths: see MethodConfig.reads; None
+    peaks: examples with large activations are kept for an fp16 export. target, widths: see MethodConfig.reads; None
     where no method of the stage reads them. after: keys of the stages whose models it begins with or learns from.
     """
 
@@ -31,7 +32,7 @@ class StageInputs:
     precision: MixedPrecision
     seed: int
     peaks: bool
-    threads: int | Literal["all"] | None
+    target: Target | None
     widths: tuple[int, ...] | None
     after: dict[str, str]
 
@@ -44,6 +45,8 @@ class StageInputs:
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
 
 
@@ -63,7 +66,7 @@ def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
             precision=recipe.precision,
             seed=recipe.seed,
             peaks=stage.train is not None and any("fp16" in export.precision for export in recipe.export),
-            threads=recipe.evaluate.latency.threads[0] if "threads" in reads else None,
+            target=target(recipe, stage) if "target" in reads else None,
             widths=_widths(recipe, stage) if "widths" in reads else None,
             after={other: found[other].digest() for other in (start, teacher) if other in found},
         )

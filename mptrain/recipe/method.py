@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, get_args
 from mptrain.recipe.base import Strict
 
 Need = Literal["inputs", "labels"]
+Reads = Literal["target", "bytes", "widths"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ class MethodConfig(Strict):
         """Data to calibrate on: model inputs, batches with labels."""
         return frozenset()
 
-    def reads(self) -> frozenset[Literal["threads", "widths"]]:
-        """What it takes from `evaluate` and `export`: threads of the latency, bits of tables that targets store."""
+    def reads(self) -> frozenset[Reads]:
+        """What it takes from `evaluate` and `export`: the variant and its runtime that a budget counts, the bytes of
+        its weights, bits of tables that targets store."""
         return frozenset()
 
     def early(self) -> bool:

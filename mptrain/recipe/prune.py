@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Fraction, OneOf, Strict
-from mptrain.recipe.method import MethodConfig, Need
+from mptrain.recipe.method import MethodConfig, Need, Reads
 
 
 class Schedule(Strict):
@@ -31,19 +31,27 @@ class Keep(Strict):
     macs: Fraction | None = Field(None, description="of the multiply-adds of one forward pass at `data.max_length`")
     latency: Fraction | None = Field(
         None,
-        description="of the layers' latency, measured on this host at batch 1, `data.max_length` and the first of"
+        description="of the whole model's latency as it is exported (int8 where this stage or a later one quantizes"
+        " activations), measured on this host at batch 1, `data.max_length` and the first of"
         " `evaluate.latency.threads`",
     )
+    size: Fraction | None = Field(None, description="of the bytes of the exported model, embeddings included")
     heads: Fraction | None = None
     ffn: Fraction | None = None
 
     @model_validator(mode="after")
     def _one(self):
-        budgets = [n for n in ("encoder_params", "macs", "latency") if getattr(self, n) is not None]
+        budgets = [n for n in ("encoder_params", "macs", "latency", "size") if getattr(self, n) is not None]
         pair = self.heads is not None or self.ffn is not None
         if len(budgets) + pair != 1 or (pair and (self.heads is None or self.ffn is None)):
-            raise ValueError("give exactly one of encoder_params, macs, latency, or heads and ffn together")
+            raise ValueError("give exactly one of encoder_params, macs, latency, size, or heads and ffn together")
         return self
+
+    def of_export(self) -> tuple[Literal["latency", "size"], float] | None:
+        """The budget that counts the whole exported model, and the share of it that stays; None for one of blocks."""
+        if self.latency is not None:
+            return "latency", self.latency
+        return None if self.size is None else ("size", self.size)
 
 
 class PruneConfig(MethodConfig):
@@ -71,9 +79,12 @@ class PruneConfig(MethodConfig):
         parts = {} if budget is None else budget.model_dump(exclude_none=True)
         return " ".join([super().words(), *(f"(keep {100 * v:g}% of {n.replace('_', ' ')})" for n, v in parts.items())])
 
-    def reads(self) -> frozenset[Literal["threads", "widths"]]:
+    def reads(self) -> frozenset[Reads]:
         budget = self.budget()
-        return frozenset({"threads"} if budget is not None and budget.latency is not None else ())
+        asked = None if budget is None else budget.of_export()
+        if asked is None:
+            return frozenset()
+        return frozenset({"target", "bytes"} if asked[0] == "size" else {"target"})
 
     def early(self) -> bool:
         return True

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import OneOf, Strict
-from mptrain.recipe.method import MethodConfig, Need, Weights
+from mptrain.recipe.method import MethodConfig, Need, Reads, Weights
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
 PARTIAL = "less than half of the parameters may be covered, which is an error otherwise; also --allow-partial"
@@ -286,7 +286,7 @@ class Palettize(PalettizeConfig):
     def needs(self) -> frozenset[Need]:
         return frozenset(["labels"] if self.method == "skm" or self.size_budget is not None else [])
 
-    def reads(self) -> frozenset[Literal["threads", "widths"]]:
+    def reads(self) -> frozenset[Reads]:
         return frozenset({"widths"} if self.size_budget is not None else ())
 
     def why_train(self) -> str:

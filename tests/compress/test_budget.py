@@ -9,7 +9,7 @@ from kit.tiny_models import tiny
 
 from mptrain.compress.structure import budget as budget_module
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Axis, Block, Structure
+from mptrain.compress.structure.blocks import Axis, Block, Kept, Structure
 from mptrain.compress.structure.budget import Budget
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
@@ -182,11 +182,48 @@ def test_latency_from_a_table():
     assert costs.latency(structure.of_kind("heads")[0], 2, table) == 2.0
     assert costs.latency(structure.of_kind("ffn")[0], 24, table) == 0.5  # never less than for fewer channels
     assert costs.latency(structure.of_kind("ffn")[0], 36, table) == pytest.approx(3.25)
-    search = Budget(structure, Keep(latency=0.5), latency=table, round_ffn=8)
+    whole = costs.Whole.through(20.0, 3.0, 0.3, table=table)  # two layers of 4 + 6; 0.3 left is 3 of them, and the rest
+    assert whole.constant == pytest.approx(1 - 20 * 0.7 / 17)
+    search = Budget(structure, Keep(latency=0.5), whole=whole, round_ffn=8)
     kept = search.search(random_importance(structure))
     assert 0.4 < search.fraction(kept)["latency"] <= 0.5
-    with pytest.raises(UserError, match="latency table"):
+    assert search.fraction(Kept())["latency"] == pytest.approx(1.0)
+    with pytest.raises(UserError, match="needs what the whole model costs on its target"):
         Budget(structure, Keep(latency=0.5))
+
+
+def test_a_budget_below_what_pruning_does_not_touch_is_refused():
+    structure = of(attention(0, 4), ffn(0, 8))
+    whole = costs.Whole(0.01, 1 - 0.01 * sum(costs.params(b, b.units) for b in structure))
+    with pytest.raises(UserError, match=r"keep\.size: 0\.1 .*at least 0\.58 stays \(0\.45 of it embeddings"):
+        Budget(structure, Keep(size=0.1), whole=whole, min_heads=1, min_ffn=1)
+
+
+def test_a_budget_is_corrected_by_what_was_measured():
+    """Blocks that cost a quarter more than predicted: what is chosen then costs what was asked for."""
+    structure = of(*(attention(i, 16) for i in range(4)), *(ffn(i, 64) for i in range(4)))
+    whole = costs.Whole(0.8 / sum(costs.params(b, b.units) for b in structure), 0.2)
+
+    def real(kept):
+        return 0.2 + 1.25 * (search.fraction(kept)["size"] - 0.2)
+
+    search = Budget(structure, Keep(size=0.6), whole=whole)
+    importance = random_importance(structure)
+    first = search.search(importance)
+    assert real(first) == pytest.approx(0.7, abs=0.01)
+    search.correct(first, real(first))
+    assert real(search.search(importance)) == pytest.approx(0.6, abs=0.01)
+    search.correct(first, 40.0)  # nonsense of a busy host: by a factor of 2 at most, and to no less than the floors
+    assert search.limits[0].least <= search.limits[0].keep
+
+
+def test_widths_are_rounded_to_what_the_target_is_fast_at():
+    structure = find_structure(tiny("bert"))
+    table = {"attention/32/8/1": {"1": 1.0, "4": 4.0}, "ffn/32/1": {"1": 1.0, "48": 6.0}}
+    whole = costs.Whole(0.05, 0.0, table, {"ffn/32/1": 16})
+    search = Budget(structure, Keep(latency=0.6), whole=whole, round_ffn=4)
+    kept = search.search(random_importance(structure))
+    assert all(kept.count(block) % 16 == 0 for block in structure.of_kind("ffn"))
 
 
 def test_round_up():

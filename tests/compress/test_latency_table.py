@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,18 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mptrain.compress.structure import costs, latency
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.latency import measure_latency
+from mptrain.compress.target import Torch
 
 
-@pytest.mark.parametrize("runtime", ["openvino", "torch"])
-def test_it_covers_every_block(runtime, monkeypatch, caplog):
-    if runtime == "torch":
-        monkeypatch.setitem(sys.modules, "openvino", None)
+def test_it_covers_every_block():
     structure = find_structure(tiny("llama"))
     before = torch.get_rng_state()
-    table = measure_latency(structure, 8, rounds=1)
+    table, steps = measure_latency(structure, 8, Torch(), rounds=1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert ("timed in torch" in caplog.text) == (runtime == "torch")
-    assert set(table) == {"attention/32/8/2", "ffn/32/2"}
+    assert set(table) == {"attention/32/8/2", "ffn/32/2"} and steps == {}
     assert list(table["attention/32/8/2"]) == ["1", "2"]
     assert {"1", "48"} <= set(table["ffn/32/2"])
     assert all(seconds > 0 for points in table.values() for seconds in points.values())
@@ -39,12 +36,24 @@ def test_what_is_timed_is_the_arithmetic_of_the_blocks(family):
         assert counter.get_total_flops() == 2 * costs.macs(block, block.units, 8)
 
 
-def test_openvino_runs_what_torch_runs():
-    block = find_structure(tiny("llama")).of_kind("heads")[0]
-    torch.manual_seed(0)
-    run = latency._runner(block, 2, costs.Extent(8, 8, 0), 1, 1)
-    torch.manual_seed(0)
-    stack = torch.nn.Sequential(*(latency._Residual(block, 2) for _ in range(latency.STACK)))
-    with torch.no_grad():
-        expected = stack(torch.randn(1, 8, 32))
-    assert run()[0] == pytest.approx(expected.numpy(), abs=1e-5)
+@pytest.mark.parametrize(
+    ("seconds", "step"),
+    [
+        (lambda n: n, 1),
+        (lambda n: n if n % 64 == 0 else n + 80, 64),
+        (lambda n: n if n % 32 == 0 else n + 40, 32),
+        (lambda n: n if n % 16 == 0 else 1.1 * n, 16),
+        (lambda n: n if n % 16 == 0 else n + 8, 1),  # no faster, only no slower
+    ],
+)
+def test_widths_are_a_multiple_of_what_is_faster(seconds, step):
+    assert latency._fast_step([(n, seconds(n)) for n in range(704, 769, 8)]) == step
+
+
+def test_widths_near_half_are_timed_one_by_one():
+    (block, *_) = find_structure(tiny("bert")).of_kind("ffn")
+    wide = replace(block, units=1536)
+    assert latency._comb(wide, 8) == list(range(704, 769, 8)) and latency._comb(wide, 1) == latency._comb(wide, 8)
+    assert latency._comb(wide, 16) == [704, 720, 736, 752, 768]
+    assert latency._comb(wide, 64) == latency._comb(block, 8) == []
+    assert set(latency._comb(wide, 8)) < set(latency._points(wide, 8))

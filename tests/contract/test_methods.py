@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fisher in training": {"prune": {"method": "fisher", "keep": HALF, "schedule": {"end": 3, "unit": "step"}}},
     "fisher, refitted": {"prune": {"method": "fisher", "keep": HALF, "rescale": True}},
     "magnitude": {"prune": {"method": "magnitude", "keep": HALF}},
+    "magnitude, size": {"prune": {"method": "magnitude", "keep": {"size": 0.6}}},
     "curvature": {"prune": {"method": "curvature", "keep": HALF}},
     "qat": {"quantize": {"mode": "qat"}},
     "ptq": {"quantize": {"mode": "ptq", "bits": {"bert.encoder.layer.0.intermediate.dense": 4}}},
@@ -147,7 +148,7 @@ def test_settings_say_what_it_does(config):
     assert config.words() and config.tag in ("pruning", "quantization", "palettization")
     for field, weights in config.leaves():
         assert field.startswith(f"{config.field}.") and 1 <= weights.bits <= 8
-    assert config.needs() <= {"inputs", "labels"} and config.reads() <= {"threads", "widths"}
+    assert config.needs() <= {"inputs", "labels"} and config.reads() <= {"target", "bytes", "widths"}
 
 
 def test_what_it_does_without_a_model_is_right_with_one(case, config):

@@ -69,8 +69,8 @@ class Pruner:
 
     structure: of the model that `prepare` gets. phase_steps: optimizer steps of the phase;
     the warm-up ends with it at the latest. steps_per_epoch: optimizer steps. lr: the
-    stage's. length: tokens or `costs.Extent`s for keep.macs. latency: table of
-    `latency.measure_latency` for keep.latency.
+    stage's. length: tokens or `costs.Extent`s for keep.macs. whole: what the exported model
+    costs, for keep.latency and keep.size.
     """
 
     name: ClassVar[str]
@@ -84,7 +84,7 @@ class Pruner:
         steps_per_epoch: int,
         lr: float = 0.0,
         length: costs.Length = 128,
-        latency: costs.LatencyTable | None = None,
+        whole: costs.Whole | None = None,
     ) -> None:
         if not structure.prunable():
             raise UserError("prune.ignore leaves no attention and no FFN to prune: make its patterns narrower")
@@ -99,12 +99,13 @@ class Pruner:
             min_ffn=config.min_ffn,
             round_ffn=config.round_ffn,
             length=length,
-            latency=latency,
+            whole=whole,
         )
         self.masked: MaskedWeights
         self._step = 0
         self._kept = Kept()  # of the present unit masks
         self._masks: dict[str, Tensor] = {}  # by parameter
+        self._settled: Kept | None = None
 
     # -- what a method defines
 
@@ -209,8 +210,14 @@ class Pruner:
         """Every weight dense again; the masks no longer act."""
         self.masked.restore()
 
+    def settle(self, kept: Kept) -> None:
+        """The final structure is this one, whatever importances say."""
+        self._settled = kept
+
     def kept(self) -> Kept:
         """The final structure; before the end of a warm-up what it would be now."""
+        if self._settled is not None:
+            return self._settled
         return self._kept if self.resolved else self.resolve()
 
 

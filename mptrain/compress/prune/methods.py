@@ -11,6 +11,7 @@ from torch import nn
 
 from mptrain.compress import base, boundary
 from mptrain.compress.base import Batch, Method, Site, Sizes, Tools, TrainingMethod
+from mptrain.compress.prune import measured
 from mptrain.compress.prune.base import Pruner, Warmup
 from mptrain.compress.prune.curvature import CurvaturePruner, check_readers
 from mptrain.compress.prune.fisher import FisherPruner
@@ -18,7 +19,7 @@ from mptrain.compress.prune.magnitude import MagnitudePruner
 from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
-from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.budget import Budget, Widths
 from mptrain.compress.structure.find import find_structure
 from mptrain.recipe.prune import Keep, PruneConfig
 
@@ -31,12 +32,17 @@ class Pruning(Method[PruneConfig]):
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
         structure = find_structure(skeleton, site.example, ignore=config.ignore)
         keep = config.budget()
+        for block in structure if keep is not None and keep.latency else ():
+            costs.kind(block)
         # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
         if keep is None or keep.latency is not None or (keep.macs is not None and site.length is None):
             return
+        if keep.size is not None and site.bytes is None:
+            return
+        whole = None if site.bytes is None else measured.from_bytes(skeleton, structure, site.bytes)
         if site.exact:
             floors = {name: getattr(config, name) for name in ("min_heads", "min_ffn", "round_ffn")}
-            Budget(structure, keep, length=site.length or 1, **floors)
+            Budget(structure, keep, length=site.length or 1, whole=whole, **floors)
 
     @classmethod
     def check_steps(cls, config: PruneConfig, steps: int, steps_per_epoch: int) -> None:
@@ -44,7 +50,7 @@ class Pruning(Method[PruneConfig]):
 
     @classmethod
     def outlook(cls, config: PruneConfig, skeleton: nn.Module, sizes: Sizes) -> Sizes:
-        return sizes.kept(_fraction(config.budget()))
+        return sizes.kept(_fraction(config.budget(), sizes))
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         model.to(tools.device)
@@ -54,6 +60,8 @@ class Pruning(Method[PruneConfig]):
         extents: costs.Length = tools.length
         if keep is not None and (keep.macs or keep.latency):
             extents = costs.measure_extents(model, structure, example)
+        self._asked = None if keep is None else keep.of_export()
+        whole = None if self._asked is None else self._whole(model, structure, extents, tools)
         self.pruner = self.kind(
             config,  # type: ignore[arg-type]  # each pruner takes the settings of its own kind
             structure=structure,
@@ -61,7 +69,7 @@ class Pruning(Method[PruneConfig]):
             steps_per_epoch=tools.steps_per_epoch,
             lr=tools.lr,
             length=extents,
-            latency=_latency(structure, extents, tools) if keep is not None and keep.latency else None,
+            whole=whole,
         )
         self.pruner.prepare(model)
         self.collect(model, tools)
@@ -79,11 +87,25 @@ class Pruning(Method[PruneConfig]):
         return self.pruner if self._steps else None
 
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
+        self._held = None if self._asked is None else measured.hold(self.pruner, model, tools, self._asked[0])
         self._structure = costs.describe(self.pruner.structure, self.pruner.kept())
         return boundary.cut(model, self.pruner, self.refit(tools))
 
     def facts(self) -> dict[str, Any]:
-        return {"structure": self._structure}
+        return {"structure": self._structure} | ({} if self._held is None else {"budget": self._held})
+
+    def _whole(self, model: nn.Module, structure: Structure, extents: costs.Length, tools: Tools) -> costs.Whole:
+        assert self._asked is not None
+        name, config = self._asked[0], self.config
+
+        def make() -> dict[str, Any]:
+            widths = Widths(config.min_heads, config.min_ffn, config.round_ffn)
+            found = measured.measure(
+                model, structure, tools.example(), tools.target(), budget=name, extents=extents, widths=widths
+            )
+            return measured.as_json(found)
+
+        return costs.Whole(**tools.once(name, make))
 
 
 class MovementPruning(Pruning):
@@ -122,14 +144,10 @@ class MagnitudePruning(Pruning):
     kind = MagnitudePruner
 
 
-def _fraction(keep: Keep | None) -> float | None:
+def _fraction(keep: Keep | None, sizes: Sizes) -> float | None:
     """Of the blocks that stays, roughly: an FFN is about two thirds of a layer. None: only training tells."""
     if keep is None:
         return None
+    if keep.size is not None:
+        return max(0.0, 1.0 - (1.0 - keep.size) * sizes.params / sizes.layers)
     return keep.encoder_params or keep.macs or keep.latency or ((keep.heads or 1.0) + 2 * (keep.ffn or 1.0)) / 3
-
-
-def _latency(structure: Structure, extents: costs.Length, tools: Tools) -> costs.LatencyTable:
-    from mptrain.compress.structure.latency import measure_latency
-
-    return tools.once("latency", lambda: measure_latency(structure, extents, threads=tools.threads))

@@ -160,7 +160,7 @@ class MovementPruner(Pruner):
             mine = mine.to(self.scores.device)
             order = mine[torch.sort(self.scores[mine], descending=True, stable=True).indices]
             elements = self._elements[order].cumsum(0)
-            alive[order] = elements <= (1.0 - ease * (1.0 - limit.keep)) * elements[-1]
+            alive[order] = elements <= (1.0 - ease * (1.0 - limit.of_blocks)) * elements[-1]
         return alive
 
     @torch.no_grad()

@@ -8,7 +8,10 @@ Every block picks how many units n it keeps; with n it keeps its n most importan
 Solved by dynamic programming over the cost. Whole-number costs with few distinct sums are
 exact; others are rounded up to `CELLS` cells (so the budget always holds) and what rounding
 left over is then filled greedily. n is at least the floor of the recipe, and an FFN width is
-a multiple of `round_ffn` or the full width.
+a multiple of `round_ffn` (and of what the target is fast at) or the full width.
+
+A budget of the whole exported model has a constant besides the blocks, which pruning does not
+touch; it is part of both sides. `correct` takes what the target then measured into account.
 
 Where two blocks cut one parameter, a convolution's inputs and outputs, costs do not add up (crossings.py): the sum
 above is then the largest whose real cost holds the budget.
@@ -18,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import numpy as np
 
 from mptrain.compress.structure import costs
-from mptrain.compress.structure.blocks import Block, Kept, Kind, Structure
+from mptrain.compress.structure.blocks import Block, Kept, Structure
 from mptrain.compress.structure.crossings import Crossings, Weight
 from mptrain.core.errors import UserError
 from mptrain.recipe import Keep
@@ -49,22 +53,53 @@ class _Choice:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """How many units of a block may stay: floors, and what an FFN width is a multiple of."""
+
+    min_heads: int = 1
+    min_ffn: int = 1
+    round_ffn: int = 1
+    step: Callable[[Block], int] = lambda block: 1
+
+    def allowed(self, block: Block) -> np.ndarray:
+        """Ascending, int64; all units are the last."""
+        floor, step = (self.min_heads, 1) if block.kind == "heads" else (self.min_ffn, self.round_ffn)
+        step = math.lcm(step, block.step, self.step(block))
+        first = math.ceil(min(floor, block.units) / step) * step
+        return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
+
+    def least(self, structure: Structure) -> Kept:
+        """As little of every block that may be cut as may stay."""
+        return Kept({block.name: list(range(int(self.allowed(block)[0]))) for block in structure.prunable()})
+
+
+@dataclass(frozen=True)
 class _Limit:
-    """One budget: what the blocks cost together when all is kept, and the fraction to keep."""
+    """One budget: what the model costs when all is kept, and the fraction to keep."""
 
     name: str
     keep: float
     cost_of: CostOf
     blocks: list[Block]
+    constant: float  # of what is no block
     total: float
-    fixed: float  # cost of blocks that may not be pruned
+    fixed: float  # cost of what may not be pruned
     choices: list[_Choice]
     crossings: Crossings
+
+    @property
+    def least(self) -> float:
+        return self.cost({choice.block.name: int(choice.counts[0]) for choice in self.choices}) / self.total
+
+    @property
+    def of_blocks(self) -> float:
+        """The fraction of the blocks alone that stays."""
+        return (self.keep * self.total - self.constant) / (self.total - self.constant)
 
     def cost(self, counts: Mapping[str, int]) -> float:
         """counts: of units that stay, by name of the block; other blocks are whole."""
         shares = sum(self.cost_of(block, counts.get(block.name, block.units)) for block in self.blocks)
-        return shares - self.crossings.more(counts)
+        return self.constant + shares - self.crossings.more(counts)
 
     def solved(self, values: list[np.ndarray], budget: float) -> list[int]:
         """`_solve` with what crossings leave beyond the shares used up as well, by bisection. budget: of the cost."""
@@ -84,9 +119,8 @@ class _Limit:
 class Budget:
     """The budget of a recipe on a structure.
 
-    length: sequence length or extents, for MACs. latency: the table of
-    `latency.measure_latency`, needed for keep.latency. Raises UserError when not even the
-    floors fit the budget.
+    length: sequence length or extents, for MACs. whole: what the exported model costs, needed
+    for keep.latency and keep.size. Raises UserError when not even the floors fit the budget.
     """
 
     def __init__(
@@ -98,11 +132,12 @@ class Budget:
         min_ffn: int = 1,
         round_ffn: int = 1,
         length: costs.Length = 128,
-        latency: costs.LatencyTable | None = None,
+        whole: costs.Whole | None = None,
     ) -> None:
         self.structure = structure
-        self._floors: dict[Kind, tuple[int, int]] = {"heads": (min_heads, 1)}
-        self._floors |= {"ffn": (min_ffn, round_ffn), "channels": (min_ffn, round_ffn)}
+        self.widths = Widths(min_heads, min_ffn, round_ffn)
+        if whole is not None:
+            self.widths = replace(self.widths, step=whole.step)
         if keep.heads is not None and keep.ffn is not None:
             parts: list[tuple[str, float, list[Block]]] = [
                 ("heads", keep.heads, structure.of_kind("heads")),
@@ -122,9 +157,15 @@ class Budget:
                 lambda block, axis: costs.macs_of(block, axis, length),
             )
         else:
-            if latency is None or keep.latency is None:
-                raise UserError("prune.keep.latency needs a latency table measured on this host")
-            limit = self._limit("latency", keep.latency, every, lambda block, n: costs.latency(block, n, latency))
+            asked = keep.of_export()
+            assert asked is not None
+            name, share = asked
+            if whole is None:
+                raise UserError(
+                    f"prune.keep.{name} needs what the whole model costs on its target: give `whole`, of"
+                    " mptrain.compress.prune.measured.measure"
+                )
+            limit = self._limit(name, share, every, whole.of, whole.weight, whole.constant)
         self.limits = [limit]
 
     def search(self, importance: Importance, ease: float = 1.0) -> Kept:
@@ -157,40 +198,56 @@ class Budget:
             for limit in self.limits
         }
 
+    def correct(self, kept: Kept, measured: float) -> None:
+        """Keep as much more or less as it takes, now that `kept` was measured to cost that fraction of the whole.
+
+        What the blocks were predicted to cost is taken to be off by one factor near the budget, of at most 2.
+        """
+        (limit,) = self.limits
+        constant = limit.constant / limit.total
+        predicted = self.fraction(kept)[limit.name] - constant
+        factor = min(2.0, max(0.5, (measured - constant) / predicted)) if predicted > 0 else 1.0
+        keep = constant + (limit.keep - constant) / factor
+        self.limits = [replace(limit, keep=min(1.0, max(keep, limit.least)))]
+
     def round_up(self, block: Block, count: int) -> int:
         """The smallest allowed number of units that is not below `count`."""
-        allowed = self._allowed(block)
+        allowed = self.widths.allowed(block)
         return int(allowed[np.searchsorted(allowed, count)])
 
     def _limit(
-        self, name: str, keep: float, blocks: list[Block], cost_of: CostOf, weight: Weight = lambda block, axis: 0.0
+        self,
+        name: str,
+        keep: float,
+        blocks: list[Block],
+        cost_of: CostOf,
+        weight: Weight = lambda block, axis: 0.0,
+        constant: float = 0.0,
     ) -> _Limit:
-        total = float(sum(cost_of(block, block.units) for block in blocks))
-        fixed = float(sum(cost_of(block, block.units) for block in blocks if not block.prunable))
+        total = constant + float(sum(cost_of(block, block.units) for block in blocks))
+        fixed = constant + float(sum(cost_of(block, block.units) for block in blocks if not block.prunable))
         choices = []
         for block in blocks:
             if block.prunable:
-                counts = self._allowed(block)
+                counts = self.widths.allowed(block)
                 cost = np.array([cost_of(block, int(n)) for n in counts], dtype=np.float64)
                 choices.append(_Choice(block, counts, cost))
-        limit = _Limit(name, keep, cost_of, blocks, total, fixed, choices, Crossings(blocks, weight))
-        least = limit.cost({choice.block.name: int(choice.counts[0]) for choice in choices}) / total
-        if least > keep * (1 + 1e-12):
-            (heads, _), (ffn, rounded) = self._floors["heads"], self._floors["ffn"]
-            step = max(block.step for block in blocks)
-            kernels = f", kernels that take {step} channels at once" if step > 1 else ""
-            raise UserError(
-                f"prune.keep.{name}: {keep:g} cannot be reached: with min_heads {heads}, min_ffn {ffn}, round_ffn"
-                f" {rounded}{kernels} and the ignored layers at least {math.ceil(least * 1000) / 1000:g} stays. Raise"
-                " the budget or lower the floors."
-            )
+        crossings = Crossings(blocks, weight)
+        limit = _Limit(name, keep, cost_of, blocks, constant, total, fixed, choices, crossings)
+        if limit.least > keep * (1 + 1e-12):
+            self._refuse(limit)
         return limit
 
-    def _allowed(self, block: Block) -> np.ndarray:
-        floor, step = self._floors[block.kind]
-        step = math.lcm(step, block.step)
-        first = math.ceil(min(floor, block.units) / step) * step
-        return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
+    def _refuse(self, limit: _Limit) -> NoReturn:
+        widths, step = self.widths, max(block.step for block in limit.blocks)
+        kernels = f", kernels that take {step} channels at once" if step > 1 else ""
+        rest = limit.constant / limit.total
+        outside = f" ({rest:.2g} of it embeddings, norms and head, which are not pruned)" if rest >= 0.01 else ""
+        raise UserError(
+            f"prune.keep.{limit.name}: {limit.keep:g} cannot be reached: with min_heads {widths.min_heads}, min_ffn"
+            f" {widths.min_ffn}, round_ffn {widths.round_ffn}{kernels} and the ignored layers at least"
+            f" {math.ceil(limit.least * 1000) / 1000:g} stays{outside}. Raise the budget or lower the floors."
+        )
 
 
 def _sums(block: Block, importance: np.ndarray) -> np.ndarray:

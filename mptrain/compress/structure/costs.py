@@ -6,6 +6,7 @@ With u units, T tokens and K keys that a token looks at:
     MACs         u · (T · elements of sources and sinks to a unit, plus for heads 2 · T · K · columns of a sink)
                  or, with an example, what the matrices and attentions of a forward pass really multiply
     latency      a small table measured on this host (latency.py), between its points linear
+    of the whole exported model, in seconds or bytes: constant + scale · Σ of the blocks' latency or parameters
 
 MACs leave out biases, norms, softmax and activations, as is usual.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from mptrain.compress.structure.blocks import Axis, Block, Kept, Structure
 from mptrain.compress.structure.counting import Counter
+from mptrain.compress.structure.crossings import Crossings
 from mptrain.core.errors import UserError
 
 LatencyTable = dict[str, dict[str, float]]
@@ -114,6 +116,42 @@ def latency(block: Block, units: int, table: LatencyTable) -> float:
     points = sorted((int(n), seconds) for n, seconds in table[kind(block)].items())
     seconds = np.maximum.accumulate([s for _, s in points])
     return float(np.interp(units, [n for n, _ in points], seconds))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an exported model costs, in parts of what it costs uncut: constant + scale · Σ over its blocks.
+
+    constant: what pruning does not touch: embeddings, norms, head. table: seconds of blocks; empty, their parameters
+    count. steps: by kind of block, the multiple that widths are rounded to. In JSON types.
+    """
+
+    scale: float
+    constant: float
+    table: LatencyTable = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def through(cls, dense: float, least: float, share: float, **more: Any) -> Whole:
+        """dense, least: sums over the blocks of the uncut model, and of one that costs `share` of it."""
+        scale = max(0.0, 1.0 - share) / (dense - least)
+        return cls(scale, 1.0 - scale * dense, **more)
+
+    def of(self, block: Block, units: int) -> float:
+        return self.scale * (latency(block, units, self.table) if self.table else params(block, units))
+
+    def weight(self, block: Block, axis: Axis) -> float:
+        """Of the whole parameter of an axis; times of blocks that share one are not known."""
+        return 0.0 if self.table else self.scale * params_of(block, axis)
+
+    def blocks(self, structure: Structure, kept: Kept) -> float:
+        """Of all blocks with `kept` alone."""
+        counts = {block.name: kept.count(block) for block in structure}
+        shares = sum(self.of(block, counts[block.name]) for block in structure)
+        return shares - Crossings(structure, self.weight).more(counts)
+
+    def step(self, block: Block) -> int:
+        return self.steps.get(kind(block), 1) if self.steps else 1
 
 
 def layer_costs(structure: Structure, length: Length, kept: Kept | None = None) -> list[dict[str, Any]]:

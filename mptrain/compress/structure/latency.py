@@ -1,22 +1,25 @@
 """The latency of attention and FFN blocks by the number of units that stay, measured on this host.
 
-For each kind of block and up to 9 numbers of units n between 1 and all:
+For each kind of block and some numbers of units n between 1 and all:
 
-    time(n)    of a stack of 4 such blocks, each x + block(norm(x)), over 4; the median of alternating rounds
+    time(n)    of a stack of 4 such blocks, each x + block(norm(x)), over 4; the lower quartile of alternating rounds
 
-compiled by OpenVINO, where the export will run: in torch small heads and GELU cost several times as much relative
-to the rest, and a budget of such times cuts what does not make the export faster. A stack, because a single block
-would find its weights in the cache and pay for a call of its own. Between the points time is linear (costs.latency).
+exported for the target and run there, in int8 where the model will be: in torch small heads and GELU cost several
+times as much relative to the rest, and a budget of such times cuts what does not make the export faster. A stack,
+because a single block would find its weights in the cache and pay for a call of its own. Between the points time is
+linear (costs.latency); what the blocks cost in the whole model, `prune/measured.py` scales to two whole exports.
+
+Widths of an FFN are rounded to a multiple of s where that makes the target faster, not only no slower: near half of
+the width all multiples of the recipe's step within 64 channels are timed, and s is the largest of 64, 32 and 16 for
+which the next multiple above takes 2% less time than a width that is none (in the median over widths that the same
+power of 2 divides). A CPU with AVX2 has no such s; nothing is assumed of others.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import statistics
-import time
-from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any
+from contextlib import ExitStack, closing
 
 import numpy as np
 import torch
@@ -24,66 +27,79 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptrain.compress.structure.blocks import Block, Structure
-from mptrain.compress.structure.costs import Extent, LatencyTable, Length, extent, head_dim, kind
+from mptrain.compress.structure.costs import LatencyTable, Length, extent, head_dim, kind
+from mptrain.compress.target import Compiled, Target, in_turns
 from mptrain.core.progress import track
 
-log = logging.getLogger(__name__)
-
 STACK = 4
+COARSE = (64, 32, 16)
+GAIN = 0.98
+QUANTILE = 0.25
 
 
 @torch.no_grad()
 def measure_latency(
-    structure: Structure, length: Length, *, batch: int = 1, threads: int | None = None, rounds: int = 15
-) -> LatencyTable:
-    """Time random blocks of the model's sizes, float32. threads: torch's number of threads by default.
+    structure: Structure, length: Length, target: Target, *, round_ffn: int = 1, rounds: int = 25
+) -> tuple[LatencyTable, dict[str, int]]:
+    """Time random blocks of the model's sizes at batch 1: the table, and by kind what widths are best a multiple of.
 
-    Without OpenVINO torch runs them, with a warning. Measure on one process and hand the same table to all: a
-    structure must not differ between ranks.
+    Measure on one process and hand the same table to all: a structure must not differ between ranks.
     """
-    threads = threads or torch.get_num_threads()
-    compiled = find_spec("openvino") is not None
-    if not compiled:
-        log.warning("prune.keep.latency: without OpenVINO blocks are timed in torch; pip install 'mptrain[openvino]'")
-    wanted = {(kind(b), n): (b, n) for b in structure for n in _points(b.units)}
-    runs: dict[tuple[str, int], Callable[[], Any]] = {}
-    with torch.random.fork_rng(devices=[]):
+    wanted = {(kind(b), n): (b, n) for b in structure for n in _points(b, math.lcm(round_ffn, b.step))}
+    compiled: dict[tuple[str, int], Compiled] = {}
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
         torch.manual_seed(0)
         for key, (block, units) in track(list(wanted.items()), "compiling blocks to time"):
-            runs[key] = _runner(block, units, extent(length, block), batch, threads if compiled else None)
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
-    for attempt in track(range(rounds + 1), "timing blocks"):
-        for key, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            if attempt:  # the first round warms up
-                times[key].append((time.perf_counter() - begun) / STACK)
+            e = extent(length, block)
+            x = torch.randn(e.tokens // e.keys, e.keys, _hidden(block))
+            compiled[key] = stack.enter_context(closing(target.compiled(_Stack(block, units), {"x": x})))
+        times = in_turns(list(compiled.values()), rounds, "timing blocks", warm=False)
     table: LatencyTable = {}
-    for (name, units), seconds in times.items():
-        table.setdefault(name, {})[str(units)] = statistics.median(seconds)
-    return table
+    for (name, units), seconds in zip(compiled, times, strict=True):
+        table.setdefault(name, {})[str(units)] = float(np.quantile(seconds, QUANTILE)) / STACK
+    combs = {kind(b): _comb(b, math.lcm(round_ffn, b.step)) for b in structure}
+    steps = {name: _fast_step([(n, table[name][str(n)]) for n in comb]) for name, comb in combs.items()}
+    return table, {name: step for name, step in steps.items() if step > 1}
 
 
 def _hidden(block: Block) -> int:
     return block.sources[0].weights
 
 
-def _points(units: int, most: int = 9) -> list[int]:
-    return sorted({max(1, round(x)) for x in np.linspace(1, units, most)})
+def _points(block: Block, step: int, most: int = 6) -> list[int]:
+    every = {round(x) for x in np.linspace(1, block.units, most)}
+    return sorted(every | set(_comb(block, step)))
 
 
-def _runner(block: Block, units: int, e: Extent, batch: int, threads: int | None) -> Callable[[], Any]:
-    """threads: of OpenVINO; None runs the blocks in torch."""
-    stack = nn.Sequential(*(_Residual(block, units) for _ in range(STACK))).eval()
-    x = torch.randn(batch * e.tokens // e.keys, e.keys, _hidden(block))
-    if threads is None:
-        return lambda: stack(x)
-    import openvino as ov
+def _comb(block: Block, step: int) -> list[int]:
+    """Widths near half of it: two multiples of 64, and what lies between them."""
+    top = block.units // 128 * 64
+    if block.kind == "heads" or top < 128 or 64 % step or step == 64:
+        return []
+    return list(range(top - 64, top + 1, max(step, 8)))
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    compiled = ov.Core().compile_model(ov.convert_model(stack, example_input=x), "CPU", options)
-    request, array = compiled.create_infer_request(), x.numpy()
-    return lambda: request.infer([array], share_inputs=True)
+
+def _fast_step(comb: list[tuple[int, float]]) -> int:
+    """1 where no multiple is worth it. comb: widths and their times, ascending."""
+    seconds = dict(comb)
+    for coarse in COARSE:
+        alike: dict[int, list[float]] = {}  # by the largest power of 2 that divides the width
+        for n in seconds:
+            if n % coarse:
+                alike.setdefault(n & -n, []).append(seconds[-(-n // coarse) * coarse] / seconds[n])
+        if alike and all(statistics.median(ratios) < GAIN for ratios in alike.values()):
+            return coarse
+    return 1
+
+
+class _Stack(nn.Module):
+    def __init__(self, block: Block, units: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(_Residual(block, units) for _ in range(STACK)))
+        self.eval()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": self.blocks(x)}
 
 
 class _Residual(nn.Module):

@@ -1,0 +1,168 @@
+"""Budgets of the whole exported model: predicted from measurements, measured after the choice, corrected once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from kit.architectures import build, without_loss
+from kit.tiny_models import inputs, tiny
+
+from mptrain.compress.base import Site, Tools
+from mptrain.compress.methods import method_class
+from mptrain.compress.prune import measured
+from mptrain.compress.structure.budget import Widths
+from mptrain.compress.structure.find import find_structure
+from mptrain.compress.target import Torch, in_turns, seconds, share
+from mptrain.core.errors import UserError
+from mptrain.recipe import Keep, Magnitude
+
+
+class Clock:
+    """A target whose time and size are functions of the weights. bend: of whole models, which blocks alone lack."""
+
+    words = "a clock"
+
+    def __init__(self, bend: float = 0.0, rest: float = 0.0) -> None:
+        self.bend, self.rest, self.count = bend, rest, 0
+
+    def compiled(self, model, example):
+        self.count += 1
+        weights = sum(p.numel() for n, p in model.named_parameters() if "encoder" in n or "blocks" in n)
+        whole = hasattr(model, "classifier")
+        bent = weights + self.bend * weights * (1 - weights / ALL) if whole else weights
+        return Fixed(bent + self.rest * whole, 4 * sum(p.numel() for p in model.parameters()))
+
+
+class Fixed:
+    def __init__(self, time, size):
+        self.time, self.bytes, self.open = time, size, True
+
+    def seconds(self):
+        assert self.open
+        return self.time
+
+    def close(self):
+        self.open = False
+
+
+ALL = sum(p.numel() for n, p in tiny("bert").named_parameters() if "encoder" in n)
+
+
+def pruned(keep, target, **changes):
+    """A pruned model, its facts and what was measured, as a run keeps it."""
+    torch.manual_seed(0)
+    config = Magnitude(method="magnitude", keep=Keep(**keep), min_ffn=1, round_ffn=1, **changes)
+    method = method_class(config)(config)
+    kept = {}
+
+    def once(name, make):
+        return json.loads(kept.setdefault(name, json.dumps(make())))
+
+    tools = Tools(example=lambda: inputs("bert", batch=1), target=lambda: target, once=once)
+    made = method.finalize(method.prepare(tiny("bert"), tools), tools)
+    return made, method.facts()["budget"], kept
+
+
+@pytest.mark.parametrize("rest", [0, 0.2 * ALL])
+def test_a_latency_is_a_share_of_the_whole_model(rest):
+    made, facts, kept = pruned({"latency": 0.5}, Clock(rest=rest))
+    left = sum(p.numel() for n, p in made.named_parameters() if "encoder" in n)
+    assert (left + rest) / (ALL + rest) == pytest.approx(facts["measured"]) == pytest.approx(0.5, abs=0.01)
+    assert facts["corrected"] is None and "latency-corrected" not in kept
+    assert facts["predicted"] == pytest.approx(facts["measured"], abs=0.005)
+    assert facts["of"] == "latency" and facts["asked"] == 0.5 and facts["target"] == "a clock"
+
+
+def test_what_misses_is_corrected_once(caplog):
+    """Between the two models that are measured before, the whole one costs more than its blocks say."""
+    target = Clock(bend=0.3)
+    _, facts, kept = pruned({"latency": 0.5}, target)
+    assert facts["corrected"] > 0.53 and facts["measured"] == pytest.approx(0.5, abs=0.02)
+    assert set(kept) == {"latency", "latency-chosen", "latency-corrected"}
+    assert "is left" not in caplog.text
+
+
+def test_a_correction_that_makes_it_worse_is_left(monkeypatch, caplog):
+    found = iter([0.3, 0.53, 0.9])  # of the least, of the choice, of the corrected one
+    monkeypatch.setitem(measured.READ, "latency", lambda one, dense: next(found))
+    _, facts, _ = pruned({"latency": 0.5}, Clock())
+    assert facts["measured"] == 0.53 and facts["corrected"] is None
+    assert "but 0.53 is left" in caplog.text
+
+
+def test_what_was_kept_is_measured_no_more():
+    """Other processes, and a run that was stopped, take what one has measured."""
+    made, facts, kept = pruned({"latency": 0.5}, Clock(bend=0.3))
+    config = Magnitude(method="magnitude", keep=Keep(latency=0.5), min_ffn=1, round_ffn=1)
+    method = method_class(config)(config)
+    other = Clock()
+    tools = Tools(
+        example=lambda: inputs("bert", batch=1), target=lambda: other, once=lambda name, make: json.loads(kept[name])
+    )
+    again = method.finalize(method.prepare(tiny("bert"), tools), tools)
+    assert other.count == 0 and method.facts()["budget"] == facts
+    assert [p.shape for p in again.parameters()] == [p.shape for p in made.parameters()]
+
+
+@pytest.mark.parametrize("target", [Clock(), Torch()])
+def test_a_size_is_that_of_the_file(target):
+    made, facts, _ = pruned({"size": 0.6}, target)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (made, tiny("bert"))]
+    assert sizes[0] / sizes[1] == pytest.approx(facts["measured"]) == pytest.approx(0.6, abs=0.01)
+
+
+def test_what_cannot_be_reached_is_refused_before_training():
+    skeleton = tiny("bert").to("meta")
+    config = Magnitude(method="magnitude", keep=Keep(size=0.1), min_ffn=1, round_ffn=1)
+    with pytest.raises(UserError, match=r"keep\.size: 0\.1 cannot be reached.*at least 0\.\d+ stays"):
+        method_class(config).check(config, skeleton, Site("prune", 8, bytes=(4.0, 4.0)))
+    method_class(config).check(config, skeleton, Site("prune", 8))  # nothing known of its bytes
+    with pytest.raises(UserError, match=r"keep\.latency: 0\.1 cannot be reached.*of it embeddings, norms and head"):
+        pruned({"latency": 0.1}, Clock(rest=ALL))
+
+
+def test_blocks_that_cannot_be_timed_are_refused_before_training():
+    config = Magnitude(method="magnitude", keep=Keep(latency=0.5))
+    model, batch = build("resnet")
+    with pytest.raises(UserError, match=r"keep\.latency: .* holds channels of convolutions"):
+        method_class(config).check(config, model, Site("prune", example=without_loss("resnet", batch)))
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_bytes_by_formula_are_those_of_files(name):
+    """Also where two convolutions cut one weight, and what they leave is less than the sum of their shares."""
+    model, batch = build(name)
+    batch = without_loss(name, batch)
+    structure, widths = find_structure(model, batch), Widths()
+    found = measured.from_bytes(model, structure, (4.0, 4.0))
+    whole = measured.measure(model, structure, batch, Clock(), budget="size", extents=8, widths=widths)
+    # running means are in the blocks, and are no parameters
+    near = 1e-6 if name == "bert" else 0.06
+    assert (found.scale, found.constant) == (
+        pytest.approx(whole.scale, rel=near),
+        pytest.approx(whole.constant, abs=near),
+    )
+
+
+def test_times_are_taken_in_turns():
+    calls = []
+
+    class Told(Fixed):
+        def seconds(self):
+            calls.append(self.time)
+            return self.time
+
+    a, b = Told(1.0, 0), Told(2.0, 0)
+    assert in_turns([a, b], 2, "", warm=False) == [[1.0, 1.0], [2.0, 2.0]]
+    assert calls == [1.0, 2.0, 1.0, 2.0, 2.0, 1.0]
+    assert share(b, a, 3, "") == 2.0
+
+
+def test_a_call_that_waits_counts_what_it_computed(monkeypatch):
+    wall, cpu = iter([0.0, 5.0, 0.0, 1.0]), iter([0.0, 2.0, 0.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(wall))
+    monkeypatch.setattr("time.process_time", lambda: next(cpu))
+    assert seconds(lambda: None) == 2.0  # one thread, which waited
+    assert seconds(lambda: None) == 1.0  # four threads
