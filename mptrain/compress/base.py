@@ -53,19 +53,26 @@ def _unscored(model: nn.Module) -> Score:
     )
 
 
+def _uncounted() -> Tensor:
+    raise UserError("vocabulary: needs the tokenizer and the training split of a recipe; compress through one")
+
+
 @dataclass(frozen=True)
 class Tools:
     """What a method may use of the run or script it acts in.
 
-    inputs: batches of model inputs to calibrate on. labelled: the same with labels. loss: of a model on such a batch, a
-    scalar with its graph. score: of a model, the task's main one on the validation split. example: one input of
-    `length` tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer steps of the phase; 0,
-    it does not train. lr: of the phase. widths: bits of the tables that all targets store; None, any. target: the
-    runtime and precision that the model is compressed for, for budgets in time and bytes. once(name, make): what `make`
-    measured, made by one process only, once for all attempts at the phase.
+    inputs: batches of model inputs to calibrate on. labelled: the same with labels. counts: int64 [tokens], how often
+    each stands in the training split. processor: the model's tokenizer, or what else makes its inputs. loss: of a model
+    on a labelled batch, a scalar with its graph. score: of a model, the task's main one on the validation split.
+    example: one input of `length` tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer
+    steps of the phase; 0, it does not train. lr: of the phase. widths: bits of the tables that all targets store; None,
+    any. target: the runtime and precision that the model is compressed for, for budgets in time and bytes. once(name,
+    make): what `make` measured, made by one process only, once for all attempts at the phase.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing
+    counts: Callable[[], Tensor] = _uncounted
+    processor: Any = None
     labelled: Callable[[], list[Batch]] = _nothing
     loss: LossFn = model_loss
     score: Callable[[nn.Module], Score] = _unscored
@@ -87,14 +94,15 @@ class Site:
     """Where settings stand and what is known there before training.
 
     field: of the stage, for errors. length: tokens of an input; None where inputs are not tokens. exact: whether the
-    skeleton has the shapes that the method will meet; False after a stage that prunes. example: an input, where one
-    is at hand; for models of transformers it can be made up. bytes: of a weight of a layer and of an embedding, as the
-    target stores them; None, not known yet.
+    skeleton has the shapes that the method will meet; False after a stage that prunes. causal: whether the task is that
+    of a language model. example: an input, where one is at hand; for models of transformers it can be made up. bytes:
+    of a weight of a layer and of an embedding, as the target stores them; None, not known yet.
     """
 
     field: str
     length: int | None = None
     exact: bool = True
+    causal: bool = False
     example: Batch | None = None
     bytes: tuple[float, float] | None = None
 
@@ -204,6 +212,10 @@ class Method(Generic[Config]):
         """Raises UserError for settings that cannot be meant for this model. skeleton: on the meta device."""
 
     @classmethod
+    def check_processor(cls, config: Config, processor: Any) -> None:
+        """Raises UserError for a tokenizer, or other processor, that it cannot act on."""
+
+    @classmethod
     def check_steps(cls, config: Config, steps: int, steps_per_epoch: int) -> None:
         """Raises UserError for a phase that has too few optimizer steps for it."""
 
@@ -228,6 +240,10 @@ class Method(Generic[Config]):
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         """The model of the next phase. model: on the CPU, as training left it."""
         return model
+
+    def processor(self) -> Any:
+        """What goes with the model from `finalize` on in place of the processor that came with it; None: that stays."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """What it did, after `finalize`, in JSON types. `structure` and `compressed` have tables in the report."""

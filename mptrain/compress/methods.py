@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptrain.recipe.method import MethodConfig
 from mptrain.recipe.prune import Curvature, Fisher, Magnitude, Movement
+from mptrain.recipe.vocabulary import Vocabulary
 from mptrain.recipe.weights import Palettize, Ptq, Qat, WeightOnly
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ METHODS: dict[type[MethodConfig], str] = {
     Ptq: "mptrain.compress.quantize.methods:Quantization",
     WeightOnly: "mptrain.compress.weights.methods:WeightOnlyQuantization",
     Palettize: "mptrain.compress.weights.methods:Palettization",
+    Vocabulary: "mptrain.compress.vocabulary.methods:VocabularyCut",
 }
 
 

@@ -68,6 +68,8 @@ def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offli
             input_checks.check(recipe, data, found.config, allow_code=allow_code, offline=offline)
             check_convertible(recipe, data, found.config, allow_code)
         check_head(recipe, data, allow_code, offline)
+    if processor is not None:
+        check_processor(recipe, processor)
     questions = [] if processor is None else read_questions(recipe, found.config, processor, offline=offline)
     return Inputs(found, processor, data, questions)
 
@@ -152,9 +154,18 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
             shapes = not any(other.reshapes for other in [*before, *stage.methods] if other is not method)
             length = recipe.data.max_length if text else None
             stored = target(recipe, stage).bytes if "bytes" in method.reads() else None
-            site = Site(method.field, length, exact=dense and shapes, bytes=stored)
+            causal = recipe.model.kind.causal
+            site = Site(method.field, length, exact=dense and shapes, causal=causal, bytes=stored)
             with _in_stage(stage.id, method.field):
                 method_class(method).check(method, model, site)
+
+
+def check_processor(recipe: Recipe, processor: Any) -> None:
+    """What the methods of every stage ask of the model's tokenizer, or other processor."""
+    for stage in recipe.stages:
+        for method in stage.methods:
+            with _in_stage(stage.id, method.field):
+                method_class(method).check_processor(method, processor)
 
 
 def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allow_code: bool = False) -> None:

@@ -25,11 +25,13 @@ from mptrain.compress.calibrate.ranks import Ranks
 from mptrain.compress.methods import acting, finalized, methods_of, prepared
 from mptrain.compress.target import Torch
 from mptrain.core.disk import read_json, write_json
-from mptrain.data.load import Task
+from mptrain.data.load import Task, load_data
 from mptrain.export.target import opened
+from mptrain.flow import vocabulary
 from mptrain.flow.stage_inputs import StageInputs
 from mptrain.models import artifact
 from mptrain.models.load import load_model
+from mptrain.models.processor import load_processor
 from mptrain.recipe import Model
 from mptrain.recipe.plan import Phase
 from mptrain.train import phase as training
@@ -53,6 +55,23 @@ class Context:
     plan: dict[str, list[Phase]]
     peers: PartialState
     allow_code: bool
+    _read: dict[str, Task] = field(default_factory=dict, repr=False)
+
+    def task(self, stage_id: str) -> Task:
+        """The data as the model at the end of a stage reads them: by its own tokenizer, where the stage or one that it
+        starts from left another."""
+        if stage_id == "model":
+            return self.data
+        inputs = self.inputs[stage_id]
+        if not inputs.stage.rewrites:
+            return self.task(inputs.start)
+        if stage_id not in self._read:
+            spec = inputs.model.model_copy(update={"path": str(self.model_folder(stage_id)), "modeling": None})
+            processor = load_processor(spec, self.allow_code)
+            self._read[stage_id] = load_data(
+                inputs.data, inputs.model.task, processor, seed=inputs.seed, allow_code=self.allow_code
+            )
+        return self._read[stage_id]
 
     @property
     def ranks(self) -> Ranks:
@@ -65,9 +84,9 @@ class Context:
         return self.folder / self.plan[stage_id][-1].folder / MODEL
 
     def phase_folders(self, stage_id: str) -> list[Path]:
-        """Of the stage and of those it starts from, the last first."""
+        """Of the stage and of those it starts from, the last first, back to one that left another tokenizer."""
         found: list[Path] = []
-        while stage_id != "model":
+        while stage_id != "model" and not self.inputs[stage_id].stage.rewrites:
             found += [self.folder / phase.folder for phase in reversed(self.plan[stage_id])]
             stage_id = self.inputs[stage_id].start
         return found
@@ -99,13 +118,15 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     if (folder / DONE).is_file():
         return read_json(folder / DONE)
     begun = time.monotonic()
+    task = context.task(inputs.start)
     methods = methods_of(getattr(inputs.stage, field) for field in phase.methods)
     tools = _tools(context, inputs, phase)
     model, device = prepared(methods, _starting_model(context, inputs, phase), tools), context.peers.device
     trained = _train(context, inputs, phase, model.to(device), acting(methods)) if phase.steps else Trained()
     model = finalized(methods, model.to("cpu"), tools)
     if context.peers.is_main_process:
-        artifact.save(model.eval(), folder / MODEL, context.processor)
+        others = [made for method in methods if (made := method.processor()) is not None]
+        artifact.save(model.eval(), folder / MODEL, others[-1] if others else task.processor)
         wall = time.monotonic() - begun + trained.before_s
         done = {method.config.field: method.facts() for method in methods}
         write_json(folder / DONE, {"history": trained.rows, "wall_s": round(wall, 3), "methods": done})
@@ -124,13 +145,18 @@ def method_facts(context: Context) -> dict[str, dict[str, Any]]:
     for stage, phases in context.plan.items():
         done = [read_json(context.folder / phase.folder / DONE)["methods"] for phase in phases]
         found[stage] = {field: facts for phase in done for field, facts in phase.items()}
+        if context.inputs[stage].stage.rewrites:
+            before, after = context.task(context.inputs[stage].start), context.task(stage)
+            found[stage]["vocabulary"] |= {"changed": vocabulary.changed(before, after, "test")}
     return found
 
 
 def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
-    data, calibration, train = context.data, inputs.data.calibration, inputs.stage.train
+    data, calibration, train = context.task(inputs.start), inputs.data.calibration, inputs.stage.train
     return Tools(
         inputs=lambda: data.calibration(calibration.samples, calibration.batch_size),
+        counts=lambda: vocabulary.counts(data),
+        processor=data.processor,
         labelled=lambda: data.labelled(calibration),
         loss=data.model_loss,
         score=data.validated,
@@ -174,7 +200,7 @@ def _train(
             model,
             phase=phase,
             train=inputs.stage.train,
-            data=context.data,
+            data=context.task(inputs.start),
             folder=context.folder / phase.folder,
             seed=inputs.seed,
             stop=stop,
@@ -198,7 +224,10 @@ def _distiller(context: Context, inputs: StageInputs) -> Distiller | None:
         if teacher != "model":
             spec = spec.model_copy(update={"path": teacher, "modeling": None, "module": None})
         model = load_model(spec, context.data.labels, seed=inputs.seed, allow_code=context.allow_code, new_head=False)
-    return Distiller(model, stage.distill, term=context.data.distillation, targets=context.data.kind.targets)
+    data = context.task(inputs.start)
+    taught = context.task(teacher) if teacher in context.plan else context.data
+    ids = None if taught is data else vocabulary.ids_in(data.processor, taught.processor)
+    return Distiller(model, stage.distill, term=data.distillation, targets=data.kind.targets, ids=ids)
 
 
 @contextmanager

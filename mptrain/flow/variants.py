@@ -25,7 +25,7 @@ from mptrain.core.host import thread_count
 from mptrain.core.progress import progress
 from mptrain.core.signature import Forward
 from mptrain.data.lm_eval.questions import MultipleChoice
-from mptrain.data.tasks.base import Batch
+from mptrain.data.tasks.base import Batch, Task
 from mptrain.data.tasks.metrics import Measure, Score
 from mptrain.export.base import Embeddings, Format, Runner, Source, Streaming
 from mptrain.export.facts import Facts
@@ -69,11 +69,11 @@ class Variants:
         if self._facts_file(variant).is_file():
             return variant
         begun = time.monotonic()
-        source = self._source(planned)
+        source, data = self._source(planned), self._data(variant)
         folder, config = self.folder / variant, getattr(source.model, "config", None)
         generation = getattr(source.model, "generation_config", None) if planned.export.cache is not None else None
         code = artifact.code_of(source.model, self.recipe.model.kind.head)
-        with progress(f"export {variant}"), whole(folder, config, self.context.processor, generation, code) as scratch:
+        with progress(f"export {variant}"), whole(folder, config, data.processor, generation, code) as scratch:
             written = self._format(variant).write(source, scratch)
         facts = {
             "id": variant,
@@ -83,7 +83,7 @@ class Variants:
             "path": (folder / written.path.relative_to(scratch)).relative_to(self.context.folder).as_posix(),
             "size_bytes": written.size_bytes,
             "written": (written.facts | _heads(planned.export)).as_json(),
-            **_counts(source.model, self.data.example(1, self.recipe.data.max_length)),
+            **_counts(source.model, data.example(1, self.recipe.data.max_length)),
         }
         return self._keep(facts, "export", begun)
 
@@ -93,8 +93,8 @@ class Variants:
         if "parity" in facts:
             return variant
         begun = time.monotonic()
-        source = self._source(self._planned[variant], facts)
-        batches = self.data.held_out(PARITY_EXAMPLES, self.data.batch_size("validation", 16))
+        source, data = self._source(self._planned[variant], facts), self._data(variant)
+        batches = data.held_out(PARITY_EXAMPLES, data.batch_size("validation", 16))
         with progress(f"verify {variant}"), closing(self._open(source, facts)) as runner:
             known = runner.facts() | source.written
             facts["parity"] = parity.compare(
@@ -122,7 +122,7 @@ class Variants:
             return self._keep(facts, "evaluate", begun)
         with closing(self._runner(variant, facts)) as runner:
             forward: Forward = (lambda batch: heads.restored(runner(batch), batch)) if after else runner
-            scores = self.data.evaluate(forward, "test", self.recipe.evaluate.batch_size, f"test {variant}")
+            scores = self._data(variant).evaluate(forward, "test", self.recipe.evaluate.batch_size, f"test {variant}")
             facts["scores"] = [score.kept() for score in scores]
             log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
             facts["multiple_choice"] = {}
@@ -166,7 +166,7 @@ class Variants:
             found = measure.latency(
                 timed,
                 lambda variant, threads: self._runner(variant, facts[variant], threads),
-                self.data.example,
+                self._read_by_all(ids).example,
                 self.recipe.evaluate.latency,
                 has_length=self.recipe.model.kind.unit is not None,
             )
@@ -200,7 +200,7 @@ class Variants:
         return throughput.throughput(
             [variant for variant in ids if self._planned[variant].export.streams],
             stream,
-            self.data.example,
+            self._read_by_all(ids).example,
             self.recipe.evaluate.latency,
             has_length=self.recipe.model.kind.unit is not None,
         )
@@ -220,6 +220,15 @@ class Variants:
         self._seconds["generation"] = known["wall_s"]
         for i in ids:
             facts[i]["generation"] |= known["found"][i]
+
+    def _data(self, variant: str) -> Task:
+        """As the variant's model reads them."""
+        return self.context.task(self._planned[variant].stage)
+
+    def _read_by_all(self, ids: Sequence[str]) -> Task:
+        """Data whose inputs every one of the variants can read: those with the fewest tokens."""
+        found = {id(data): data for data in map(self._data, ids)}
+        return min(found.values(), key=lambda data: len(data.processor)) if len(found) > 1 else self.data
 
     def _generates(self, variant: str) -> bool:
         export = self._planned[variant].export
@@ -249,10 +258,11 @@ class Variants:
 
     def _calibration(self, stage: str, parameters: int) -> list[Batch]:
         """Training examples: some drawn, and those with the largest activations that training saw."""
-        size = self.data.batch_size("train", 16)
+        data = self.context.task(stage)
+        size = data.batch_size("train", 16)
         tokens = self.recipe.data.max_length if self.recipe.model.kind.unit == "tokens" else 1
         count = overflow.enough(parameters, tokens, CALIBRATION_EXAMPLES)
-        return self.data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage), self.data.secret)
+        return data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage), data.secret)
 
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
@@ -273,11 +283,12 @@ class Variants:
             sizes.append(sum(p.numel() for p in model.parameters()))
             return self._format(planned.id).torch(model, planned.precision, embeddings).eval()
 
-        signature = heads.signature_with(self.data.signature(), planned.export.heads, self.recipe.model.kind)
+        data = self._data(planned.id)
+        signature = heads.signature_with(data.signature(), planned.export.heads, self.recipe.model.kind)
         return Source(
             load,
             signature,
-            self.data.example(2, TRACED_LENGTH * self.data.min_length),
+            data.example(2, TRACED_LENGTH * data.min_length),
             planned.precision,
             embeddings,
             stage.quantizes,

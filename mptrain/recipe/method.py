@@ -53,6 +53,8 @@ class MethodConfig(Strict):
     """goes in a stage without train and prune"""
     reshapes: ClassVar[bool] = False
     """shapes of weights change where it is finalized"""
+    rewrites: ClassVar[bool] = False
+    """the tokenizer changes with the model: what comes after reads its texts anew"""
     last: ClassVar[bool] = False
     """it stores weights as they will be shipped: no later stage may change them"""
     again: ClassVar[bool] = False

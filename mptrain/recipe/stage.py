@@ -11,6 +11,7 @@ from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Train
 from mptrain.recipe.method import MethodConfig, Weights
 from mptrain.recipe.prune import PRUNE, Prune
+from mptrain.recipe.vocabulary import Vocabulary
 from mptrain.recipe.weights import PALETTIZE, QUANTIZE, PaletteChoice, Quantize
 
 
@@ -34,6 +35,7 @@ METHODS: dict[str, dict[str, type[MethodConfig]]] = {
     "prune": PRUNE,  # type: ignore[dict-item]  # a dict is invariant, and a program may add to this one
     "quantize": QUANTIZE,  # type: ignore[dict-item]
     "palettize": PALETTIZE,  # type: ignore[dict-item]
+    "vocabulary": {"cut": Vocabulary},
 }
 """the fields of a stage that hold settings of a method, and by name the methods that each may hold"""
 
@@ -48,6 +50,7 @@ class Stage(Strict):
     prune: Prune | None = None
     quantize: Quantize | None = None
     palettize: PaletteChoice | None = None
+    vocabulary: Vocabulary | None = None
     distill: Distill | None = None
 
     @model_validator(mode="after")
@@ -57,7 +60,7 @@ class Stage(Strict):
         if self.teacher and not self.distill:
             raise ValueError("teacher is given but distill is not: add distill: {weight: 0.9} or drop teacher")
         if not (self.train or self.methods):
-            raise ValueError("the stage does nothing: give train, prune, quantize or palettize")
+            raise ValueError("the stage does nothing: give train, prune, quantize, palettize or vocabulary")
         if self.palettize and self.quantize:
             raise ValueError("a weight is an integer or a table entry: give quantize or palettize, or two stages")
         if self.distill and not self.train:
@@ -88,6 +91,11 @@ class Stage(Strict):
     def reshapes(self) -> bool:
         """Whether the model is smaller after it than before."""
         return any(method.reshapes for method in self.methods)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether its model comes with another tokenizer than it began with."""
+        return any(method.rewrites for method in self.methods)
 
     def leaves(self) -> Iterator[tuple[str, Weights]]:
         """The kinds of compressed weights in its model, each with the field of the stage that asks for it."""

@@ -86,7 +86,7 @@ def build(
         "training": _training(recipe, history),
         "history": history,
         "checkpoints": checkpoints or {},
-        "notes": [*notes, *cautions.notes(recipe, rows, base.id if base else None, data_facts or {})],
+        "notes": [*notes, *cautions.notes(recipe, rows, base.id if base else None, data_facts or {}, methods or {})],
     }
     return _finite(report)
 

@@ -18,13 +18,20 @@ _CHECKS = {
 """gates that only some formats' facts can answer, with what they are called in a note"""
 
 
-def notes(recipe: Recipe, variants: Sequence[Row], baseline: str | None, data_facts: Mapping[str, Any]) -> list[str]:
-    """variants: rows of the report. data_facts: of the task's data."""
+def notes(
+    recipe: Recipe,
+    variants: Sequence[Row],
+    baseline: str | None,
+    data_facts: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Row]],
+) -> list[str]:
+    """variants: rows of the report. data_facts: of the task's data. methods: facts, by stage and its field."""
     return [
         *_unlearned(variants, baseline or "", data_facts),
         *_unchecked(recipe, variants),
         *_expanded(recipe, variants),
         *_saturating(recipe, variants),
+        *_cut(methods),
         *filter(None, [packaged.note(recipe.model.path)]),
         *_unscored(variants),
     ]
@@ -90,6 +97,16 @@ def _saturating(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
         f"{', '.join(ids)}: x86 CPUs without VNNI or AMX add two products of int8 numbers in 16 bits, which these"
         " weights can exceed: outputs there differ from those on other CPUs. For such CPUs train with"
         " quantize.reduce_range: true, and measure on one of them."
+    ]
+
+
+def _cut(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """Stages that cut the vocabulary."""
+    return [
+        f"{stage}: {facts['kept']:,} of {facts['of']:,} tokens stay; {100 * facts['changed']:.1f}% of the test inputs"
+        " are spelled with others than before."
+        for stage, found in methods.items()
+        if (facts := found.get("vocabulary")) is not None
     ]
 
 

@@ -41,15 +41,22 @@ class Distiller:
 
     The teacher is put in eval mode, its parameters are frozen. term: what is learned of its outputs (default: the
     logits; of a causal model give partial(divergence.of_logits, causal=True), or its task's `distillation`).
-    targets: entries of a batch that it does not get.
+    targets: entries of a batch that it does not get. ids: int64 [tokens of the student], the id that the teacher knows
+    each by; None where both have the same.
     """
 
     def __init__(
-        self, teacher: nn.Module, config: Distill, *, term: Term = of_logits, targets: Sequence[str] = TARGETS
+        self,
+        teacher: nn.Module,
+        config: Distill,
+        *,
+        term: Term = of_logits,
+        targets: Sequence[str] = TARGETS,
+        ids: Tensor | None = None,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
-        self.term, self.targets = term, targets
+        self.term, self.targets, self.ids = term, targets, ids
 
     def extra_outputs(self) -> dict[str, bool]:
         """Arguments the student's forward needs, so that it returns what is compared."""
@@ -64,7 +71,7 @@ class Distiller:
         """inputs: the batch with labels; outputs: the student's logits [batch, (length,) classes]; task: its loss."""
         with torch.no_grad():
             plain = {k: v for k, v in inputs.items() if k not in self.targets}
-            expected = self.teacher(**plain, **self.extra_outputs())
+            expected = self._taught(plain)
         distill = self.term(outputs, expected, inputs, self.config.temperature)
         total = (1 - self.config.weight) * task + self.config.weight * distill
         mask = inputs.get("attention_mask")
@@ -73,6 +80,19 @@ class Distiller:
         if self.config.attention:
             total = total + self.config.attention * _attention(outputs["attentions"], expected["attentions"])
         return Terms(total, task.detach(), distill.detach())
+
+    def _taught(self, inputs: dict[str, Tensor]) -> Any:
+        """What the teacher gives, of the student's tokens alone where it gives something of each."""
+        if self.ids is None:
+            return self.teacher(**inputs, **self.extra_outputs())
+        table: nn.Embedding = self.teacher.get_input_embeddings()  # type: ignore[operator]
+        self.ids = self.ids.to(table.weight.device)
+        inputs = {k: self.ids[v] if k in ("input_ids", "decoder_input_ids") else v for k, v in inputs.items()}
+        found = self.teacher(**inputs, **self.extra_outputs())
+        logits = found.get("logits")
+        if logits is not None and logits.shape[-1] == table.num_embeddings:
+            found["logits"] = logits.index_select(-1, self.ids)
+        return found
 
 
 def _hidden(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:

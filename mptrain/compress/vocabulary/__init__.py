@@ -1,0 +1,1 @@
+"""Tokens that nobody uses, taken out of a model and its tokenizer."""

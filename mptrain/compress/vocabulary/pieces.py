@@ -1,0 +1,132 @@
+"""Which pieces of a vocabulary may go, so that every text still has pieces, and the same ones where they stayed.
+
+    WordPiece   a piece may go whose characters are pieces themselves: what it stood for is spelled with shorter ones.
+                The longest piece that fits is taken, so a text whose pieces all stay has the same ones.
+    BPE         what merges make may go; the base letters (or bytes) stay, and with a piece the two that the first of
+                its merges joins. Merges of pieces that stay keep their order, so a text whose pieces all stay has the
+                same ones: each was built from pieces that stayed.
+    Unigram     a piece may go whose characters are pieces themselves, or any with a piece for each byte. The likeliest
+                spelling of those left is taken: where it stayed it is still the likeliest.
+
+A vocabulary of whole words (WordLevel) has nothing to spell a word with and is refused.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mptrain.core.errors import ModelError
+
+
+class Pieces(ABC):
+    """The `model` of a tokenizer.json."""
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def ids(self) -> dict[str, int]:
+        """The id of each piece."""
+
+    @abstractmethod
+    def stays(self) -> set[str]:
+        """Pieces that others are spelled with, or that cannot be spelled with others."""
+
+    def closed(self, kept: Iterable[str]) -> set[str]:
+        """With the pieces that these are built from."""
+        return set(kept)
+
+    @abstractmethod
+    def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
+        """The model with these pieces and ids alone. new: ascending in the order of the old ids."""
+
+
+class WordPiece(Pieces):
+    @property
+    def ids(self) -> dict[str, int]:
+        return dict(self.model["vocab"])
+
+    def stays(self) -> set[str]:
+        prefix = self.model["continuing_subword_prefix"]
+        inner = {p.removeprefix(prefix) for p in self.ids if p.startswith(prefix) and len(p) == len(prefix) + 1}
+        first = {p for p in self.ids if len(p) == 1}
+        found = set()
+        for piece in self.ids:
+            rest = piece.removeprefix(prefix) if piece.startswith(prefix) else piece[1:]
+            begins = piece.startswith(prefix) or piece[:1] in first
+            if len(piece.removeprefix(prefix)) == 1 or not begins or not set(rest) <= inner:
+                found.add(piece)
+        return found
+
+    def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
+        return {**self.model, "vocab": {piece: new[piece] for piece in self.model["vocab"] if piece in new}}
+
+
+class Bpe(Pieces):
+    @property
+    def ids(self) -> dict[str, int]:
+        return dict(self.model["vocab"])
+
+    def _merges(self) -> list[tuple[str, str]]:
+        return [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in self.model["merges"]]
+
+    def stays(self) -> set[str]:
+        made = {left + right for left, right in self._merges()}
+        return {piece for piece in self.ids if piece not in made}
+
+    def closed(self, kept: Iterable[str]) -> set[str]:
+        parts: dict[str, tuple[str, str]] = {}
+        for left, right in self._merges():
+            parts.setdefault(left + right, (left, right))
+        found: set[str] = set()
+        waiting = list(kept)
+        while waiting:
+            piece = waiting.pop()
+            if piece not in found:
+                found.add(piece)
+                waiting += parts.get(piece, ())
+        return found
+
+    def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
+        merges = [
+            merge
+            for merge, (left, right) in zip(self.model["merges"], self._merges())
+            if left in new and right in new and left + right in new
+        ]
+        vocab = {piece: new[piece] for piece in self.model["vocab"] if piece in new}
+        return {**self.model, "vocab": vocab, "merges": merges}
+
+
+class Unigram(Pieces):
+    @property
+    def ids(self) -> dict[str, int]:
+        return {piece: place for place, (piece, _) in enumerate(self.model["vocab"])}
+
+    def stays(self) -> set[str]:
+        single = {piece for piece in self.ids if len(piece) == 1}
+        found = {piece for piece in self.ids if len(piece) == 1 or not set(piece) <= single}
+        found.add(self.model["vocab"][self.model["unk_id"]][0])
+        return found
+
+    def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
+        unknown = self.model["vocab"][self.model["unk_id"]][0]
+        vocab = [entry for entry in self.model["vocab"] if entry[0] in new]
+        return {**self.model, "vocab": vocab, "unk_id": new[unknown]}
+
+
+PIECES: dict[str, type[Pieces]] = {"WordPiece": WordPiece, "BPE": Bpe, "Unigram": Unigram}
+"""by `type` of the model in a tokenizer.json"""
+
+
+def pieces_of(model: Mapping[str, Any]) -> Pieces:
+    """Raises ModelError for a model that has nothing to spell a word with."""
+    kind = str(model.get("type"))
+    if kind not in PIECES:
+        raise ModelError(
+            f"vocabulary: the tokenizer is a {kind}, which has no smaller pieces for a word that is cut;"
+            f" {', '.join(PIECES)} have. Drop the stage"
+        )
+    return PIECES[kind](model)

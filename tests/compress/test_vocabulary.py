@@ -1,0 +1,132 @@
+"""Fewer tokens: the tokenizer spells what it did where its pieces stayed, and the model computes what it did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kit import tiny
+from kit.architectures import build, without_loss
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mptrain.compress.vocabulary import cut as tables
+from mptrain.compress.vocabulary.tokenizer import check_fast, choose, cut
+from mptrain.core.errors import ModelError, UserError
+
+TRAIN = [
+    f"the {a} {b} was {c}"
+    for a in ("great", "greatest", "awful")
+    for b in ("film", "filming", "plot")
+    for c in ("unwatchable", "watched", "plotted")
+]
+OTHER = ["an unreadable screenplay, 1987 naïvely zigzagging", "the zebra watched unwatchable wizards"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def made(kind: str) -> PreTrainedTokenizerFast:
+    """Trained on both, so that it has pieces that the first alone does not use."""
+    common = {"vocab_size": 200, "special_tokens": SPECIAL, "show_progress": False}
+    if kind == "WordPiece":
+        inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer, inner.decoder = trainers.WordPieceTrainer(**common), decoders.WordPiece()
+    elif kind == "BPE":
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            **{**common, "vocab_size": 420}, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+        inner.decoder = decoders.ByteLevel()
+    else:
+        inner = Tokenizer(models.Unigram())
+        inner.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer, inner.decoder = trainers.UnigramTrainer(**common, unk_token="[UNK]"), decoders.Metaspace()
+    inner.train_from_iterator((TRAIN + OTHER) * 3, trainer)
+    cls, sep = inner.token_to_id("[CLS]"), inner.token_to_id("[SEP]")
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def counts(tokenizer, texts):
+    ids = torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]])
+    return torch.bincount(ids, minlength=len(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram"])
+def test_texts_of_kept_pieces_have_the_same_and_others_are_spelled(kind, tmp_path):
+    old = made(kind)
+    kept = choose(old, counts(old, TRAIN), "used")
+    assert kept == sorted(kept) and len(kept) < 0.9 * len(old)
+    new = cut(old, kept)
+    assert len(new) == len(kept) and new.get_vocab() == {
+        t: kept.index(i) for t, i in old.get_vocab().items() if i in kept
+    }
+    for text in [*TRAIN, ("the great film", "was watched")]:
+        given = text if isinstance(text, tuple) else (text,)
+        assert [kept[i] for i in new(*given)["input_ids"]] == old(*given)["input_ids"]
+    for text in OTHER:
+        before, after = old(text)["input_ids"], new(text)["input_ids"]
+        assert old.decode(before, skip_special_tokens=True) == new.decode(after, skip_special_tokens=True)
+        assert after.count(new.unk_token_id) == before.count(old.unk_token_id) and len(after) >= len(before)
+    assert any(len(new(text)["input_ids"]) > len(old(text)["input_ids"]) for text in OTHER)
+    batch = new(["the film", "the greatest film was watched"], padding=True)["input_ids"]
+    assert batch[0][-1] == new.pad_token_id == kept.index(old.pad_token_id)
+    new.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert [again(t)["input_ids"] for t in TRAIN + OTHER] == [new(t)["input_ids"] for t in TRAIN + OTHER]
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram"])
+def test_a_number_keeps_the_commonest(kind):
+    old = made(kind)
+    found = counts(old, TRAIN)
+    used = choose(old, found, "used")
+    fewer = choose(old, found, len(used) - 4)
+    assert len(fewer) <= len(used) - 4 and set(fewer) < set(used) and set(old.all_special_ids) <= set(fewer)
+    gone = set(used) - set(fewer)
+    assert min(found[i] for i in fewer if found[i] and i not in old.all_special_ids) <= max(found[i] for i in gone) + 30
+    cut(old, fewer)(TRAIN[0])
+    with pytest.raises(UserError, match=r"vocabulary\.keep: 5 is below the .* have to stay"):
+        choose(old, found, 5)
+
+
+def test_whole_words_and_slow_tokenizers_are_refused():
+    with pytest.raises(ModelError, match="is a WordLevel, which has no smaller pieces"):
+        check_fast(tiny.tokenizer())
+    with pytest.raises(ModelError, match="is no fast tokenizer"):
+        check_fast(object())
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "t5", "bart", "deberta-v2", "xlm-roberta", "mpnet"])
+def test_the_model_computes_what_it_did_with_fewer_rows(name):
+    model, batch = build(name)
+    batch = without_loss(name, batch)
+    size = model.get_input_embeddings().num_embeddings
+    kept = [i for i in range(size) if i < 8 or i % 3]
+    numbers = sum(p.numel() for p in model.parameters())
+    done = tables.cut(model, kept, batch)
+    assert done.config.get_text_config().vocab_size == len(kept) == done.get_input_embeddings().num_embeddings
+    assert sum(p.numel() for p in done.parameters()) < numbers
+    head = done.get_output_embeddings()
+    if head is not None and getattr(done.config, "tie_word_embeddings", False) and name != "t5":
+        assert head.weight is done.get_input_embeddings().weight
+
+
+def test_a_special_token_of_the_model_that_is_cut_is_an_error():
+    model, batch = build("bert")
+    model.config.sep_token_id = 50
+    with pytest.raises(ModelError, match="sep_token_id 50 of the model is no token that stays"):
+        tables.cut(model, [i for i in range(99) if i != 50], without_loss("bert", batch))
+
+
+def test_a_model_that_knows_ids_elsewhere_is_refused():
+    model, batch = build("bert")
+    inner = model.bert.embeddings.forward
+    model.bert.embeddings.forward = lambda input_ids=None, **more: (
+        inner(input_ids=input_ids, **more) * (1 + input_ids.float().mean())
+    )
+    with pytest.raises(ModelError, match="computes another .* once its tokens are cut"):
+        tables.cut(model, sorted({1, *range(0, 99, 2)}), without_loss("bert", batch))
