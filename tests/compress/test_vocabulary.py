@@ -128,5 +128,5 @@ def test_a_model_that_knows_ids_elsewhere_is_refused():
     model.bert.embeddings.forward = lambda input_ids=None, **more: (
         inner(input_ids=input_ids, **more) * (1 + input_ids.float().mean())
     )
-    with pytest.raises(ModelError, match="computes another .* once its tokens are cut"):
+    with pytest.raises(ModelError, match=r"computes another .* once its tokens are cut"):
         tables.cut(model, sorted({1, *range(0, 99, 2)}), without_loss("bert", batch))
