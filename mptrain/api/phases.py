@@ -138,6 +138,11 @@ class Compression:
         """Before anything is changed."""
         warn_untested(["torch", "transformers", *(name for method in self.stage.methods for name in method.packages)])
         example = None if self._data is None else self._inputs()[0]
+        if self.stage.prune is not None and self.stage.prune.against() is not None:
+            raise UserError(
+                f"prune.keep.against: {self.stage.prune.against()} is a stage of a recipe, which is not at hand here;"
+                " drop it, and the budget counts against the model as it is given, or run the recipe"
+            )
         for method in methods_of(self.stage.methods):
             config, field = method.config, method.config.field
             if config.needs() and self._data is None:

@@ -66,8 +66,9 @@ class Tools:
     on a labelled batch, a scalar with its graph. score: of a model, the task's main one on the validation split.
     example: one input of `length` tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer
     steps of the phase; 0, it does not train. lr: of the phase. widths: bits of the tables that all targets store; None,
-    any. target: the runtime and precision that the model is compressed for, for budgets in time and bytes. once(name,
-    make): what `make` measured, made by one process only, once for all attempts at the phase.
+    any. target: the runtime and precision that the model is compressed for, for budgets in time and bytes. whole: the
+    model that such budgets count against; None, the one that the phase begins with. once(name, make): what `make`
+    measured, made by one process only, once for all attempts at the phase.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing
@@ -84,6 +85,7 @@ class Tools:
     lr: float = 0.0
     widths: tuple[int, ...] | None = None
     target: Callable[[], Target] = Torch
+    whole: Callable[[], nn.Module] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     ranks: Ranks = ALONE
     once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()

@@ -75,6 +75,9 @@ class Outlook:
         sizes = self.dense
         for stage in reversed(self.recipe.chain(stage_id)):
             sizes = replace(sizes, layer_bytes=None, embedding_bytes=None, tables=(), step=1.0)
+            if stage.prune is not None and (against := stage.prune.against()) is not None:
+                whole = self.sizes(against)
+                sizes = replace(sizes, layers=whole.layers, macs=whole.macs)
             for method in stage.methods:
                 sizes = method_class(method).outlook(method, self.model, sizes)
         return sizes

@@ -167,6 +167,7 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
         steps_per_epoch=phase.steps_per_epoch,
         lr=train.lr if train else 0.0,
         widths=inputs.widths,
+        whole=None if inputs.against in (None, inputs.start) else partial(_ended, context, inputs, inputs.against),
         target=Torch if inputs.target is None else partial(opened, inputs.target),
         device=context.peers.device,
         ranks=context.ranks,
@@ -186,8 +187,13 @@ def _starting_model(context: Context, inputs: StageInputs, phase: Phase) -> nn.M
     if phase.index:
         folder = context.folder / context.plan[phase.stage][phase.index - 1].folder / MODEL
         return artifact.load(folder, allow_code=context.allow_code)
-    if inputs.start != "model":
-        return artifact.load(context.model_folder(inputs.start), allow_code=context.allow_code)
+    return _ended(context, inputs, inputs.start)
+
+
+def _ended(context: Context, inputs: StageInputs, stage: str) -> nn.Module:
+    """The model at the end of an earlier stage, or "model", the one that the recipe starts from."""
+    if stage != "model":
+        return artifact.load(context.model_folder(stage), allow_code=context.allow_code)
     return load_model(inputs.model, context.data.labels, seed=inputs.seed, allow_code=context.allow_code)
 
 

@@ -21,7 +21,8 @@ class StageInputs:
     """start, teacher: "model", the id of a stage, or of a teacher also a path; None, there is none.
 
     peaks: examples with large activations are kept for an fp16 export. target, widths: see MethodConfig.reads; None
-    where no method of the stage reads them. after: keys of the stages whose models it begins with or learns from.
+    where no method of the stage reads them. against: "model" or the stage whose model a budget counts against; None,
+    where it starts. after: keys of the stages whose models it begins with, learns from or counts against.
     """
 
     stage: Stage
@@ -33,6 +34,7 @@ class StageInputs:
     seed: int
     peaks: bool
     target: Target | None
+    against: str | None
     widths: tuple[int, ...] | None
     after: dict[str, str]
 
@@ -57,6 +59,7 @@ def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
         start = recipe.start_of(stage)
         teacher = start if stage.teacher == "self" else stage.teacher
         reads = {name for method in stage.methods for name in method.reads()}
+        against = None if stage.prune is None else stage.prune.against()
         found[stage.id] = StageInputs(
             stage=stage.model_copy(update={"start": start}),
             start=start,
@@ -68,7 +71,8 @@ def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
             peaks=stage.train is not None and any("fp16" in export.precision for export in recipe.export),
             target=target(recipe, stage) if "target" in reads else None,
             widths=_widths(recipe, stage) if "widths" in reads else None,
-            after={other: found[other].digest() for other in (start, teacher) if other in found},
+            against=against,
+            after={other: found[other].digest() for other in (start, teacher, against) if other in found},
         )
     return found
 

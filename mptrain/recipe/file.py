@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import Recipe
 from mptrain.recipe.explain import Path_, explain, names, short
+from mptrain.recipe.family import expanded
 from mptrain.recipe.plan import variants
 
 _LISTS_BY_ID = ("stages", "export")
@@ -94,10 +95,11 @@ def read(name: str, overrides: list[str] | None = None) -> RecipeFile:
 
 def validate(data: dict[str, Any], source: str, lines: dict[Path_, int] | None = None) -> Recipe:
     """The recipe in plain data. lines: of its keys in the file. Raises RecipeError, also for an export of nothing."""
+    data, lines = expanded(data, source, lines or {})
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError("\n".join(explain(item, data, source, lines or {}) for item in error.errors())) from None
+        raise RecipeError("\n".join(explain(item, data, source, lines) for item in error.errors())) from None
     try:
         variants(recipe)
     except RecipeError as error:

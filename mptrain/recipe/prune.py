@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mptrain.recipe.base import Fraction, OneOf, Strict
+from mptrain.recipe.base import Fraction, Name, OneOf, Strict
 from mptrain.recipe.method import MethodConfig, Need, Reads
 
 
@@ -24,6 +24,9 @@ class Schedule(Strict):
         return self
 
 
+Factor = Annotated[float, Field(ge=1)]
+
+
 class Keep(Strict):
     """Fraction kept. Give exactly one budget, or `heads` and `ffn` together."""
 
@@ -35,22 +38,40 @@ class Keep(Strict):
         " activations), measured on this host at batch 1, `data.max_length` and the first of"
         " `evaluate.latency.threads`",
     )
+    speedup: Factor | list[Factor] | None = Field(
+        None,
+        description="the same as a factor: 2 is latency 0.5. A list, such as [2, 3, 4], is a family: a stage `ID-2x`,"
+        " `ID-3x`, … for each, one after the other, each from the last",
+    )
     size: Fraction | None = Field(None, description="of the bytes of the exported model, embeddings included")
+    against: Name | None = Field(
+        None,
+        description="of latency, speedup and size: the earlier stage, or 'model', whose model is the whole; default:"
+        " where the stage starts",
+    )
     heads: Fraction | None = None
     ffn: Fraction | None = None
 
     @model_validator(mode="after")
     def _one(self):
-        budgets = [n for n in ("encoder_params", "macs", "latency", "size") if getattr(self, n) is not None]
+        budgets = [n for n in ("encoder_params", "macs", "latency", "speedup", "size") if getattr(self, n) is not None]
         pair = self.heads is not None or self.ffn is not None
         if len(budgets) + pair != 1 or (pair and (self.heads is None or self.ffn is None)):
-            raise ValueError("give exactly one of encoder_params, macs, latency, size, or heads and ffn together")
+            raise ValueError(
+                "give exactly one of encoder_params, macs, latency, speedup, size, or heads and ffn together"
+            )
+        if self.against is not None and self.of_export() is None:
+            raise ValueError("against: is for latency, speedup and size; drop it")
+        if isinstance(self.speedup, list):
+            raise ValueError(f"speedup: {self.speedup} is a family of stages, which a recipe makes; give one number")
         return self
 
     def of_export(self) -> tuple[Literal["latency", "size"], float] | None:
         """The budget that counts the whole exported model, and the share of it that stays; None for one of blocks."""
         if self.latency is not None:
             return "latency", self.latency
+        if isinstance(self.speedup, float):
+            return "latency", 1.0 / self.speedup
         return None if self.size is None else ("size", self.size)
 
 
@@ -74,10 +95,20 @@ class PruneConfig(MethodConfig):
         """What to keep; None where training alone decides."""
         return getattr(self, "keep", None)
 
+    def against(self) -> str | None:
+        """The stage whose model a budget of the whole exported model counts against; None, where it starts."""
+        budget = self.budget()
+        return None if budget is None else budget.against
+
     def words(self) -> str:
         budget = self.budget()
         parts = {} if budget is None else budget.model_dump(exclude_none=True)
-        return " ".join([super().words(), *(f"(keep {100 * v:g}% of {n.replace('_', ' ')})" for n, v in parts.items())])
+        parts.pop("against", None)
+        told = [
+            f"({v:g} times as fast)" if n == "speedup" else f"(keep {100 * v:g}% of {n.replace('_', ' ')})"
+            for n, v in parts.items()
+        ]
+        return " ".join([super().words(), *told])
 
     def reads(self) -> frozenset[Reads]:
         budget = self.budget()

@@ -164,6 +164,9 @@ class Recipe(Strict):
             self._check_teacher(f"{where}.teacher", stage, seen)
             if stage.teacher == "self" and index == 0 and stage.start is None:
                 raise ValueError(f"{where}.teacher: 'self' needs an earlier stage to start from")
+            against = stage.prune and stage.prune.against()
+            if against is not None and against not in ["model", *seen]:
+                raise ValueError(f"{where}.prune.keep.against: {against!r} is not 'model' or an earlier stage {seen}")
             for method in stage.methods if self.precision.master == "split" else ():
                 if reason := method.why_not_split():
                     raise ValueError(f"{where}.{method.field}.{reason}")

@@ -239,3 +239,11 @@ def test_a_boundary_too_many_is_an_error(net, batches):
         work.boundary()
     with pytest.raises(UserError, match="give trainer_args"):
         _ = work.arguments
+
+
+def test_a_budget_against_a_stage_needs_the_recipe(net, batches):
+    prune = {"method": "magnitude", "keep": {"speedup": 2.0, "against": "dense"}}
+    with pytest.raises(UserError, match=r"keep\.against: dense is a stage of a recipe, which is not at hand here"):
+        mptrain.Compression(net, {"prune": prune}, batches)
+    with pytest.raises(UserError, match=r"speedup: \[2\.0, 3\.0\] is a family of stages, which a recipe makes"):
+        mptrain.Compression(net, {"prune": prune | {"keep": {"speedup": [2.0, 3.0]}}}, batches)

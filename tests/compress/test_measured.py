@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -50,18 +51,19 @@ class Fixed:
 ALL = sum(p.numel() for n, p in tiny("bert").named_parameters() if "encoder" in n)
 
 
-def pruned(keep, target, **changes):
-    """A pruned model, its facts and what was measured, as a run keeps it."""
+def pruned(keep, target, model=None, whole=None):
+    """A pruned model, its facts and what was measured, as a run keeps it. whole: what the budget counts against."""
     torch.manual_seed(0)
-    config = Magnitude(method="magnitude", keep=Keep(**keep), min_ffn=1, round_ffn=1, **changes)
+    config = Magnitude(method="magnitude", keep=Keep(**keep), min_ffn=1, round_ffn=1)
     method = method_class(config)(config)
     kept = {}
 
     def once(name, make):
         return json.loads(kept.setdefault(name, json.dumps(make())))
 
-    tools = Tools(example=lambda: inputs("bert", batch=1), target=lambda: target, once=once)
-    made = method.finalize(method.prepare(tiny("bert"), tools), tools)
+    against = None if whole is None else lambda: whole
+    tools = Tools(example=lambda: inputs("bert", batch=1), target=lambda: target, once=once, whole=against)
+    made = method.finalize(method.prepare(model or tiny("bert"), tools), tools)
     return made, method.facts()["budget"], kept
 
 
@@ -80,7 +82,7 @@ def test_what_misses_is_corrected_once(caplog):
     target = Clock(bend=0.3)
     _, facts, kept = pruned({"latency": 0.5}, target)
     assert facts["corrected"] > 0.53 and facts["measured"] == pytest.approx(0.5, abs=0.02)
-    assert set(kept) == {"latency", "latency-chosen", "latency-corrected"}
+    assert set(kept) == {"start", "latency", "latency-chosen", "latency-corrected"}
     assert "is left" not in caplog.text
 
 
@@ -106,6 +108,18 @@ def test_what_was_kept_is_measured_no_more():
     assert [p.shape for p in again.parameters()] == [p.shape for p in made.parameters()]
 
 
+def test_a_budget_against_another_model_is_a_share_of_that():
+    """What misses does not add up from point to point: each is measured against where the family starts."""
+    target = Clock(rest=0.1 * ALL)
+    half, _, _ = pruned({"latency": 0.5}, target)
+    made, facts, kept = pruned({"speedup": 3.0}, target, copy.deepcopy(half), tiny("bert"))
+    left = sum(p.numel() for n, p in made.named_parameters() if "encoder" in n)
+    assert (left + 0.1 * ALL) / (1.1 * ALL) == pytest.approx(facts["measured"]) == pytest.approx(1 / 3, abs=0.01)
+    assert facts["asked"] == pytest.approx(1 / 3) and facts["start"] == pytest.approx(0.5, abs=0.01) and "start" in kept
+    whole, facts, _ = pruned({"latency": 0.6}, target, half, tiny("bert"))  # it is there already
+    assert facts["measured"] == facts["start"] and whole.num_parameters() == half.num_parameters()
+
+
 @pytest.mark.parametrize("target", [Clock(), Torch()])
 def test_a_size_is_that_of_the_file(target):
     made, facts, _ = pruned({"size": 0.6}, target)
@@ -119,6 +133,9 @@ def test_what_cannot_be_reached_is_refused_before_training():
     with pytest.raises(UserError, match=r"keep\.size: 0\.1 cannot be reached.*at least 0\.\d+ stays"):
         method_class(config).check(config, skeleton, Site("prune", 8, bytes=(4.0, 4.0)))
     method_class(config).check(config, skeleton, Site("prune", 8))  # nothing known of its bytes
+    floor = method_class(config)(Magnitude(method="magnitude", keep=Keep(latency=0.5), min_heads=4, min_ffn=48))
+    with pytest.raises(UserError, match=r"keep\.latency: 0\.5 cannot be reached.*at least 1 stays"):
+        floor.prepare(tiny("bert"), Tools(example=lambda: inputs("bert", batch=1), target=Clock))
     with pytest.raises(UserError, match=r"keep\.latency: 0\.1 cannot be reached.*of it embeddings, norms and head"):
         pruned({"latency": 0.1}, Clock(rest=ALL))
 

@@ -44,6 +44,13 @@ def test_a_stage_after_one_that_prunes_has_what_that_one_left(tmp_path):
     assert seconds["more"] == pytest.approx(seconds["dense"] / 2)
 
 
+def test_a_budget_against_an_earlier_stage_is_a_part_of_that(tmp_path):
+    half = {"id": "half", "prune": {"method": "magnitude", "keep": {"speedup": 2.0}}}
+    more = {"id": "more", "prune": {"method": "magnitude", "keep": {"speedup": 4.0, "against": "dense"}}}
+    found = outlook(tmp_path, half, more)
+    assert (found.sizes("half"), found.sizes("more")) == (found.dense.kept(0.5), found.dense.kept(0.25))
+
+
 def test_masks_save_no_time_before_they_are_cut(tmp_path):
     prune = {"method": "magnitude", "keep": {"encoder_params": 0.25}, "schedule": {"end": 0.5}}
     found = outlook(tmp_path, {"id": "small", "train": TRAIN, "prune": prune, "quantize": {"mode": "qat"}})

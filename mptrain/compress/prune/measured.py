@@ -83,6 +83,18 @@ def measure(
     return costs.Whole.through(dense, small, part, **blocks)
 
 
+def beside(model: nn.Module, tools: Tools, budget: str) -> float:
+    """What the model costs, as a share of what `tools.whole` costs; 1 where there is none."""
+    if tools.whole is None:
+        return 1.0
+    target, example = tools.target(), {name: value.cpu() for name, value in tools.example().items()}
+    with (
+        closing(target.compiled(tools.whole(), example)) as whole,
+        closing(target.compiled(copy.deepcopy(model).cpu(), example)) as start,
+    ):
+        return READ[budget](start, whole)
+
+
 def from_bytes(model: nn.Module, structure: Structure, each: tuple[float, float]) -> costs.Whole:
     """The same of a size, from what a weight of a layer and one of an embedding takes. model: on any device."""
     layer, embedding = each
@@ -122,11 +134,11 @@ class Beside:
             return self._read(one, self._dense)
 
 
-def hold(pruner: Pruner, model: nn.Module, tools: Tools, budget: str) -> dict[str, Any]:
+def hold(pruner: Pruner, model: nn.Module, tools: Tools, budget: str, start: float = 1.0) -> dict[str, Any]:
     """Export what was chosen, and correct the choice once where it misses the budget; the pruner is then settled.
 
-    model: before the cut, on the CPU. Returns facts: {"of", "asked", "target", "predicted", "measured", "corrected":
-    None, or what the first choice measured}, all as shares of the uncut model.
+    model: before the cut, on the CPU. start: of `beside`. Returns facts: {"of", "asked", "target", "predicted",
+    "measured", "corrected": None, or what the first choice measured, "start"}, all as shares of the whole model.
     """
     (limit,) = pruner.budget.limits
     asked, target, corrected = limit.keep, tools.target(), None
@@ -141,11 +153,13 @@ def hold(pruner: Pruner, model: nn.Module, tools: Tools, budget: str) -> dict[st
             if abs(found - asked) < abs(measured - asked):
                 kept, measured, corrected = again, found, measured
     pruner.settle(kept)
+    asked, predicted, measured = (start * share for share in (asked, predicted, measured))
+    corrected = None if corrected is None else start * corrected
     said = f"prune.keep.{budget}: {asked:.3g} of {target.words} asked for, {predicted:.3g} predicted"
     log.info("%s, %.3g measured", said, measured)
     if abs(measured / asked - 1.0) > MISSED:
         log.warning("%s, but %.3g is left; widths and floors allow no nearer, or this host is busy", said, measured)
-    shares = {"asked": asked, "predicted": predicted, "measured": measured, "corrected": corrected}
+    shares = {"asked": asked, "predicted": predicted, "measured": measured, "corrected": corrected, "start": start}
     return {"of": budget, "target": target.words, **shares}
 
 

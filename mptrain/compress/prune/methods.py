@@ -5,6 +5,8 @@ The subclasses say which pruner the settings of a recipe belong to; what a prune
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,23 +23,27 @@ from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
 from mptrain.compress.structure.budget import Budget, Widths
 from mptrain.compress.structure.find import find_structure
+from mptrain.core.errors import UserError
 from mptrain.recipe.prune import Keep, PruneConfig
 
 
 class Pruning(Method[PruneConfig]):
     order = base.PRUNE
     kind: ClassVar[type[Pruner]]
+    _held: dict[str, Any] | None = None
+    _start = 1.0
 
     @classmethod
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
         structure = find_structure(skeleton, site.example, ignore=config.ignore)
         keep = config.budget()
-        for block in structure if keep is not None and keep.latency else ():
+        in_time = keep is not None and (keep.of_export() or ("",))[0] == "latency"
+        for block in structure if in_time else ():
             costs.kind(block)
         # a budget in milliseconds is measured, one in multiply-adds of images and sounds needs their sizes
-        if keep is None or keep.latency is not None or (keep.macs is not None and site.length is None):
+        if keep is None or in_time or (keep.macs is not None and site.length is None):
             return
-        if keep.size is not None and site.bytes is None:
+        if keep.against is not None or (keep.size is not None and site.bytes is None):
             return
         whole = None if site.bytes is None else measured.from_bytes(skeleton, structure, site.bytes)
         if site.exact:
@@ -58,19 +64,21 @@ class Pruning(Method[PruneConfig]):
         example = {name: value.to(tools.device) for name, value in tools.example().items()}
         structure = find_structure(model, example, ignore=config.ignore)
         extents: costs.Length = tools.length
-        if keep is not None and (keep.macs or keep.latency):
+        if keep is not None and (keep.macs or keep.latency or keep.speedup):
             extents = costs.measure_extents(model, structure, example)
         self._asked = None if keep is None else keep.of_export()
         whole = None if self._asked is None else self._whole(model, structure, extents, tools)
-        self.pruner = self.kind(
-            config,  # type: ignore[arg-type]  # each pruner takes the settings of its own kind
-            structure=structure,
-            phase_steps=tools.steps,
-            steps_per_epoch=tools.steps_per_epoch,
-            lr=tools.lr,
-            length=extents,
-            whole=whole,
-        )
+        given = config if self._asked is None else config.model_copy(update={"keep": self._of_start(model, tools)})
+        with self._counting_from_start():
+            self.pruner = self.kind(
+                given,  # type: ignore[arg-type]  # each pruner takes the settings of its own kind
+                structure=structure,
+                phase_steps=tools.steps,
+                steps_per_epoch=tools.steps_per_epoch,
+                lr=tools.lr,
+                length=extents,
+                whole=whole,
+            )
         self.pruner.prepare(model)
         self.collect(model, tools)
         self._steps = tools.steps
@@ -87,12 +95,33 @@ class Pruning(Method[PruneConfig]):
         return self.pruner if self._steps else None
 
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
-        self._held = None if self._asked is None else measured.hold(self.pruner, model, tools, self._asked[0])
+        if self._asked is not None:
+            self._held = measured.hold(self.pruner, model, tools, self._asked[0], self._start)
         self._structure = costs.describe(self.pruner.structure, self.pruner.kept())
         return boundary.cut(model, self.pruner, self.refit(tools))
 
     def facts(self) -> dict[str, Any]:
         return {"structure": self._structure} | ({} if self._held is None else {"budget": self._held})
+
+    @contextmanager
+    def _counting_from_start(self) -> Iterator[None]:
+        """Errors about a share say what it is a share of."""
+        try:
+            yield
+        except UserError as error:
+            if self._start == 1.0:
+                raise
+            raise type(error)(
+                f"{error} These are shares of the model that the stage starts from, which costs {self._start:.3g} of"
+                " the one that it counts against."
+            ) from None
+
+    def _of_start(self, model: nn.Module, tools: Tools) -> Keep:
+        """The budget in parts of what the model costs that the phase begins with; all of it, where that is less."""
+        assert self._asked is not None
+        name, share = self._asked
+        self._start = float(tools.once("start", lambda: measured.beside(model, tools, name)))
+        return Keep.model_validate({name: min(1.0, share / self._start)})
 
     def _whole(self, model: nn.Module, structure: Structure, extents: costs.Length, tools: Tools) -> costs.Whole:
         assert self._asked is not None
@@ -150,4 +179,9 @@ def _fraction(keep: Keep | None, sizes: Sizes) -> float | None:
         return None
     if keep.size is not None:
         return max(0.0, 1.0 - (1.0 - keep.size) * sizes.params / sizes.layers)
-    return keep.encoder_params or keep.macs or keep.latency or ((keep.heads or 1.0) + 2 * (keep.ffn or 1.0)) / 3
+    return (
+        keep.encoder_params
+        or keep.macs
+        or (keep.of_export() or ("", 0.0))[1]
+        or ((keep.heads or 1.0) + 2 * (keep.ffn or 1.0)) / 3
+    )

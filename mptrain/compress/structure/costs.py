@@ -134,7 +134,7 @@ class Whole:
     @classmethod
     def through(cls, dense: float, least: float, share: float, **more: Any) -> Whole:
         """dense, least: sums over the blocks of the uncut model, and of one that costs `share` of it."""
-        scale = max(0.0, 1.0 - share) / (dense - least)
+        scale = max(0.0, 1.0 - share) / (dense - least) if dense > least else 0.0  # nothing can go
         return cls(scale, 1.0 - scale * dense, **more)
 
     def of(self, block: Block, units: int) -> float:

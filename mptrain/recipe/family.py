@@ -1,0 +1,92 @@
+"""A family in one run: `keep: {speedup: [2, 3, 4]}` in a stage makes a stage of each point when the recipe is read.
+
+    jpqd  ──►  jpqd-2x, from where jpqd starts  ──►  jpqd-3x, from jpqd-2x  ──►  jpqd-4x, from jpqd-3x
+
+Each has the whole of the stage's settings, its `train` too, which is the recovery of the point. Speed-ups count against
+where the family starts, so that misses do not add up. Exports of the stage are exports of all its points; a teacher
+`self` is where the family starts. From there on the recipe is one of ordinary stages.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mptrain.core.errors import RecipeError
+
+Lines = dict[tuple[str | int, ...], int]
+
+
+def expanded(data: Any, source: str, lines: Lines) -> tuple[Any, Lines]:
+    """The recipe in plain data with a stage for each point, and the lines of its keys. What is no family is returned as
+    it is. Raises RecipeError for points that no family has, and for names that would mean several stages."""
+    stages = data.get("stages") if isinstance(data, dict) else None
+    if not isinstance(stages, list) or not any(_points(stage) for stage in stages):
+        return data, lines
+    found: list[Any] = []
+    origin: list[int] = []
+    members: dict[str, list[str]] = {}
+    for index, stage in enumerate(stages):
+        before = found[-1]["id"] if found and isinstance(found[-1], dict) and "id" in found[-1] else "model"
+        made = _stages(stage, before, source, members) if _points(stage) else [stage]
+        found += made
+        origin += [index] * len(made)
+    data = {**data, "stages": found, "export": _exports(data.get("export"), members)}
+    _check_names(data, members, source)
+    moved = {key: line for key, line in lines.items() if key[:1] != ("stages",) or len(key) < 2}
+    for new, old in enumerate(origin):
+        moved |= {("stages", new, *key[2:]): line for key, line in lines.items() if key[:2] == ("stages", old)}
+    return data, moved
+
+
+def _points(stage: Any) -> list[Any] | None:
+    """The list of a family; None where there is none."""
+    for key in ("prune", "keep", "speedup"):
+        stage = stage.get(key) if isinstance(stage, dict) else None
+    return stage if isinstance(stage, list) and stage else None
+
+
+def _stages(stage: dict[str, Any], before: str, source: str, members: dict[str, list[str]]) -> list[dict[str, Any]]:
+    points, name = _points(stage) or [], str(stage.get("id"))
+    numbers = [p for p in points if isinstance(p, int | float) and not isinstance(p, bool) and p > 1]
+    if len(numbers) < len(points) or sorted(set(numbers)) != numbers:
+        raise RecipeError(
+            f"{source}: stages.{name}.prune.keep.speedup: a family is ascending numbers above 1, each pruned from the"
+            f" last, got {points}; write e.g. [2, 3, 4]."
+        )
+    start = stage.get("from", before)
+    found: list[dict[str, Any]] = []
+    for point in points:
+        one = copy.deepcopy(stage)
+        one["id"] = f"{name}-{point:g}x"
+        one["from"] = start if not found else found[-1]["id"]
+        one["prune"]["keep"] = {**one["prune"]["keep"], "speedup": float(point), "against": start}
+        if one.get("teacher") == "self":
+            one["teacher"] = start
+        found.append(one)
+    members[name] = [one["id"] for one in found]
+    return found
+
+
+def _exports(exports: Any, members: dict[str, list[str]]) -> Any:
+    """Of a family, exports of all its points."""
+    if not isinstance(exports, list):
+        return exports
+    found = []
+    for export in exports:
+        of = export.get("of") if isinstance(export, dict) else None
+        if isinstance(of, list):
+            export = {**export, "of": [each for name in of for each in members.get(name, [name])]}
+        found.append(export)
+    return found
+
+
+def _check_names(data: dict[str, Any], members: dict[str, list[str]], source: str) -> None:
+    for stage in data["stages"]:
+        for field in ("from", "teacher"):
+            name = stage.get(field) if isinstance(stage, dict) else None
+            if isinstance(name, str) and name in members:
+                raise RecipeError(
+                    f"{source}: stages.{stage.get('id')}.{field}: {name!r} is a family; give one of its stages,"
+                    f" {', '.join(members[name])}."
+                )
