@@ -29,7 +29,7 @@ def test_what_was_not_measured_is_not_met(tmp_path, monkeypatch):
 
 def test_a_missed_budget_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(bars, "RESULTS", tmp_path)
-    found = {"rows": [{"name": "fp32/0.5", "measured": 0.51}, {"name": "int8/0.5", "measured": 0.56}]}
+    found = {"rows": [{"name": "fp32, 0.5", "ratio": 0.51}, {"name": "int8, 0.5", "ratio": 0.56}]}
     (tmp_path / "latency_budget.json").write_text(json.dumps(found))
     rows = {row["bar"]: row for row in bars.bars()["rows"]}
     assert rows["latency of 0.5 asked for in fp32, missed by"]["met"]
