@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mptrain.core.errors import ModelError
 from mptrain.models.head import head_class
 from mptrain.models.load import skeleton
 from mptrain.recipe import Model
@@ -50,11 +51,18 @@ def probe(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> Pr
 
 
 def blank(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> nn.Module | None:
-    """The model with all weights and buffers 0, in eval mode on the CPU; None for one of more than MOST parameters.
+    """The model with all weights and buffers 0, in eval mode on the CPU; None for one of more than MOST parameters,
+    or that cannot be built without weights.
 
     For code of a user's own, of which nobody knows how to make it smaller.
     """
-    model = skeleton(spec, config, allow_code)
+    try:
+        model = skeleton(spec, config, allow_code)
+    except ModelError:
+        raise
+    except Exception as error:  # such code need not work on tensors without values
+        log.debug("%s cannot be built without weights: %s", spec.path, error)
+        return None
     if sum(p.numel() for p in model.parameters()) > MOST:
         return None
     made = model.to_empty(device="cpu")
