@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mptrain.core.errors import ModelError, UserError
 from mptrain.data.lm_eval.questions import MultipleChoice
@@ -134,6 +135,11 @@ def _skeleton(spec: Model, config: PreTrainedConfig, allow_code: bool) -> PreTra
 
 def _planned(recipe: Recipe) -> Architecture:
     config = _config_of(recipe.planning)
+    if recipe.model.kind.head is None:  # code of a user's own, which is not here; only its size is assumed
+        with torch.device("meta"):
+            return Architecture(
+                config, AutoModel.from_config(config), False, "not on this machine; sizes from planning"
+            )
     model = skeleton(_plain(recipe.model), config)
     return Architecture(config, model, False, "not on this machine; sizes from planning")
 

@@ -210,6 +210,20 @@ TASKS: dict[str, TaskSpec] = {
             optimum="OVModelForFeatureExtraction",
         ),
         TaskSpec(
+            "image-embedding",
+            "mptrain.data.tasks.image_embedding:ImageEmbedding",
+            columns={
+                "image": ColumnField("image", "the picture: a path or bytes"),
+                "label": ColumnField("label", "the group: pictures with one label show the same", target=True),
+            },
+            head=None,
+            processor="image",
+            unit=None,
+            tag="image-feature-extraction",
+            new_head=False,
+            output="embedding",
+        ),
+        TaskSpec(
             "token-classification",
             "mptrain.data.tasks.token_classification:TokenClassification",
             columns={

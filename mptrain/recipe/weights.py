@@ -11,6 +11,10 @@ from mptrain.recipe.base import OneOf, Strict
 from mptrain.recipe.method import MethodConfig, Need, Reads, Weights
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
+SCHEME = (
+    "what is quantized: transformer: products with weights and their inputs; convolutional: also residual sums, pools"
+    " and means, so that int8 goes through the blocks of a convolutional network"
+)
 PARTIAL = "less than half of the parameters may be covered, which is an error otherwise; also --allow-partial"
 
 
@@ -49,6 +53,7 @@ class Qat(QuantizeConfig):
     embeddings: Literal["fp32", "int8"] = Field("int8", description="int4 embeddings: export precision int8_emb4")
     ignore: list[str] = Field([], description=KEPT)
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
+    scheme: Literal["transformer", "convolutional"] = Field("transformer", description=SCHEME)
     reduce_range: bool = Field(
         False,
         description="weights of 7 bits in place of 8, for x86 CPUs without VNNI or AMX: they add products of two int8"
@@ -96,6 +101,7 @@ class Ptq(QuantizeConfig):
         None, description="with ignore: auto, what may be lost, counted as gates.max_drop is; default 0.002"
     )
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
+    scheme: Literal["transformer", "convolutional"] = Field("transformer", description=SCHEME)
     reduce_range: bool = Field(
         False,
         description="weights of 7 bits in place of 8, for x86 CPUs without VNNI or AMX: they add products of two int8"

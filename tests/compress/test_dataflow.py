@@ -288,3 +288,20 @@ def test_examples_are_made_up_for_pictures_sounds_and_two_sides():
         blocks, _ = find(cls(config(**small, **heads, **own)))
         assert sizes(blocks) == [("heads", 4), ("ffn", 48), ("heads", 4), ("heads", 4), ("ffn", 48)]
     assert tiny_models.inputs("vit")["pixel_values"].shape[-1] == 16
+
+
+class Scaled(nn.Module):
+    """A scale that is one number, as GeM's power: it has no index, and joins no channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)) * self.scale)
+
+
+def test_a_parameter_of_one_number_joins_nothing():
+    blocks, refused = find(Scaled().eval(), {"x": torch.randn(2, 4)})
+    assert [(block.kind, block.units) for block in blocks] == [("ffn", 16)] and not refused

@@ -9,6 +9,7 @@ from mptrain.compress.base import Tools
 from mptrain.compress.quantize import placement, quantizers, restore
 from mptrain.compress.quantize.methods import Quantization
 from mptrain.core.errors import UserError
+from mptrain.data.sources import cnn
 from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.recipe import Ptq
 
@@ -123,3 +124,43 @@ def test_the_limit_goes_with_auto():
     assert config().limit == 0.002 and config(ignore=["a"]).limit is None
     with pytest.raises(ValueError, match="max_drop: is for ignore: auto"):
         config(ignore=["a"], max_drop=0.1)
+
+
+def test_of_a_convolutional_scheme_the_pooling_that_int8_breaks_is_found():
+    """GeM's x^p spans decades, most of which one scale to a tensor loses; what is around it does not matter."""
+    torch.manual_seed(0)
+    model = cnn.descriptors(width=4, size=8, power=6.0).eval()
+    inputs = [{"pixel_values": torch.randn(16, 3, 12, 12) * 3} for _ in range(2)]
+    config = Ptq.model_validate({"mode": "ptq", "scheme": "convolutional"})
+    quantized = quantizers.quantize(model, config, inputs)
+    first = restore.rank(model, quantized, inputs)[0]
+    assert first.modules == ("gem",)
+    plain = quantizers.quantize(model, Ptq(mode="ptq"), inputs)
+    assert "gem" not in {name for unit in placement.units(plain, inputs[0]) for name in unit.modules}
+
+
+class Wrapped(nn.Module):
+    """A model of one child, in whose forward, outside of layers, is a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = Sum()
+
+    def forward(self, x):
+        return {"logits": self.module(x)}
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return (self.one(x).relu() + self.two(x).relu()) * x
+
+
+def test_a_sum_beside_all_layers_has_no_name_that_leaves_it_alone():
+    config = Ptq.model_validate({"mode": "ptq", "scheme": "convolutional"})
+    quantized = quantizers.quantize(Wrapped().eval(), config, batches())
+    names = {name for unit in placement.units(quantized, batches()[0]) for name in unit.modules}
+    assert {"module.one", "module.two"} >= names and "module" not in names

@@ -18,7 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 import mptrain
 from mptrain.core.errors import DataError, ModelError
 from mptrain.data.load import load_data
-from mptrain.data.tasks.embedding import MANY_GROUPS, Embedding
+from mptrain.data.tasks.embedding import Embedding
+from mptrain.data.tasks.groups import MANY_GROUPS
 from mptrain.data.tasks.pooling import pooled, pooling_of
 from mptrain.data.tasks.retrieval import retrieval
 from mptrain.models.load import load_model

@@ -85,12 +85,32 @@ def test_a_run_is_known_by_the_content_of_its_code(described, tmp_path):
 def test_curvature_refuses_convolutions_by_name_before_training(described):
     described["stages"][1]["prune"] = {"method": "curvature", "keep": {"macs": 0.5}}
     with pytest.raises(
-        ModelError, match=r"curvature.*layers\.0\.channels \(read by module\.layers\.0\.second\.0, Conv2d\)"
+        ModelError, match=r"curvature.*features\.3\.channels \(read by module\.features\.3\.second\.0, Conv2d\)"
     ):
         preflight.check(file.validate(described, "test"), allow_code=True)
 
 
 def test_a_pattern_that_matches_no_module_is_said_before_training(described):
-    described["stages"][1]["prune"]["ignore"] = ["stems"]
-    with pytest.raises(UserError, match=r"stages\.small\.prune\.ignore: 'stems' matches no module.*'stem'"):
+    described["stages"][1]["prune"]["ignore"] = ["feature"]
+    with pytest.raises(UserError, match=r"stages\.small\.prune\.ignore: 'feature' matches no module.*'features'"):
         preflight.check(file.validate(described, "test"), allow_code=True)
+
+
+def test_a_search_by_picture_with_int8_and_without_what_it_breaks(described, tmp_path):
+    described["model"] |= {"module": f"{tmp_path / 'net.py'}:descriptors", "task": "image-embedding"}
+    described["model"]["arguments"] = {"width": 4, "size": 8, "power": 6.0}
+    quantize = {"mode": "ptq", "scheme": "convolutional"}
+    described["stages"] = [
+        {"id": "dense", "train": {"epochs": 2, "lr": 1e-2, "batch_size": 16}},
+        {"id": "ptq", "quantize": quantize},
+        {"id": "found", "from": "dense", "quantize": quantize | {"ignore": ["gem"]}},
+    ]
+    described["export"] = [described["export"][0] | {"of": ["dense", "ptq", "found"]}]
+    (tmp_path / "own.yaml").write_text(json.dumps(described))
+    run(tmp_path / "own.yaml", "--allow-code")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["metric"]["name"] == "ndcg@10"
+    assert {"mrr", "recall@1", "recall@5", "recall@10"} < set(report["variants"][0]["metrics"])
+    found = {variant["id"]: variant for variant in report["variants"]}
+    assert found["baseline_fp32"]["parity"]["relative"] < 1e-4
+    assert all(found[name]["runtime"]["weight_types"]["i8"] > 0 for name in ("ptq_int8", "found_int8"))

@@ -44,3 +44,10 @@ def test_prune_cnn(here, capsys):
     found = {v["id"]: v for v in json.loads((here / "runs/prune-cnn/report.json").read_text())["variants"]}
     assert 0.45 < found["small_fp32"]["macs"] / found["baseline_fp32"]["macs"] <= 0.5
     assert found["small_fp32"]["parity"]["relative"] < 1e-4 and found["small_onnx_fp32"]["parity"]["relative"] < 1e-4
+
+
+def test_ptq_retrieval(here):
+    assert main(["recipe", "ptq-retrieval", "--set", "preset=tiny", "--allow-code"]) == 0
+    report = json.loads((here / "runs/ptq-retrieval/report.json").read_text())
+    found = {v["id"]: v["metrics"]["ndcg@10"]["value"] for v in report["variants"]}
+    assert found["baseline_fp32"] - found["found_int8"] < 0.05 and "ptq_int8" in found

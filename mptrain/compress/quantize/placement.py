@@ -91,6 +91,7 @@ def place(
     smooth: bool,
     correct_bias: bool,
     bits: int,
+    transformer: bool = True,
 ) -> nn.Module:
     """A hooked copy of the model with calibrated FakeQuantizer and Smooth modules.
 
@@ -104,7 +105,7 @@ def place(
             model,
             nncf.Dataset(batches),
             subset_size=len(batches),
-            model_type=nncf.ModelType.TRANSFORMER,
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
             ignored_scope=nncf.IgnoredScope(names=skipped, types=_ATTENTION + _EMBEDDING, validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 weights_quantization_params=QuantizationParameters(mode=modes[symmetric_weights]),
@@ -188,8 +189,8 @@ class Unit:
 
 def units(model: nn.Module, example: Mapping[str, Tensor]) -> list[Unit]:
     """The quantizers of a hooked model, in the order of its modules: those whose values one module computes with, and
-    those of modules that share one, are a unit. Operations that run in no module but the model itself have no name
-    that could be ignored, so their units are left out."""
+    those of modules that share one, are a unit. Operations that run in no module but the model itself, or in one that
+    holds all others, have no name that could be ignored alone, so their units are left out."""
     record = _watched(_Readers(model, example), example)
     groups: list[tuple[set[str], list[FakeQuantizer]]] = []
     for names, module in hooks(model):
@@ -203,7 +204,9 @@ def units(model: nn.Module, example: Mapping[str, Tensor]) -> list[Unit]:
         groups.append((places.union(*(g[0] for g in met)), [q for g in met for q in g[1]] + [module]))
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     found = [Unit(tuple(q), tuple(sorted(places, key=order.__getitem__))) for places, q in groups if places]
-    return sorted((u for u in found if "" not in u.modules), key=lambda unit: order[unit.modules[0]])
+    every = {name for unit in found for name in unit.modules} - {""}
+    whole = {""} | {name for name in every if len(every) > 1 and all(f"{o}.".startswith(f"{name}.") for o in every)}
+    return sorted((u for u in found if whole.isdisjoint(u.modules)), key=lambda unit: order[unit.modules[0]])
 
 
 class _Record(FunctionHookMode):

@@ -63,6 +63,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
             smooth=config.smooth_quant,
             correct_bias=isinstance(config, Ptq) and config.fast_bias_correction,
             bits=REDUCED if config.reduce_range else 8,
+            transformer=config.scheme == "transformer",
         )
     if not any(isinstance(module, FakeQuantizer) for module in quantized.modules()):
         raise UserError(f"quantize.ignore: with {config.ignore} nothing is left to quantize; name fewer modules")

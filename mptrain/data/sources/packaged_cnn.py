@@ -14,7 +14,7 @@ from transformers import ViTImageProcessorPil
 from mptrain.data.sources import cnn
 from mptrain.data.sources.packaged_shapes import SIDE
 
-VERSION = 1
+VERSION = 2
 SOURCE = None
 
 

@@ -19,21 +19,19 @@ groups among all other texts. Scored pairs are scored by the correlation of u·v
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, mse_loss
+from torch.nn.functional import log_softmax, mse_loss
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port, counted_places
-from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.agreement import array, decisions, order
+from mptrain.data.tasks import groups
+from mptrain.data.tasks.agreement import array, decisions
 from mptrain.data.tasks.base import Example, Examples, Task, finite
 from mptrain.data.tasks.floor import vectorizer
 from mptrain.data.tasks.metrics import Score
@@ -43,10 +41,6 @@ from mptrain.data.tasks.retrieval import retrieval
 from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
 from mptrain.recipe import TASKS
 
-SCALE = 20.0
-"""of cosines in the softmax, as sentence-transformers has it"""
-MANY_GROUPS = 50
-"""from so many on, groups never cross splits: a search is then for groups that training has not seen"""
 _WIDTH = 1024  # of hidden states, for the memory of a batch; the task does not know it
 
 
@@ -69,8 +63,7 @@ class Embedding(Task):
     @classmethod
     def group(cls, table: Table) -> str | None:
         """The field whose values never cross splits."""
-        values = table.columns.get("label")
-        return "label" if values is not None and len(set(map(str, values))) >= MANY_GROUPS else None
+        return groups.kept_apart(table)
 
     def index_labels(self, tables: Mapping[str, Table]) -> None:
         given = set(tables["train"].columns) & {"text_pair", "negative", "score", "label"}
@@ -91,17 +84,7 @@ class Embedding(Task):
                     " nothing to learn. Set data.score to the column with the scores."
                 )
         if self.shape == "groups":
-            for table in tables.values():
-                table.columns["label"] = [_name(cell, table, row) for row, cell in enumerate(table["label"])]
-            counts = Counter(tables["train"]["label"])
-            for row, name in enumerate(tables["train"]["label"]):
-                if counts[name] == 1:
-                    raise DataError(
-                        f"{tables['train'].place('label', row)}: the group {shown(name)} has no other text in the"
-                        " training split, so nothing belongs to this one. Drop the row, or keep groups in one"
-                        " split with data.split.group."
-                    )
-            self.facts["groups_by_label"] = {split: len(set(table["label"])) for split, table in tables.items()}
+            self.facts["groups_by_label"] = groups.check_names(tables, "text")
 
     # -- examples and batches
 
@@ -122,7 +105,7 @@ class Embedding(Task):
         self._about[split] = np.array(table["score"] if self.shape == "scored" else ids)
         parts = [list(row) for row in zip(*tokens.values())]
         if self.shape == "groups" and split == "train":
-            partners = self._partners(table["label"])
+            partners = groups.partners(table["label"], self.seed)
             parts = [[*row, parts[other][0]] for row, other in zip(parts, partners)]
             ids = [row * 2 for row in ids]
         examples: list[Example] = [{"texts": row, "labels": id_} for row, id_ in zip(parts, ids)]
@@ -134,19 +117,6 @@ class Embedding(Task):
         cut = [len(text["input_ids"]) == self.spec.max_length for row in tokens.values() for text in row]
         self.facts.setdefault("at_max_length", {})[split] = sum(cut)
         return Examples(examples.__getitem__, lengths)
-
-    def _partners(self, names: Sequence[str]) -> list[int]:
-        """Another row of the same group to each row."""
-        members: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            members.setdefault(name, []).append(row)
-        draw = random.Random(self.seed)
-        found = []
-        for row, name in enumerate(names):
-            others = members[name]
-            place = draw.randrange(len(others) - 1) if len(others) > 1 else 0
-            found.append(others[place] if others[place] != row else others[-1])
-        return found
 
     def collate(self, examples: list[Example]) -> Batch:
         """All first texts, then all second ones, …; labels: what each is, int64 [texts]; scores float32 [rows]."""
@@ -177,13 +147,10 @@ class Embedding(Task):
         rows = len(vectors) // len(self.train[0]["texts"])
         queries, others = vectors[:rows], vectors[rows:]
         query, other = batch["labels"][:rows, None], batch["labels"][None, rows:]
-        own = torch.arange(rows, device=vectors.device)
         # a text that is the query's own, its pair's, or another of its pairs', is no negative
         same = (other == query) | (other == batch["labels"][rows : 2 * rows, None])
-        again = query == query.T
-        same[:, :rows] |= again
-        same[own, own] = False
-        return cross_entropy((SCALE * queries @ others.T).masked_fill(same.to(vectors.device), float("-inf")), own)
+        same[:, :rows] |= query == query.T
+        return groups.contrastive(queries, others, same)
 
     def distillation(
         self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor], temperature: float
@@ -197,7 +164,7 @@ class Embedding(Task):
             vectors = pooled(outputs["last_hidden_state"], batch[MASK], self.pooling)
             others = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
             similar = (vectors @ vectors.T)[others].reshape(len(vectors), -1)
-            logs.append(log_softmax(SCALE * similar / temperature, -1))
+            logs.append(log_softmax(groups.SCALE * similar / temperature, -1))
         ours, theirs = logs
         return (theirs.exp() * (theirs - ours)).sum(-1).mean() * temperature**2
 
@@ -213,11 +180,7 @@ class Embedding(Task):
         mask = counted_places(batch, MASK, expected["last_hidden_state"].shape).cpu()
         both = (torch.as_tensor(array(o["last_hidden_state"])) for o in (expected, got))
         ours, theirs = (pooled(hidden, mask).double().numpy() for hidden in both)
-        if len(ours) == 1:
-            return np.clip((ours * theirs).sum(1), 0.0, 1.0)
-        others = ~np.eye(len(ours), dtype=bool)
-        found = zip(ours @ ours.T, theirs @ theirs.T, others)
-        return np.array([order(a[kept], b[kept]).mean() for a, b, kept in found])
+        return groups.alike(ours, theirs)
 
     # -- what it is worth
 
@@ -241,18 +204,8 @@ class Embedding(Task):
             found = correlations(cosines.astype(np.float64), about)
             return [found["spearman"], found["pearson"]]
         if self.shape == "groups":
-            names = about[:, 0]
-            sizes = Counter(names.tolist())
-            queries = np.array([row for row, name in enumerate(names) if sizes[name] > 1], dtype=np.int64)
-            self._check(split, queries)
             every = vectors(0)
-
-            def kinds(part: slice) -> np.ndarray:
-                found = (names[queries[part], None] == names[None]).astype(np.int8)
-                found[np.arange(len(found)), queries[part]] = -1
-                return found
-
-            return retrieval(len(queries), lambda part: products(every[queries[part]], every), kinds)
+            return groups.search(about[:, 0], lambda rows: products(every[rows], every), split, "text")
         place: dict[int, tuple[int, int]] = {}  # of each candidate, where its text stands first: (part, row)
         for part in range(1, about.shape[1]):
             for row, text in enumerate(about[:, part].tolist()):
@@ -280,13 +233,6 @@ class Embedding(Task):
 
         return retrieval(len(about), similar, kind)
 
-    def _check(self, split: str, queries: np.ndarray) -> None:
-        if not len(queries):
-            raise DataError(
-                f"data.label: in the {split} split no two texts have one label, so nothing can be found there. Give it"
-                " more rows, or keep groups in one split with data.split.group."
-            )
-
     def floor(self, seed: int) -> Score | None:
         train = [text for texts in self.texts["train"].values() for text in texts]
         words = vectorizer(train)
@@ -294,13 +240,3 @@ class Embedding(Task):
             return None
         rows = [words.transform(texts) for texts in self.texts["test"].values()]
         return self._scores("test", lambda part: rows[part], lambda a, b: (a @ b.T).toarray())[0]
-
-
-def _name(cell: Any, table: Table, row: int) -> str:
-    """The name of a group. Raises DataError for a cell without one."""
-    if isinstance(cell, str | int) and not isinstance(cell, bool) and cell != "":
-        return str(cell)
-    raise DataError(
-        f"{table.place('label', row)} holds {shown(cell)} where the name of a group (text or a whole number) is needed."
-        " Correct or drop the row, or set data.label to the column with the groups."
-    )

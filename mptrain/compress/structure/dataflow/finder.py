@@ -93,7 +93,8 @@ def _flow(
             ) from error
         break
     named = {name: slots.now(name) for name in slots.tensors}
-    floating = {name: t for name, t in named.items() if t.is_floating_point() and t.numel()}
+    # a single number has no index that could leave
+    floating = {name: t for name, t in named.items() if t.is_floating_point() and t.dim() and t.numel()}
     flow = Flow(Labels(floating, slots.parameters), recorder.live(results), results)
     return inputs, flow, reads.found, results
 
