@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from mptrain.core.errors import ExportError
@@ -32,12 +31,8 @@ from mptrain.core.signature import Batch, rows_of
 from mptrain.verify.difference import MAX_ERROR, Difference, as_json, compare, worst
 from mptrain.verify.fewest import fewest
 from mptrain.verify.outputs import Kept
+from mptrain.verify.ranges import HALF_MAX, Meter, Range, broken_in
 
-HALF_MAX = 65504.0
-HALF_TINY = 2.0**-14
-"""least normal fp16, 6.1e-5; below it precision is lost"""
-HALF_LEAST = 2.0**-24
-"""least fp16 above 0, 6.0e-8; half of it and less rounds to 0"""
 MIN_UNDERFLOW = 1e-3
 """fraction of an op's values that fp16 makes 0, from which on the op is suspected"""
 MAX_CONVERTED = 1e-3
@@ -94,19 +89,6 @@ class Program(Protocol):
     def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
         """`Difference.error` of the results of each op in fp16 on the values of fp32; no entry where unknown."""
         ...
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values of one op over all batches, in fp32. Fractions are of the values that are finite and not 0."""
-
-    largest: float
-    """|x|; infinite ones are not counted"""
-    overflow: float
-    zero: float
-    """made 0 by fp16"""
-    subnormal: float
-    """below 6.1e-5, with those made 0"""
 
 
 @dataclass(frozen=True)
@@ -259,14 +241,14 @@ class _Trial:
         self.program, self.max_error, self.bar = program, max_error, bar
         self.runs = 0
         self._known: dict[tuple[int, frozenset[str]], Difference] = {}
-        meters = {op.name: _Meter() for op in program.ops}
+        meters = {op.name: Meter() for op in program.ops}
         everything = set(meters)
         own = Kept(lambda batch: dict(self._run(batch, everything)), program.batches)
         self.reference: Sequence[Mapping[str, Tensor]] = own if reference is None else reference
         spoiled: Counter[str] = Counter()
 
         def count(op: str, value: Tensor) -> None:
-            spoiled[op] += _broken(value)
+            spoiled[op] += broken_in(value)
 
         found = []
         for batch in range(program.batches):  # all that it is asked, for its outputs may not be kept
@@ -357,35 +339,3 @@ def _alike(ops: Sequence[Op]) -> dict[str, Hashable]:
         )
         for op in ops
     }
-
-
-class _Meter:
-    """Range of values that come in pieces."""
-
-    def __init__(self) -> None:
-        self.largest = 0.0
-        self.broken = 0
-        self.counts = torch.zeros(4, dtype=torch.int64)  # of values other than 0, too large, made 0, subnormal
-
-    def add(self, value: Tensor) -> None:
-        x = value.detach().abs()
-        broken = _broken(x)
-        self.broken += broken
-        if broken:
-            x = torch.where(torch.isfinite(x), x, 0.0)
-        if x.numel():
-            self.largest = max(self.largest, float(x.max()))
-            nonzero = int(torch.count_nonzero(x))
-            zeros = x.numel() - nonzero
-            large, lost, small = (
-                int(torch.count_nonzero(b)) for b in (x > HALF_MAX, x <= HALF_LEAST / 2, x < HALF_TINY)
-            )
-            self.counts += torch.tensor([nonzero, large, lost - zeros, small - zeros])
-
-    def range(self) -> Range:
-        total, *parts = self.counts.tolist()
-        return Range(self.largest, *(part / max(total, 1) for part in parts))
-
-
-def _broken(value: Tensor) -> int:
-    return value.numel() - int(torch.count_nonzero(torch.isfinite(value)))

@@ -10,8 +10,9 @@ from kit import tiny_models
 from kit.text_encoder import TextEncoder, build
 from torch import nn
 
-from mptrain.verify.overflow import HALF_MAX, search
+from mptrain.verify.overflow import search
 from mptrain.verify.programs.aten import TorchOps
+from mptrain.verify.ranges import HALF_MAX
 
 
 class RmsNorm(nn.Module):

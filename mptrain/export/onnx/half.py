@@ -24,8 +24,8 @@ from mptrain.export.onnx.facts import NODE
 from mptrain.export.onnx.parts import Part
 from mptrain.export.torch.decoding import PAST, PRESENT
 from mptrain.verify import overflow
-from mptrain.verify.overflow import HALF_LEAST, HALF_MAX
 from mptrain.verify.programs import exported
+from mptrain.verify.ranges import HALF_LEAST, HALF_MAX
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 INFINITE = 1e38

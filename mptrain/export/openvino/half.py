@@ -27,8 +27,9 @@ from mptrain.core.signature import Signature, without_cache
 from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.traceable import traceable_masks
 from mptrain.verify import overflow
-from mptrain.verify.overflow import HALF_MAX, Found, Op
+from mptrain.verify.overflow import Found, Op
 from mptrain.verify.programs.aten import TorchOps
+from mptrain.verify.ranges import HALF_MAX
 
 _MAX_CHANGE = 2.0**-8
 """of a constant's norm; rounding to fp16 changes 2^-12, unless values are below 6e-5"""

@@ -11,7 +11,8 @@ from mptrain.report import words
 from mptrain.report.render.terminal import draw, line
 from mptrain.report.tables.models import fold
 from mptrain.report.tables.results import Cell, Table
-from mptrain.verify.overflow import HALF_MAX, MIN_UNDERFLOW
+from mptrain.verify.overflow import MIN_UNDERFLOW
+from mptrain.verify.ranges import HALF_MAX
 
 _SHOWN = 8
 _TONES = {"good": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "bold red")}

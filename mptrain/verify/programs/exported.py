@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from mptrain.core.signature import Signature
 from mptrain.verify.difference import of_tensors
 from mptrain.verify.outputs import rows
-from mptrain.verify.overflow import HALF_LEAST, HALF_MAX, Op, Watch
+from mptrain.verify.overflow import Op, Watch
+from mptrain.verify.ranges import HALF_LEAST, HALF_MAX
 
 _COPIES = {"alias", "clone", "_to_copy", "detach", "lift_fresh_copy", "copy", "getitem", "_unsafe_view"}
 _INFINITE = 1e38
