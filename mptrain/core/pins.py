@@ -43,6 +43,7 @@ PINS: dict[str, Pin] = {
                 (
                     "nncf.common.quantization.structs:QuantizationScheme",
                     "nncf.quantization.advanced_parameters:AdvancedSmoothQuantParameters",
+                    "nncf.quantization.advanced_parameters:OverflowFix",
                     "nncf.quantization.advanced_parameters:QuantizationParameters",
                     "nncf.quantization.algorithms.smooth_quant.algorithm:SmoothQuant._calculate_scale_and_ratio",
                     "nncf.tensor:Tensor",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kit import report_sample
 from kit.tiny_models import inputs, logits, tiny
+from kit.tokenizers import wordpiece
 from torch import nn
 
 from mptrain.compress.base import Method, Site, Sizes, Tools
@@ -41,7 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "kmeans": {"palettize": {"method": "kmeans", "bits": 3, "granularity": "tensor"}},
     "kmeans, trained": {"palettize": {"method": "kmeans", "bits": 3, "granularity": "tensor", "finetune": {}}},
     "skm": {"palettize": {"method": "skm", "bits": 2, "granularity": "tensor"}},
+    "cut": {"vocabulary": {"keep": 40}},
 }
+TOKENS = tiny("bert").config.vocab_size
 TRAINED = {"movement", "fisher in training", "qat", "kmeans, trained"}
 STEPS = 4
 
@@ -97,6 +100,8 @@ def tools(config: Any, steps: int) -> Tools:
         steps=steps,
         steps_per_epoch=STEPS,
         lr=1e-3,
+        counts=lambda: torch.arange(TOKENS),
+        processor=wordpiece(TOKENS),
     )
 
 
@@ -145,7 +150,7 @@ def test_the_tables_hold_the_same_methods():
 
 
 def test_settings_say_what_it_does(config):
-    assert config.words() and config.tag in ("pruning", "quantization", "palettization")
+    assert config.words() and config.tag in ("pruning", "quantization", "palettization", "vocabulary pruning")
     for field, weights in config.leaves():
         assert field.startswith(f"{config.field}.") and 1 <= weights.bits <= 8
     assert config.needs() <= {"inputs", "labels"} and config.reads() <= {"target", "bytes", "widths"}
@@ -174,6 +179,7 @@ def test_what_it_makes_is_saved_and_loaded(case, config, tmp_path):
     made, _ = applied(config, steps_of(case))
     artifact.save(made.eval(), tmp_path / "model", None)
     batch = inputs("bert", batch=2)
+    batch["input_ids"] %= made.get_input_embeddings().num_embeddings
     assert torch.equal(logits(artifact.load(tmp_path / "model"), batch), logits(made, batch))
 
 
@@ -185,6 +191,9 @@ def test_settings_that_fit_pass_its_check_and_touch_nothing(config):
 
 
 def test_a_pattern_without_a_module_is_refused_by_its_check(config):
+    if "ignore" not in type(config).model_fields:
+        assert config.field == "vocabulary"  # of which no module is left out
+        return
     wrong = config.model_copy(update={"ignore": ["nowhere"]})
     with pytest.raises(UserError, match=rf"^{config.field}\.ignore: 'nowhere' matches no module"):
         method_class(config).check(wrong, skeleton(), Site(config.field, 8))
