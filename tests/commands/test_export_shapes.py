@@ -31,6 +31,7 @@ def test_the_length_is_that_of_max_length_or_of_the_positions(length, longest, t
     assert facts["passed"] and bounds(facts, "input_ids")[1] == (1, longest)
 
 
+@pytest.mark.long
 def test_a_sound_keeps_its_length(tmp_path):
     tiny_models.tiny("wav2vec2", feat_extract_norm="layer").save_pretrained(tmp_path / "sound")
     facts = export_model(str(tmp_path / "sound"), tmp_path / "to", format="coreml", length=2000, samples=4)

@@ -48,9 +48,9 @@ def loaded(name: str) -> Loaded:
     folder = Path(_folders[-1].name)
     case = tiny_tasks.CASES[name]
     made = case.make(folder)
-    spec = Model(path=str(folder / "model"), task=name)
-    data = load_data(Data.model_validate(made["data"]), name, load_processor(spec), seed=1)
-    model, other = (load_model(spec, data.labels, seed=seed) for seed in (0, 1))
+    spec = Model.model_validate({"path": str(folder / "model"), "task": name, **made["model"]})
+    data = load_data(Data.model_validate(made["data"]), name, load_processor(spec, True), seed=1)
+    model, other = (load_model(spec, data.labels, seed=seed, allow_code=True) for seed in (0, 1))
     generator = torch.Generator().manual_seed(5)
     for parameter in other.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)

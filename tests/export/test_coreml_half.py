@@ -252,6 +252,7 @@ def test_a_left_padded_llama_with_a_mask_of_its_own_is_mended(tmp_path):
         assert not compare(reference, program.run(0, names - {name})).right(), f"no set without {name} is right"
 
 
+@pytest.mark.long
 def test_a_harmless_model_stays_in_half(tmp_path):
     done = kept(small("bert"), tmp_path)
     assert done.half["kept_fp32"] == {} and done.half["said"] == "0 ops in FP32; 0 float↔half casts"

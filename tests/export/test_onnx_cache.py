@@ -97,6 +97,7 @@ def test_the_cache_of_an_fp16_file_is_half_and_costs_no_cast(tmp_path):
     assert past == {"tensor(float)"} and runner.facts().cache_precision == "fp32"
 
 
+@pytest.mark.long
 def test_names_are_optimums(tmp_path):
     session = Session(convert.write(tiny("llama"), BATCH, tmp_path, cache=20).path)
     kept = [f"past_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]

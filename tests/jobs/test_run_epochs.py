@@ -60,6 +60,7 @@ def test_ctrl_c_in_the_last_evaluation_stops_before_the_export(dense, tmp_path):
     assert (tmp_path / "run" / "report.json").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_stops_early_is_resumed_to_the_same_end(tmp_path):
     def recipe(output):
         described = tiny.jpqd(tmp_path)

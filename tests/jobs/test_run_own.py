@@ -57,6 +57,7 @@ def described(tmp_path):
     }
 
 
+@pytest.mark.long
 def test_half_of_the_multiply_adds_go_and_every_export_agrees(described, tmp_path):
     (tmp_path / "own.yaml").write_text(json.dumps(described))
     run(tmp_path / "own.yaml", "--allow-code")

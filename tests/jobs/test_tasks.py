@@ -10,6 +10,7 @@ import pytest
 import torch
 from kit import tiny, tiny_tasks
 from kit.jobs import run
+from kit.long import except_for
 
 import mptrain
 from mptrain.data.load import load_data
@@ -23,9 +24,7 @@ OPTIMUM = {n: getattr(optimum, kind.optimum) for n, kind in TASKS.items() if kin
 QUICK = ("text-classification",)
 
 
-@pytest.mark.parametrize(
-    "task", [task if task in QUICK else pytest.param(task, marks=pytest.mark.long) for task in tiny_tasks.CASES]
-)
+@pytest.mark.parametrize("task", except_for([task for task, case in tiny_tasks.CASES.items() if not case.own], QUICK))
 def test_a_task_runs_jpqd_from_training_to_report(task, tmp_path):
     case = tiny_tasks.CASES[task]
     recipe = tiny.write(tiny_tasks.recipe(task, tmp_path), tmp_path / "recipe.yaml")

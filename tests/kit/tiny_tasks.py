@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from scipy.io import wavfile
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.functional import one_hot
+
+from mptrain.data.sources import cnn
 
 FILLERS = "film plot cast the a is was very not so".split()
 GOOD, BAD = ["good", "fine", "great"], ["bad", "poor", "awful"]
@@ -55,6 +58,8 @@ class Case:
     length: int = 16
     epochs: float = 6
     lr: float = 3e-3
+    own: bool = False
+    """its model is code of one's own, not one of transformers"""
 
 
 def recipe(task: str, folder: Path) -> dict[str, Any]:
@@ -164,6 +169,14 @@ def images(folder: Path) -> dict[str, Any]:
     _save(folder, t.ViTForImageClassification(t.ViTConfig(**ENCODER, image_size=16, patch_size=4)))
     t.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
     return {"model": {}, "data": {"train": str(folder / "data.csv"), "split": SPLIT}}
+
+
+def places(folder: Path) -> dict[str, Any]:
+    """The same pictures, and a network of one's own that describes them."""
+    made = images(folder)
+    shutil.copy(cnn.__file__, folder / "net.py")
+    own = {"module": f"{folder / 'net.py'}:descriptors", "arguments": {"width": 4, "size": 8}}
+    return made | {"model": {"path": "", "picture": {"size": 16}, **own}}
 
 
 def sounds(folder: Path) -> dict[str, Any]:
@@ -289,6 +302,12 @@ def _places(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"last_hidden_state": corners.expand(-1, batch["input_ids"].shape[1], -1)}
 
 
+def _groups(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every group at a corner of its own."""
+    (port,) = data.outputs()
+    return {port.name: one_hot(batch["labels"], 20).float()}
+
+
 def _spans(data: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     length = batch["input_ids"].shape[1]
     return {f"{end}_logits": 30.0 * one_hot(batch[f"{end}_positions"], length).float() for end in ("start", "end")}
@@ -316,6 +335,9 @@ CASES = {
     "token-classification": Case(tagging, ("f1", "accuracy"), 35, 0.8, _classes),
     "question-answering": Case(questions, ("f1", "exact_match"), 40, 0.6, _spans, length=24, epochs=16, lr=5e-3),
     "image-classification": Case(images, ("accuracy", "loss"), 30, 0.6, _classes, precision=("fp32", "int8")),
+    "image-embedding": Case(
+        places, ("ndcg@10", "mrr", "recall@1", "recall@5", "recall@10"), 30, 0.5, _groups, own=True
+    ),
     "audio-classification": Case(sounds, ("accuracy", "loss"), 30, 0.8, _classes, ("fp32", "int8"), length=800),
     "causal-lm": Case(language, ("loss", "perplexity"), 60, 1.6, _next_tokens),
     "seq2seq": Case(rewriting, ("rouge_l", "chrf", "exact_match", "loss"), 40, 0.6, _targets, epochs=20, lr=5e-3),

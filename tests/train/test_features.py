@@ -354,9 +354,9 @@ OTHERS = {
 }
 """rows with tests of their own"""
 
-SLOW = ["`torch_compile` (Inductor)"]
+SLOW = ["`torch_compile` (Inductor)", "`auto_find_batch_size`"]
 QUICK = [row for row in FEATURES if row not in SLOW]
-QUICK_IN_HALF = ["`create_optimizer` of a subclass", "`auto_find_batch_size`", "evaluation, metrics, `predict`"]
+QUICK_IN_HALF = ["`create_optimizer` of a subclass", "evaluation, metrics, `predict`"]
 
 
 @pytest.mark.parametrize("row", except_for(FEATURES, QUICK))
