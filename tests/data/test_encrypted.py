@@ -210,7 +210,8 @@ def test_no_message_of_any_task_quotes_a_cell_of_encrypted_data(tmp_path, task, 
         made = tiny_tasks.CASES[task].make(first)
         file = Path(made["data"]["train"])
         before = file.read_bytes()
-        processor = load_processor(Model(path=str(first / "model"), task=task, **made["model"]))
+        spec = Model.model_validate({"path": str(first / "model"), "task": task, **made["model"]})
+        processor = load_processor(spec, True)
         columns = list(json.loads(before.splitlines()[0])) if file.suffix == ".jsonl" else ["image", "audio", "label"]
         for column in [c for c in columns if c.encode() in before.splitlines()[0]]:
             file.write_bytes(before)

@@ -38,9 +38,9 @@ def save(model, folder, tokenizer=None):
 def check(described):
     """As run and dry run do, without the rest of them."""
     recipe = recipe_file.validate(described, "test")
-    processor = load_processor(recipe.model)
+    processor = load_processor(recipe.model, True)
     data = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
-    input_checks.check(recipe, data, read_config(recipe.model), offline=True)
+    input_checks.check(recipe, data, read_config(recipe.model, True), allow_code=True, offline=True)
 
 
 def test_the_bundled_kind_of_recipe_passes(tmp_path):
