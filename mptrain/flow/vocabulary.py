@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mptrain.core.errors import UserError
 from mptrain.core.progress import track
+from mptrain.core.signature import TOKENS
 from mptrain.data.load import Task
 
-IDS = ("input_ids", "decoder_input_ids")
 _BATCH = 64
 
 
@@ -20,7 +20,7 @@ def counts(data: Task) -> Tensor:
     found = torch.zeros(len(data.processor), dtype=torch.int64)
     for start in track(range(0, len(data.train), _BATCH), "counting tokens"):
         batch = data.collate([data.train[i] for i in range(start, min(start + _BATCH, len(data.train)))])
-        for name in IDS:
+        for name in TOKENS:
             if name in batch:
                 found += torch.bincount(batch[name].flatten(), minlength=len(found))
     return found
@@ -46,7 +46,7 @@ def changed(before: Task, after: Task, split: str) -> float:
         was, now = before.collate([old[i]]), after.collate([new[i]])
         others += any(
             was[name].shape != now[name].shape or bool((was[name] != ids[now[name]]).any())
-            for name in IDS
+            for name in TOKENS
             if name in was
         )
     return others / max(1, len(old))

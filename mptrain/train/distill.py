@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptrain.core.errors import ModelError
+from mptrain.core.signature import TOKENS
 from mptrain.data.tasks.divergence import of_logits
 from mptrain.recipe import Distill
 
@@ -87,7 +88,7 @@ class Distiller:
             return self.teacher(**inputs, **self.extra_outputs())
         table: nn.Embedding = self.teacher.get_input_embeddings()  # type: ignore[operator]
         self.ids = self.ids.to(table.weight.device)
-        inputs = {k: self.ids[v] if k in ("input_ids", "decoder_input_ids") else v for k, v in inputs.items()}
+        inputs = {k: self.ids[v] if k in TOKENS else v for k, v in inputs.items()}
         found = self.teacher(**inputs, **self.extra_outputs())
         logits = found.get("logits")
         if logits is not None and logits.shape[-1] == table.num_embeddings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import json
 import logging
@@ -11,6 +10,8 @@ import typing
 from pathlib import Path
 
 import pytest
+from kit import bare
+from kit.bare import TRAIN
 from pydantic import BaseModel
 
 import mptrain.flow.stage
@@ -18,23 +19,13 @@ from mptrain.flow.identity import FORMAT
 from mptrain.flow.reuse import take_stages
 from mptrain.flow.stage import Context
 from mptrain.flow.stage_inputs import StageInputs, inputs_of
-from mptrain.recipe import Recipe, file
+from mptrain.recipe import Recipe
 
-TRAIN = {"epochs": 2, "lr": 0.1}
 FISHER = {"method": "fisher", "schedule": {"end": 0}}
 
 
 def recipe(*stages, **changes):
-    described = {
-        "schema": "mptrain/v1",
-        "name": "x",
-        "model": {"path": "m", "task": "text-classification"},
-        "data": {"train": "t.csv"},
-        "stages": [{"id": "a", "train": TRAIN}, *stages],
-        "export": [openvino("fp32")],
-        "output": {"dir": "runs/x"},
-    }
-    return file.validate(copy.deepcopy(described | changes), "x")
+    return bare.recipe(*stages, **{"export": [openvino("fp32")], **changes})
 
 
 def openvino(*precision):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
+from kit import bare
+from kit.bare import TRAIN
 
 from mptrain.core.errors import RecipeError
 from mptrain.flow.stage_inputs import inputs_of
 from mptrain.recipe import file
 from mptrain.recipe.plan import variants
 
-TRAIN = {"epochs": 2, "lr": 0.1}
 FAMILY = {
     "id": "p",
     "teacher": "self",
@@ -22,16 +21,8 @@ FAMILY = {
 
 
 def recipe(*stages, of=("a", "p"), **changes):
-    described = {
-        "schema": "mptrain/v1",
-        "name": "x",
-        "model": {"path": "m", "task": "text-classification"},
-        "data": {"train": "t.csv"},
-        "stages": [{"id": "a", "train": TRAIN}, *stages],
-        "export": [{"id": "ov", "format": "openvino", "of": list(of)}],
-        "output": {"dir": "runs/x"},
-    }
-    return file.validate(copy.deepcopy(described | changes), "x")
+    export = {"export": [{"id": "ov", "format": "openvino", "of": list(of)}]}
+    return bare.recipe(*stages, **{**export, **changes})
 
 
 def test_each_point_is_a_stage_that_starts_from_the_last():

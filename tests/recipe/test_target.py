@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
+from kit import bare
+from kit.bare import TRAIN
 
 from mptrain.core.errors import RecipeError
-from mptrain.recipe import file
 from mptrain.recipe.target import target
 
-TRAIN = {"epochs": 2, "lr": 0.1}
 PRUNED = {"id": "p", "train": TRAIN, "prune": {"method": "magnitude", "keep": {"latency": 0.5}}}
 PTQ = {"id": "q", "quantize": {"mode": "ptq"}}
 INT4 = {"id": "w", "quantize": {"mode": "weight_only", "method": "rtn"}}
@@ -18,17 +16,8 @@ INT4 = {"id": "w", "quantize": {"mode": "weight_only", "method": "rtn"}}
 
 def recipe(*stages, export=("openvino", "p"), **changes):
     exports = [{"id": f"e{i}", "format": export[i], "of": [export[i + 1]]} for i in range(0, len(export), 2)]
-    described = {
-        "schema": "mptrain/v1",
-        "name": "x",
-        "model": {"path": "m", "task": "text-classification"},
-        "data": {"train": "t.csv"},
-        "stages": [{"id": "a", "train": TRAIN}, *stages],
-        "export": exports,
-        "evaluate": {"latency": {"threads": ["all", 1]}},
-        "output": {"dir": "runs/x"},
-    }
-    return file.validate(copy.deepcopy(described | changes), "x")
+    more = {"export": exports, "evaluate": {"latency": {"threads": ["all", 1]}}}
+    return bare.recipe(*stages, **{**more, **changes})
 
 
 def found(*stages, **changes):

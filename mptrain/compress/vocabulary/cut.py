@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core.errors import ModelError
-from mptrain.core.signature import by_name, without_cache
+from mptrain.core.signature import TOKENS, by_name, without_cache
 
 EXACT = 1e-5
 """of the largest output"""
-IDS = ("input_ids", "decoder_input_ids")
 
 
 @torch.no_grad()
@@ -33,13 +32,15 @@ def cut(model: nn.Module, kept: Sequence[int], example: Mapping[str, Tensor]) ->
     size = len(table)
     stays = torch.zeros(size, dtype=torch.bool)
     stays[rows] = True
-    example = {n: torch.where(stays[v], v, rows[-1]) if n in IDS else v for n, v in example.items()}
+    example = {n: torch.where(stays[v], v, rows[-1]) if n in TOKENS else v for n, v in example.items()}
     model.eval()
     with without_cache(model):
         before = _tensors(model(**example))
         _slice(model, table, rows, size)
         _renumber(model, {old: new for new, old in enumerate(kept)}, size)
-        renumbered = {name: translated(value, kept) if name in IDS else value for name, value in example.items()}
+        renumbered = {
+            name: torch.searchsorted(rows, value) if name in TOKENS else value for name, value in example.items()
+        }
         after = _tensors(model(**renumbered))
     for name, value in before.items():
         wanted = value.index_select(-1, rows.to(value.device)) if value.shape != after[name].shape else value
@@ -49,11 +50,6 @@ def cut(model: nn.Module, kept: Sequence[int], example: Mapping[str, Tensor]) ->
                 " its embeddings knows their ids. Drop the stage"
             )
     return model
-
-
-def translated(ids: Tensor, kept: Sequence[int]) -> Tensor:
-    """Old ids as new ones."""
-    return torch.searchsorted(torch.tensor(list(kept), device=ids.device), ids)
 
 
 def _table(model: nn.Module) -> nn.Parameter:

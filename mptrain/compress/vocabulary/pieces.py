@@ -5,8 +5,8 @@
     BPE         what merges make may go; the base letters (or bytes) stay, and with a piece the two that the first of
                 its merges joins. Merges of pieces that stay keep their order, so a text whose pieces all stay has the
                 same ones: each was built from pieces that stayed.
-    Unigram     a piece may go whose characters are pieces themselves, or any with a piece for each byte. The likeliest
-                spelling of those left is taken: where it stayed it is still the likeliest.
+    Unigram     a piece may go whose characters are pieces themselves. The likeliest spelling of those left is taken:
+                where it stayed it is still the likeliest.
 
 A vocabulary of whole words (WordLevel) has nothing to spell a word with and is refused.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from mptrain.core.errors import ModelError
@@ -26,10 +27,10 @@ class Pieces(ABC):
     def __init__(self, model: Mapping[str, Any]) -> None:
         self.model = model
 
-    @property
-    @abstractmethod
+    @cached_property
     def ids(self) -> dict[str, int]:
         """The id of each piece."""
+        return dict(self.model["vocab"])
 
     @abstractmethod
     def stays(self) -> set[str]:
@@ -39,16 +40,12 @@ class Pieces(ABC):
         """With the pieces that these are built from."""
         return set(kept)
 
-    @abstractmethod
     def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
         """The model with these pieces and ids alone. new: ascending in the order of the old ids."""
+        return {**self.model, "vocab": {piece: new[piece] for piece in self.model["vocab"] if piece in new}}
 
 
 class WordPiece(Pieces):
-    @property
-    def ids(self) -> dict[str, int]:
-        return dict(self.model["vocab"])
-
     def stays(self) -> set[str]:
         prefix = self.model["continuing_subword_prefix"]
         inner = {p.removeprefix(prefix) for p in self.ids if p.startswith(prefix) and len(p) == len(prefix) + 1}
@@ -61,47 +58,44 @@ class WordPiece(Pieces):
                 found.add(piece)
         return found
 
-    def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
-        return {**self.model, "vocab": {piece: new[piece] for piece in self.model["vocab"] if piece in new}}
-
 
 class Bpe(Pieces):
-    @property
-    def ids(self) -> dict[str, int]:
-        return dict(self.model["vocab"])
-
+    @cached_property
     def _merges(self) -> list[tuple[str, str]]:
         return [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in self.model["merges"]]
 
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, str]]:
+        """Of each piece that merges make what the first of them joins."""
+        parts: dict[str, tuple[str, str]] = {}
+        for left, right in self._merges:
+            parts.setdefault(left + right, (left, right))
+        return parts
+
     def stays(self) -> set[str]:
-        made = {left + right for left, right in self._merges()}
-        return {piece for piece in self.ids if piece not in made}
+        return {piece for piece in self.ids if piece not in self._parts}
 
     def closed(self, kept: Iterable[str]) -> set[str]:
-        parts: dict[str, tuple[str, str]] = {}
-        for left, right in self._merges():
-            parts.setdefault(left + right, (left, right))
         found: set[str] = set()
         waiting = list(kept)
         while waiting:
             piece = waiting.pop()
             if piece not in found:
                 found.add(piece)
-                waiting += parts.get(piece, ())
+                waiting += self._parts.get(piece, ())
         return found
 
     def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
         merges = [
             merge
-            for merge, (left, right) in zip(self.model["merges"], self._merges())
+            for merge, (left, right) in zip(self.model["merges"], self._merges)
             if left in new and right in new and left + right in new
         ]
-        vocab = {piece: new[piece] for piece in self.model["vocab"] if piece in new}
-        return {**self.model, "vocab": vocab, "merges": merges}
+        return {**super().cut(new), "merges": merges}
 
 
 class Unigram(Pieces):
-    @property
+    @cached_property
     def ids(self) -> dict[str, int]:
         return {piece: place for place, (piece, _) in enumerate(self.model["vocab"])}
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, mse_loss
+from torch.nn.functional import mse_loss
 
 from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port, counted_places
@@ -155,18 +155,8 @@ class Embedding(Task):
     def distillation(
         self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor], temperature: float
     ) -> Tensor:
-        """T² · mean over texts of KL between softmaxes of their similarities to the others of the batch, times 20 / T.
-
-        Teacher and student may have vectors of different sizes.
-        """
-        logs = []
-        for outputs in (student, teacher):
-            vectors = pooled(outputs["last_hidden_state"], batch[MASK], self.pooling)
-            others = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-            similar = (vectors @ vectors.T)[others].reshape(len(vectors), -1)
-            logs.append(log_softmax(groups.SCALE * similar / temperature, -1))
-        ours, theirs = logs
-        return (theirs.exp() * (theirs - ours)).sum(-1).mean() * temperature**2
+        ours, theirs = (pooled(o["last_hidden_state"], batch[MASK], self.pooling) for o in (student, teacher))
+        return groups.similarities(ours, theirs, temperature)
 
     @classmethod
     def agreement(cls, expected: Outputs, got: Outputs, batch: Batch) -> np.ndarray:

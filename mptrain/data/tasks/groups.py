@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from mptrain.core.errors import DataError
 from mptrain.data.sources.quoting import shown
@@ -116,3 +116,17 @@ def _name(cell: object, table: Table, row: int) -> str:
         f"{table.place('label', row)} holds {shown(cell)} where the name of a group (text or a whole number) is needed."
         " Correct or drop the row, or set data.label to the column with the groups."
     )
+
+
+def similarities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · mean over examples of KL between softmaxes of their similarities to the others of the batch, times SCALE / T.
+
+    A scalar. student, teacher: unit vectors [batch, …], of sizes of their own.
+    """
+    logs = []
+    for vectors in (student, teacher):
+        others = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+        similar = (vectors @ vectors.T)[others].reshape(len(vectors), -1)
+        logs.append(log_softmax(SCALE * similar / temperature, -1))
+    ours, theirs = logs
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean() * temperature**2

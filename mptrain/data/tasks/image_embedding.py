@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, normalize
+from torch.nn.functional import normalize
 
 from mptrain.core.signature import BATCH, Batch, Outputs, Port
 from mptrain.data.sources.tables import Table
@@ -80,15 +80,7 @@ class ImageEmbedding(Task):
     def distillation(
         self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor], temperature: float
     ) -> Tensor:
-        """T² · mean over pictures of KL between softmaxes of their similarities to the others, times 20 / T."""
-        logs = []
-        for outputs in (student, teacher):
-            vectors = self._vectors(outputs)
-            others = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-            similar = (vectors @ vectors.T)[others].reshape(len(vectors), -1)
-            logs.append(log_softmax(groups.SCALE * similar / temperature, -1))
-        ours, theirs = logs
-        return (theirs.exp() * (theirs - ours)).sum(-1).mean() * temperature**2
+        return groups.similarities(self._vectors(student), self._vectors(teacher), temperature)
 
     @classmethod
     def agreement(cls, expected: Outputs, got: Outputs, batch: Batch) -> np.ndarray:
