@@ -119,7 +119,7 @@ def _name(cell: object, table: Table, row: int) -> str:
 
 
 def similarities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² · mean over examples of KL between softmaxes of their similarities to the others of the batch, times SCALE / T.
+    """T² · mean over examples of KL between softmaxes of their similarities to the others of a batch, times SCALE / T.
 
     A scalar. student, teacher: unit vectors [batch, …], of sizes of their own.
     """
