@@ -147,4 +147,6 @@ def kept_in_fp32(half: dict[str, Any]) -> str:
         return "no op has to stay in fp32"
     note = f" ({half['note']})" if half.get("note") else ""
     many = "s" * (len(ops) > 1)
+    if half.get("scaled"):
+        note = f"; {', '.join(half['scaled'])}: weights in fp16, channels scaled around them{note}"
     return f"{len(ops)} op{many} in fp32: {', '.join(ops)}; {casts} float↔half cast{'s' * (casts != 1)}{note}"

@@ -124,8 +124,8 @@ def _write(
     for part in parts_of(model, example, signature, cached=cache is not None):
         graph, program = converted(model, part)
         if precision == "fp16":
-            halves[part.file] = onnx_half.find(program, part, batches)
-            onnx_half.cast(graph, program, halves[part.file]["kept_fp32"])
+            facts, reach = onnx_half.find(program, part, batches)
+            halves[part.file] = facts | {"scaled": onnx_half.cast(graph, program, facts["kept_fp32"], reach)}
         stored |= weights.store(graph, records.of(model))
         save(graph, folder / part.file)
     weights.check_stored(records.of(model), stored)

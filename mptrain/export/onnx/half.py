@@ -4,6 +4,8 @@
     cast     every floating value gets one type: float32 where an operation that stays makes it, float16 elsewhere.
              A value that is read in the other type is cast once, where it is made; views follow what they show;
              constants are stored in the type (or the types) that they are read in
+    fit      what stays and is a product with weights is computed in float16 with its channels scaled, where that is
+             exact enough (mptrain.export.onnx.scaled): its weights take half the room
 
 So there are as many casts as there are values that cross, not two around each operation. Inputs and outputs stay
 float32, but for keys and values of a cache: they are float16 where none of them is made by an operation that stays.
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from mptrain.core.errors import ExportError
+from mptrain.export.onnx import scaled
 from mptrain.export.onnx.facts import NODE
 from mptrain.export.onnx.parts import Part
 from mptrain.export.torch.decoding import PAST, PRESENT
@@ -34,12 +37,16 @@ STAYS: Mapping[str, Collection[int]] = {"Resize": (1, 2), "Upsample": (1,)}
 """operands that are float32 whatever the operation computes in"""
 
 
-def find(program: ExportedProgram, part: Part, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """JSON facts; kept_fp32 has the names of nodes of the torch graph, each with its reason. batches: of the model."""
+def find(
+    program: ExportedProgram, part: Part, batches: Sequence[Mapping[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, scaled.Reach]]:
+    """(JSON facts, how far the channels of products reach that stay in float32). kept_fp32 of the facts has the names
+    of nodes of the torch graph, each with its reason. batches: of the model."""
     calls, ports = [part.call(batch) for batch in batches], part.ports
     ops = exported.GraphOps(program, ports.input_names, ports.output_names, calls, part.counts)
-    found = overflow.search(ops, reference=[part.expected(batch) for batch in batches])
-    return overflow.described(found)
+    found = overflow.described(overflow.search(ops, reference=[part.expected(batch) for batch in batches]))
+    kept = found["kept_fp32"]
+    return found, scaled.reaching(ops.channels(batch, kept) for batch in range(len(calls)) if kept)
 
 
 def together(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -52,6 +59,7 @@ def together(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "kept_fp32": kept,
         **{name: _worst([half[name] for half in facts]) for name in ("all_half", "kept")},
         **{name: sum(half[name] for half in facts) for name in ("casts", "runs", "seconds")},
+        "scaled": [f"{file}: {op}" for file, half in found.items() for op in half["scaled"]],
         "note": "; ".join(dict.fromkeys(half["note"] for half in facts if half["note"])),
     }
 
@@ -61,8 +69,11 @@ def _worst(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(found, key=lambda one: float("inf") if one["error"] is None else one["error"])
 
 
-def cast(graph: ir.Model, program: ExportedProgram, keep: Collection[str]) -> None:
-    """Change the graph in place. Raises ExportError for an operation to keep that it lacks, and for control flow."""
+def cast(
+    graph: ir.Model, program: ExportedProgram, keep: Collection[str], reach: Mapping[str, scaled.Reach]
+) -> list[str]:
+    """Change the graph in place; names of the operations to keep that became products in float16 of scaled channels.
+    reach: of `find`. Raises ExportError for an operation to keep that it lacks, and for control flow."""
     nodes = list(graph.graph)
     if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for node in nodes
            for attribute in node.attributes.values()):  # fmt: skip
@@ -73,7 +84,12 @@ def cast(graph: ir.Model, program: ExportedProgram, keep: Collection[str]) -> No
             f"{', '.join(sorted(missing))} must stay in fp32 in an fp16 export, and the ONNX graph has no node of it."
             " Export it as fp32, or change the model so that its values stay below 65504."
         )
-    _Caster(graph, exported.with_copies(program, keep)).run()
+    products = [n for n in nodes if source(n) in reach and scaled.weights_of(n) is not None]
+    types, large = scaled.fit(graph.graph, [(node, reach[source(node)]) for node in products])
+    fitted = {source(node) for node in products if node in types}
+    keep = set(keep) - fitted | {source(node) for node in large}  # with the views of their results
+    _Caster(graph, exported.with_copies(program, keep), types).run()
+    return sorted(fitted)
 
 
 def source(node: ir.Node) -> str:
@@ -82,10 +98,13 @@ def source(node: ir.Node) -> str:
 
 
 class _Caster:
-    """keep: names of nodes of the torch graph that stay in float32."""
+    """keep: names of nodes of the torch graph that stay in float32. given: what some nodes compute in whatever their
+    source, None: as their input is."""
 
-    def __init__(self, model: ir.Model, keep: Collection[str]) -> None:
-        self.graph, self.keep = model.graph, keep
+    def __init__(
+        self, model: ir.Model, keep: Collection[str], given: Mapping[ir.Node, ir.DataType | None] | None = None
+    ) -> None:
+        self.graph, self.keep, self.given = model.graph, keep, given or {}
         values = [*self.graph.inputs, *self.graph.initializers.values()]
         values += [output for node in self.graph for output in node.outputs]
         self.types: dict[ir.Value, ir.DataType] = {value: FLOAT for value in values if value.dtype == FLOAT}
@@ -96,7 +115,7 @@ class _Caster:
         """The outputs that stay half, because they are the inputs of the next call; those inputs are half from now on.
         All or none: a caller makes the empty ones of one type."""
         given = [value for value in self.graph.outputs if str(value.name).startswith(f"{PRESENT}.")]
-        if any(producer is None or source(producer) in self.keep for producer in (v.producer() for v in given)):
+        if any(producer is None or self._stays(producer) for producer in (v.producer() for v in given)):
             return set()
         for value in self.graph.inputs:
             if str(value.name).startswith(f"{PAST}."):
@@ -136,11 +155,14 @@ class _Caster:
     def _wanted(self, node: ir.Node, floats: Sequence[int], makes: bool) -> ir.DataType:
         """What an operation computes in; a comparison or a size takes what it is given."""
         given = [self.types[v] for i in floats if (v := node.inputs[i]) is not None and v.const_value is None]
-        if not makes:
+        if self.given.get(node, FLOAT) is None or not makes:
             return given[0] if given else FLOAT
-        if source(node) in self.keep or any(_too_large(node.inputs[i]) for i in floats):
+        if self._stays(node) or any(_too_large(node.inputs[i]) for i in floats):
             return FLOAT
         return HALF
+
+    def _stays(self, node: ir.Node) -> bool:
+        return self.given[node] != HALF if node in self.given else source(node) in self.keep
 
     def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         """The value in a type, cast once for all who read it so."""

@@ -80,6 +80,28 @@ class GraphOps:
                 found[node.name] = of_tensors(exact[0], _half(half[0])).error
         return found
 
+    @torch.no_grad()
+    def channels(self, batch: int, ops: Collection[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Of those ops that are products x·W with W [K, N] of weights alone: the largest magnitudes of the channels of
+        x [K] and of the result [N], nothing rounded."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        values = self._inputs(self._batches[batch])
+        for node in self._computed:
+            values[node.name] = _call(node, values)
+            if node.name in ops and (x := self._multiplied(node)) is not None:
+                found[node.name] = (_largest(values[x.name]), _largest(values[node.name]))
+        return found
+
+    def _multiplied(self, node: fx.Node) -> fx.Node | None:
+        """What a product with weights multiplies."""
+        places = {"linear": (0, 1), "mm": (0, 1), "matmul": (0, 1), "addmm": (1, 2)}.get(_kind(node).partition(".")[0])
+        if places is None:
+            return None
+        x, weights = (node.args[place] for place in places)
+        if not isinstance(x, fx.Node) or not isinstance(weights, fx.Node) or weights.name not in self._constants:
+            return None
+        return x if self._constants[weights.name].dim() == 2 else None
+
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Values of the graph before any is computed."""
         return self._constants | {node: batch[name] for node, name in self._users.items()}
@@ -189,6 +211,11 @@ def _call(node: fx.Node, values: Mapping[str, Any]) -> Any:
         return values[argument.name] if isinstance(argument, fx.Node) else argument
 
     return node.target(*tree_map(operand, node.args), **tree_map(operand, node.kwargs))  # type: ignore[operator]
+
+
+def _largest(value: Tensor) -> Tensor:
+    """Of each channel, the last axis."""
+    return value.detach().abs().flatten(0, -2).amax(0)
 
 
 def _floats(result: Any) -> list[Tensor]:
