@@ -145,6 +145,7 @@ PINS: dict[str, Pin] = {
             ),
             "transformers:Trainer._get_train_sampler": "train/phase.py",
             "transformers:PreTrainedModel._init_weights": "models/head.py",
+            "transformers:PreTrainedModel._no_split_modules": "precision/fully_sharded.py",
             "transformers:PreTrainedModel._supports_sdpa": "commands/inspect.py",
             "transformers:PreTrainedModel._keep_in_fp32_modules": "precision/policy.py",
             "transformers:PreTrainedModel._keep_in_fp32_modules_strict": "precision/policy.py",
@@ -168,9 +169,11 @@ PINS: dict[str, Pin] = {
             ),
         },
     ),
+    "accelerate": Pin(tested=("1.15",), private={"accelerate.accelerator:fsdp2_prepare_model": "train/sharding.py"}),
     "torch": Pin(
         tested=("2.13",),
         private={
+            "torch.distributed._composable_state:_module_state_mapping": "precision/fully_sharded.py",
             "torch:_C._jit_pass_inline": "export/coreml/convert.py",
             "torch:_C.DisableTorchFunction": "compress/quantize/fake_quant.py",
             "torch._ops:OpOverload@_schema": "verify/programs/aten.py",

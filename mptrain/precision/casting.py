@@ -63,13 +63,18 @@ def _with_items(value: Mapping, changed: Mapping) -> Mapping:
 
 
 class Casts:
-    """The hooks of one model; `install` and `remove` may follow each other, what was learnt stays."""
+    """The hooks of one model; `install` and `remove` may follow each other, what was learnt stays.
 
-    def __init__(self, model: nn.Module, kept: Kept, dtype: torch.dtype) -> None:
+    half: as `own_half`, for a model whose weights are half inside of forward only.
+    """
+
+    def __init__(
+        self, model: nn.Module, kept: Kept, dtype: torch.dtype, half: Callable[[nn.Module], bool] = own_half
+    ) -> None:
         self.model, self.kept, self.dtype = model, kept, dtype
         self._heads = list(_heads(model))
-        outer = [m for m in _outer_layers(model) if m not in self._heads and m not in kept.boundaries]
-        self._meeting = Meeting(model, dtype, outer)
+        outer = [m for m in _outer_layers(model, half) if m not in self._heads and m not in kept.boundaries]
+        self._meeting = Meeting(model, dtype, outer, half)
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> Casts:
@@ -106,16 +111,16 @@ class Casts:
         return cast(output, self.dtype, torch.float32)
 
 
-def _outer_layers(module: nn.Module, repeated: bool = False) -> Iterator[nn.Module]:
+def _outer_layers(module: nn.Module, half: Callable[[nn.Module], bool], repeated: bool = False) -> Iterator[nn.Module]:
     """Layers of torch.nn with half weights, where data comes in; those of repeated blocks see activations.
 
     All recurrent ones, for they compare dtypes before any operation does.
     """
     for child in module.children():
         inside = repeated or isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        if own_half(child) and (not inside or isinstance(child, (nn.RNNBase, nn.RNNCellBase))):
+        if half(child) and (not inside or isinstance(child, (nn.RNNBase, nn.RNNCellBase))):
             yield child
-        yield from _outer_layers(child, inside)
+        yield from _outer_layers(child, half, inside)
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:

@@ -52,7 +52,7 @@ LARGEST_ERROR = 0.01
 """rounding error of an input, of its spread, from which on it is told"""
 
 
-def own_half(module: nn.Module) -> bool:
+def own_half(module: nn.Module, is_half: Callable[[nn.Parameter], bool] = lambda p: p.dtype in HALF) -> bool:
     """Whether it is a layer of torch.nn that multiplies its inputs with half weights of its own."""
     kinds = [c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.")]
     kinds = [c for c in kinds if c.__module__.rpartition(".")[2] not in ("module", "container")]
@@ -60,14 +60,20 @@ def own_half(module: nn.Module) -> bool:
         return False
     computed = module._modules.get("parametrizations")
     parts = [module, *(computed.children() if isinstance(computed, nn.ModuleDict) else ())]
-    return any(p is not None and p.dtype in HALF for part in parts for p in part._parameters.values())
+    return any(p is not None and is_half(p) for part in parts for p in part._parameters.values())
 
 
 class Meeting:
-    """The hooks of one model; layers: those of torch.nn that cast their inputs from the start."""
+    """The hooks of one model; layers: those of torch.nn that cast their inputs from the start. half: as `own_half`."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, layers: Iterable[nn.Module] = ()) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        layers: Iterable[nn.Module] = (),
+        half: Callable[[nn.Module], bool] = own_half,
+    ) -> None:
+        self.model, self.dtype, self._half = model, dtype, half
         self._names = {module: name for name, module in model.named_modules()}
         self._like: dict[tuple[type, str], list[nn.Module]] = {}
         for module, name in self._names.items():
@@ -138,7 +144,7 @@ class Meeting:
         inside: it met fp32 that is none of its inputs.
         """
         for like in self._like[_kind(module, self._names[module])]:
-            if own_half(like) and not inside:
+            if self._half(like) and not inside:
                 if like not in self._layers:
                     self._layers[like] = None
                     self._cast_inputs(like)

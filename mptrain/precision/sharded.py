@@ -17,6 +17,7 @@ With reduce_dtype fp32 gradients are summed over ranks and over micro-steps in f
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -74,6 +75,9 @@ class ShardedMasters:
         self._watchdog = Watchdog(model, self.scaler, dtype, "a policy of their own in fully_shard")
         self._last_loss: Tensor | None = None
         self._scaled = False
+        self._clip = max_grad_norm
+        self._finite: bool | None = None
+        """of this step's gradients, once they were looked at"""
 
     def _parameters(self) -> Iterator[Any]:
         """DTensors."""
@@ -82,11 +86,37 @@ class ShardedMasters:
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scaled backward of a scalar loss. Between micro-steps use FSDP2's set_requires_gradient_sync as always."""
+        self.scale(loss).backward(**kwargs)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss, a scalar of any float dtype, times the loss scale, in fp32: to call backward on."""
         self._last_loss = loss.detach()
         if loss.dtype == torch.float16:
             self.scaler.limit(2.0**15)
-        (loss.float() * self.scaler.scale).backward(**kwargs)
-        self._scaled = True
+        self._scaled, self._finite = True, None
+        return loss.float() * self.scaler.scale
+
+    def finite(self) -> bool:
+        """Whether this step's gradients are finite on all ranks. Measured once a step, with one host sync."""
+        if self._finite is None:
+            if not self._scaled and self.scaler.scale != 1.0 and any(p.grad is not None for p in self._parameters()):
+                raise UserError(
+                    f"gradients were not multiplied by the loss scale ({self.scaler.scale:g}), by which this step"
+                    " divides them: call backward(loss) of the ShardedMasters object instead of loss.backward()"
+                )
+            norm = math.sqrt(self._sum_of_squares())
+            self.grad_norm = norm / self.scaler.scale
+            self._finite = math.isfinite(norm)
+        return self._finite
+
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """Clip this step's gradients to `max_norm`; returns their norm over all shards, unscaled and before clipping.
+
+        No gradient is touched: the factor goes into the update.
+        """
+        self._clip = checked_max_norm(max_norm)
+        self.finite()
+        return torch.tensor(self.grad_norm)
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -95,22 +125,14 @@ class ShardedMasters:
         Returns whether the weights were updated. Raises TrainingError with a diagnosis when the loss scale is
         exhausted.
         """
-        if not self._scaled and self.scaler.scale != 1.0 and any(p.grad is not None for p in self._parameters()):
-            raise UserError(
-                f"gradients were not multiplied by the loss scale ({self.scaler.scale:g}), by which this step divides"
-                " them: call backward(loss) of the ShardedMasters object instead of loss.backward()"
-            )
-        norm = math.sqrt(self._sum_of_squares())
-        self.grad_norm = norm / self.scaler.scale
-        finite = math.isfinite(norm)
+        finite = self.finite()
         if finite:
-            factor = clip_factor(self.grad_norm, self.max_grad_norm) / self.scaler.scale
+            factor = clip_factor(self.grad_norm, self._clip) / self.scaler.scale
             shards = [p.grad.to_local() for p in self._parameters() if p.grad is not None]
             torch._foreach_mul_(shards, factor)
             self.optimizer.step()
         self._watchdog.stepped(finite, self._last_loss, self._named_gradients, dist.get_rank(self._group))
         self.zero_grad()
-        self._scaled = False
         return finite
 
     def _sum_of_squares(self) -> float:
@@ -131,6 +153,11 @@ class ShardedMasters:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self._scaled, self._finite, self._clip = False, None, self.max_grad_norm
+
+    def exposed(self, *, write: bool = False) -> contextlib.AbstractContextManager[nn.Module]:
+        """As of MasterWeights; here the model's parameters are the masters, outside too."""
+        return contextlib.nullcontext(self._watchdog.model)
 
     @property
     def loss_scale(self) -> float:

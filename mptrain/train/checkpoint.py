@@ -105,18 +105,28 @@ def for_transformers(folder: str | Path) -> None:
     why = fault(folder)
     if why is not None:
         raise UserError(f"{folder} is not a whole checkpoint of mptrain.Trainer: {why}")
+    if not (folder / "optimizer.json").is_file():
+        raise UserError(f"{folder} holds shards of FSDP2: resume it with mptrain.Trainer without FSDP2, and save again")
     state = load_state(folder / "optimizer")
     torch.save({k: state[k] for k in ("state", "param_groups")}, folder / FOREIGN[0])
     torch.save(load_state(folder / "scheduler"), folder / FOREIGN[1])
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path)
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    save_file({k: v.detach().cpu().clone().contiguous() for k, v in model_tensors(model).items()}, path)
+    save_tensors(model_tensors(model), path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy tensors into the model's own, bit for bit. Raises TrainingError when names or shapes differ."""
-    tensors = load_file(path)
+    load_tensors(model, load_file(path), path)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """path: where they are from, for the error."""
     own = model_tensors(model)
     extra, missing = sorted(set(tensors) - set(model.state_dict())), sorted(set(own) - set(tensors))
     if extra or missing:

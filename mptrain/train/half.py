@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mptrain.core.errors import UserError
-from mptrain.precision import MasterWeights
+from mptrain.precision import MasterWeights, ShardedMasters
 from mptrain.recipe import MixedPrecision
 
 
@@ -43,8 +43,9 @@ def check(accelerator: Accelerator) -> None:
 class StepScaler:
     """What Accelerate takes for its `scaler`."""
 
-    def __init__(self, masters: MasterWeights) -> None:
-        self.masters = masters
+    def __init__(self, masters: MasterWeights | ShardedMasters | None) -> None:
+        """None: they are built once the model is sharded."""
+        self.masters: Any = masters
 
     def is_enabled(self) -> bool:
         return True
@@ -56,7 +57,9 @@ class StepScaler:
         return self.masters.scale(loss)
 
     def step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
-        if self.masters.finite():
+        if isinstance(self.masters, ShardedMasters):  # which call the optimizer's
+            self.masters.step()
+        elif self.masters.finite():
             optimizer.step(closure)
         else:
             # not through `optimizer.step`, by which Accelerate knows that a step was taken
@@ -66,7 +69,7 @@ class StepScaler:
         """Done in the step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the loss scale is part of the optimizer's state."""
+        """Empty: the loss scale is saved with the optimizer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -19,16 +19,20 @@ def as_leaf(items: Tensor | int, device: torch.device) -> Tensor:
     return torch.as_tensor(items, device=device).detach().float().requires_grad_()
 
 
+THROUGH = "RegisterPostBackwardFunctionBackward"
+"""of FSDP2: hands every input of a module through, each to its own output"""
+
+
 def depends_on(loss: Tensor, leaf: Tensor) -> bool:
     """Whether the graph of `loss` reaches `leaf`."""
     seen: set[Any] = set()
-    queue = [loss.grad_fn]
+    queue: list[Any] = [(loss.grad_fn, 0)]
     while queue:
-        node = queue.pop()
-        if node is None or node in seen:
+        node, output = edge = queue.pop()
+        if node is None or edge in seen:
             continue
-        seen.add(node)
+        seen.add(edge)
         if getattr(node, "variable", None) is leaf:
             return True
-        queue += [following for following, _ in node.next_functions]
+        queue += node.next_functions[output : output + 1] if node.name() == THROUGH else node.next_functions
     return False

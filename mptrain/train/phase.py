@@ -213,8 +213,8 @@ class PhaseTrainer(Trainer):
         self._bad_epochs = 0 if better else self._bad_epochs + 1
         if better:
             self.best = {"metric": scores[0].name, "rank": rank, "step": self.state.global_step}
+            self.save_weights(self.folder / f".{BEST}")
             if self.args.should_save:
-                self.save_weights(self.folder / f".{BEST}")
                 (self.folder / f".{BEST}").replace(self.folder / BEST)
         if self.settings.patience and self._bad_epochs >= self.settings.patience:
             self.control.should_training_stop = True

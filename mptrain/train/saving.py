@@ -23,8 +23,9 @@ from transformers.trainer_callback import TrainerState
 
 from mptrain.compress.base import TrainingMethod
 from mptrain.core.hooks import is_quantized
-from mptrain.precision import MasterWeights
-from mptrain.train import checkpoint
+from mptrain.precision import MasterWeights, ShardedMasters
+from mptrain.precision.fully_sharded import gathered
+from mptrain.train import checkpoint, shards
 
 
 class Saving(transformers.Trainer):
@@ -35,14 +36,20 @@ class Saving(transformers.Trainer):
     optimizer: Any
     lr_scheduler: Any
     compressors: Sequence[TrainingMethod]
+    _sharded_masters: ShardedMasters | None = None
 
     @property
-    def master_weights(self) -> MasterWeights | None:
+    def master_weights(self) -> MasterWeights | ShardedMasters | None:
         """The masters and what steps them, once training has begun with a half `precision`."""
+        optimizer = self._torch_optimizer
+        return optimizer if isinstance(optimizer, MasterWeights) else self._sharded_masters
+
+    @property
+    def _torch_optimizer(self) -> Any:
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        return optimizer if isinstance(optimizer, MasterWeights) else None
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; a checkpoint that is not whole is never resumed from.
@@ -65,8 +72,14 @@ class Saving(transformers.Trainer):
         return int(epoch), round(share * saved.max_steps * self.args.gradient_accumulation_steps)
 
     @property
+    def _fully_sharded(self) -> bool:
+        """Whether FSDP2 shards the model; its checkpoints are shards.py."""
+        return self.is_fsdp_enabled and self.accelerator.is_fsdp2
+
+    @property
     def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        """Whether FSDP1 or DeepSpeed does; their checkpoints are those of transformers."""
+        return (self.is_fsdp_enabled and not self._fully_sharded) or self.is_deepspeed_enabled
 
     def _compressed(self) -> bool:
         config = getattr(self.model, "config", None)
@@ -100,18 +113,41 @@ class Saving(transformers.Trainer):
         return contextlib.nullcontext() if self.master_weights is None else self.master_weights.exposed(write=write)
 
     def save_weights(self, path: Path) -> None:
-        with self._in_fp32():
-            checkpoint.save_weights(self.model, path)
+        """Whole and fp32. Called by every process, written by one."""
+        if self._fully_sharded:
+            tensors = gathered(self.model, self.args.should_save)
+            if self.args.should_save:
+                checkpoint.save_tensors(tensors, path)
+        elif self.args.should_save:
+            with self._in_fp32():
+                checkpoint.save_weights(self.model, path)
 
     def load_weights(self, path: Path) -> None:
+        if self._fully_sharded:
+            return shards.load_whole(self.model, path)
         with self._in_fp32(write=True):
             checkpoint.load_weights(self.model, path)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' own; under FSDP2 whole and fp32 whatever `fsdp_state_dict_type` says, by all processes."""
+        if not self._fully_sharded:
+            return super().save_model(output_dir, _internal_call)
+        if _internal_call and not self.args.save_only_model:
+            return  # of a checkpoint: its shards hold the weights
+        state = gathered(self.model, self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         if self._compressed() and not self._sharded:
             folder.mkdir(parents=True, exist_ok=True)
-            self.save_weights(folder / checkpoint.WEIGHTS)
+            if state_dict is None:
+                self.save_weights(folder / checkpoint.WEIGHTS)
+            else:
+                checkpoint.save_tensors(state_dict, folder / checkpoint.WEIGHTS)
         else:
             with _plain_names(self.model), self._in_fp32():
                 if state_dict is None and not hasattr(self.accelerator.unwrap_model(self.model), "save_pretrained"):
@@ -123,7 +159,12 @@ class Saving(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / checkpoint.WEIGHTS).is_file():
+        if self._fully_sharded:
+            shards.load_model(self.model, folder)
+        elif shards.are_in(folder):
+            with self._in_fp32(write=True):
+                checkpoint.load_tensors(self.model, shards.whole(folder)[0], folder)
+        elif (folder / checkpoint.WEIGHTS).is_file():
             self.load_weights(folder / checkpoint.WEIGHTS)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -135,7 +176,9 @@ class Saving(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         weights = Path(str(self.state.best_model_checkpoint)) / checkpoint.WEIGHTS
-        if weights.is_file():
+        if self._fully_sharded:
+            shards.load_model(self.model, weights.parent)
+        elif weights.is_file():
             self.load_weights(weights)
         else:
             super()._load_best_model()
@@ -143,9 +186,13 @@ class Saving(transformers.Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            folder = Path(output_dir)
+        folder = Path(output_dir)
+        if self._fully_sharded:
+            scale = None if self.master_weights is None else self.master_weights.state_dict()
+            shards.save(self.model, self._torch_optimizer, folder, scale, writes=self.args.should_save)
+        elif self.args.should_save:
             checkpoint.save_state(self.optimizer.state_dict(), folder / "optimizer")
+        if self.args.should_save:
             checkpoint.save_state(self.lr_scheduler.state_dict(), folder / "scheduler")
             for compressor in self.compressors:
                 checkpoint.save_state(compressor.state_dict(), folder / f"compressor-{compressor.name}")
@@ -156,14 +203,29 @@ class Saving(transformers.Trainer):
         masters = self.master_weights
         if folder is None or self._sharded:
             return super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if self._fully_sharded:
+            scale = shards.load_optimizer(self.model, self._torch_optimizer, folder)
+            if masters is not None and scale is not None:
+                masters.load_state_dict(scale)
+            self.lr_scheduler.load_state_dict(checkpoint.load_state(folder / "scheduler"))
+            return None
+        if shards.are_in(folder):
+            state = shards.whole(folder)[1]
+            if isinstance(masters, MasterWeights):
+                masters.load_plain_state_dict(state)
+                masters.scaler.load_state_dict(state["loss_scale"] or masters.scaler.state_dict())
+            else:
+                self.optimizer.load_state_dict({k: v for k, v in state.items() if k != "loss_scale"})
+            self.lr_scheduler.load_state_dict(checkpoint.load_state(folder / "scheduler"))
+            return None
         if not (folder / "optimizer.json").is_file():  # of transformers' own Trainer
-            if masters is None or not (folder / "optimizer.pt").is_file():
+            if not isinstance(masters, MasterWeights) or not (folder / "optimizer.pt").is_file():
                 return super()._load_optimizer_and_scheduler(checkpoint_folder)
             masters.load_plain_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
             self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
             return None
         state = checkpoint.load_state(folder / "optimizer")
-        if masters is not None and "masters" not in state:  # trained in fp32: the weights it saved are the masters
+        if isinstance(masters, MasterWeights) and "masters" not in state:  # of fp32: the weights are the masters
             masters.load_plain_state_dict(state)
         else:
             self.optimizer.load_state_dict(state)

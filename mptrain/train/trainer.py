@@ -24,11 +24,12 @@ from mptrain.compress.base import TrainingMethod
 from mptrain.core.errors import UserError
 from mptrain.core.hooks import HOOKS
 from mptrain.core.pins import warn_untested
+from mptrain.precision import MasterWeights, ShardedMasters
 from mptrain.precision.casting import cast
 from mptrain.precision.half import computing_in
 from mptrain.precision.policy import DTYPES, Compute
 from mptrain.recipe import MixedPrecision
-from mptrain.train import half, loss_items
+from mptrain.train import half, loss_items, sharding
 from mptrain.train.arguments import parse, taken
 from mptrain.train.distill import Distiller
 from mptrain.train.saving import Saving
@@ -67,27 +68,36 @@ class Trainer(Saving):
             half.check(self.accelerator)
         self.compressors = list(compressors)
         self.distiller = distiller
+        self._sharding: Any = None
+        """restores the model that FSDP2 shards"""
         self._gradients_seen = False
         self._leaf: torch.Tensor | None = None
         """number of items, while it is not known whether the loss is divided by it"""
         self._items_known = False
         self._terms: dict[str, torch.Tensor] = {}
         self._term_count = 0
-        if self.precision.compute != "fp32" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError(
-                "precision keeps whole fp32 masters and cannot run on sharded parameters: launch with a DDP config"
-                " (configs/accelerate-ddp-2gpu.yaml), or use mixed_precision: bf16 of FSDP instead of precision"
-            )
-        if self.compressors and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError(
-                "pruning masks act on whole weight matrices and cannot run on sharded parameters:"
-                " launch with a DDP config (configs/accelerate-ddp-2gpu.yaml) instead of FSDP or DeepSpeed"
-            )
+        sharding.check(
+            self.accelerator,
+            self.precision,
+            compressors=bool(self.compressors),
+            distiller=distiller is not None,
+            args=self.args,
+        )
         if distiller is not None:
             self.model_accepts_loss_kwargs = False
-            distiller.teacher.to(self.args.device)
+            if self._fully_sharded:
+                from mptrain.precision.fully_sharded import shard_blocks
+
+                shard_blocks(distiller.teacher)
+            else:
+                distiller.teacher.to(self.args.device)
         if self.compressors:
             self.add_callback(_AfterStep(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if sharding.on_cpu(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
 
     # -- optimizer
 
@@ -114,9 +124,9 @@ class Trainer(Saving):
             for group in compressor.parameter_groups():
                 if not known & {id(p) for p in group["params"]}:
                     self.optimizer.add_param_group(group)
-        if self.precision.compute != "fp32" and self.master_weights is None:
+        if self.precision.compute != "fp32" and self.master_weights is None and not self._fully_sharded:
             self.optimizer = half.build(self.model, self.optimizer, self.precision)
-        if self.master_weights is not None:
+        if self._half:
             self.accelerator.scaler = half.StepScaler(self.master_weights)
         return self.optimizer
 
@@ -126,28 +136,52 @@ class Trainer(Saving):
         return self.precision.compute != "fp32" or self.master_weights is not None
 
     def release(self) -> nn.Module:
-        """The model with fp32 parameters of its own, as before training; ends training in half precision."""
-        if self.master_weights is not None:
+        """The model with fp32 parameters of its own, as before training; ends training in half precision.
+
+        Under FSDP2 it is whole again, on the CPU of every process, all of which call this.
+        """
+        if self._sharding is not None:
+            self._sharding.restore()
+        elif isinstance(self.master_weights, MasterWeights):
             self.master_weights.release()
             for compressor in self.compressors:
                 compressor.follow(None)
-            self.optimizer = self.lr_scheduler = None
-            self.model_wrapped = self.model
+        else:
+            return self.model
+        self._sharding = self._sharded_masters = None
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
         return self.model
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.world_size > 1 and self.model_wrapped is self.model and not self._sharded:
+        if self.args.world_size > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
             # an evaluation has marked it as prepared: DDP would not wrap it, and ranks would drift apart
             setattr(self.model, "_is_accelerate_prepared", False)  # noqa: B010
-        model, loader = super()._prepare_for_training(*args, **kwargs)
+        with self._sharded_by_fsdp2():
+            model, loader = super()._prepare_for_training(*args, **kwargs)
         masters = self.master_weights
-        if masters is not None:
+        if isinstance(masters, MasterWeights):
             wrapped = getattr(model, "_orig_mod", model)  # of torch.compile
             if isinstance(wrapped, DistributedDataParallel):
                 masters.attach(wrapped)
             for compressor in self.compressors:
                 compressor.follow(masters)
         return model, loader
+
+    def _sharded_by_fsdp2(self) -> contextlib.AbstractContextManager[None]:
+        if not self._fully_sharded:
+            return contextlib.nullcontext()
+        policy = sharding.policy_of(self.precision)
+
+        def done(restores: Any, optimizer: torch.optim.Optimizer) -> None:
+            self._sharding = restores
+            if policy is not None:
+                self._sharded_masters = ShardedMasters(
+                    self.model, optimizer, policy.compute, loss_scale=policy.loss_scale
+                )
+                self.accelerator.scaler.masters = self._sharded_masters
+
+        return sharding.begun(self.accelerator, self.model, policy, done)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         # ranges of quantizers are no weights: decay would shrink them to nothing
@@ -193,7 +227,7 @@ class Trainer(Saving):
                 "the loss of %s is the mean of a micro-batch, whatever num_items_in_batch says, so it is divided by the"
                 " number of micro-batches here; transformers.Trainer would train with it multiplied by accumulation"
                 " and ranks",
-                type(self.model).__name__,
+                type(self.model).__name__.removeprefix("FSDP"),
             )
             return loss
 
@@ -237,9 +271,10 @@ class Trainer(Saving):
         self._gradients_seen = True
         if not self.compressors:
             return
-        usable = self.master_weights is None or self.master_weights.finite()
-        if usable and self.master_weights is not None:
-            self.master_weights.unscale_gradients()
+        masters = self.master_weights
+        usable = masters is None or masters.finite()
+        if usable and isinstance(masters, MasterWeights):
+            masters.unscale_gradients()
         for compressor in self.compressors:
             compressor.gradients(usable)
 
@@ -259,10 +294,11 @@ class Trainer(Saving):
         compute: Compute = "fp16" if asked["fp16_full_eval"] else "bf16"
         masters = self.master_weights
         with contextlib.ExitStack() as stack:
-            if masters is None or masters.policy.compute != compute:
+            policy = masters.policy if isinstance(masters, MasterWeights) else None
+            if policy is None or policy.compute != compute:
                 self._move_model_to_device(self.model, self.args.device)  # put off until now, too
                 stack.enter_context(self._in_fp32())
-                keep = self.precision.keep_fp32 if masters is None else masters.policy.keep_fp32
+                keep = self.precision.keep_fp32 if policy is None else policy.keep_fp32
                 stack.enter_context(computing_in(self.model, keep, compute))
             for flag, value in asked.items():
                 stack.callback(setattr, self.args, flag, value)

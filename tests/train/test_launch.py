@@ -24,7 +24,10 @@ def test_the_launcher_is_asked(command, expected):
     assert asked_processes(command) == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("1cpu", 1), ("gloo-2cpu", 2), ("ddp-2gpu", 2), ("fsdp2-2gpu", 2)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("1cpu", 1), ("gloo-2cpu", 2), ("ddp-2gpu", 2), ("fsdp2-2gpu", 2), ("fsdp2-gloo-2cpu", 2)],
+)
 def test_the_configs_say_how_many(name, expected):
     path = CONFIGS / f"accelerate-{name}.yaml"
     assert asked_processes(["accelerate", "launch", "--config_file", str(path), "-m", "mptrain"]) == expected

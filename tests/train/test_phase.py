@@ -1,5 +1,6 @@
 """Which epoch a phase ends with, and what it says on the way."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,8 @@ def best_step(epochs, higher=True):
         best=None,
         _bad_epochs=0,
         args=SimpleNamespace(should_save=False),
+        folder=Path(),
+        save_weights=lambda path: None,
     )
     for step, values in enumerate(epochs, 1):
         phase.state = SimpleNamespace(global_step=step)
