@@ -44,6 +44,7 @@ EXTRAS = {
     "matplotlib": "plots",
     "gguf": "gguf",
     "cryptography": "encryption",
+    "peft": "adapters",
 }
 """of mptrain, by the package that is missing; those of the export formats are in their specs"""
 

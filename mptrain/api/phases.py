@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 from mptrain.api.given import Collator, Given, given, inputs_of, kind_of
 from mptrain.commands.compressions import WORDS
 from mptrain.compress.base import Batch, Method, Site, Tools, TrainingMethod
-from mptrain.compress.methods import acting, finalized, methods_of, prepared
+from mptrain.compress.methods import acting, finalized, methods_of, prepared, stand_still
 from mptrain.core.errors import UserError
 from mptrain.core.pins import warn_untested
 from mptrain.data.tasks import divergence
@@ -130,9 +130,11 @@ class Compression:
         phase = self.phase
         self._methods = [] if phase is None else methods_of(getattr(self.stage, name) for name in phase.methods)
         if phase is None:
-            self.model.eval()
-        elif self._methods:
+            stand_still(self.stage.methods, self.model.eval(), still=False)
+            return
+        if self._methods:
             self.model = prepared(self._methods, self.model, self._tools(phase))
+        stand_still(self.stage.methods, self.model)
 
     def _check(self) -> None:
         """Before anything is changed."""

@@ -106,7 +106,7 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str) -> dict[
         facts["export"] = _export(model, searched)
     for compute in get_args(Compute):
         if compute in computes:
-            facts["training"][compute] = _training(model, inputs, searched, compute)
+            facts["training"][compute] = _training(model, searched, compute)
             keep[compute] = facts["training"][compute]["keep_fp32"] or []
     facts["memory"] = [_memory(model, asked, keep) for asked in precisions]
     facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
@@ -218,11 +218,11 @@ def _found(found: Found) -> dict[str, Any]:
     }
 
 
-def _training(model: PreTrainedModel, inputs: Samples, searched: list[Batch], compute: Compute) -> dict[str, Any]:
-    """keep_fp32 None: no choice of modules helps. searched: those of the inputs that modules are chosen on."""
+def _training(model: PreTrainedModel, searched: list[Batch], compute: Compute) -> dict[str, Any]:
+    """keep_fp32 None: no choice of modules helps. searched: the inputs that modules are chosen on."""
     facts: dict[str, Any] = {"runs_here": True, "keep_fp32": [], "kept": 0.0, "reasons": {}}
     try:
-        before = _in_half(model, inputs, [], compute)
+        before = _in_half(model, searched, [], compute)
         facts |= {"before": _difference(before), "after": _difference(before)}
         if not before.right() and compute == "fp16":
             found = overflow.search(HalfModules(model, searched), seconds=SEARCH_S)
@@ -233,7 +233,7 @@ def _training(model: PreTrainedModel, inputs: Samples, searched: list[Batch], co
                 facts["keep_fp32"] = None
             else:
                 facts |= {"keep_fp32": names, "reasons": dict(found.reasons)}
-                facts["after"] = _difference(_in_half(model, inputs, names, compute))
+                facts["after"] = _difference(_in_half(model, searched, names, compute))
     except RuntimeError as error:  # an operation without a half kernel on this device
         facts |= {"runs_here": False, "error": " ".join(str(error).split())[:300]}
     return facts
@@ -244,11 +244,11 @@ def _difference(found: Difference) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _in_half(model: PreTrainedModel, inputs: Samples, keep: Sequence[str], compute: Compute) -> Difference:
-    half, signature = in_half(model, keep, compute), probed(model, inputs.batches[0])
+def _in_half(model: PreTrainedModel, batches: list[Batch], keep: Sequence[str], compute: Compute) -> Difference:
+    half, signature = in_half(model, keep, compute), probed(model, batches[0])
     return overflow.worst(
         overflow.compare(rows(model(**batch), batch, signature), rows(half(**batch), batch, signature))
-        for batch in inputs.batches
+        for batch in batches
     )
 
 

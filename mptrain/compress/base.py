@@ -7,8 +7,10 @@ changes the identity of a parameter inside a phase, only where a phase begins an
     check_steps(config, steps, …)      and whether its phases are long enough
     outlook(config, skeleton, sizes)   what a dry run predicts; `seconds`, how long it takes without training
     prepare(model, tools)              the phase begins (also before a resume); the highest `order` first
+        still(model)                   what does not train in it, and in the phases after it
         training()                     what acts in its steps, a `TrainingMethod`, if anything does
     finalize(model, tools)             the phase ends; the lowest `order` first: structure, then integers, then records
+    save(folder)                       what goes beside the model
     facts()                            for the report, as JSON
 
 What the settings say without a model (words for the report, needs, when it acts) is `recipe/method.py`;
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -231,6 +234,10 @@ class Method(Generic[Config]):
         """Of a phase without training, with calibration data of so many tokens, within about a factor of two."""
         return 30.0
 
+    def still(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters that no phase of its stage trains, in those after it was finalized too."""
+        return []
+
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         """The model to train, or to finalize at once; it may be another object."""
         return model
@@ -246,6 +253,9 @@ class Method(Generic[Config]):
     def processor(self) -> Any:
         """What goes with the model from `finalize` on in place of the processor that came with it; None: that stays."""
         return None
+
+    def save(self, folder: Path) -> None:
+        """What goes beside the saved model; after `finalize`, by one process."""
 
     def facts(self) -> dict[str, Any]:
         """What it did, after `finalize`, in JSON types. `structure` and `compressed` have tables in the report."""

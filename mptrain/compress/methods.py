@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mptrain.recipe.adapters import Lora
 from mptrain.recipe.method import MethodConfig
 from mptrain.recipe.prune import Curvature, Fisher, Magnitude, Movement
 from mptrain.recipe.vocabulary import Vocabulary
@@ -29,6 +30,7 @@ METHODS: dict[type[MethodConfig], str] = {
     WeightOnly: "mptrain.compress.weights.methods:WeightOnlyQuantization",
     Palettize: "mptrain.compress.weights.methods:Palettization",
     Vocabulary: "mptrain.compress.vocabulary.methods:VocabularyCut",
+    Lora: "mptrain.compress.adapters.methods:LowRankAdapters",
 }
 
 
@@ -48,6 +50,13 @@ def prepared(methods: Sequence[Method[Any]], model: nn.Module, tools: Tools) -> 
     for method in reversed(methods):
         model = method.prepare(model, tools)
     return model
+
+
+def stand_still(configs: Iterable[MethodConfig], model: nn.Module, still: bool = True) -> None:
+    """Before a phase trains: what the methods of its stage leave alone. still: False after it."""
+    for method in methods_of(configs):
+        for parameter in method.still(model):
+            parameter.requires_grad_(not still)
 
 
 def acting(methods: Sequence[Method[Any]]) -> list[TrainingMethod]:

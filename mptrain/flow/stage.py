@@ -22,7 +22,7 @@ from torch import nn
 
 from mptrain.compress.base import Tools, TrainingMethod
 from mptrain.compress.calibrate.ranks import Ranks
-from mptrain.compress.methods import acting, finalized, methods_of, prepared
+from mptrain.compress.methods import acting, finalized, methods_of, prepared, stand_still
 from mptrain.compress.target import Torch
 from mptrain.core.disk import read_json, write_json
 from mptrain.data.load import Task, load_data
@@ -122,11 +122,14 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     methods = methods_of(getattr(inputs.stage, field) for field in phase.methods)
     tools = _tools(context, inputs, phase)
     model, device = prepared(methods, _starting_model(context, inputs, phase), tools), context.peers.device
+    stand_still(inputs.stage.methods, model)
     trained = _train(context, inputs, phase, model.to(device), acting(methods)) if phase.steps else Trained()
     model = finalized(methods, model.to("cpu"), tools)
     if context.peers.is_main_process:
         others = [made for method in methods if (made := method.processor()) is not None]
         artifact.save(model.eval(), folder / MODEL, others[-1] if others else task.processor)
+        for method in methods:
+            method.save(folder / MODEL)
         wall = time.monotonic() - begun + trained.before_s
         done = {method.config.field: method.facts() for method in methods}
         write_json(folder / DONE, {"history": trained.rows, "wall_s": round(wall, 3), "methods": done})

@@ -273,7 +273,7 @@ class Variants:
     def _source(self, planned: Planned, facts: Mapping[str, Any] | None = None) -> Source:
         """facts: of the variant, once it is written."""
         stage = self.recipe.stage(planned.stage)
-        embeddings: Embeddings = "int8" if getattr(stage.quantize, "embeddings", None) == "int8" else "fp32"
+        embeddings: Embeddings = "int8" if getattr(stage.quantize, "embeddings", None) in ("int8", "int4") else "fp32"
         kept = {} if facts is None else facts["runtime"] if "runtime" in facts else facts["written"]
 
         sizes: list[int] = []  # not the source itself: in a circle with it, its model would outlive it

@@ -14,7 +14,8 @@ from mptrain.precision.half import in_half
 from mptrain.precision.policy import DTYPES, Compute
 
 ROUNDS = 7
-_LONG = 1.0  # s; a call that takes longer is timed in fewer rounds
+SECONDS = 10.0
+"""that rounds take at most, but for the first; without half kernels a device may need minutes"""
 _PAYS = 1.1
 
 
@@ -73,12 +74,12 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], obje
 @torch.no_grad()
 def _ratios(what: str, calls: Mapping[str, Callable[[], object]], device: torch.device) -> list[Speed]:
     times: dict[str, list[float]] = {name: [] for name in calls}
-    slowest = max(_timed(call, device) for call in calls.values())
-    slowest = max(slowest, *(_timed(call, device) for call in calls.values()))
-    for _ in range(3 if slowest > _LONG else ROUNDS):
+    once = sum(_timed(call, device) for call in calls.values())
+    rounds = max(1, min(ROUNDS + 1, int(SECONDS / once)))
+    for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(_timed(call, device))
-    medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    medians = {name: 1e3 * statistics.median(t[rounds > ROUNDS :]) for name, t in times.items()}
     return [Speed(what, name, medians["fp32"], ms) for name, ms in medians.items() if name != "fp32"]
 
 

@@ -51,6 +51,8 @@ class MethodConfig(Strict):
     """what it imports beside what mptrain requires; a missing one is said before training"""
     alone: ClassVar[bool] = False
     """goes in a stage without train and prune"""
+    freezes: ClassVar[bool] = False
+    """parameters of its own train in place of the model's: no other method may act in the training of its stage"""
     reshapes: ClassVar[bool] = False
     """shapes of weights change where it is finalized"""
     rewrites: ClassVar[bool] = False

@@ -156,7 +156,8 @@ class Recipe(Strict):
                 raise ValueError(f"{where}.from: {stage.start!r} is not 'model' or an earlier stage {seen}")
             start = self.start_of(stage)
             before = self.stage(start)
-            if any(m.last and not (m.again and getattr(stage, m.field)) for m in before.methods):
+            merged = any(m.freezes for m in stage.methods)  # into weights that are stored anew
+            if any(m.last and not ((m.again or merged) and getattr(stage, m.field)) for m in before.methods):
                 raise ValueError(
                     f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
                     " start from the stage before it"

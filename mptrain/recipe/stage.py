@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
+from mptrain.recipe.adapters import Lora
 from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Train
 from mptrain.recipe.method import MethodConfig, Weights
@@ -36,6 +37,7 @@ METHODS: dict[str, dict[str, type[MethodConfig]]] = {
     "quantize": QUANTIZE,  # type: ignore[dict-item]
     "palettize": PALETTIZE,  # type: ignore[dict-item]
     "vocabulary": {"cut": Vocabulary},
+    "adapters": {"lora": Lora},
 }
 """the fields of a stage that hold settings of a method, and by name the methods that each may hold"""
 
@@ -51,6 +53,7 @@ class Stage(Strict):
     quantize: Quantize | None = None
     palettize: PaletteChoice | None = None
     vocabulary: Vocabulary | None = None
+    adapters: Lora | None = None
     distill: Distill | None = None
 
     @model_validator(mode="after")
@@ -65,12 +68,19 @@ class Stage(Strict):
             raise ValueError("a weight is an integer or a table entry: give quantize or palettize, or two stages")
         if self.distill and not self.train:
             raise ValueError("distill needs train")
+        adapters = any(method.freezes for method in self.methods)  # merged before weights are stored
         for method in self.methods:
             if not self.train and (reason := method.why_train()):
                 raise ValueError(reason)
-            if method.alone and (self.train or self.prune):
+            if method.alone and (self.prune or (self.train and not (adapters and method.last))):
                 raise ValueError(
                     f"{method.field} {method.by} {method.name} goes in a stage of its own, without train and prune"
+                )
+            others = [f"{o.field} {o.by} {o.name}" for o in self.methods if o is not method and o.why_train()]
+            if method.freezes and others:
+                raise ValueError(
+                    f"{method.field} {method.by} {method.name} and {others[0]} would both change the weights in"
+                    " training: give them a stage each"
                 )
         if self.prune and self.train and self.prune.schedule.unit == "epoch":
             end = self.prune.schedule.end

@@ -32,7 +32,7 @@ class Target:
 
     @property
     def embeddings(self) -> Literal["fp32", "int8"]:
-        return "int8" if getattr(self.quantize, "embeddings", None) == "int8" else "fp32"
+        return "int8" if getattr(self.quantize, "embeddings", None) in ("int8", "int4") else "fp32"
 
     @property
     def bytes(self) -> tuple[float, float]:

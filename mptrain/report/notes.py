@@ -32,6 +32,7 @@ def notes(
         *_expanded(recipe, variants),
         *_saturating(recipe, variants),
         *_cut(methods),
+        *_adapted(methods),
         *filter(None, [packaged.note(recipe.model.path)]),
         *_unscored(variants),
     ]
@@ -107,6 +108,22 @@ def _cut(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
         " are spelled with others than before."
         for stage, found in methods.items()
         if (facts := found.get("vocabulary")) is not None
+    ]
+
+
+def _adapted(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """Stages that trained adapters."""
+    found = [(stage, facts) for stage, done in methods.items() if (facts := done.get("adapters")) is not None]
+    return [
+        f"{stage}: {100 * facts['trained'] / facts['parameters']:.2g}% as many parameters as the model has were"
+        f" trained, in adapters of {facts['layers']} layers, and are merged. "
+        + (
+            f"Rounding the weights after that moved them by {100 * facts['rounded']:.0f}% of the way that they were"
+            " trained."
+            if facts["rounded"] is not None
+            else "The weights were not rounded after that."
+        )
+        for stage, facts in found
     ]
 
 

@@ -121,8 +121,8 @@ def search(
     """Find the ops to keep in fp32.
 
     suspects: ops to try first with those that overflow, e.g. because they did in training. reference: to each batch
-    what the program should give in fp32, of a model that it was converted from; default what it gives. seconds: of
-    dropping candidates, after which the smallest set that was found right is taken (`note` says so).
+    what the program should give in fp32, of a model that it was converted from; default what it gives. seconds: after
+    which the smallest set that was found right is taken (`note` says so).
     Raises ExportError where the program in fp32 is not the reference.
     """
     begun = time.monotonic()
@@ -134,7 +134,7 @@ def search(
         if not before.right(max_error):
             for candidates in _tiers(program, trial, suspects):
                 if trial.difference(candidates).right(max_error):
-                    keep, note = _drop(program, trial, candidates, seconds)
+                    keep, note = _drop(program, trial, candidates, seconds, begun)
                     break
         after = trial.difference(keep)
     return Found(
@@ -150,9 +150,10 @@ def search(
     )
 
 
-def _drop(program: Program, trial: _Trial, candidates: list[str], seconds: float) -> tuple[list[str], str]:
-    """(the candidates that are left, `Found.note`)."""
-    begun = time.monotonic()
+def _drop(
+    program: Program, trial: _Trial, candidates: list[str], seconds: float, begun: float
+) -> tuple[list[str], str]:
+    """(the candidates that are left, `Found.note`). begun: when the search did."""
     harm, alike = trial.harm(candidates), _alike(program.ops)
     late = large = False
     batches = [trial.hardest]

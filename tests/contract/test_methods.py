@@ -43,9 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
     "kmeans, trained": {"palettize": {"method": "kmeans", "bits": 3, "granularity": "tensor", "finetune": {}}},
     "skm": {"palettize": {"method": "skm", "bits": 2, "granularity": "tensor"}},
     "cut": {"vocabulary": {"keep": 40}},
+    "lora": {"adapters": {"rank": 4}},
 }
 TOKENS = tiny("bert").config.vocab_size
-TRAINED = {"movement", "fisher in training", "qat", "kmeans, trained"}
+TRAINED = {"movement", "fisher in training", "qat", "kmeans, trained", "lora"}
+TAGS = {"pruning", "quantization", "palettization", "vocabulary pruning", "low-rank adapters"}
 STEPS = 4
 
 
@@ -112,7 +114,7 @@ def applied(config: Any, steps: int) -> tuple[nn.Module, Method[Any]]:
     given = tools(config, steps)
     made = method.prepare(model(), given)
     acting = method.training() if steps else None
-    assert acting is not None or not steps or is_quantized(made)
+    assert acting is not None or not steps or is_quantized(made) or config.freezes
     train(made, acting, steps)
     return method.finalize(made.eval(), given), method
 
@@ -150,7 +152,7 @@ def test_the_tables_hold_the_same_methods():
 
 
 def test_settings_say_what_it_does(config):
-    assert config.words() and config.tag in ("pruning", "quantization", "palettization", "vocabulary pruning")
+    assert config.words() and config.tag in TAGS
     for field, weights in config.leaves():
         assert field.startswith(f"{config.field}.") and 1 <= weights.bits <= 8
     assert config.needs() <= {"inputs", "labels"} and config.reads() <= {"target", "bytes", "widths"}
@@ -191,11 +193,12 @@ def test_settings_that_fit_pass_its_check_and_touch_nothing(config):
 
 
 def test_a_pattern_without_a_module_is_refused_by_its_check(config):
-    if "ignore" not in type(config).model_fields:
+    patterns = next((name for name in ("ignore", "targets") if name in type(config).model_fields), None)
+    if patterns is None:
         assert config.field == "vocabulary"  # of which no module is left out
         return
-    wrong = config.model_copy(update={"ignore": ["nowhere"]})
-    with pytest.raises(UserError, match=rf"^{config.field}\.ignore: 'nowhere' matches no module"):
+    wrong = config.model_copy(update={patterns: ["nowhere"]})
+    with pytest.raises(UserError, match=rf"^{config.field}\.{patterns}: 'nowhere' matches no module"):
         method_class(config).check(wrong, skeleton(), Site(config.field, 8))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mptrain.compress import base
 from mptrain.compress.base import Method, Site, Sizes, Tools
-from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize import embedding, quantizers
 from mptrain.compress.structure.scopes import resolve
 from mptrain.core.hooks import HOOKS
 from mptrain.core.signature import Batch
@@ -30,14 +30,23 @@ class Quantization(Method[Qat | Ptq]):
         names = [name for name, _ in skeleton.named_modules()]
         resolve(quantizers.given(config), names, "quantize.ignore")
         resolve(list(config.bits), names, "quantize.bits")
+        if config.embeddings == "int4":
+            embedding.table_of(skeleton)
 
     @classmethod
     def outlook(cls, config: Qat | Ptq, skeleton: nn.Module, sizes: Sizes) -> Sizes:
         """Fake quantizers cost about half a training step."""
-        embeddings = 1.0 if config.embeddings == "int8" else None
+        embeddings = None if config.embeddings == "fp32" else 1.0  # int4 where the export asks for it
         return replace(sizes, layer_bytes=1.0, embedding_bytes=embeddings, step=1.5 * sizes.step)
 
+    def still(self, model: nn.Module) -> list[nn.Parameter]:
+        if self.config.embeddings != "int4":
+            return []
+        return list(embedding.table_of(model).parameters())
+
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
+        for table in self.still(model):
+            table.data.copy_(embedding.rounded(table))
         batches = tools.inputs()
         if self.config.limit is not None:
             self._restored = self._search(self.config.limit, model, batches, tools)

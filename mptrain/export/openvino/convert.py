@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize.embedding import group_of
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
 from mptrain.core.disk import whole
@@ -44,7 +45,6 @@ from mptrain.recipe import Precision
 from mptrain.verify import overflow, parity
 
 XML = "openvino_model.xml"  # the name optimum-intel looks for
-_INT4_GROUP = 64
 _GENERATED = re.compile(r"[A-Za-z]+_\d+")
 _WRAPPED = "__module.model."  # scope of everything inside Positional
 
@@ -128,7 +128,8 @@ def _stored(graph: ov.Model, model: nn.Module, precision: Precision, embeddings:
     """The graph with its weights as the precision stores them."""
     if precision == "int8_emb4":
         token = _token_embedding(model)
-        graph = _compress_embeddings(graph, {token}, bits=4, group=_group(model, token))
+        width = model.get_parameter(f"{token}.weight").shape[1]
+        graph = _compress_embeddings(graph, {token}, bits=4, group=group_of(width, "export precision int8_emb4"))
         graph = _compress_embeddings(graph, _embeddings(model) - {token}, bits=8)
     elif precision == "int8" and embeddings == "int8":
         graph = _compress_embeddings(graph, _embeddings(model), bits=8)
@@ -285,17 +286,6 @@ def _token_embedding(model: nn.Module) -> str:
     if not isinstance(token, nn.Embedding):
         raise UserError(f"export precision int8_emb4: {type(model).__name__} has no token embedding; use int8")
     return next(name for name, module in model.named_modules() if module is token)
-
-
-def _group(model: nn.Module, embedding: str) -> int:
-    """The largest group of at most 64 that divides the width evenly."""
-    width = model.get_parameter(f"{embedding}.weight").shape[1]
-    group = next(g for g in range(min(_INT4_GROUP, width), 0, -1) if width % g == 0)
-    if group < 16:
-        raise UserError(
-            f"export precision int8_emb4: an embedding of width {width} has no groups of 16 to 64; use int8"
-        )
-    return group
 
 
 def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group: int = -1) -> ov.Model:

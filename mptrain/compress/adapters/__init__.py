@@ -1,0 +1,1 @@
+"""Low-rank adapters that train in place of weights."""
