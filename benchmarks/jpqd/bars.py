@@ -1,8 +1,8 @@
 """Every bar of the project's own method as a row, read from the result files: `python -m benchmarks.jpqd.bars`.
 
 Writes benchmarks/results/jpqd_bars.json: `rows` with `bar`, `value`, `low`, `high`, `limit`, `met`, `source`. `value`
-is None, and `met` False, where a file does not have it: that has not been measured. A bar on a difference is met where
-its whole interval is; one on a size or a speed where the value is. `--check` only compares.
+is None, and `met` False, where a file does not have it: that has not been measured. To be ahead of another method the
+whole interval has to be above zero; a loss, a size or a speed is met by its value. `--check` only compares.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ def load(name: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def at_least(bar: str, value: float | None, limit: float, source: str, interval: Any = (None, None)) -> Row:
-    """interval: of the value; where there is one all of it has to reach the limit."""
+def ahead(bar: str, value: float | None, source: str, interval: Any = (None, None)) -> Row:
+    """interval: of the value; without one nobody is ahead."""
     low, high = interval
-    judged = value if low is None else low
-    met = judged is not None and judged >= limit
+    met = low is not None and low > 0.0
+    return {"bar": bar, "value": value, "low": low, "high": high, "limit": 0.0, "met": met, "source": source}
+
+
+def at_least(bar: str, value: float | None, limit: float, source: str, interval: Any = (None, None)) -> Row:
+    low, high = interval
+    met = value is not None and value >= limit
     return {"bar": bar, "value": value, "low": low, "high": high, "limit": limit, "met": met, "source": source}
 
 
@@ -44,15 +49,13 @@ def at_most(bar: str, value: float | None, limit: float, source: str) -> Row:
 
 
 def one_shot() -> Iterator[Row]:
-    """Ahead means that the interval of the paired difference excludes zero."""
     source = "one_shot.json"
     rows = {row["name"]: row for row in load(source).get("rows", [])}
     for kept in KEPT:
         for method in METHODS:
             value, low, high = rows.get(f"{method}/{kept:g}", {}).get("curvature_ahead") or (None, None, None)
             name = f"curvature ahead of {method} at {100 * kept:.0f}%, without training"
-            row = at_least(name, value, 0.0, source, (low, high))
-            yield row | {"met": low is not None and low > 0.0}
+            yield ahead(name, value, source, (low, high))
 
 
 def budgets() -> Iterator[Row]:
@@ -81,9 +84,7 @@ def runs() -> Iterator[Row]:
             yield at_least(f"{recipe}: times as fast", max(speeds, default=None), speed or 0.0, source)
         ends = best["accuracy_delta_ci95"] if best else (None, None)
         value = best["accuracy_delta"] if best else None
-        yield at_least(f"{recipe}: accuracy against dense", value, -drop, source, ends) | {
-            "met": value is not None and value >= -drop
-        }
+        yield at_least(f"{recipe}: accuracy against dense", value, -drop, source, ends)
     seconds = load("runs/prune-once.json").get("wall_s", {})
     taken = sum(s for name, s in seconds.items() if name.split("/")[0] in ("once", "int8", "export")) or None
     yield at_most("prune-once: seconds to prune, quantize and export", taken, 300.0, "runs/prune-once.json")
@@ -97,8 +98,7 @@ def seed() -> Iterator[Row]:
     yield at_least("seed's scale, jpqd: times as fast", row.get("speedup"), 4.19, source)
     for split in ("dev", "test"):
         value, low, high = row.get(f"{split}_delta") or (None, None, None)
-        found = at_least(f"seed's scale, jpqd: accuracy on {split} against dense", value, -0.01, source, (low, high))
-        yield found | {"met": value is not None and value >= -0.01}
+        yield at_least(f"seed's scale, jpqd: accuracy on {split} against dense", value, -0.01, source, (low, high))
 
 
 def bars() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from mptrain.core.disk import read_json
 from mptrain.core.errors import UserError
 from mptrain.flow.run_folder import IDENTITY, differences, is_live
+from mptrain.flow.stage_inputs import given
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
         same = all(theirs.get(key) == identity.get(key) for key in _SHARED)
         for stage, inputs in identity["stages"].items() if same else ():
             source, target = other / "stages" / stage, folder / "stages" / stage
-            if theirs["stages"].get(stage) != inputs or target.exists() or not source.is_dir():
+            if given(theirs["stages"].get(stage, {})) != inputs or target.exists() or not source.is_dir():
                 continue
             target.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -59,6 +60,6 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
         if theirs.get(key) != ours.get(key):
             return f"{key} differ"
     for stage, inputs in ours["stages"].items():
-        if changed := list(differences(theirs["stages"].get(stage), inputs, f"stage {stage}: ")):
+        if changed := list(differences(given(theirs["stages"].get(stage, {})), inputs, f"stage {stage}: ")):
             return changed[0]
     return "it finished none of the stages that both have"

@@ -39,11 +39,23 @@ class StageInputs:
     after: dict[str, str]
 
     def key(self) -> dict[str, Any]:
-        """In JSON types. Stages of one key, on the same data, model files, versions and processes, give one model."""
-        return json.loads(json.dumps({field.name: _plain(getattr(self, field.name)) for field in fields(self)}))
+        """In JSON types, without what is null: a field that a later version adds changes no stage that does without it.
+        Stages of one key, on the same data, model files, versions and processes, give one model."""
+        return given({field.name: json.loads(json.dumps(_plain(getattr(self, field.name)))) for field in fields(self)})
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.key(), sort_keys=True).encode()).hexdigest()
+
+
+def given(key: dict[str, Any]) -> dict[str, Any]:
+    """A key without the settings that are null."""
+    return {name: _given(value) for name, value in key.items()}
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _given(inner) for name, inner in value.items() if inner is not None}
+    return [_given(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:

@@ -15,10 +15,20 @@ def test_the_committed_file_is_fresh():
 
 @pytest.mark.parametrize(
     ("value", "interval", "met"),
-    [(0.02, (0.01, 0.03), True), (0.02, (-0.01, 0.05), False), (0.02, (None, None), True), (None, (None, None), False)],
+    [
+        (0.02, (0.01, 0.03), True),
+        (0.02, (-0.01, 0.05), False),
+        (0.02, (None, None), False),
+        (None, (None, None), False),
+    ],
 )
-def test_a_bar_on_a_difference_is_met_by_its_whole_interval(value, interval, met):
-    assert bars.at_least("a", value, 0.0, "file.json", interval)["met"] is met
+def test_ahead_is_whose_whole_interval_is_above_zero(value, interval, met):
+    assert bars.ahead("a", value, "file.json", interval)["met"] is met
+
+
+@pytest.mark.parametrize(("value", "met"), [(0.02, True), (-0.009, True), (-0.011, False), (None, False)])
+def test_a_loss_is_met_by_its_value(value, met):
+    assert bars.at_least("a", value, -0.01, "file.json", (-0.05, 0.05))["met"] is met
 
 
 def test_what_was_not_measured_is_not_met(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ import mptrain.flow.stage
 from mptrain.flow.identity import FORMAT
 from mptrain.flow.reuse import take_stages
 from mptrain.flow.stage import Context
-from mptrain.flow.stage_inputs import StageInputs, inputs_of
-from mptrain.recipe import Recipe
+from mptrain.flow.stage_inputs import StageInputs, given, inputs_of
+from mptrain.recipe import Recipe, Stage
 
 FISHER = {"method": "fisher", "schedule": {"end": 0}}
 
@@ -68,6 +68,14 @@ def test_a_phase_gets_no_more_of_a_recipe_than_its_inputs():
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert "StageInputs" in imported and "Recipe" not in imported
     assert not {"recipe", "evaluate", "export"} & {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+
+def test_a_field_that_is_null_changes_no_key():
+    stage = Stage.model_validate({"id": "s", "train": {"epochs": 1, "lr": 1e-3}})
+    described = stage.model_dump(mode="json")
+    key = given({"stage": described, "target": None})
+    assert key == given({"stage": described | {"later": None}, "target": None}) and "target" in key
+    assert key != given({"stage": described | {"later": 1}, "target": None})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(StageInputs), ids=lambda field: field.name)
