@@ -3,6 +3,7 @@
     mptrain.compress           prune, quantize, palettize and distil a model in memory, at once or while it trains
     mptrain.Compression        the same, phase by phase, for a training loop of your own
     mptrain.build              a torch module of your own as a model that can be trained, saved and read again
+    mptrain.Recurrence         a cell run step by step, which is still a loop in exported files
     mptrain.export             a model in memory to OpenVINO, ONNX, Core ML or Core AI, run again and compared
     mptrain.inspect            what can be cut out of a model, and what half precision would do to it
     mptrain.verify             what an exported file holds and does, and whether it is the model
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mptrain.api.inspect import inspect
     from mptrain.api.phases import Compression
     from mptrain.api.verify import verify
+    from mptrain.core.recurrence import Recurrence
     from mptrain.data.sources.read import read_encrypted
     from mptrain.models.artifact import load, save
     from mptrain.precision import LossScale, MasterWeights
@@ -38,6 +40,7 @@ __all__ = [
     "Compression",
     "LossScale",
     "MasterWeights",
+    "Recurrence",
     "Trainer",
     "TrainingArguments",
     "build",
@@ -54,6 +57,7 @@ _HOMES = {
     "Compression": "mptrain.api.phases",
     "LossScale": "mptrain.precision",
     "MasterWeights": "mptrain.precision",
+    "Recurrence": "mptrain.core.recurrence",
     "Trainer": "mptrain.train.trainer",
     "TrainingArguments": "mptrain.train.arguments",
     "build": "mptrain.api.build",

@@ -173,7 +173,7 @@ def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allo
     if not recipe.export or recipe.model.kind.head is None or not any(stage.train for stage in recipe.stages):
         return  # without training the export itself is soon there
     own = recipe.model.own_code
-    foreseeing = [export for export in recipe.export if export.foresees]
+    foreseeing = [export for export in recipe.export if export.foresees == "all" or (own and export.foresees)]
     if not own and not foreseeing:
         return  # models of transformers compute with real numbers, or convert as they are
     example, signature = data.example(2, TRACED * data.min_length), data.signature()
@@ -190,13 +190,13 @@ def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allo
 
 
 def _check_complex(model: nn.Module, example: Batch, signature: Signature) -> None:
-    """Of code of a user's own: what it does with complex numbers has a real form. It need not run on weights of 0."""
+    """Of code of a user's own: what it does with complex numbers has a real form. It need not run on random weights."""
     try:
         check_real_form(model, partial(signature.call, model, example))
     except ExportError as error:
         raise ModelError(f"model.modeling: {error}") from None
     except Exception as error:
-        log.debug("%s does not run on weights of 0: %s", type(model).__name__, error)
+        log.debug("%s does not run on random weights: %s", type(model).__name__, error)
 
 
 def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:

@@ -51,8 +51,8 @@ def probe(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> Pr
 
 
 def blank(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> nn.Module | None:
-    """The model with all weights and buffers 0, in eval mode on the CPU; None for one of more than MOST parameters,
-    or that cannot be built without weights.
+    """The model with random weights and all buffers 0, in eval mode on the CPU; None for one of more than MOST
+    parameters, or that cannot be built without weights.
 
     For code of a user's own, of which nobody knows how to make it smaller.
     """
@@ -66,9 +66,12 @@ def blank(spec: Model, config: PreTrainedConfig, allow_code: bool = False) -> nn
     if sum(p.numel() for p in model.parameters()) > MOST:
         return None
     made = model.to_empty(device="cpu")
+    draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for value in [*made.parameters(), *made.buffers()]:
-            value.zero_()
+        for weight in made.parameters():
+            weight.normal_(0, weight.shape[-1] ** -0.5 if weight.dim() else 1.0, generator=draw)
+        for buffer in made.buffers():
+            buffer.zero_()
     return made.eval()
 
 

@@ -33,7 +33,7 @@ def notes(
         *_saturating(recipe, variants),
         *_cut(methods),
         *_adapted(methods),
-        *filter(None, [packaged.note(recipe.model.path)]),
+        *filter(None, [packaged.note(recipe.model.path), packaged.note(recipe.data.source or "")]),
         *_unscored(variants),
     ]
 

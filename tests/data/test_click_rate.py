@@ -67,6 +67,16 @@ def test_what_is_no_click_is_named_with_its_row(tmp_path, cells, message):
         load(tmp_path, cells)
 
 
+@pytest.mark.parametrize("history", ["", "  "])
+def test_a_row_without_a_history_is_named(tmp_path, history):
+    rows = [[f"good film {row}", history if row == 7 else "a film", row % 2] for row in range(30)]
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["item", "history", "label"], *rows])
+    spec = Data(train=str(tmp_path / "a.csv"), text="item", text_pair="history", max_length=32)
+    with pytest.raises(DataError, match=r"text_pair.* row 8 of .*a\.csv.* holds .* told from nothing"):
+        load_data(spec, "click-rate", tokenizer(), seed=0)
+
+
 def test_distillation_is_least_at_the_teacher(tmp_path):
     task = load(tmp_path, ["1", "0"] * 20)
     teacher, student = {"logits": torch.tensor([[0.5], [-2.0]])}, torch.tensor([[0.0], [0.0]], requires_grad=True)

@@ -51,3 +51,15 @@ def test_ptq_retrieval(here):
     report = json.loads((here / "runs/ptq-retrieval/report.json").read_text())
     found = {v["id"]: v["metrics"]["ndcg@10"]["value"] for v in report["variants"]}
     assert found["baseline_fp32"] - found["found_int8"] < 0.05 and "ptq_int8" in found
+
+
+def test_dien_ctr(here, capsys):
+    assert main(["recipe", "dien-ctr", "--set", "preset=tiny", "--allow-code"]) == 0
+    report = json.loads((here / "runs/dien-ctr/report.json").read_text())
+    found = {v["id"]: v for v in report["variants"]}
+    auc = {name: v["metrics"]["auc"]["value"] for name, v in found.items()}
+    assert 0.75 < auc["baseline_fp32"] < 0.89 and abs(auc["int8_compressed"] - auc["baseline_fp32"]) < 0.01
+    assert found["baseline_fp32"]["runtime"]["loops"] == {"TensorIterator": 2}
+    assert found["int8_onnx_compressed"]["runtime"]["operations"]["Loop"] == 2
+    assert found["baseline_bf16_fp32"]["runtime"]["inference_precision"] in ("f32", "bf16")
+    assert any("0.8746" in note for note in report["notes"])

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mptrain.core.errors import DataError
 from mptrain.data.sealed.keys import read_key
 from mptrain.data.sealed.vault import Vault, root_of
-from mptrain.data.sources import packaged, packaged_shapes, quoting
+from mptrain.data.sources import packaged, packaged_clicks, packaged_shapes, quoting
 from mptrain.data.sources.dataset_folder import load_dataset_folder
 from mptrain.data.sources.film_reviews import GROUP, read_film_reviews
 from mptrain.data.sources.places import Encrypted, check_key
@@ -162,7 +162,18 @@ def _shapes(path: Path, reference: str) -> Source:
     return Source({"train": table}, {"source": reference}, group=packaged_shapes.GROUP)
 
 
-PACKAGED: dict[str, Callable[[Path, str], Source]] = {"film-reviews": _film_reviews, "dates": _dates, "shapes": _shapes}
+def _clicks(path: Path, reference: str) -> Source:
+    table = read_table(str(path / packaged_clicks.FILE), "data.source")
+    facts = {"source": reference, "bayes_auc": packaged_clicks.BAYES_AUC}
+    return Source({"train": table}, facts, group=packaged_clicks.GROUP)
+
+
+PACKAGED: dict[str, Callable[[Path, str], Source]] = {
+    "film-reviews": _film_reviews,
+    "dates": _dates,
+    "shapes": _shapes,
+    "clicks": _clicks,
+}
 """data sets by name; each is one table"""
 
 

@@ -55,6 +55,8 @@ class ClickRate(TextTask):
     def index_labels(self, tables: Mapping[str, Table]) -> list[str]:
         rates = {}
         for split, table in tables.items():
+            for field in (name for name in self.inputs() if name in table.columns):
+                _check_whole(table, field)
             table.columns["label"] = [_click(cell, table, row) for row, cell in enumerate(table["label"])]
             rates[split] = round(float(np.mean(table["label"])), 6)
         if rates["train"] in (0.0, 1.0):
@@ -103,6 +105,16 @@ def _scores(logits: np.ndarray, clicks: np.ndarray) -> list[Score]:
         Score("log_loss", loss[:, None], MEAN, "number", higher_is_better=False),
         Score("auc", np.stack([logits, clicks], axis=1), AUC, "coefficient"),
     ]
+
+
+def _check_whole(table: Table, field: str) -> None:
+    """Raises DataError naming the first row without a text: no history, nothing offered."""
+    for row, cell in enumerate(table[field]):
+        if isinstance(cell, str) and not cell.strip():
+            raise DataError(
+                f"{table.place(field, row)} holds {shown(cell)}: a click cannot be told from nothing. Drop the row, or"
+                " write there what stands for nothing, a word that the tokenizer knows."
+            )
 
 
 def _click(cell: object, table: Table, row: int) -> float:

@@ -34,10 +34,11 @@ from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.weights import records
 from mptrain.core.disk import size
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.recurrence import Step, replaced
 from mptrain.core.signature import Forward, Signature, probed, without_cache
 from mptrain.export.base import Embeddings
 from mptrain.export.onnx import half as onnx_half
-from mptrain.export.onnx import weights
+from mptrain.export.onnx import recurrence, weights
 from mptrain.export.onnx.operations import lacking
 from mptrain.export.onnx.parts import Part, parts_of
 from mptrain.export.onnx.runner import CachedSession, opened
@@ -159,7 +160,14 @@ def converted(model: nn.Module, part: Part) -> tuple[ir.Model, ExportedProgram]:
     program: ExportedProgram | None = None
     try:
         shown = partial(part.module, *(part.example[name] for name in part.ports.input_names))
-        with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model), real_arithmetic(model, shown):
+        with (
+            torch.no_grad(),
+            _quiet(),
+            traceable_masks(MASKED),
+            without_cache(model),
+            real_arithmetic(model, shown),
+            replaced(part.module, recurrence.stand_in) as steps,
+        ):
             program = _traced(model, part)
             made = torch.onnx.export(
                 program,
@@ -170,6 +178,8 @@ def converted(model: nn.Module, part: Part) -> tuple[ir.Model, ExportedProgram]:
                 optimize=False,  # its rewriting of rotary embeddings gives files that onnxruntime refuses
                 verbose=False,
             )
+            assert made is not None
+            recurrence.lower(made.model, steps, _cell)
     except ExportError:
         raise
     except Exception as error:
@@ -180,7 +190,7 @@ def converted(model: nn.Module, part: Part) -> tuple[ir.Model, ExportedProgram]:
             " depends on the values of its inputs, or has an operation that ONNX lacks, rewrite that part; else report"
             " it with the model's config.json."
         ) from error
-    assert made is not None and made.exported_program is not None
+    assert made.exported_program is not None
     graph = made.model
     optimizer.fold_constants(graph)
     optimizer.remove_unused_nodes(graph)
@@ -196,7 +206,18 @@ def check_convertible(model: nn.Module, example: Mapping[str, Tensor], signature
     """What `converted` would refuse, but for what torch.onnx itself does; weights do not matter. Raises ExportError."""
     with torch.no_grad(), _quiet(), traceable_masks(MASKED), without_cache(model):
         for part in parts_of(model, example, signature, cached=cached):
-            _check_operations(model, _traced(model, part))
+            with replaced(part.module, recurrence.stand_in):
+                _check_operations(model, _traced(model, part))
+
+
+def _cell(step: Step) -> ir.Model:
+    program = torch.export.export(step.cell, step.example(), dynamic_shapes=({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC}))
+    arguments.check(program, "ONNX", None, IGNORED)
+    made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    assert made is not None
+    optimizer.fold_constants(made.model)  # which makes splits of sequences, and does so outside of loops alone
+    optimizer.remove_unused_nodes(made.model)
+    return made.model
 
 
 def _traced(model: nn.Module, part: Part) -> ExportedProgram:

@@ -25,8 +25,11 @@ class OnnxFormat:
 
     def write(self, source: Source, folder: Path) -> Written:
         from mptrain.export.onnx.convert import write
+        from mptrain.export.onnx.recurrence import check_half
 
         half = source.precision == "fp16"
+        if half:
+            check_half(source.model)
         done = write(
             source.model,
             source.example,
@@ -44,7 +47,10 @@ class OnnxFormat:
 
     def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
         from mptrain.export.onnx.convert import check_convertible
+        from mptrain.export.onnx.recurrence import check_half
 
+        if "fp16" in self.spec.precision:
+            check_half(model)
         check_convertible(model, example, signature, cached=self.spec.cache is not None)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:

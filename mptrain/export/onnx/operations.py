@@ -13,6 +13,9 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _fx_passes, _registration
 
+_OURS = "onnx_symbolic"
+"""operations of ONNX by name, which `recurrence` puts in"""
+
 
 def lacking(program: ExportedProgram) -> list[str]:
     """Names of operations, "special_bessel_j0.default", sorted."""
@@ -22,7 +25,7 @@ def lacking(program: ExportedProgram) -> list[str]:
     for module in graph.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             target = node.target
-            if isinstance(target, OpOverload) and not registry.is_registered(target):
+            if isinstance(target, OpOverload) and target.namespace != _OURS and not registry.is_registered(target):
                 found.add(str(target).removeprefix("aten."))
     return sorted(found)
 

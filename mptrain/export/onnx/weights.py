@@ -88,7 +88,7 @@ class _Stored:
             if readers and all(self._multiplies(reader, node.outputs[0]) for reader in readers):
                 for reader in readers:
                     self._matmul(reader)
-                self.graph.remove(node, safe=True)
+                _graph(node).remove(node, safe=True)
                 return
         if place == 1 and turned != _turns(node) and self._multiplies(node, value):
             self._matmul(node)
@@ -134,7 +134,7 @@ class _Stored:
             return
         product = ir.node("MatMulNBits", inputs, attributes=attributes, domain=MICROSOFT, name=f"{node.name}_product")
         product.metadata_props.update(node.metadata_props)
-        self.graph.insert_before(node, product)
+        _graph(node).insert_before(node, product)
         made = self._typed(product, ir.DataType.FLOAT, f"{node.name}_product")
         self._replace(node, ir.node("Add", [made, bias], name=node.name))
 
@@ -147,19 +147,19 @@ class _Stored:
         found = []
         for label, array in parts:
             look = ir.node("Gather", [self._constant(f"{label}_{bits}", array), indices], name=f"{node.name}_{label}")
-            self.graph.insert_before(node, look)
+            _graph(node).insert_before(node, look)
             found.append(self._typed(look, ir.DataType.from_numpy(array.dtype), f"{node.name}_{label}"))
         q, scale, *zero = found
         value = self._float(node, q, "q")
         if zero:
             moved = ir.node("Sub", [value, self._float(node, zero[0], "z")], name=f"{node.name}_moved")
-            self.graph.insert_before(node, moved)
+            _graph(node).insert_before(node, moved)
             value = self._typed(moved, ir.DataType.FLOAT, f"{node.name}_moved")
         self._replace(node, ir.node("Mul", [value, scale], name=node.name))
 
     def _float(self, node: ir.Node, value: ir.Value, label: str) -> ir.Value:
         made = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{node.name}_{label}_float")
-        self.graph.insert_before(node, made)
+        _graph(node).insert_before(node, made)
         return self._typed(made, ir.DataType.FLOAT, f"{node.name}_{label}_float")
 
     def _dequantized(self, value: ir.Value, turned: bool) -> ir.Value:
@@ -229,13 +229,20 @@ class _Stored:
         (was,), (now,) = old.outputs, new.outputs
         now.name, now.type, now.shape = was.name, was.type, was.shape
         new.metadata_props.update(old.metadata_props)
-        self.graph.insert_before(old, new)
+        graph = _graph(old)
+        graph.insert_before(old, new)
         for use in list(was.uses()):
             use.node.replace_input_with(use.idx, now)
-        for place, output in enumerate(self.graph.outputs):
+        for place, output in enumerate(graph.outputs):
             if output is was:
-                self.graph.outputs[place] = now
-        self.graph.remove(old, safe=True)
+                graph.outputs[place] = now
+        graph.remove(old, safe=True)
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    """That it is in, the body of a loop as well."""
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _quantized(value: ir.Value | None) -> bool:

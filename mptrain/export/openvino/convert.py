@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import nncf
+import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,14 @@ from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
 from mptrain.core.disk import whole
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.recurrence import Step, replaced
 from mptrain.core.signature import BATCH, Signature, probed, without_cache
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
-from mptrain.export.openvino import weights
+from mptrain.export.openvino import recurrence, weights
 from mptrain.export.openvino.cached import make_stateful
 from mptrain.export.openvino.runner import CachedIr, CompiledIr, computes_in
-from mptrain.export.torch import calls, graphs
+from mptrain.export.torch import calls, graphs, lengths
 from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.decoding import decoding
 from mptrain.export.torch.fits import check_fits
@@ -184,8 +186,10 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
             without_cache(model),
             real_arithmetic(model, shown),
             calls.WrittenOut(calls.OPENVINO),
+            replaced(model, recurrence.stand_in) as steps,
         ):
-            graph = ov.convert_model(wrapper, example_input=tuple(example.values()))
+            loops = [recurrence.extension(steps, _cell)] if steps else None
+            graph = ov.convert_model(wrapper, example_input=tuple(example.values()), extension=loops)
     except ExportError:
         raise
     except Exception as error:
@@ -196,9 +200,22 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
     if cached:
         make_stateful(graph)
     else:
-        _check_lengths(graph, model, example, signature)
-    _number_names(graph)
+        _check_lengths(graph, model.eval(), example, signature)
+        model.train(training)
+    for inner in recurrence.graphs_of(graph):
+        _number_names(inner)
     return graph
+
+
+def check_lengths(model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> None:
+    """What `convert` would say of a model that computes step by step; one that does not is not converted. Raises
+    ExportError."""
+    if lengths.by_steps(model.eval(), example, signature):
+        convert(model, example, signature)
+
+
+def _cell(step: Step) -> ov.Model:
+    return ov.convert_model(step.cell, example_input=step.example())
 
 
 def _unconverted(model: nn.Module, said: str) -> str:
@@ -225,7 +242,8 @@ def _single(model: nn.Module) -> nn.Module:
 
 
 def _check_lengths(graph: ov.Model, model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> None:
-    """A trace of a loop over the tokens holds as many rounds as the example has. Raises ExportError."""
+    """A trace of a loop over the tokens holds as many rounds as the example has. model: in eval mode. Raises
+    ExportError."""
     shorter = {}
     for name, value in example.items():
         free = {place: word for place, word in signature.input(name).free.items() if word != BATCH}
@@ -237,6 +255,16 @@ def _check_lengths(graph: ov.Model, model: nn.Module, example: Mapping[str, Tens
     except RuntimeError as error:
         said = f"OpenVINO says: {str(error).strip().splitlines()[-1][:200]}"
         raise ExportError(graphs.one_size(model, example.values(), said)) from error
+    if not lengths.by_steps(model, example, signature):
+        return
+    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def forward(batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        return dict(zip(signature.output_names, compiled([batch[name].numpy() for name in example]).values()))
+
+    if (found := lengths.wrong_length(forward, model, example, signature)) is not None:
+        said = f"At length {found[0]} the converted graph differs from it by {found[1]:.2g} of its largest value."
+        raise ExportError(graphs.one_size(model, example.values(), said))
 
 
 def _name(graph: ov.Model, example: Mapping[str, Tensor], signature: Signature) -> None:

@@ -9,10 +9,12 @@ import openvino as ov
 
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.export.facts import Facts
+from mptrain.export.openvino.recurrence import graphs_of
 
 _FUSED = {"Subgraph", "MHA", "ScaledDotProductAttention"}
 _INTEGER = {"i8", "u8"}
 _WEIGHTED = {"FullyConnected", "Convolution"}
+_STEPWISE = {"TensorIterator", "Loop", "RNNSeq"}
 _AROUND = "aten::"  # no module before it: computed around the model, as heads are
 _INDICES = {"i64", "i32", "boolean"}  # constants of these types are shapes, axes and positions
 
@@ -22,12 +24,14 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
 
     int8_layers, fp32_layers: by whether the inputs of a layer arrive as 8-bit integers; one with only its weight
     compressed computes in floating point. more: converts, the conversions left in the graph that runs;
-    dynamic_quantization_group_size, 0 where activations before compressed weights stay float.
+    dynamic_quantization_group_size, 0 where activations before compressed weights stay float; loops, where there are
+    any, the operations that run step by step, by kind.
     """
     unfused = converts = 0
     fused: list[str] = []
     layers: dict[bool, list[str]] = {True: [], False: []}
     precisions: dict[str, Counter[str]] = {}
+    loops: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
         kind = info["layerType"]
@@ -37,11 +41,14 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
             unfused += 1
         elif kind == "Convert":
             converts += 1
+        elif kind in _STEPWISE:
+            loops[kind] += 1
         elif kind in _WEIGHTED:
             name = node.get_friendly_name()
             read = node.input(0).get_element_type().get_type_name()  # the plugin computes in the type that it reads
             layers[read in _INTEGER].append(openvino_module(name) or name)
             precisions.setdefault(kind, Counter())["i8" if read in _INTEGER else read] += 1
+    more = {"converts": converts, "dynamic_quantization_group_size": _group(compiled)}
     return Facts(
         fused_attention=len(fused),
         fused_nodes=sorted(fused),
@@ -51,14 +58,14 @@ def facts(compiled: ov.CompiledModel, xml: Path, precision: str) -> Facts:
         layer_precisions={kind: dict(found.most_common()) for kind, found in sorted(precisions.items())},
         weight_types=stored_types(ov.Core().read_model(xml)),
         inference_precision=precision,
-        more={"converts": converts, "dynamic_quantization_group_size": _group(compiled)},
+        more=more | ({"loops": dict(loops)} if loops else {}),
     )
 
 
 def stored_types(graph: ov.Model) -> dict[str, int]:
     """Bytes of the weights, with their scales, by element type; the largest first."""
     sizes: Counter[str] = Counter()
-    for node in graph.get_ops():
+    for node in (node for inner in graphs_of(graph) for node in inner.get_ops()):
         if node.get_type_name() == "Constant":
             sizes[node.get_element_type().get_type_name()] += node.get_byte_size()
     return {kind: size for kind, size in sizes.most_common() if kind not in _INDICES}

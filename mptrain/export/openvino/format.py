@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from mptrain.compress.quantize import quantizers
+from mptrain.core.signature import Batch, Signature
 from mptrain.core.silence import import_unreported
 from mptrain.export.base import Embeddings, Runner, Source, Written
 from mptrain.export.facts import WHOLE, Facts
@@ -40,6 +41,11 @@ class OpenVinoFormat:
         if self.spec.cache is not None:
             facts |= Facts(cache=self.spec.cache, cache_precision="fp32", cache_fed=WHOLE)
         return Written(done.xml, done.size_bytes, facts)
+
+    def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
+        from mptrain.export.openvino.convert import check_lengths
+
+        check_lengths(model, example, signature)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
         from mptrain.export.openvino.runner import CachedIr, CompiledIr, keeps_state

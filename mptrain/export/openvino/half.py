@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mptrain.core.errors import ExportError
 from mptrain.core.signature import Signature, without_cache
+from mptrain.export.openvino.recurrence import graphs_of
 from mptrain.export.torch.complex_numbers import real_arithmetic
 from mptrain.export.torch.traceable import traceable_masks
 from mptrain.verify import overflow
@@ -69,7 +70,8 @@ def marked(graph: ov.Model, keep: Collection[str], ops: Sequence[Op]) -> tuple[o
     nodes = {name for op in ops if op.name in keep for name in _nodes(graph, op, ops)}
     constants = [
         node.get_friendly_name()
-        for node in graph.get_ordered_ops()
+        for inner in graphs_of(graph)
+        for node in inner.get_ordered_ops()
         if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32 and _distorted(node.data)
     ]
     return _with_attribute(graph, {*nodes, *constants}), sorted(nodes), constants

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mptrain.compress.weights.records import BlockQuantized, Record, distinct
 from mptrain.core.errors import ExportError
+from mptrain.export.openvino.recurrence import graphs_of
 
 _WEIGHT = "self.model."  # what the converter puts before the name of a weight
 
@@ -29,7 +30,8 @@ def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
     Raises ExportError when the graph has no constant of a weight with the values of its record.
     """
     names = {id(record): {n for n, r in records.items() if r is record} for record in records.values()}
-    constants = {n.get_friendly_name(): n for n in graph.get_ops() if n.get_type_name() == "Constant"}
+    loops = list(graphs_of(graph))
+    constants = {n.get_friendly_name(): n for g in loops for n in g.get_ops() if n.get_type_name() == "Constant"}
     for name, record in distinct(records).items():
         if not isinstance(record, BlockQuantized):
             continue
@@ -48,7 +50,8 @@ def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
             stored = _decompressed(record, list(node.get_output_shape(0)), label)
             for consumer in node.output(0).get_target_inputs():
                 consumer.replace_source_output(stored.output(0))
-    graph.validate_nodes_and_infer_types()
+    for inner in loops:
+        inner.validate_nodes_and_infer_types()
 
 
 def _holds(node: ov.Node, values: np.ndarray) -> bool:

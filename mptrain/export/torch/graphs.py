@@ -74,8 +74,9 @@ def one_size(model: nn.Module, values: Iterable[Tensor], said: str) -> str:
     shapes = ", ".join(str(list(value.shape)) for value in values)
     return (
         f"the forward pass of {type(model).__name__} computes for the sizes of one example alone ({shapes}), as one"
-        " that runs over its tokens in a loop does: an export with free sizes would be wrong for all others. A Core ML"
-        " export of one size takes it (in a recipe: format: coreml, shapes: {kind: fixed, batch: [1], length: [128]})."
+        " that runs over its tokens in a loop does: an export with free sizes would be wrong for all others. Write the"
+        " loop as a mptrain.Recurrence, which stays one; or take a Core ML export of one size (in a recipe: format:"
+        " coreml, shapes: {kind: fixed, batch: [1], length: [128]})."
         f" {said}"
     )
 

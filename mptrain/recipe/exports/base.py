@@ -121,8 +121,9 @@ class ExportSpec(Strict):
     """whether its runtime keeps several requests in flight here, for `evaluate.latency.throughput`"""
     checks: ClassVar[frozenset[str]] = frozenset()
     """gates beside those of numbers, size and speed that its facts can answer, e.g. fused_attention"""
-    foresees: ClassVar[bool] = False
-    """whether its `Format` has `check`, which says before any training what of a model it cannot convert"""
+    foresees: ClassVar[Literal["all", "own"] | None] = None
+    """of which models its `Format` says before any training what it cannot convert, by `check`: all, or those of a
+    user's own code; None: it has no `check`"""
     caches: ClassVar[Literal["float16", "float32"] | None] = None
     """type of its key-value cache; None: it keeps none"""
 

@@ -29,7 +29,7 @@ class Onnx(ExportSpec):
     library = "onnx"
     caches = "float32"
     generates = True
-    foresees = True
+    foresees = "all"
     checks = frozenset({"fused_attention", "max_casts", "effective_precision"})
 
     format: Literal["onnx"]

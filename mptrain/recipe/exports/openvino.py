@@ -30,6 +30,7 @@ class OpenVino(ExportSpec):
     caches = "float32"
     heads_cached = True
     streams = True
+    foresees = "own"
     generates = True
     checks = frozenset({"fused_attention", "effective_precision"})
 
@@ -61,7 +62,8 @@ class OpenVino(ExportSpec):
         return precision in PLAIN
 
     def variant(self, stage: str, precision: str) -> str:
-        return f"{stage}_{precision}" if self.cache is None and not self.heads else super().variant(stage, precision)
+        plain = self.cache is None and not self.heads and self.hint == "f32"
+        return f"{stage}_{precision}" if plain else super().variant(stage, precision)
 
     def stores(self, weights: Weights) -> Stored:
         if weights.kind == "tables":

@@ -192,6 +192,8 @@ def _shared(blocks: list[Block]) -> list[Block]:
 
 
 def _fixed(model: nn.Module, block: Block) -> str | None:
+    if not block.sources:
+        return "what makes it reads it too, as the state of a recurrence: its size is a choice"
     for axis in block.axes:
         owner = model.get_submodule(axis.parameter.rpartition(".")[0])
         if isinstance(owner, nn.MultiheadAttention):

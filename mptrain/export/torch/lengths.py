@@ -1,0 +1,100 @@
+"""Whether a model computes step by step along a free axis, and what it gives at other lengths than the example's.
+
+A trace is what one example went through. A loop over the tokens is in it as so many steps as the example has, and
+nothing fails when the file is then run on another length: a place that is not there reads as zeros, and steps beyond
+the last are left out. So where a model runs more operations on a longer example, what was converted is compared with
+it on shorter and longer ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mptrain.core.signature import BATCH, Batch, Forward, Signature
+
+_ROUNDING = 1e-4
+"""relative, of a float32 graph; more of it where the graph differs as much on the example itself"""
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def by_steps(model: nn.Module, example: Mapping[str, Tensor], signature: Signature) -> bool:
+    """Whether the number of operations depends on a length. model: in eval mode."""
+    counts = set()
+    for batch in (dict(example), *_others(example, signature)):
+        with _Counted() as mode:
+            try:
+                signature.call(model, batch)
+            except Exception:  # a length that it does not take
+                continue
+        counts.add(mode.count)
+    return len(counts) > 1
+
+
+@torch.no_grad()
+def wrong_length(
+    graph: Forward, model: nn.Module, example: Mapping[str, Tensor], signature: Signature
+) -> tuple[int, float] | None:
+    """(length, relative difference) where a converted graph gives something else than the model; None where it does
+    not. model: in eval mode."""
+    base = _difference(graph, model, dict(example), signature) or 0.0
+    for batch in _others(example, signature):
+        found = _difference(graph, model, batch, signature)
+        if found is not None and not found <= max(_ROUNDING, 10 * base):
+            sizes = (value.shape[place] for name, value in batch.items() for place in _places(signature, name))
+            return next(sizes), found
+    return None
+
+
+def _difference(graph: Forward, model: nn.Module, batch: Batch, signature: Signature) -> float | None:
+    """Largest, relative to the largest value; infinite where the graph does not run or gives other shapes. None where
+    the model itself does not."""
+    try:
+        wanted = signature.run(model, batch)
+    except Exception:
+        return None
+    try:
+        found = graph(batch)
+    except Exception:
+        return float("inf")
+    worst = 0.0
+    for name, value in wanted.items():
+        ours, theirs = np.asarray(found[name], np.float64), value.double().numpy()
+        if ours.shape != theirs.shape:
+            return float("inf")
+        scale = max(float(np.abs(theirs).max(initial=0.0)), 1e-6)
+        worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)) / scale)
+    return worst
+
+
+def _places(signature: Signature, name: str) -> list[int]:
+    return [place for place, word in signature.input(name).free.items() if word != BATCH]
+
+
+def _others(example: Mapping[str, Tensor], signature: Signature) -> Iterator[Batch]:
+    """The example at half of its length, from its start on, and at twice of it, one after the other."""
+    if not signature.lengths():
+        return
+    for longer in (False, True):
+        batch = {}
+        for name, value in example.items():
+            for place in _places(signature, name):
+                half = max(1, value.shape[place] // 2)
+                value = torch.cat([value, value], place) if longer else value.narrow(place, 0, half)
+            batch[name] = value
+        yield batch
