@@ -68,7 +68,7 @@ def pruned(share: float, precision: str, kept: dict[str, Any]) -> tuple[nn.Modul
     config = Magnitude(method="magnitude", keep=Keep(latency=share))
     method = method_class(config)(config)
     tools = Tools(
-        example=lambda: example(1), target=partial(opened, stand_in(QUANTIZE[precision], 1)), length=LENGTH, once=once
+        example=lambda: example(1), runtime=partial(opened, stand_in(QUANTIZE[precision], 1)), length=LENGTH, once=once
     )
     return method.finalize(method.prepare(fresh(), tools), tools), method.facts()["budget"]
 

@@ -192,7 +192,7 @@ class Compression:
             steps=phase.steps,
             steps_per_epoch=phase.steps_per_epoch,
             lr=0.0 if self._asked is None else self._asked.learning_rate,
-            target=partial(opened, stand_in(quantizer([self.stage]), torch.get_num_threads())),
+            runtime=partial(opened, stand_in(quantizer([self.stage]), torch.get_num_threads())),
             device=device,
         )
 

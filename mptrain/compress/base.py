@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks
-from mptrain.compress.target import Target, Torch
+from mptrain.compress.runtime import Runtime, Torch
 from mptrain.core.errors import UserError
 from mptrain.core.signature import Batch
 from mptrain.data.tasks.metrics import Score
@@ -69,7 +69,7 @@ class Tools:
     on a labelled batch, a scalar with its graph. score: of a model, the task's main one on the validation split.
     example: one input of `length` tokens or samples. seed: draws all that is random. steps, steps_per_epoch: optimizer
     steps of the phase; 0, it does not train. lr: of the phase. widths: bits of the tables that all targets store; None,
-    any. target: the runtime and precision that the model is compressed for, for budgets in time and bytes. whole: the
+    any. runtime: the runtime and precision that the model is compressed for, for budgets in time and bytes. whole: the
     model that such budgets count against; None, the one that the phase begins with. once(name, make): what `make`
     measured, made by one process only, once for all attempts at the phase.
     """
@@ -87,7 +87,7 @@ class Tools:
     steps_per_epoch: int = 1
     lr: float = 0.0
     widths: tuple[int, ...] | None = None
-    target: Callable[[], Target] = Torch
+    runtime: Callable[[], Runtime] = Torch
     whole: Callable[[], nn.Module] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     ranks: Ranks = ALONE

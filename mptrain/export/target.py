@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mptrain import recipe
-from mptrain.compress import target as compress
+from mptrain.compress import runtime
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.scopes import matches
 from mptrain.core.hooks import is_quantized
@@ -26,7 +26,7 @@ from mptrain.recipe.target import Target
 log = logging.getLogger(__name__)
 
 
-def opened(target: Target) -> compress.Target:
+def opened(target: Target) -> runtime.Runtime:
     """The target that a recipe's stands for; torch, with a warning, where its runtime is not installed."""
     threads = thread_count(target.threads)
     try:
@@ -37,7 +37,7 @@ def opened(target: Target) -> compress.Target:
             target.export.title,
             target.export.extra,
         )
-        return compress.Torch(threads)
+        return runtime.Torch(threads)
     return Exporting(target, threads)
 
 
@@ -46,9 +46,9 @@ class Exporting:
 
     def __init__(self, target: Target, threads: int) -> None:
         self.target, self.threads = target, threads
-        self.words = f"{target.export.title} {target.precision}, {compress.count(threads)}"
+        self.words = f"{target.export.title} {target.precision}, {runtime.count(threads)}"
 
-    def compiled(self, model: nn.Module, example: Batch) -> compress.Compiled:
+    def compiled(self, model: nn.Module, example: Batch) -> runtime.Compiled:
         """Raises ExportError for a model that the format does not take."""
         target, how = self.target, format_of(self.target.export)
         example = {name: value.cpu() for name, value in example.items()}
@@ -95,7 +95,7 @@ class _Opened:
         self._example = {name: value.numpy() for name, value in example.items()}
 
     def seconds(self) -> float:
-        return compress.seconds(lambda: self._runner(self._example))
+        return runtime.seconds(lambda: self._runner(self._example))
 
     def close(self) -> None:
         self._runner.close()

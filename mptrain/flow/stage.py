@@ -23,7 +23,7 @@ from torch import nn
 from mptrain.compress.base import Tools, TrainingMethod
 from mptrain.compress.calibrate.ranks import Ranks
 from mptrain.compress.methods import acting, finalized, methods_of, prepared, stand_still
-from mptrain.compress.target import Torch
+from mptrain.compress.runtime import Torch
 from mptrain.core.disk import read_json, write_json
 from mptrain.data.load import Task, load_data
 from mptrain.export.target import opened
@@ -171,7 +171,7 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
         lr=train.lr if train else 0.0,
         widths=inputs.widths,
         whole=None if inputs.against in (None, inputs.start) else partial(_ended, context, inputs, inputs.against),
-        target=Torch if inputs.target is None else partial(opened, inputs.target),
+        runtime=Torch if inputs.target is None else partial(opened, inputs.target),
         device=context.peers.device,
         ranks=context.ranks,
         once=lambda name, make: _once(context, context.folder / phase.folder / f"{name}.json", make),

@@ -10,10 +10,10 @@ from kit.tiny_models import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mptrain.compress.runtime import Torch
 from mptrain.compress.structure import costs, latency
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.latency import measure_latency
-from mptrain.compress.target import Torch
 
 
 def test_it_covers_every_block():

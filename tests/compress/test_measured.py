@@ -13,9 +13,9 @@ from kit.tiny_models import inputs, tiny
 from mptrain.compress.base import Site, Tools
 from mptrain.compress.methods import method_class
 from mptrain.compress.prune import measured
+from mptrain.compress.runtime import Torch, in_turns, seconds, share
 from mptrain.compress.structure.budget import Widths
 from mptrain.compress.structure.find import find_structure
-from mptrain.compress.target import Torch, in_turns, seconds, share
 from mptrain.core.errors import UserError
 from mptrain.recipe import Keep, Magnitude
 
@@ -62,7 +62,7 @@ def pruned(keep, target, model=None, whole=None):
         return json.loads(kept.setdefault(name, json.dumps(make())))
 
     against = None if whole is None else lambda: whole
-    tools = Tools(example=lambda: inputs("bert", batch=1), target=lambda: target, once=once, whole=against)
+    tools = Tools(example=lambda: inputs("bert", batch=1), runtime=lambda: target, once=once, whole=against)
     made = method.finalize(method.prepare(model or tiny("bert"), tools), tools)
     return made, method.facts()["budget"], kept
 
@@ -101,7 +101,7 @@ def test_what_was_kept_is_measured_no_more():
     method = method_class(config)(config)
     other = Clock()
     tools = Tools(
-        example=lambda: inputs("bert", batch=1), target=lambda: other, once=lambda name, make: json.loads(kept[name])
+        example=lambda: inputs("bert", batch=1), runtime=lambda: other, once=lambda name, make: json.loads(kept[name])
     )
     again = method.finalize(method.prepare(tiny("bert"), tools), tools)
     assert other.count == 0 and method.facts()["budget"] == facts
@@ -135,7 +135,7 @@ def test_what_cannot_be_reached_is_refused_before_training():
     method_class(config).check(config, skeleton, Site("prune", 8))  # nothing known of its bytes
     floor = method_class(config)(Magnitude(method="magnitude", keep=Keep(latency=0.5), min_heads=4, min_ffn=48))
     with pytest.raises(UserError, match=r"keep\.latency: 0\.5 cannot be reached.*at least 1 stays"):
-        floor.prepare(tiny("bert"), Tools(example=lambda: inputs("bert", batch=1), target=Clock))
+        floor.prepare(tiny("bert"), Tools(example=lambda: inputs("bert", batch=1), runtime=Clock))
     with pytest.raises(UserError, match=r"keep\.latency: 0\.1 cannot be reached.*of it embeddings, norms and head"):
         pruned({"latency": 0.1}, Clock(rest=ALL))
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from kit.tiny_models import inputs, tiny
 
+from mptrain.compress.runtime import Torch
 from mptrain.compress.structure import latency
 from mptrain.compress.structure.find import find_structure
-from mptrain.compress.target import Torch
 from mptrain.core.hooks import is_quantized
 from mptrain.export.target import opened
 from mptrain.recipe import Ptq, Qat

@@ -1,4 +1,4 @@
-"""Budgets of the whole exported model, measured on the target: before the cut to predict, after the choice to correct.
+"""Budgets of the whole exported model, measured on the runtime: before the cut to predict, after the choice to correct.
 
     dense, least     the model as it is, and with as little of every block as may stay, are exported; least costs the
                      share r of dense (seconds: the median of alternating rounds; bytes: of the files)
@@ -25,11 +25,11 @@ from torch import nn
 from mptrain.compress import boundary
 from mptrain.compress.base import Tools
 from mptrain.compress.prune.base import Pruner
+from mptrain.compress.runtime import Compiled, Runtime, share
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Kept, Structure
 from mptrain.compress.structure.budget import Widths
 from mptrain.compress.structure.latency import measure_latency
-from mptrain.compress.target import Compiled, Target, share
 from mptrain.core.signature import Batch
 
 log = logging.getLogger(__name__)
@@ -50,14 +50,14 @@ READ: dict[str, Callable[[Compiled, Compiled], float]] = {
 """by budget: what a model costs against the dense one"""
 
 
-def _timed_blocks(structure: Structure, extents: costs.Length, target: Target, widths: Widths) -> dict[str, Any]:
-    table, steps = measure_latency(structure, extents, target, round_ffn=widths.round_ffn)
+def _timed_blocks(structure: Structure, extents: costs.Length, runtime: Runtime, widths: Widths) -> dict[str, Any]:
+    table, steps = measure_latency(structure, extents, runtime, round_ffn=widths.round_ffn)
     return {"table": table, "steps": steps}
 
 
-BLOCKS: dict[str, Callable[[Structure, costs.Length, Target, Widths], dict[str, Any]]] = {
+BLOCKS: dict[str, Callable[[Structure, costs.Length, Runtime, Widths], dict[str, Any]]] = {
     "latency": _timed_blocks,
-    "size": lambda structure, extents, target, widths: {},
+    "size": lambda structure, extents, runtime, widths: {},
 }
 """by budget: what is measured of blocks alone"""
 
@@ -66,7 +66,7 @@ def measure(
     model: nn.Module,
     structure: Structure,
     example: Batch,
-    target: Target,
+    runtime: Runtime,
     *,
     budget: str,
     extents: costs.Length,
@@ -74,9 +74,9 @@ def measure(
 ) -> costs.Whole:
     """What the model costs by what stays of its blocks. budget: "latency" or "size". extents: tokens, or of every
     block. Raises UserError for blocks that cannot be timed."""
-    blocks = BLOCKS[budget](structure, extents, target, widths)
+    blocks = BLOCKS[budget](structure, extents, runtime, widths)
     least = widths.least(structure)
-    with Beside(model, structure, example, target, budget) as beside:
+    with Beside(model, structure, example, runtime, budget) as beside:
         part = beside.share(least)
     alone = costs.Whole(1.0, 0.0, **blocks)
     dense, small = (alone.blocks(structure, kept) for kept in (Kept(), least))
@@ -87,10 +87,10 @@ def beside(model: nn.Module, tools: Tools, budget: str) -> float:
     """What the model costs, as a share of what `tools.whole` costs; 1 where there is none."""
     if tools.whole is None:
         return 1.0
-    target, example = tools.target(), {name: value.cpu() for name, value in tools.example().items()}
+    runtime, example = tools.runtime(), {name: value.cpu() for name, value in tools.example().items()}
     with (
-        closing(target.compiled(tools.whole(), example)) as whole,
-        closing(target.compiled(copy.deepcopy(model).cpu(), example)) as start,
+        closing(runtime.compiled(tools.whole(), example)) as whole,
+        closing(runtime.compiled(copy.deepcopy(model).cpu(), example)) as start,
     ):
         return READ[budget](start, whole)
 
@@ -111,10 +111,10 @@ class Beside:
     model: is left as it is; weights of any values. Within `with`, at whose end the whole one is freed.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, example: Batch, target: Target, budget: str) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, example: Batch, runtime: Runtime, budget: str) -> None:
         self._model, self._structure = copy.deepcopy(model).cpu(), structure
         self._example = {name: value.cpu() for name, value in example.items()}
-        self._target, self._read = target, READ[budget]
+        self._runtime, self._read = runtime, READ[budget]
         self._stack = ExitStack()
 
     def __enter__(self) -> Beside:
@@ -125,12 +125,12 @@ class Beside:
 
     @cached_property
     def _dense(self) -> Compiled:
-        return self._stack.enter_context(closing(self._target.compiled(self._model, self._example)))
+        return self._stack.enter_context(closing(self._runtime.compiled(self._model, self._example)))
 
     def share(self, kept: Kept) -> float:
         """Of what the model costs whole, what it costs with `kept` alone."""
         less = boundary.without(copy.deepcopy(self._model), self._structure, kept)
-        with closing(self._target.compiled(less, self._example)) as one:
+        with closing(self._runtime.compiled(less, self._example)) as one:
             return self._read(one, self._dense)
 
 
@@ -141,10 +141,10 @@ def hold(pruner: Pruner, model: nn.Module, tools: Tools, budget: str, start: flo
     "measured", "corrected": None, or what the first choice measured, "start"}, all as shares of the whole model.
     """
     (limit,) = pruner.budget.limits
-    asked, target, corrected = limit.keep, tools.target(), None
+    asked, runtime, corrected = limit.keep, tools.runtime(), None
     kept = pruner.kept()
     predicted = pruner.budget.fraction(kept)[budget]
-    with Beside(model, pruner.structure, tools.example(), target, budget) as beside:
+    with Beside(model, pruner.structure, tools.example(), runtime, budget) as beside:
         measured = float(tools.once(f"{budget}-chosen", lambda: beside.share(kept)))
         if abs(measured / asked - 1.0) > TOLERANCE:
             pruner.budget.correct(kept, measured)
@@ -155,12 +155,12 @@ def hold(pruner: Pruner, model: nn.Module, tools: Tools, budget: str, start: flo
     pruner.settle(kept)
     asked, predicted, measured = (start * share for share in (asked, predicted, measured))
     corrected = None if corrected is None else start * corrected
-    said = f"prune.keep.{budget}: {asked:.3g} of {target.words} asked for, {predicted:.3g} predicted"
+    said = f"prune.keep.{budget}: {asked:.3g} of {runtime.words} asked for, {predicted:.3g} predicted"
     log.info("%s, %.3g measured", said, measured)
     if abs(measured / asked - 1.0) > MISSED:
         log.warning("%s, but %.3g is left; widths and floors allow no nearer, or this host is busy", said, measured)
     shares = {"asked": asked, "predicted": predicted, "measured": measured, "corrected": corrected, "start": start}
-    return {"of": budget, "target": target.words, **shares}
+    return {"of": budget, "target": runtime.words, **shares}
 
 
 def as_json(whole: costs.Whole) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Pruning(Method[PruneConfig]):
         def make() -> dict[str, Any]:
             widths = Widths(config.min_heads, config.min_ffn, config.round_ffn)
             found = measured.measure(
-                model, structure, tools.example(), tools.target(), budget=name, extents=extents, widths=widths
+                model, structure, tools.example(), tools.runtime(), budget=name, extents=extents, widths=widths
             )
             return measured.as_json(found)
 

@@ -4,12 +4,12 @@ For each kind of block and some numbers of units n between 1 and all:
 
     time(n)    of a stack of 4 such blocks, each x + block(norm(x)), over 4; the lower quartile of alternating rounds
 
-exported for the target and run there, in int8 where the model will be: in torch small heads and GELU cost several
+exported for the runtime and run there, in int8 where the model will be: in torch small heads and GELU cost several
 times as much relative to the rest, and a budget of such times cuts what does not make the export faster. A stack,
 because a single block would find its weights in the cache and pay for a call of its own. Between the points time is
 linear (costs.latency); what the blocks cost in the whole model, `prune/measured.py` scales to two whole exports.
 
-Widths of an FFN are rounded to a multiple of s where that makes the target faster, not only no slower: near half of
+Widths of an FFN are rounded to a multiple of s where that makes the runtime faster, not only no slower: near half of
 the width all multiples of the recipe's step within 64 channels are timed, and s is the largest of 64, 32 and 16 for
 which the next multiple above takes 2% less time than a width that is none (in the median over widths that the same
 power of 2 divides). A CPU with AVX2 has no such s; nothing is assumed of others.
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptrain.compress.runtime import Compiled, Runtime, in_turns
 from mptrain.compress.structure.blocks import Block, Structure
 from mptrain.compress.structure.costs import LatencyTable, Length, extent, head_dim, kind
-from mptrain.compress.target import Compiled, Target, in_turns
 from mptrain.core.progress import track
 
 STACK = 4
@@ -39,7 +39,7 @@ QUANTILE = 0.25
 
 @torch.no_grad()
 def measure_latency(
-    structure: Structure, length: Length, target: Target, *, round_ffn: int = 1, rounds: int = 25
+    structure: Structure, length: Length, runtime: Runtime, *, round_ffn: int = 1, rounds: int = 25
 ) -> tuple[LatencyTable, dict[str, int]]:
     """Time random blocks of the model's sizes at batch 1: the table, and by kind what widths are best a multiple of.
 
@@ -52,7 +52,7 @@ def measure_latency(
         for key, (block, units) in track(list(wanted.items()), "compiling blocks to time"):
             e = extent(length, block)
             x = torch.randn(e.tokens // e.keys, e.keys, _hidden(block))
-            compiled[key] = stack.enter_context(closing(target.compiled(_Stack(block, units), {"x": x})))
+            compiled[key] = stack.enter_context(closing(runtime.compiled(_Stack(block, units), {"x": x})))
         times = in_turns(list(compiled.values()), rounds, "timing blocks", warm=False)
     table: LatencyTable = {}
     for (name, units), seconds in zip(compiled, times, strict=True):

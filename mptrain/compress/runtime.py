@@ -1,7 +1,7 @@
 """The runtime that a model is compressed for, as far as a budget in time or bytes asks.
 
-A budget knows no format: it hands models to the target, which makes of each what an export would make of it, and it
-takes the time of calls in turns. `export/target.py` is the target of runs; without one, torch stands in.
+A budget knows no format: it hands models to the runtime, which makes of each what an export would make of it, and it
+takes the time of calls in turns. `export/target.py` is the one of runs; without one, torch stands in.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Compiled(Protocol):
         ...
 
 
-class Target(Protocol):
+class Runtime(Protocol):
     words: str
     """for report and log: "OpenVINO int8, 1 thread" """
 
@@ -45,7 +45,7 @@ class Target(Protocol):
 
 
 class Torch:
-    """A target that runs models as they are. threads: None, as torch is set."""
+    """Runs models as they are. threads: None, as torch is set."""
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or torch.get_num_threads()
