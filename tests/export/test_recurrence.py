@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.weights import weight_only
 from mptrain.core.errors import ExportError, ModelError
 from mptrain.core.recurrence import Recurrence
@@ -17,7 +19,7 @@ from mptrain.data.sources.dien import Gated, dien
 from mptrain.export.base import Source
 from mptrain.export.formats import format_of
 from mptrain.export.openvino.recurrence import graphs_of
-from mptrain.recipe import EXPORTS, WeightOnly
+from mptrain.recipe import EXPORTS, Ptq, WeightOnly
 from mptrain.verify.parity import compare
 
 SIZES = [(1, 2), (1, 3), (2, 9), (3, 5), (1, 10), (2, 40)]
@@ -198,6 +200,19 @@ def test_integers_of_a_cell_are_stored_and_computed_with(name, tmp_path):
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding))
     integers = sum(size for kind, size in types.items() if kind in ("i8", "u8", "int8", "uint8"))
     assert integers == matrices
+
+
+def test_quantizers_leave_cells_alone_and_the_file_is_the_model_at_every_length(tmp_path, caplog):
+    model = quantizers.quantize(seeded(dien), Ptq(mode="ptq"), [batch(8, 9), batch(8, 20)])
+    placed = [name for name, module in model.named_modules() if isinstance(module, FakeQuantizer)]
+    assert placed and not [name for name in placed if "cell" in name]
+    assert "interests.cell, evolution.cell stay float" in caplog.text
+    source, form = source_and_format(model, "openvino", "int8")
+    done = form.write(source, tmp_path)
+    with closing(form.open(done.path, source)) as runner:
+        found = compare(model, runner, [batch(*size) for size in SIZES], signature=source.signature)
+        facts = runner.facts()
+    assert found["max_abs_diff"] < 5e-3 and set(facts.int8_layers) >= {"to_interests", "to_evolution", "hidden"}
 
 
 @LONG

@@ -39,3 +39,15 @@ def test_plots_use_page_colours_only(report):
         assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", plot.svg)) <= {"none"} | {
             f"var(--{name})" for name in ("ink", "muted", "line", "c1", "c2", "c3", "c4", "c5", "c6")
         }
+
+
+def test_latency_is_drawn_against_length_where_three_lengths_were_measured(report):
+    assert "lengths" not in [plot.key for plot in plots(report)]
+    lengths = [8, 32, 128]
+    times = {f"b1_s{n}_t1": {"median": n / 10, "min": n / 10, "runs": 5} for n in lengths}
+    variants = [{**v, "latency_ms": times if i else {}} for i, v in enumerate(report["variants"])]
+    latency = {**report["recipe"]["evaluate"]["latency"], "batch": [1], "length": lengths, "threads": [1]}
+    evaluate = {**report["recipe"]["evaluate"], "latency": latency}
+    changed = {**report, "variants": variants, "recipe": {**report["recipe"], "evaluate": evaluate}}
+    drawn = next(plot for plot in plots(changed) if plot.key == "lengths")
+    assert "Length (tokens)" in drawn.svg and variants[1]["id"] in drawn.svg

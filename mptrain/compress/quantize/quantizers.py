@@ -12,6 +12,7 @@ on it, and layers must run in a fixed order, so layer drop is switched off.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -25,10 +26,12 @@ from mptrain.compress.structure.shrink import Slices
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.core.progress import progress
+from mptrain.core.recurrence import recurrences
 from mptrain.core.silence import silenced
 from mptrain.recipe import Ptq, Qat
 from mptrain.recipe.weights import REDUCED
 
+log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 VERSION = 1
 
@@ -38,7 +41,8 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
 
     batches: keyword arguments of the model, without labels; moved to its device. The same
     batches give the same ranges. Ranges are trainable. Embeddings and the products inside
-    attention have no quantizers (see placement.py).
+    attention have no quantizers (see placement.py), nor have the cells of recurrences: NNCF would give some to each
+    step of the first example.
     Raises UserError for a pattern in `ignore` or `bits` that matches nothing it could act on, ModelError for a model
     that NNCF cannot follow.
     """
@@ -47,7 +51,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if is_quantized(model):
         raise UserError("the model is quantized already: quantize in one stage only, or start from an earlier stage")
     names = [name for name, _ in model.named_modules()]
-    ignore = resolve(given(config), names, "quantize.ignore")
+    ignore = resolve(given(config), names, "quantize.ignore") | _cells(model)
     bits = {pattern: resolve([pattern], names, "quantize.bits") for pattern in config.bits}
     symmetric_activations = (
         config.activations == "symmetric" if isinstance(config, Qat) else config.preset == "performance"
@@ -71,6 +75,14 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if getattr(getattr(quantized, "config", None), "layerdrop", 0):
         quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next
     return quantized.train(model.training)
+
+
+def _cells(model: nn.Module) -> set[str]:
+    """The modules inside recurrences, which stay float; a warning says so."""
+    found = {f"{name}.cell": module.cell for name, module in recurrences(model).items()}
+    if found:
+        log.warning("quantize: %s stay float; mode weight_only has integers for their weights", ", ".join(found))
+    return {f"{name}.{inner}".rstrip(".") for name, cell in found.items() for inner, _ in cell.named_modules()}
 
 
 def given(config: Qat | Ptq) -> list[str]:

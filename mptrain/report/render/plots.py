@@ -23,6 +23,7 @@ def plots(report: Row) -> list[Plot]:
     drawings: list[tuple[str, str, str, Callable[[Row], Figure | None]]] = [
         ("tradeoff", "Accuracy against size and latency", _TRADEOFF, _tradeoff),
         ("difference", "Difference to the baseline", _DIFFERENCE, _difference),
+        ("lengths", "Latency against length", _LENGTHS, _lengths),
         ("sparsity", "Sparsity over training", _SPARSITY, _sparsity),
         ("losses", "Losses over training", _LOSSES, _losses),
         ("layers", "Parameters kept per layer", _LAYERS, _layers),
@@ -52,6 +53,9 @@ def _part_means(values: np.ndarray, parts: int) -> np.ndarray:
 _TRADEOFF = "Each point is an exported model, measured on this host; bars are 95% intervals. Up and left is better."
 _FRONT = "Filled: on the front, no other variant beats it; hollow: beaten, or not to be compared. Bars: 95% intervals."
 _DIFFERENCE = "Points: the difference on the same test examples. Bars: paired 95% intervals; one across zero is a tie."
+_LENGTHS = (
+    "Median time of a call by the length of its input, in turns on this host, at the first batch and thread count."
+)
 _SPARSITY = "Share of the encoder's parameters that the masks take out while they grow; then the model is shrunk."
 _LOSSES = "Means between two log entries; the total is the sum the optimizer sees."
 _LAYERS = "Parameters of attention and FFN in the exported structure, over those before pruning."
@@ -137,6 +141,26 @@ def _difference(report: Row) -> Figure | None:
     ax.set_xlabel(
         f"{words.metric_name(metric)}, difference to {short_name(rows[0]['vs'])}{' (points)' if scale == 100 else ''}"
     )
+    return figure
+
+
+def _lengths(report: Row) -> Figure | None:
+    measured = report["recipe"]["evaluate"]["latency"]
+    unit, lengths = report["about_task"]["unit"], sorted(measured["length"])
+    keys = {n: f"b{measured['batch'][0]}_s{n}_t{measured['threads'][0]}" for n in lengths}
+    timed = [v for v in report["variants"] if all(key in v["latency_ms"] for key in keys.values())]
+    if unit is None or len(lengths) < 3 or not timed:
+        return None
+    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+    ax = figure.subplots()
+    for i, v in enumerate(timed):
+        times = [v["latency_ms"][key]["median"] for key in keys.values()]
+        ax.plot(lengths, times, color=SERIES[i % 6], marker=MARKERS[i % 6], markersize=4, label=short_name(v["id"]))
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"Length ({unit})")
+    ax.set_ylabel("Latency (ms)")
+    ax.legend()
     return figure
 
 
