@@ -15,7 +15,7 @@ from kit.jobs import run
 from transformers import BertModel, MambaConfig, MambaForCausalLM
 
 from mptrain.core import host
-from mptrain.core.errors import UserError
+from mptrain.core.errors import ModelError, UserError
 from mptrain.flow import preflight
 from mptrain.recipe import Recipe
 
@@ -232,3 +232,41 @@ def test_int8_that_this_cpu_computes_wrong_is_said(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
     preflight.check_exports(Recipe.model_validate(described))
     assert ("neither VNNI nor AMX" in caplog.text) == said
+
+
+LOOP = """
+import torch
+from torch import nn
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.cell, self.out = nn.Embedding(100, 8), nn.GRUCell(8, 8), nn.Linear(8, 1)
+
+    def forward(self, input_ids, attention_mask):
+        x, mask = self.table(input_ids), attention_mask.float()
+        state = torch.zeros_like(x[:, 0])
+        for step in range(x.shape[1]):
+            kept = mask[:, step, None]
+            state = kept * self.cell(x[:, step], state) + (1 - kept) * state
+        return self.out(state)
+"""
+
+
+@pytest.mark.parametrize("name", ["openvino", pytest.param("onnx", marks=pytest.mark.long)])
+def test_a_loop_that_a_trace_writes_out_is_refused_before_training(tmp_path, name):
+    made = tiny_tasks.clicks(tmp_path)
+    (tmp_path / "loop.py").write_text(LOOP)
+    described = {
+        "schema": "mptrain/v1",
+        "name": "loop",
+        "model": {"path": str(tmp_path / "model"), "module": f"{tmp_path / 'loop.py'}:Loop", "task": "click-rate"},
+        "data": made["data"],
+        "stages": [{"id": "dense", "train": {"epochs": 1, "lr": 1e-3, "batch_size": 8}}],
+        "export": [{"id": "out", "format": name, "of": ["dense"], "precision": ["fp32"]}],
+        "evaluate": {"latency": {"length": [16]}},
+        "output": {"dir": str(tmp_path / "run")},
+    }
+    with pytest.raises(ModelError, match=r"export\.out: .*one example alone.*mptrain\.Recurrence"):
+        preflight.check(Recipe.model_validate(described), allow_code=True)
