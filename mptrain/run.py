@@ -14,7 +14,7 @@ from typing import Any
 from mptrain.core.disk import write_json
 from mptrain.core.errors import GateFailed, UserError
 from mptrain.core.host import host
-from mptrain.flow import preflight
+from mptrain.flow import many_processes, preflight
 from mptrain.flow.identity import identity, versions
 from mptrain.flow.reuse import check_reuse, take_stages
 from mptrain.flow.run_folder import check_identity, clear, locked
@@ -25,7 +25,7 @@ from mptrain.recipe import Recipe
 from mptrain.recipe.plan import phases
 from mptrain.report import build
 from mptrain.report.render import files
-from mptrain.train.launch import state
+from mptrain.train.launch import current, state
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def _steps(
     inputs = preflight.check(recipe, allow_code=allow_code, processes=peers.num_processes)
     data, questions = inputs.data, inputs.questions
     assert data is not None  # only a dry run does without
+    many_processes.check(recipe, current(peers.num_processes), len(data.train))
     if peers.is_main_process:
         described = identity(recipe, data, peers.num_processes, questions, allow_code=allow_code)
         if fresh:

@@ -13,21 +13,26 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from mptrain.compress.base import Tables
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
 from mptrain.core.errors import ModelError
 from mptrain.data.tasks.labels import class_lines
-from mptrain.flow import preflight
+from mptrain.flow import many_processes, preflight
 from mptrain.flow.outlook import Outlook
+from mptrain.precision import memory
 from mptrain.recipe import Recipe, Stage
 from mptrain.recipe.plan import Phase, phases, variants
+from mptrain.train.launch import Launch, read
 
 
-def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
-    """The plan as text for a terminal. Raises UserError for inputs that are here but unusable."""
-    inputs = preflight.check(recipe, allow_code=allow_code, offline=True)
+def dry_run(recipe: Recipe, *, allow_code: bool = False, launch: str | None = None) -> str:
+    """The plan as text for a terminal. launch: a configuration of accelerate launch, as `train.launch.read` takes it.
+    Raises UserError for inputs that are here but unusable, and for what cannot run when launched so."""
+    launched = Launch() if launch is None else read(launch)
+    inputs = preflight.check(recipe, allow_code=allow_code, processes=launched.processes, offline=True)
     data, model, said = inputs.data, inputs.architecture.model, inputs.architecture.said
     if model is None:
         raise ModelError(
@@ -35,15 +40,18 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
             " that a dry run can predict nothing; run the recipe itself."
         )
     rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
+    many_processes.check(recipe, launched, rows)
     outlook = Outlook(recipe, model, data)
     text = io.StringIO()
     console = Console(width=110, file=text)
     console.print(f"{recipe.name}: {recipe.description}")
     console.print(f"model: {recipe.model.named} ({said}); data: {rows:,} training rows ({rows_from})")
+    if launch is not None:
+        console.print(f"launch: {launched.words()}; {_memory(recipe, model, launched)}")
     console.print(f"output: {recipe.output.dir}\n")
     if data is not None and "labels" in data.facts:
         console.print("\n".join([*class_lines(data.facts["labels"]), ""]), markup=False, highlight=False)
-    console.print(_stages(outlook, rows))
+    console.print(_stages(outlook, rows, launched.processes))
     console.print(_variants(outlook))
     for line in _caches(recipe, outlook.structure):
         console.print(line)
@@ -53,13 +61,25 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False) -> str:
     return text.getvalue()
 
 
-def _stages(outlook: Outlook, rows: int) -> Table:
+def _memory(recipe: Recipe, model: nn.Module, launch: Launch) -> str:
+    """Of a process, while the model trains as the recipe starts from it."""
+    precision = recipe.precision
+    chosen = (precision.compute, precision.master)
+    name = next((name for name, kind in memory.PRECISIONS.items() if kind == chosen), "fp32")
+    if launch.sharding == "fsdp2":
+        found = memory.predict_sharded(model, name, launch.processes, precision.keep_fp32)
+    else:
+        found = memory.predict(model, name, precision.keep_fp32)
+    return f"training takes {found.total / 1e9:.3g} GB of each, activations besides"
+
+
+def _stages(outlook: Outlook, rows: int, processes: int = 1) -> Table:
     table = Table(title="Phases", title_justify="left", box=None, pad_edge=False)
     for name in ("stage", "phase", "steps", "does", "time"):
         table.add_column(name, justify="right" if name in ("steps", "time") else "left")
     total = 0.0
     for stage in outlook.recipe.stages:
-        for phase in phases(stage, rows):
+        for phase in phases(stage, rows, processes):
             seconds = outlook.seconds(stage, phase)
             total += seconds
             does = _does(outlook.recipe.precision.compute, stage, phase)

@@ -55,18 +55,20 @@ def inspect_model(
     samples: int = 32,
     length: int = 128,
     allow_code: bool = False,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Facts as JSON values; `mptrain.report.render.inspect` draws them.
 
     path: a model folder, packaged:NAME or a hub name. task, attn: default: from its head, and the model's own. data: a
     file of texts, or a recipe whose `data:` is used. samples: inputs to run on; length: tokens of a text, at most.
     allow_code: run code that comes with the model.
+    processes: over which FSDP2 would share out the training.
     precisions: of `memory.PRECISIONS`; what needs fp16 is left out when none of them computes in fp16.
     Raises UserError (ModelError, DataError) for a model, data or option that cannot be used.
     """
     check_precisions(precisions)
     found = load_with_inputs(path, task, attn, data, samples, length, allow_code)
-    return inspect_loaded(found, precisions, path)
+    return inspect_loaded(found, precisions, path, processes)
 
 
 def check_precisions(names: Sequence[str]) -> None:
@@ -76,7 +78,7 @@ def check_precisions(names: Sequence[str]) -> None:
             raise UserError(f"--precision must be one of {', '.join(memory.PRECISIONS)}, got {name!r}")
 
 
-def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str) -> dict[str, Any]:
+def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processes: int = 1) -> dict[str, Any]:
     """`inspect_model` of a model in memory, which is put in eval mode and float32, and on the accelerator where there
     is one. name: of the model, for a reader."""
     computes = {chosen[0] for asked in precisions if (chosen := memory.PRECISIONS[asked])}
@@ -109,6 +111,10 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str) -> dict[
             facts["training"][compute] = _training(model, searched, compute)
             keep[compute] = facts["training"][compute]["keep_fp32"] or []
     facts["memory"] = [_memory(model, asked, keep) for asked in precisions]
+    if processes > 1:
+        whole = [asked for asked in precisions if memory.PRECISIONS[asked] != ("bf16", "split")]
+        rows_of_one = [_memory(model, asked, keep, processes) for asked in whole]
+        facts["sharded"] = {"processes": processes, "memory": rows_of_one}
     facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
     facts["advice"] = _advice(facts)
     facts["host"] = host()
@@ -252,9 +258,13 @@ def _in_half(model: PreTrainedModel, batches: list[Batch], keep: Sequence[str], 
     )
 
 
-def _memory(model: PreTrainedModel, precision: str, keep: dict[Compute, list[str]]) -> dict[str, Any]:
+def _memory(
+    model: PreTrainedModel, precision: str, keep: dict[Compute, list[str]], processes: int = 1
+) -> dict[str, Any]:
     chosen = memory.PRECISIONS[precision]
-    found = memory.predict(model, precision, keep.get(chosen[0], []) if chosen else [])
+    kept = keep.get(chosen[0], []) if chosen else []
+    found = memory.predict_sharded(model, precision, processes, kept) if processes > 1 else None
+    found = found or memory.predict(model, precision, kept)
     return {**asdict(found), "total": found.total, "per_parameter": found.per_parameter}
 
 

@@ -30,6 +30,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="run every value (several --sweep: every combination), each under <output.dir>-sweep; keys as in --set",
     )
     parser.add_argument("--dry-run", action="store_true", help="print stages, steps and predicted sizes, run nothing")
+    parser.add_argument(
+        "--launch",
+        metavar="FILE|NAME",
+        help="with --dry-run: as this file of accelerate launch would start it, or a bundled one (mptrain list)",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete the run in output.dir and start again")
     parser.add_argument("--resume", action="store_true", help="continue the run in output.dir; it must exist")
     parser.add_argument(
@@ -50,6 +55,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.launch is not None and not options.dry_run:
+        raise UserError("--launch goes with --dry-run; to train so: accelerate launch --config_file FILE -m mptrain …")
     if options.sweep:
         return _sweep(options)
     from mptrain.core.console import quiet_libraries
@@ -62,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from mptrain.commands.dry_run import dry_run
 
-        print(dry_run(recipe, allow_code=options.allow_code))
+        print(dry_run(recipe, allow_code=options.allow_code, launch=options.launch))
         return 0
     folder = Path(recipe.output.dir)
     if options.resume and options.fresh:
@@ -102,7 +109,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
         for point in grid:
             print(f"== {', '.join(f'{k}={v}' for k, v in point.values.items())} -> {point.recipe.output.dir}")
-            print(dry_run(point.recipe, allow_code=options.allow_code))
+            print(dry_run(point.recipe, allow_code=options.allow_code, launch=options.launch))
         return 0
     found = sweep(grid, fresh=options.fresh, allow_code=options.allow_code)
     if found["points"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mptrain.commands.options import add_model_options, check_model_options
+from mptrain.core.errors import UserError
 
 HELP = "what can be cut out of a model; its memory, overflow and speed in half precision"
 
@@ -21,11 +22,20 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="fp32, fp16-master, bf16-master or bf16-split (may be repeated; default: all)",
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also the memory of each of N processes that share the training under FSDP2",
+    )
     add_model_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     target = check_model_options(options)
+    if options.processes < 1:
+        raise UserError(f"--processes must be 1 or more, got {options.processes}")
     from mptrain.core.console import quiet_libraries, show
 
     quiet_libraries()
@@ -41,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
         samples=options.samples,
         length=options.max_length,
         allow_code=options.allow_code,
+        processes=options.processes,
         **chosen,
     )
     show(inspection(facts))

@@ -145,7 +145,7 @@ PINS: dict[str, Pin] = {
             ),
             "transformers:Trainer._get_train_sampler": "train/phase.py",
             "transformers:PreTrainedModel._init_weights": "models/head.py",
-            "transformers:PreTrainedModel._no_split_modules": "precision/fully_sharded.py",
+            "transformers:PreTrainedModel._no_split_modules": "precision/memory.py",
             "transformers:PreTrainedModel._supports_sdpa": "commands/inspect.py",
             "transformers:PreTrainedModel._keep_in_fp32_modules": "precision/policy.py",
             "transformers:PreTrainedModel._keep_in_fp32_modules_strict": "precision/policy.py",

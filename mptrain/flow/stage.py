@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import nn
 
@@ -37,6 +38,7 @@ from mptrain.recipe.plan import Phase
 from mptrain.train import phase as training
 from mptrain.train.distill import Distiller
 from mptrain.train.interrupt import Stopped
+from mptrain.train.launch import current
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,8 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     tools = _tools(context, inputs, phase)
     model, device = prepared(methods, _starting_model(context, inputs, phase), tools), context.peers.device
     stand_still(inputs.stage.methods, model)
+    if current(context.peers.num_processes).sharding:
+        device = torch.device("cpu")  # shards move by themselves; all of it may not fit
     trained = _train(context, inputs, phase, model.to(device), acting(methods)) if phase.steps else Trained()
     model = finalized(methods, model.to("cpu"), tools)
     if context.peers.is_main_process:

@@ -29,6 +29,7 @@ from mptrain.core.errors import ModelError
 from mptrain.precision import rounded
 from mptrain.precision.casting import Casts
 from mptrain.precision.meeting import own_half
+from mptrain.precision.memory import blocks
 from mptrain.precision.policy import Kept, Policy, kept_in_fp32
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -144,11 +145,9 @@ def shard_blocks(model: nn.Module) -> None:
     """Shard a model that is not trained, a teacher: each block that transformers does not split, and the rest."""
     if isinstance(model, FSDPModule):
         return
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [m for m in model.modules() if type(m).__name__ in names and m is not model]
-    for module in [*reversed(blocks), model]:
+    for module in [*blocks(model), model]:
         before = {hooks: set(vars(module)[hooks]) for hooks in _HOOKS}
-        fully_shard(module)
+        fully_shard(module, reshard_after_forward=True)
         for hooks in _HOOKS:
             table = vars(module)[hooks]
             table.update({key: _Hidden(hook) for key, hook in table.items() if key not in before[hooks]})

@@ -8,15 +8,22 @@
 The moments are AdamW's. A parameter kept in fp32 takes what it takes under fp32, a tied one counts once, and
 buffers start at multiples of 16 elements, so the sum is what `MasterWeights` allocates. Accumulation of
 half gradients in fp32 takes 4 more. Activations are not counted: they depend on the batch.
+
+Under FSDP2 each of N processes holds a part, and gathers what it computes with:
+
+    shards     12 / N bytes a parameter for masters and moments, 4 / N for gradients, rounded up to whole rows
+    gathered   what stands outside the repeated blocks, two blocks (one is fetched while the other computes), and the
+               gradients of one, also as the fp32 that is summed
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from mptrain.core.errors import UserError
 from mptrain.precision.flat import ALIGN
 from mptrain.precision.policy import Compute, Master, Policy, kept_in_fp32
 
@@ -75,6 +82,48 @@ def predict(model: nn.Module, precision: str, keep_fp32: Sequence[str] = ()) -> 
         gradients=2 * sum(half) + 4 * sum(fp32),
         moments=8 * (aligned + _aligned(fp32)),
     )
+
+
+def predict_sharded(model: nn.Module, precision: str, processes: int, keep_fp32: Sequence[str] = ()) -> Memory:
+    """The same of the process that holds most, where FSDP2 shards the model over `processes`.
+
+    Raises ModelError for a pattern of keep_fp32 that matches nothing or everything, UserError for split masters.
+    """
+    chosen = PRECISIONS[precision]
+    if chosen is not None and chosen[1] == "split":
+        raise UserError(f"{precision}: FSDP2 keeps no half of a master in the half weight; use bf16-master")
+    parameters = {id(p): p for p in model.parameters() if p.is_floating_point()}
+    policy = None if chosen is None else Policy(*chosen, keep_fp32=keep_fp32)
+    kept = set(parameters) if policy is None else kept_in_fp32(model, policy).parameters
+
+    def gathered(members: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * (4 if id(p) in kept else 2) for p in members)
+
+    rows = {i: p.shape[0] if p.dim() else 1 for i, p in parameters.items() if p.numel()}
+    shards = sum(-(-n // processes) * (parameters[i].numel() // n) for i, n in rows.items())
+    inside = [list(block.parameters()) for block in blocks(model)]
+    names = {id(p) for block in inside for p in block}
+    largest = max((gathered(block) for block in inside), default=0)
+    summed = max((sum(4 * p.numel() for p in block) for block in inside), default=0)
+    return Memory(
+        precision,
+        sum(p.numel() for p in parameters.values()),
+        sum(p.numel() for i, p in parameters.items() if i in kept),
+        weights=gathered(p for i, p in parameters.items() if i not in names) + 2 * largest,
+        masters=4 * shards,
+        remainders=0,
+        gradients=4 * shards + largest + summed,
+        moments=8 * shards,
+    )
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated ones that FSDP2 gathers one at a time; not those around the input embedding, nor in another."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    found = [m for m in model.modules() if type(m).__name__ in names and m is not model]
+    found = [m for m in found if table not in set(m.modules())]
+    return [m for m in found if not any(m is not o and m in set(o.modules()) for o in found)]
 
 
 def _aligned(sizes: Sequence[int]) -> int:

@@ -34,3 +34,9 @@ class Lora(MethodConfig):
 
     def why_train(self) -> str:
         return "adapters need train: give epochs and lr"
+
+    def why_not_sharded(self) -> str:
+        return (
+            "rank: adapters were not tried on sharded parameters: launch with DDP (mptrain copy accelerate-ddp-2gpu),"
+            " which holds the model on each process"
+        )

@@ -97,6 +97,10 @@ class MethodConfig(Strict):
         """Why it needs `train`, and the way out; empty where it does without."""
         return ""
 
+    def why_not_sharded(self) -> str:
+        """Field and reason why it cannot act in training on parameters that FSDP2 shards; empty where it can."""
+        return ""
+
     def why_not_split(self) -> str:
         """Field and reason why it cannot act in training with `precision.master: split`; empty where it can."""
         return ""

@@ -123,6 +123,14 @@ class PruneConfig(MethodConfig):
     def why_train(self) -> str:
         return "prune.schedule needs train; without train use end: 0" if self.schedule.end > 0 else ""
 
+    def why_not_sharded(self) -> str:
+        if self.schedule.end == 0:
+            return ""
+        return (
+            "schedule: masks act on whole weight matrices, and FSDP2 shards them: launch with DDP (mptrain copy"
+            " accelerate-ddp-2gpu), or prune at once (end: 0)"
+        )
+
     def why_not_split(self) -> str:
         if self.schedule.end == 0:
             return ""

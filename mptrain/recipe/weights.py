@@ -302,6 +302,14 @@ class Palettize(PalettizeConfig):
     def why_train(self) -> str:
         return "" if self.finetune is None else "palettize.finetune needs train: give epochs and lr, or drop finetune"
 
+    def why_not_sharded(self) -> str:
+        if self.finetune is None:
+            return ""
+        return (
+            "finetune: tables act on whole weight matrices, and FSDP2 shards them: launch with DDP (mptrain copy"
+            " accelerate-ddp-2gpu), or drop finetune"
+        )
+
     def why_not_split(self) -> str:
         if self.finetune is None:
             return ""

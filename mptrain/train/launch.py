@@ -7,15 +7,86 @@ number in the launcher's command line and config file is compared with the one t
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from accelerate import PartialState
 
 from mptrain.core.errors import UserError
+from mptrain.recipe import file as bundled
+
+Sharding = Literal["", "fsdp1", "fsdp2", "deepspeed"]
+DEEPSPEED = (
+    "mptrain does not train under DeepSpeed: launch with FSDP2 (mptrain copy accelerate-fsdp2-2gpu) or DDP"
+    " (accelerate-ddp-2gpu)"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How processes are started. sharding: what shares out parameters; "", each process holds the model.
+    one_loads: only one process reads weights from disk (fsdp_cpu_ram_efficient_loading)."""
+
+    processes: int = 1
+    machines: int = 1
+    sharding: Sharding = ""
+    mixed_precision: str = "no"
+    one_loads: bool = False
+
+    def words(self) -> str:
+        names = {"": "DDP, each holds the model", "fsdp2": "FSDP2, each holds a part of the model"}
+        name = names.get(self.sharding, self.sharding)
+        where = f" on {self.machines} machines" if self.machines > 1 else ""
+        return f"{self.processes} processes{where}: {name}" if self.processes > 1 else "one process"
+
+
+def current(processes: int) -> Launch:
+    """As `accelerate launch` has told this process."""
+
+    def said(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1")
+
+    kind: Sharding = ""
+    if said("ACCELERATE_USE_DEEPSPEED"):
+        kind = "deepspeed"
+    elif said("ACCELERATE_USE_FSDP") and processes > 1:
+        kind = "fsdp2" if os.environ.get("FSDP_VERSION", "1") == "2" else "fsdp1"
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return Launch(processes, 1, kind, mixed, said("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+
+
+def read(name: str) -> Launch:
+    """A configuration of `accelerate launch`: a file, or the name of a bundled one. Raises UserError."""
+    import yaml
+
+    path = next((p for p in bundled.configs() if p.stem == name), Path(name).expanduser())
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        names = ", ".join(p.stem for p in bundled.configs())
+        raise UserError(f"--launch: {name} cannot be read ({error}); give a file, or one of {names}.") from None
+    if not isinstance(found, dict) or "distributed_type" not in found:
+        raise UserError(f"--launch: {name} has no distributed_type, so it is no file of accelerate config.")
+    processes, machines = found.get("num_processes"), found.get("num_machines", 1)
+    if not isinstance(processes, int) or not isinstance(machines, int) or machines < 1 or processes % machines:
+        raise UserError(
+            f"--launch: {name}: num_processes counts those of all machines and must be a multiple of num_machines"
+            f" ({machines}), got {processes}."
+        )
+    fsdp = found.get("fsdp_config") or {}
+    kinds: dict[str, Sharding] = {"DEEPSPEED": "deepspeed", "FSDP": "fsdp1"}
+    kind = kinds.get(str(found["distributed_type"]), "")
+    if kind == "fsdp1" and str(fsdp.get("fsdp_version")) == "2":
+        kind = "fsdp2"
+    one_loads = str(fsdp.get("fsdp_cpu_ram_efficient_loading", False)).lower() == "true"
+    return Launch(processes, machines, kind, str(found.get("mixed_precision") or "no"), one_loads)
 
 
 def state() -> PartialState:
-    """This process among its peers. Raises UserError when fewer or more run than were asked for."""
+    """This process among its peers. Raises UserError when fewer or more run than were asked for, or under DeepSpeed."""
+    if current(1).sharding == "deepspeed":
+        raise UserError(DEEPSPEED)
     wanted = asked_processes(_parent_command())
     peers = PartialState(cpu=_cpu_only())
     if wanted is not None and wanted != peers.num_processes:

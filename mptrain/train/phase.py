@@ -178,7 +178,8 @@ class PhaseTrainer(Trainer):
         return loss
 
     def _diagnosis(self, loss: float) -> str:
-        broken = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        own = ((n, getattr(p, "to_local", p.detach)()) for n, p in self.model.named_parameters())  # shards
+        broken = [n for n, p in own if not torch.isfinite(p).all()]
         if broken:
             cause = f"{len(broken)} parameters are no longer finite (first: {broken[0]})"
         else:

@@ -23,12 +23,9 @@ from mptrain.core.errors import UserError
 from mptrain.core.patch import replaced
 from mptrain.core.pins import warn_untested
 from mptrain.precision import Policy
+from mptrain.precision.memory import blocks
 from mptrain.recipe import LossScale, MixedPrecision
-
-DEEPSPEED = (
-    "precision, compressors and distillation do not run under DeepSpeed: launch with FSDP2"
-    " (configs/accelerate-fsdp2-2gpu.yaml) or DDP (configs/accelerate-ddp-2gpu.yaml)"
-)
+from mptrain.train.launch import DEEPSPEED
 
 
 def on_cpu(accelerator: Accelerator, settings: dict[str, Any] | None) -> bool:
@@ -111,7 +108,9 @@ def begun(
         )
     if policy is not None:
         plugin.mixed_precision_policy = half_policy(policy)
-    plugin.transformer_cls_names_to_wrap = _blocks(model, plugin.transformer_cls_names_to_wrap)
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sorted(
+        {type(block).__name__ for block in blocks(model)}
+    )
     shard, prepare = accelerate.accelerator.fsdp2_prepare_model, accelerator.prepare
 
     def sharded(one: Accelerator, given: nn.Module) -> nn.Module:
@@ -135,15 +134,6 @@ def begun(
 
     with replaced_on(accelerator, prepare=prepared):
         yield
-
-
-def _blocks(model: nn.Module, asked: list[str] | None) -> list[str]:
-    """Classes of modules that are gathered one at a time; Accelerate shards the input embedding by itself, so that a
-    module around it (BertEmbeddings) cannot be one."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    inside = {type(m).__name__ for m in model.modules() if table not in (None, m) and table in set(m.modules())}
-    there = {type(m).__name__ for m in model.modules()}
-    return [name for name in asked or getattr(model, "_no_split_modules", None) or () if name in there - inside]
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit import tiny_tasks
+from kit import tiny, tiny_tasks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from mptrain.commands import dry_run as plan
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
+from mptrain.core.errors import UserError
 from mptrain.flow import preflight
 from mptrain.flow.outlook import Outlook
 from mptrain.models.load import load_model
@@ -53,3 +54,14 @@ def test_a_convolutional_network_has_the_multiply_adds_of_its_convolutions(tmp_p
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ResNetForImageClassification(config).eval()(pixel_values=torch.randn(1, 3, 512, 512))
     assert predicted(content) == counter.get_total_flops() // 2 > 1e7
+
+
+def test_a_dry_run_is_that_of_the_processes_that_would_be_launched(tmp_path):
+    content = tiny.jpqd(tmp_path)
+    del content["stages"][1]["prune"]
+    shown = plan.dry_run(Recipe.model_validate(content), launch="accelerate-fsdp2-8gpu")
+    rows = len(preflight.check(Recipe.model_validate(content), offline=True).data.train)
+    assert "launch: 8 processes: FSDP2, each holds a part of the model; training takes" in " ".join(shown.split())
+    assert f"0–{6 * (rows // 8 // 8)} " in shown, "six epochs of the dense stage"
+    with pytest.raises(UserError, match=r"stages\.jpqd\.prune\.schedule: masks"):
+        plan.dry_run(Recipe.model_validate(tiny.jpqd(tmp_path)), launch="accelerate-fsdp2-2gpu")

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import torch
+import yaml
 from kit import processes, tiny
 
 from mptrain.compress.weights import records
@@ -27,8 +28,9 @@ def launch(*words, timeout=400, config="gloo-2cpu"):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-def forked(count, path):
-    return processes.launched("-m", "mptrain", "recipe", str(path), count=count, cwd=path.parent, output=path.parent)
+def forked(count, path, **environment):
+    words = ("-m", "mptrain", "recipe", str(path))
+    return processes.launched(*words, count=count, cwd=path.parent, output=path.parent, **environment)
 
 
 def recipe(folder, name, **train):
@@ -110,6 +112,33 @@ def test_tables_trained_by_two_processes_match_those_of_one_with_accumulation(tm
     for name, record in one.items():
         torch.testing.assert_close(two[name].lut, record.lut, rtol=1e-3, atol=1e-4)
         assert float((two[name].indices == record.indices).float().mean()) > 0.99
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bf16-master", "fp32"])
+def test_quantizers_and_a_teacher_under_fsdp2_train_as_one_process(tmp_path, precision):
+    for name, count, accumulation, environment in (("one", 1, 2, {}), ("two", 2, 1, processes.FSDP2)):
+        path = recipe(tmp_path, name, batch_size=8, accumulation=accumulation, epochs=1)
+        described = yaml.safe_load(path.read_text()) | {"precision": precision}
+        del described["stages"][1]["prune"]
+        done = forked(count, tiny.write(described, path), **environment)
+        assert done.status == 0, done.stderr[-4000:]
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two")]
+    losses = [[(r["stage"], r["step"], r["loss"]) for r in report["history"] if "loss" in r] for report in reports]
+    assert len(losses[0]) == len(losses[1]) > 10 and losses[0][-1][0] == "jpqd"
+    first = 12  # a difference of one bit moves a weight to another level, and grows from there
+    assert [loss for *_, loss in losses[1][:first]] == pytest.approx([loss for *_, loss in losses[0][:first]], rel=1e-5)
+    assert [loss for *_, loss in losses[1]] == pytest.approx([loss for *_, loss in losses[0]], rel=1e-3)
+    one, two = (artifact.load(tmp_path / n / phase_model(tmp_path / n, "jpqd")).state_dict() for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-3)  # ten steps of the learning rate are 2e-2
+
+
+def test_what_fsdp2_does_not_do_is_said_before_training(tmp_path):
+    done = forked(2, recipe(tmp_path, "run"), **processes.FSDP2)
+    assert done.status != 0 and "stages.jpqd.prune.schedule: masks act on whole weight matrices" in done.stderr
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 def phase_model(run, stage):

@@ -47,14 +47,18 @@ def python(*words: str, cwd: Path, output: Path, timeout: float = 400, **environ
     return Ended(process.exitcode, *shown)
 
 
-def launched(*words: str, count: int, cwd: Path, output: Path, timeout: float = 400) -> Ended:
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+"""what accelerate launch tells processes that shard a model"""
+
+
+def launched(*words: str, count: int, cwd: Path, output: Path, timeout: float = 400, **environment: str) -> Ended:
     """`python WORDS` in `count` gloo processes with the environment of accelerate launch; where one fails, the others
     are killed. stdout and stderr: of all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true"}
+    common |= {"ACCELERATE_USE_CPU": "true", **environment}
     started, folders = [], []
     for rank in map(str, range(count)):
         folders.append(output / f"rank{rank}")

@@ -15,9 +15,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from mptrain import Trainer
+from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import UserError
+from mptrain.core.hooks import is_quantized
+from mptrain.precision import memory
 from mptrain.precision.fully_sharded import gathered
-from mptrain.recipe import Distill
+from mptrain.recipe import Distill, Qat
 from mptrain.train.distill import Distiller
 
 NORMS = {"compute": "bf16", "keep_fp32": ["norms"]}
@@ -51,8 +54,10 @@ def net(seed=1):
 
 
 def trainer(folder, precision, ranks, poison=None, callbacks=(), **kwargs):
-    m = net()
-    distiller = Distiller(net(seed=2), Distill(weight=0.5)) if kwargs.pop("teacher", False) else None
+    m, distiller = net(), None
+    if kwargs.pop("taught", False):
+        distiller = Distiller(net(seed=2), Distill(weight=0.5))
+        m = quantizers.quantize(m, Qat(mode="qat"), [{"input_ids": Rows().ids[:16]}]).train()
     callbacks = [*callbacks, *([Poison(m, *poison)] if poison else [])]
     options = dict(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=MICRO // ranks)
     options |= dict(learning_rate=1e-3, weight_decay=0.1, precision=precision, max_grad_norm=0.1)
@@ -76,8 +81,7 @@ def begin(rank, ranks, port):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ |= processes.FSDP2
 
 
 def trains_saves_and_resumes(folder, name, ranks):
@@ -85,6 +89,12 @@ def trains_saves_and_resumes(folder, name, ranks):
     t = run(f"{folder}/{name}", precision, ranks, **SAVES)
     assert isinstance(t.model, FSDPModule) and isinstance(next(t.model.parameters()), DTensor)
     assert sum(isinstance(m, FSDPModule) for m in t.model.modules()) >= 4, "each block by itself"
+    if dist.get_rank() == 0:  # which holds most
+        kind = {"fp32": "fp32", "fp16": "fp16-master"}.get(name, "bf16-master")
+        predicted = memory.predict_sharded(net(), kind, ranks, ["norms"] if name == "norms" else [])
+        assert predicted.masters == sum(p.to_local().nbytes for p in t.model.parameters())
+        moments = [v for state in t.optimizer.state.values() for v in state.values() if isinstance(v, DTensor)]
+        assert predicted.moments == sum(v.to_local().nbytes for v in moments)
     masters = gathered(t.model, True)
     t.save_model(f"{folder}/{name}/whole")
     again = run(f"{folder}/{name}", precision, ranks, resume=f"{folder}/{name}/checkpoint-2")
@@ -108,9 +118,13 @@ def worker(rank, ranks, port, folder, modes, others):
     """others: checkpoints that other numbers of ranks wrote, and their masters."""
     begin(rank, ranks, port)
     out = {name: trains_saves_and_resumes(folder, name, ranks) for name in modes}
-    t = run(f"{folder}/taught", "fp16-master", ranks, teacher=True)
+    t = run(f"{folder}/taught", "bf16-master", ranks, taught=True)
     assert isinstance(next(t.distiller.teacher.parameters()), DTensor)
     out["taught"] = history(t)
+    masters = gathered(t.model, True)
+    assert same(t.release().state_dict(), masters) and is_quantized(t.model)
+    plain, _, _ = quantizers.detach(t.model)
+    assert not any(isinstance(m, FSDPModule) for m in plain.modules())
     one_rank_makes_all_skip(folder, rank, ranks)
     for path, masters in others:
         goes_on_from(path, masters, folder, ranks)
@@ -133,15 +147,14 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
+def alone(folder, modes):
+    """One process, with accumulation."""
     found = {}
-    for name, precision in MODES.items():
-        t = run(folder / name, precision, 1, **SAVES)
+    for name in modes:
+        t = run(folder / name, MODES[name], 1, **SAVES)
         found[name] = history(t)
         torch.save(dict(t.release().state_dict()), folder / f"{name}.pt")
-    return folder, found | {"taught": history(run(folder, "fp16-master", 1, teacher=True))}
+    return found | {"taught": history(run(folder, "bf16-master", 1, taught=True))}
 
 
 def written(folder):
@@ -156,18 +169,21 @@ def compare(folder, ranks, expected):
             assert values["grad_norm"] == pytest.approx(expected[name]["grad_norm"], rel=1e-3), name
 
 
-def test_two_ranks_train_as_one_with_accumulation(one, tmp_path):
+def test_two_ranks_train_as_one_with_accumulation(tmp_path):
     """And each goes on from what the other wrote."""
-    folder, expected = one
-    processes.ranks(worker, (2, free_port(), str(tmp_path), ["norms"], [written(folder)]), 2)
-    compare(tmp_path, 2, expected)
-    goes_on_from(*written(tmp_path), tmp_path, 1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    one.mkdir()
+    expected = alone(one, ["norms"])
+    processes.ranks(worker, (2, free_port(), str(two), ["norms"], [written(one)]), 2)
+    compare(two, 2, expected)
+    goes_on_from(*written(two), two, 1)
 
 
 @pytest.mark.long
-def test_four_ranks_go_on_from_the_shards_of_two(one, tmp_path):
-    _, expected = one
+def test_four_ranks_go_on_from_the_shards_of_two(tmp_path):
     two, four = tmp_path / "two", tmp_path / "four"
+    expected = alone(tmp_path, MODES)
     for folder, ranks, others in ((two, 2, []), (four, 4, [written(two)]), (two, 2, [written(four)])):
         folder.mkdir(exist_ok=True)
         processes.ranks(worker, (ranks, free_port(), str(folder), list(MODES), others), ranks)

@@ -25,7 +25,11 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
         f"{facts['class']}, {facts['task']}, {attention}{words.millions(facts['parameters'])} parameters;"
         f" {facts['inputs']['examples']} inputs ({facts['inputs']['source']})"
     )
-    parts: list[RenderableType] = [line("•", head, "bold"), *structure(facts["structure"]), draw(memory(facts))]
+    parts: list[RenderableType] = [line("•", head, "bold"), *structure(facts["structure"])]
+    parts.append(draw(memory("Memory", facts["memory"])))
+    if "sharded" in facts:
+        each = facts["sharded"]
+        parts.append(draw(memory(f"Memory of each of {each['processes']} processes under FSDP2", each["memory"])))
     if facts["export"] is not None:
         parts.append(draw(ranges(facts["export"])))
         if facts["export"]["keep"]:
@@ -90,7 +94,7 @@ def _owners(block: dict[str, Any], role: str) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-def memory(facts: dict[str, Any]) -> Table:
+def memory(title: str, predicted: list[dict[str, Any]]) -> Table:
     names = ("weights", "masters", "remainders", "gradients", "moments")
     rows = [
         [
@@ -102,10 +106,10 @@ def memory(facts: dict[str, Any]) -> Table:
             Cell(words.megabytes(row["total"])),
             Cell(f"{row['per_parameter']:.1f}"),
         ]
-        for row in facts["memory"]
+        for row in predicted
     ]
     columns = ["Training with AdamW", *(n.capitalize() for n in names), "Sum", "Bytes/parameter"]
-    return Table("Memory", columns, rows)
+    return Table(title, columns, rows)
 
 
 def ranges(export: dict[str, Any]) -> Table:
