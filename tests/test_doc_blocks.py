@@ -22,7 +22,7 @@ NOT_RUN = {
     "docs/encryption.md": 2,
     "docs/migrate/apex.md": 1,
     "docs/migrate/ovtrainer.md": 1,
-    "docs/tutorials/launch.md": 2,
+    "docs/tutorials/launch.md": 3,
 }
 """how many blocks of a page say that they are not run, each with its reason"""
 PAGES = [page for page in pages.pages() if page.relative_to(pages.ROOT).as_posix() not in BY_THEIR_OWN_TEST]

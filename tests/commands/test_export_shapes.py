@@ -16,6 +16,7 @@ def bounds(facts, name):
     return next(feature.bounds for feature in program.inputs if feature.name == name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("length", "longest"), except_for([(24, 24), (256, 64)], [(256, 64)]))
 def test_the_length_is_that_of_max_length_or_of_the_positions(length, longest, tmp_path):
     tiny.save_bert(tmp_path / "bert")  # 64 positions

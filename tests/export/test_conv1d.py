@@ -57,6 +57,7 @@ def test_openvino_holds_them(config, kind, tmp_path):
         assert np.prod(stored.get_output_shape(0)) == record.q.numel()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "target"),
     [

@@ -75,6 +75,7 @@ def test_in_float16_one_token_to_a_call(family, tmp_path):
         runner({"input_ids": text[:, :2], "position": torch.tensor([0])})
 
 
+@pytest.mark.long
 def test_a_new_text_needs_no_reset(tmp_path):
     model = tiny("llama")
     runner = Interpreter(export_decoder(model, tmp_path / "out", max_length=PLACES).package, "fp32")

@@ -189,6 +189,7 @@ def test_a_model_without_a_trained_head_is_not_quantized_as_it_is(tmp_path):
     assert [p for p in (tmp_path / "ptq").glob("*") if p.name not in ("lock", ".lock-holder")] == before
 
 
+@pytest.mark.long
 def test_classes_of_other_names_are_taken_by_position_also_where_nothing_trains(tmp_path, caplog):
     recipe = ptq_of(tmp_path, tmp_path / "bert")
     config = tmp_path / "bert" / "config.json"

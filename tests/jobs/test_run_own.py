@@ -97,6 +97,7 @@ def test_a_pattern_that_matches_no_module_is_said_before_training(described):
         preflight.check(file.validate(described, "test"), allow_code=True)
 
 
+@pytest.mark.long
 def test_a_search_by_picture_with_int8_and_without_what_it_breaks(described, tmp_path):
     described["model"] |= {"module": f"{tmp_path / 'net.py'}:descriptors", "task": "image-embedding"}
     described["model"]["arguments"] = {"width": 4, "size": 8, "power": 6.0}

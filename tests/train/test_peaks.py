@@ -165,6 +165,7 @@ def test_an_export_is_right_on_what_only_training_has_seen(trained, tmp_path):
     assert right(trained / variant["path"])
 
 
+@pytest.mark.long
 def test_a_stopped_training_continues_to_the_same_examples(trained, tmp_path, monkeypatch):
     whole, recipe = trained
     recipe = json.loads(json.dumps(recipe))

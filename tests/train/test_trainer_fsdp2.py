@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from kit import processes
-from kit.training import Poison, arguments, model, same
+from kit.training import Poison, Rows, arguments, model, same
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, TrainerCallback
@@ -29,18 +29,6 @@ MICRO = 4  # micro-steps of one optimizer step, over all ranks
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self):
-        generator = torch.Generator().manual_seed(5)
-        self.ids = torch.randint(0, 50, (128, 8), generator=generator)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": (self.ids[i, 0] > 25).long()}
-
-
 class AtBegin(TrainerCallback):
     """Masters as training begins, on resume those of the checkpoint."""
 
@@ -57,14 +45,14 @@ def trainer(folder, precision, ranks, poison=None, callbacks=(), **kwargs):
     m, distiller = net(), None
     if kwargs.pop("taught", False):
         distiller = Distiller(net(seed=2), Distill(weight=0.5))
-        m = quantizers.quantize(m, Qat(mode="qat"), [{"input_ids": Rows().ids[:16]}]).train()
+        m = quantizers.quantize(m, Qat(mode="qat"), [{"input_ids": Rows(128).ids[:16]}]).train()
     callbacks = [*callbacks, *([Poison(m, *poison)] if poison else [])]
     options = dict(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=MICRO // ranks)
     options |= dict(learning_rate=1e-3, weight_decay=0.1, precision=precision, max_grad_norm=0.1)
     if ranks > 1:
         options["ddp_backend"] = "gloo"
     given = arguments(folder, **(options | kwargs))
-    return Trainer(m, given, train_dataset=Rows(), callbacks=callbacks, distiller=distiller)
+    return Trainer(m, given, train_dataset=Rows(128), callbacks=callbacks, distiller=distiller)
 
 
 def run(*args, resume=None, **kwargs):
@@ -101,7 +89,7 @@ def trains_saves_and_resumes(folder, name, ranks):
     assert same(gathered(again.model, True), masters)
     plain = t.release()
     assert type(plain) is type(net()) and same(plain.state_dict(), masters)
-    assert plain(Rows()[0]["input_ids"][None]).logits.shape == (1, 2)
+    assert plain(Rows(128)[0]["input_ids"][None]).logits.shape == (1, 2)
     saved = AutoModelForSequenceClassification.from_pretrained(f"{folder}/{name}/whole")
     assert saved.dtype == torch.float32 and same(saved.state_dict(), masters)
     torch.save(masters, f"{folder}/{name}.pt")

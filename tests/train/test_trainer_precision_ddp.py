@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from kit import processes
-from kit.training import Poison, arguments, masters, model, same
+from kit.training import Poison, Rows, arguments, masters, model, same
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -18,18 +18,6 @@ from mptrain.core.errors import TrainingError
 
 MODES = ["fp16-master", "bf16-master", "bf16-split"]
 MICRO = 4  # micro-steps of one optimizer step, over all ranks
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self):
-        generator = torch.Generator().manual_seed(5)
-        self.ids = torch.randint(0, 50, (128, 8), generator=generator)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.ids[i], "labels": (self.ids[i, 0] > 25).long()}
 
 
 class AtBegin(TrainerCallback):
@@ -46,9 +34,9 @@ def run(folder, precision, ranks, resume=None, poison=None, callbacks=(), evalua
     options |= dict(learning_rate=0.1, precision=precision, max_grad_norm=0.5)
     if ranks > 1:
         options["ddp_backend"] = "gloo"
-    t = Trainer(m, arguments(folder, **(options | kwargs)), train_dataset=Rows(), callbacks=callbacks)
+    t = Trainer(m, arguments(folder, **(options | kwargs)), train_dataset=Rows(128), callbacks=callbacks)
     if evaluate_first:
-        t.evaluate(Rows())
+        t.evaluate(Rows(128))
     t.train(resume_from_checkpoint=resume)
     assert isinstance(t.model_wrapped, DistributedDataParallel) is (ranks > 1)
     return t
