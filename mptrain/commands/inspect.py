@@ -61,9 +61,8 @@ def inspect_model(
 
     path: a model folder, packaged:NAME or a hub name. task, attn: default: from its head, and the model's own. data: a
     file of texts, or a recipe whose `data:` is used. samples: inputs to run on; length: tokens of a text, at most.
-    allow_code: run code that comes with the model.
-    processes: over which FSDP2 would share out the training.
-    precisions: of `memory.PRECISIONS`; what needs fp16 is left out when none of them computes in fp16.
+    allow_code: run code that comes with the model. precisions: of `memory.PRECISIONS`; what needs fp16 is left out
+    when none of them computes in fp16. processes: over which FSDP2 would share out the training.
     Raises UserError (ModelError, DataError) for a model, data or option that cannot be used.
     """
     check_precisions(precisions)
@@ -263,8 +262,10 @@ def _memory(
 ) -> dict[str, Any]:
     chosen = memory.PRECISIONS[precision]
     kept = keep.get(chosen[0], []) if chosen else []
-    found = memory.predict_sharded(model, precision, processes, kept) if processes > 1 else None
-    found = found or memory.predict(model, precision, kept)
+    if processes > 1:
+        found = memory.predict_sharded(model, precision, processes, kept)
+    else:
+        found = memory.predict(model, precision, kept)
     return {**asdict(found), "total": found.total, "per_parameter": found.per_parameter}
 
 

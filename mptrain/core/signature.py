@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from mptrain.core.errors import ModelError
 
 BATCH = "batch"
-MASK = "attention_mask"
 TOKENS = ("input_ids", "decoder_input_ids")
 """inputs that are ids of tokens"""
+MASK = "attention_mask"
 """how the name of an input ends that says, with 1 and 0, which places of its axes count"""
 
 Batch = dict[str, Tensor]

@@ -38,6 +38,7 @@ from mptrain.models import artifact
 from mptrain.recipe import ExportSpec, Recipe
 from mptrain.recipe.exports.heads import keep_score
 from mptrain.recipe.plan import Planned, variants
+from mptrain.recipe.weights import stored_embeddings
 from mptrain.report.build import Variant
 from mptrain.train import peaks
 from mptrain.verify import overflow, parity
@@ -273,7 +274,7 @@ class Variants:
     def _source(self, planned: Planned, facts: Mapping[str, Any] | None = None) -> Source:
         """facts: of the variant, once it is written."""
         stage = self.recipe.stage(planned.stage)
-        embeddings: Embeddings = "int8" if getattr(stage.quantize, "embeddings", None) in ("int8", "int4") else "fp32"
+        embeddings: Embeddings = stored_embeddings(stage.quantize)
         kept = {} if facts is None else facts["runtime"] if "runtime" in facts else facts["written"]
 
         sizes: list[int] = []  # not the source itself: in a circle with it, its model would outlive it

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mptrain.core.embeddings import output_embedding
 from mptrain.precision.link import Link
 from mptrain.precision.meeting import Meeting, own_half
 from mptrain.precision.policy import Kept
@@ -131,7 +132,7 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         children = list(module.children())
         base = getattr(module, "base_model", module)
-        lm_head = getattr(module, "get_output_embeddings", lambda: None)()
+        lm_head = output_embedding(module)
         own_head = [c for c in children if c is lm_head]
         if own_head and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             yield from own_head

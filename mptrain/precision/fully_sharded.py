@@ -69,15 +69,13 @@ class Sharding:
     @contextmanager
     def begin(self, **options: Any) -> Iterator[None]:
         """Inside, `fully_shard` is called on the rest of the model. options: of fully_shard for what is kept."""
-        before = {m: [set(vars(m)[hooks]) for hooks in _HOOKS] for m in self._was}
+        before = {m: _hooks(m) for m in self._was}
         for module in self.kept:
             fully_shard(module, **options)
         yield
         for module, (_, names, _) in self._was.items():
             self._added[module] = set(vars(module)) - names
-            for hooks, known in zip(_HOOKS, before[module]):
-                table = vars(module)[hooks]
-                table.update({key: _Hidden(hook) for key, hook in table.items() if key not in known})
+            _hide(module, before[module])
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -113,6 +111,17 @@ class _Hidden:
             return self.hook(*args, **kwargs)
 
 
+def _hooks(module: nn.Module) -> list[set[Any]]:
+    return [set(vars(module)[hooks]) for hooks in _HOOKS]
+
+
+def _hide(module: nn.Module, known: list[set[Any]]) -> None:
+    """The hooks that a module got since it had those `known`, of `_hooks`."""
+    for hooks, before in zip(_HOOKS, known):
+        table = vars(module)[hooks]
+        table.update({key: _Hidden(hook) for key, hook in table.items() if key not in before})
+
+
 def _tables(module: nn.Module) -> list[tuple[dict, dict]]:
     """The dictionaries of a module (hooks, modules), and what is in them."""
     held = {k: v for k, v in vars(module).items() if isinstance(v, dict) and k not in ("_parameters", "_buffers")}
@@ -146,11 +155,9 @@ def shard_blocks(model: nn.Module) -> None:
     if isinstance(model, FSDPModule):
         return
     for module in [*blocks(model), model]:
-        before = {hooks: set(vars(module)[hooks]) for hooks in _HOOKS}
+        before = _hooks(module)
         fully_shard(module, reshard_after_forward=True)
-        for hooks in _HOOKS:
-            table = vars(module)[hooks]
-            table.update({key: _Hidden(hook) for key, hook in table.items() if key not in before[hooks]})
+        _hide(module, before)
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import UserError
 from mptrain.precision.flat import ALIGN
 from mptrain.precision.policy import Compute, Master, Policy, kept_in_fp32
@@ -120,7 +121,7 @@ def predict_sharded(model: nn.Module, precision: str, processes: int, keep_fp32:
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated ones that FSDP2 gathers one at a time; not those around the input embedding, nor in another."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    table = getattr(model, "get_input_embeddings", lambda: None)()
+    table = token_embedding(model)
     found = [m for m in model.modules() if type(m).__name__ in names and m is not model]
     found = [m for m in found if table not in set(m.modules())]
     return [m for m in found if not any(m is not o and m in set(o.modules()) for o in found)]

@@ -75,11 +75,10 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], obje
 def _ratios(what: str, calls: Mapping[str, Callable[[], object]], device: torch.device) -> list[Speed]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     once = sum(_timed(call, device) for call in calls.values())
-    rounds = max(1, min(ROUNDS + 1, int(SECONDS / once)))
-    for _ in range(rounds):
+    for _ in range(max(1, min(ROUNDS, int(SECONDS / once)))):
         for name, call in calls.items():
             times[name].append(_timed(call, device))
-    medians = {name: 1e3 * statistics.median(t[rounds > ROUNDS :]) for name, t in times.items()}
+    medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
     return [Speed(what, name, medians["fp32"], ms) for name, ms in medians.items() if name != "fp32"]
 
 

@@ -18,6 +18,7 @@ from mptrain.recipe.method import MethodConfig
 from mptrain.recipe.plan import Planned, variants
 from mptrain.recipe.recipe import Recipe
 from mptrain.recipe.stage import Stage
+from mptrain.recipe.weights import stored_embeddings
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Target:
 
     @property
     def embeddings(self) -> Literal["fp32", "int8"]:
-        return "int8" if getattr(self.quantize, "embeddings", None) in ("int8", "int4") else "fp32"
+        return stored_embeddings(self.quantize)
 
     @property
     def bytes(self) -> tuple[float, float]:

@@ -33,6 +33,11 @@ class QuantizeConfig(MethodConfig):
         return None
 
 
+def stored_embeddings(quantize: MethodConfig | None) -> Literal["fp32", "int8"]:
+    """What exports with fake quantizers store embeddings as, but for the precisions that name another."""
+    return "int8" if getattr(quantize, "embeddings", None) in ("int8", "int4") else "fp32"
+
+
 REDUCED = 7
 """bits of a weight whose products with 8-bit activations fit into 16 bits two by two"""
 

@@ -24,6 +24,7 @@ from mptrain.compress.base import Method, Site, Tools
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import records
 from mptrain.compress.weights.layers import LINEAR
+from mptrain.core.embeddings import name_in, output_embedding
 from mptrain.core.errors import UserError
 from mptrain.recipe.adapters import Lora
 
@@ -92,7 +93,7 @@ def _adapted(config: Lora, model: nn.Module) -> list[str]:
         found = resolve(config.targets, [name for name, _ in model.named_modules()], "adapters.targets")
         names = [name for name in linear if name in found]
     else:
-        outside = [*_heads(model), *_output(model)]
+        outside = [*_heads(model), *filter(None, [name_in(model, output_embedding(model))])]
         names = [name for name in linear if not any(name == o or name.startswith(f"{o}.") for o in outside)]
     if not names:
         raise UserError("adapters.targets: no Linear is among them; name some, or train without adapters")
@@ -104,18 +105,12 @@ def _heads(model: nn.Module) -> list[str]:
     inner = getattr(model, "base_model_prefix", "")
     if not inner or not hasattr(model, inner):
         return []
-    output, kept = _output(model), {id(p) for p in getattr(model, inner).parameters()}
+    output, kept = output_embedding(model), {id(p) for p in getattr(model, inner).parameters()}
     return [
         name
         for name, child in model.named_children()
-        if name != inner and name not in output and any(id(p) not in kept for p in child.parameters())
+        if name != inner and child is not output and any(id(p) not in kept for p in child.parameters())
     ]
-
-
-def _output(model: nn.Module) -> list[str]:
-    """The output embedding of a language model."""
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    return [name for name, module in model.named_modules() if module is found]
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mptrain.core.embeddings import output_embedding, token_embedding
 from mptrain.core.errors import UserError
 
 GROUP, LEAST = 64, 16
@@ -22,11 +23,10 @@ CLIPPED = [1.0 - 0.05 * i for i in range(9)]
 
 def table_of(model: nn.Module) -> nn.Embedding:
     """The embedding of tokens. Raises UserError for a model without one, and where a head shares it."""
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    found = token_embedding(model)
     if not isinstance(found, nn.Embedding):
         raise UserError(f"quantize.embeddings: {type(model).__name__} has no token embedding for int4; use int8")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if head is not None and getattr(head, "weight", None) is found.weight:
+    if getattr(output_embedding(model), "weight", None) is found.weight:
         raise UserError(
             "quantize.embeddings: a head shares the token embedding, and would stand still with it; use int8"
         )

@@ -7,13 +7,13 @@ ids it computes what it did with the old ones.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mptrain.core.embeddings import output_embedding, token_embedding
 from mptrain.core.errors import ModelError
 from mptrain.core.signature import TOKENS, by_name, without_cache
 
@@ -53,17 +53,17 @@ def cut(model: nn.Module, kept: Sequence[int], example: Mapping[str, Tensor]) ->
 
 
 def _table(model: nn.Module) -> nn.Parameter:
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        table = model.get_input_embeddings()  # type: ignore[operator]
-        if isinstance(table, nn.Embedding):
-            return cast(nn.Parameter, table.weight)
+    table = token_embedding(model)
+    if isinstance(table, nn.Embedding):
+        return cast(nn.Parameter, table.weight)
     raise ModelError(
         f"vocabulary: {type(model).__name__} does not say where its embeddings of tokens are; drop the stage"
     )
 
 
 def _slice(model: nn.Module, table: nn.Parameter, rows: Tensor, size: int) -> None:
-    head = _head(model)
+    head = output_embedding(model)
+    head = head if isinstance(head, nn.Linear) else None
     tables = {id(table)} | ({id(head.weight)} if head is not None and len(head.weight) == size else set())
     cut_already: set[int] = set()
     for module in model.modules():
@@ -88,13 +88,6 @@ def _slice(model: nn.Module, table: nn.Parameter, rows: Tensor, size: int) -> No
 
 _OF_TOKENS = ("bias", "final_logits_bias")
 """what a head over tokens may have beside its weight"""
-
-
-def _head(model: nn.Module) -> nn.Linear | None:
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        return head if isinstance(head, nn.Linear) else None
-    return None
 
 
 def _renumber(model: nn.Module, new: Mapping[int, int], size: int) -> None:

@@ -35,6 +35,7 @@ from mptrain.compress.weights.coverage import check, coverage
 from mptrain.compress.weights.layers import CONVOLUTIONS, LINEAR, is_transposed
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.vector_kmeans import cluster_vectors
+from mptrain.core.embeddings import output_embedding
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import track
@@ -183,7 +184,7 @@ def tables(model: nn.Module, config: Palettize, widths: Sequence[int] = WIDTHS) 
         if not modules:
             raise UserError(f"palettize.overrides: {pattern!r} matches no Linear, Embedding or convolution")
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-    head = _output_layer(model)
+    head = output_embedding(model)
     found: dict[str, Table] = {}
     seen = set()
     for name, module in layers.items():
@@ -218,12 +219,6 @@ def tables(model: nn.Module, config: Palettize, widths: Sequence[int] = WIDTHS) 
     kinds = "Linear, Conv1D, Embedding and convolutions"
     check(coverage(model, found), "palettize", kinds, allow_partial=config.allow_partial)
     return found
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer from hidden states to the vocabulary; None where it has the embedding's weight or there is none."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head if isinstance(head, nn.Module) else None
 
 
 def _table(name: str, weight: Tensor, config: Palettize) -> Table:

@@ -30,6 +30,7 @@ from mptrain.compress.weights.grid import Grid, round_to_nearest
 from mptrain.compress.weights.layers import LINEAR, is_transposed
 from mptrain.compress.weights.records import Record
 from mptrain.compress.weights.scale_search import search
+from mptrain.core.embeddings import name_in, output_embedding
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.core.progress import progress
@@ -103,7 +104,7 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
     modules = [name for name, _ in model.named_modules()]
     ignored = resolve(config.ignore, modules, "quantize.ignore")
     overrides = [(resolve([p], modules, "quantize.overrides"), o) for p, o in config.overrides.items()]
-    head = _output_embedding(model)
+    head = name_in(model, output_embedding(model))
     plan: dict[str, Choice] = {}
     problems: list[str] = []
     for weight, users in _users(model).items():
@@ -174,12 +175,6 @@ def _stored(users: Mapping[str, nn.Module], head: str | None, config: WeightOnly
             f" {head} is tied to {next(iter(users))}: give both the same value"
         )
     return config.embeddings if table else config.lm_head if head in users else "same"
-
-
-def _output_embedding(model: nn.Module) -> str | None:
-    get = getattr(model, "get_output_embeddings", None)
-    module = get() if get is not None else None
-    return next((name for name, m in model.named_modules() if m is module), None) if module is not None else None
 
 
 def _factors(moments: Sequence[Tensor]) -> dict[int, Tensor]:

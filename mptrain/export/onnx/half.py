@@ -84,9 +84,8 @@ def cast(
             f"{', '.join(sorted(missing))} must stay in fp32 in an fp16 export, and the ONNX graph has no node of it."
             " Export it as fp32, or change the model so that its values stay below 65504."
         )
-    products = [n for n in nodes if source(n) in reach and scaled.weights_of(n) is not None]
-    types, large = scaled.fit(graph.graph, [(node, reach[source(node)]) for node in products])
-    fitted = {source(node) for node in products if node in types}
+    types, large = scaled.fit(graph.graph, [(node, reach[source(node)]) for node in nodes if source(node) in reach])
+    fitted = {source(node) for node in nodes if node in types}
     keep = set(keep) - fitted | {source(node) for node in large}  # with the views of their results
     _Caster(graph, exported.with_copies(program, keep), types).run()
     return sorted(fitted)

@@ -35,7 +35,7 @@ def fit(
     """Change the products of a float32 graph that can be: ({node: what it computes in}, None: as its input is; those
     whose results are float32).
 
-    products: nodes MatMul and Gemm with constant weights.
+    products: nodes, of which those count that are MatMul or Gemm with constant weights.
     """
     types: dict[ir.Node, ir.DataType | None] = {}
     large = set()
@@ -47,7 +47,7 @@ def fit(
     return types, large
 
 
-def weights_of(node: ir.Node) -> np.ndarray | None:
+def _weights(node: ir.Node) -> np.ndarray | None:
     """[K, N], where a node is a product with constant weights."""
     if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2 or node.inputs[1] is None:
         return None
@@ -64,8 +64,9 @@ def _number(node: ir.Node, name: str, default: float) -> float:
 
 
 def _fit(graph: ir.Graph, node: ir.Node, reach: Reach) -> dict[ir.Node, ir.DataType | None]:
-    weights = weights_of(node)
-    assert weights is not None
+    weights = _weights(node)
+    if weights is None:
+        return {}
     added, place, constant = _added(node, weights.shape[1])
     last = added or node
     (result,) = last.outputs

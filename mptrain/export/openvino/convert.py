@@ -29,6 +29,7 @@ from mptrain.compress.quantize.embedding import group_of
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
 from mptrain.core.disk import whole
+from mptrain.core.embeddings import name_in, token_embedding
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.recurrence import Step, replaced
 from mptrain.core.signature import BATCH, Signature, probed, without_cache
@@ -307,13 +308,11 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 
 def _token_embedding(model: nn.Module) -> str:
-    try:
-        token = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        token = None
-    if not isinstance(token, nn.Embedding):
+    token = token_embedding(model)
+    name = name_in(model, token)
+    if name is None or not isinstance(token, nn.Embedding):
         raise UserError(f"export precision int8_emb4: {type(model).__name__} has no token embedding; use int8")
-    return next(name for name, module in model.named_modules() if module is token)
+    return name
 
 
 def _compress_embeddings(graph: ov.Model, modules: set[str], *, bits: int, group: int = -1) -> ov.Model:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mptrain.core.embeddings import output_embedding
 from mptrain.core.errors import UserError
 from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port, Signature, by_name
 from mptrain.data.tasks.agreement import array
@@ -119,7 +120,7 @@ def _at(x: Tensor, places: Tensor) -> Tensor:
 def _before_head(model: nn.Module, chosen: Callable[[Tensor], Tensor]) -> Iterator[bool]:
     """Within it, only chosen places go into the LM head, where the model knows such a choice itself (logits_to_keep);
     yields whether it does. Of a prompt the product with the vocabulary is otherwise the largest of all."""
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = output_embedding(model)
     if embeddings is None or "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
         yield False
         return

@@ -84,13 +84,12 @@ class GraphOps:
     def channels(self, batch: int, ops: Collection[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Of those ops that are products x·W with W [K, N] of weights alone: the largest magnitudes of the channels of
         x [K] and of the result [N], nothing rounded."""
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        kept = (node for node in self._computed if node.name in ops)
+        products = {node.name: x.name for node in kept if (x := self._multiplied(node)) is not None}
         values = self._inputs(self._batches[batch])
-        for node in self._computed:
+        for node in self._computed if products else ():
             values[node.name] = _call(node, values)
-            if node.name in ops and (x := self._multiplied(node)) is not None:
-                found[node.name] = (_largest(values[x.name]), _largest(values[node.name]))
-        return found
+        return {name: (_largest(values[x]), _largest(values[name])) for name, x in products.items()}
 
     def _multiplied(self, node: fx.Node) -> fx.Node | None:
         """What a product with weights multiplies."""
