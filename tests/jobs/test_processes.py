@@ -154,6 +154,7 @@ def test_a_launch_that_silently_runs_one_process_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_failing_rank_ends_all(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from kit import tiny, tiny_tasks
 from kit.jobs import run
-from kit.long import except_for
 
 import mptrain
 from mptrain.data.load import load_data
@@ -21,10 +20,8 @@ from mptrain.recipe.file import read
 OPTIMUM = {n: getattr(optimum, kind.optimum) for n, kind in TASKS.items() if kind.optimum and not kind.causal}
 
 
-QUICK = ("text-classification",)
-
-
-@pytest.mark.parametrize("task", except_for([task for task, case in tiny_tasks.CASES.items() if not case.own], QUICK))
+@pytest.mark.long  # test_run runs one task as often as others may break it
+@pytest.mark.parametrize("task", [task for task, case in tiny_tasks.CASES.items() if not case.own])
 def test_a_task_runs_jpqd_from_training_to_report(task, tmp_path):
     case = tiny_tasks.CASES[task]
     recipe = tiny.write(tiny_tasks.recipe(task, tmp_path), tmp_path / "recipe.yaml")
