@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from kit import pages
+from kit.long import except_for
 
 from mptrain import cli
 from mptrain.core.disk import cache_folder
@@ -28,6 +29,8 @@ NOT_RUN = {
 PAGES = [page for page in pages.pages() if page.relative_to(pages.ROOT).as_posix() not in BY_THEIR_OWN_TEST]
 BLOCKS = [block for page in pages.pages() for block in pages.blocks(page)]
 LONG = sorted({block.page for block in BLOCKS if block.mark == "long"})
+SLOW = {"docs/export.md", "docs/python.md", "docs/trainer.md", "docs/migrate/ovtrainer.md"}
+"""what stands on these pages has tests of its own"""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,11 @@ def run_page(page: Path, folder: Path, wholly: bool = False) -> None:
             raise
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(pages.ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    except_for(PAGES, [page for page in PAGES if page.relative_to(pages.ROOT).as_posix() not in SLOW]),
+    ids=lambda page: page.relative_to(pages.ROOT).as_posix(),
+)
 def test_what_the_page_says_can_be_done(page, here):
     run_page(page, here)
 

@@ -14,27 +14,27 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mptrain.commands.advice import advice
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.blocks import Block
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.host import host
-from mptrain.core.signature import Batch, probed
+from mptrain.core.signature import Batch, Signature, probed, without_cache
 from mptrain.models.samples import Loaded, Samples, load_with_inputs
 from mptrain.precision import memory, speed
-from mptrain.precision.half import in_half, pattern
+from mptrain.precision.half import float_products, in_half, pattern
 from mptrain.precision.policy import Compute
-from mptrain.report.tables.models import fold
 from mptrain.verify import overflow
-from mptrain.verify.outputs import rows
+from mptrain.verify.outputs import of_model, rows
 from mptrain.verify.overflow import Difference, Found
 from mptrain.verify.programs.aten import TorchOps
 from mptrain.verify.programs.modules import HalfModules
@@ -42,7 +42,6 @@ from mptrain.verify.programs.modules import HalfModules
 SCHEMA = "mptrain.inspect/v1"
 SEARCH_S = 30.0
 """for a choice of operations or modules; an export takes its time"""
-_MASK = 1e38  # finfo(float32).min and its like
 
 
 def inspect_model(
@@ -81,14 +80,17 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processe
     """`inspect_model` of a model in memory, which is put in eval mode and float32, and on the accelerator where there
     is one. name: of the model, for a reader."""
     computes = {chosen[0] for asked in precisions if (chosen := memory.PRECISIONS[asked])}
-    model, inputs = quantizers.plain(found.model).float().eval(), found.samples
+    model = quantizers.plain(found.model).float().eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    text = found.kind.unit == "tokens"
+    inputs = replace(found.samples, batches=overflow.some(found.samples.batches, parameters, text))
     facts: dict[str, Any] = {
         "schema": SCHEMA,
         "model": name,
         "class": type(model).__name__,
         "task": found.kind.name,
         "attn": _attention(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "tied": _tied(model),
         "inputs": {
             "source": inputs.source,
@@ -99,15 +101,14 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processe
         "export": None,
         "training": {},
     }
-    _check_fp32(model, inputs)
+    judged = _judged(model, inputs)
     facts["structure"] = _structure(model, inputs)
     keep: dict[Compute, list[str]] = {}
-    searched = overflow.some(inputs.batches, facts["parameters"], found.kind.unit == "tokens")
     if "fp16" in computes:
-        facts["export"] = _export(model, searched)
+        facts["export"] = _export(model, judged)
     for compute in get_args(Compute):
         if compute in computes:
-            facts["training"][compute] = _training(model, searched, compute)
+            facts["training"][compute] = _training(model, judged, compute)
             keep[compute] = facts["training"][compute]["keep_fp32"] or []
     facts["memory"] = [_memory(model, asked, keep) for asked in precisions]
     if processes > 1:
@@ -115,7 +116,7 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processe
         rows_of_one = [_memory(model, asked, keep, processes) for asked in whole]
         facts["sharded"] = {"processes": processes, "memory": rows_of_one}
     facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
-    facts["advice"] = _advice(facts)
+    facts["advice"] = advice(facts)
     facts["host"] = host()
     facts["versions"] = {
         "torch": torch.__version__,
@@ -141,21 +142,29 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-@torch.no_grad()
-def _check_fp32(model: PreTrainedModel, inputs: Samples) -> None:
-    signature = None
-    for batch in inputs.batches:
-        try:
-            signature = probed(model, batch) if signature is None else signature
-            outputs = rows(model(**batch), batch, signature)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ModelError(
-                f"{type(model).__name__} does not run on inputs that were {inputs.source} ({', '.join(batch)}):"
-                f" {error}. Give a recipe with --data, whose data it reads."
-            ) from error
-        bad = [name for name, value in outputs.items() if torch.isnan(value).any()]
-        if bad:
-            raise ModelError(f"{type(model).__name__} gives NaN in fp32 already (output {bad[0]}); check its weights.")
+@dataclass(frozen=True)
+class _Judged:
+    """What half precision is judged on. exact: the outputs of the model in fp32 to each batch."""
+
+    batches: list[Batch]
+    signature: Signature
+    exact: Sequence[dict[str, Tensor]]
+
+
+def _judged(model: PreTrainedModel, inputs: Samples) -> _Judged:
+    """Raises ModelError where the model does not run on the inputs, or is not a number in fp32 already."""
+    try:
+        signature = probed(model, inputs.batches[0])
+        exact = of_model(model, inputs.batches, signature)
+        bad = [name for outputs in exact for name, value in outputs.items() if torch.isnan(value).any()]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run on inputs that were {inputs.source}"
+            f" ({', '.join(inputs.batches[0])}): {error}. Give a recipe with --data, whose data it reads."
+        ) from error
+    if bad:
+        raise ModelError(f"{type(model).__name__} gives NaN in fp32 already (output {bad[0]}); check its weights.")
+    return _Judged(inputs.batches, signature, exact)
 
 
 # -- structure
@@ -194,8 +203,8 @@ def _block(block: Block) -> dict[str, Any]:
 # -- precision
 
 
-def _export(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Any]:
-    program = TorchOps(model, batches)
+def _export(model: PreTrainedModel, judged: _Judged) -> dict[str, Any]:
+    program = TorchOps(model, judged.batches, judged.signature)
     found = overflow.search(program, seconds=SEARCH_S)
     ops = {op.name: op for op in program.ops}
     ranges = [
@@ -204,7 +213,7 @@ def _export(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Any]:
     facts = _found(found) | {"ops": len(ops), "ranges": ranges, "sdpa": None}
     if found.keep and _attention(model) == "eager" and getattr(model, "_supports_sdpa", False):
         model.set_attn_implementation("sdpa")
-        other = overflow.search(TorchOps(model, batches), seconds=SEARCH_S)
+        other = overflow.search(TorchOps(model, judged.batches, judged.signature), seconds=SEARCH_S)
         model.set_attn_implementation("eager")
         facts["sdpa"] = {"keep": list(other.keep), "casts": other.casts}
     return facts
@@ -223,14 +232,14 @@ def _found(found: Found) -> dict[str, Any]:
     }
 
 
-def _training(model: PreTrainedModel, searched: list[Batch], compute: Compute) -> dict[str, Any]:
-    """keep_fp32 None: no choice of modules helps. searched: the inputs that modules are chosen on."""
+def _training(model: PreTrainedModel, judged: _Judged, compute: Compute) -> dict[str, Any]:
+    """keep_fp32 None: no choice of modules helps."""
     facts: dict[str, Any] = {"runs_here": True, "keep_fp32": [], "kept": 0.0, "reasons": {}}
     try:
-        before = _in_half(model, searched, [], compute)
+        before = _in_half(model, judged, [], compute)
         facts |= {"before": _difference(before), "after": _difference(before)}
         if not before.right() and compute == "fp16":
-            found = overflow.search(HalfModules(model, searched), seconds=SEARCH_S)
+            found = overflow.search(HalfModules(model, judged.batches, judged.signature), seconds=SEARCH_S)
             names = [pattern(name) for name in found.keep]
             kept = {p for name in found.keep for p in model.get_submodule(name).parameters()}
             facts["kept"] = sum(p.numel() for p in kept) / sum(p.numel() for p in model.parameters())
@@ -238,7 +247,7 @@ def _training(model: PreTrainedModel, searched: list[Batch], compute: Compute) -
                 facts["keep_fp32"] = None
             else:
                 facts |= {"keep_fp32": names, "reasons": dict(found.reasons)}
-                facts["after"] = _difference(_in_half(model, searched, names, compute))
+                facts["after"] = _difference(_in_half(model, judged, names, compute))
     except RuntimeError as error:  # an operation without a half kernel on this device
         facts |= {"runs_here": False, "error": " ".join(str(error).split())[:300]}
     return facts
@@ -249,12 +258,13 @@ def _difference(found: Difference) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _in_half(model: PreTrainedModel, batches: list[Batch], keep: Sequence[str], compute: Compute) -> Difference:
-    half, signature = in_half(model, keep, compute), probed(model, batches[0])
-    return overflow.worst(
-        overflow.compare(rows(model(**batch), batch, signature), rows(half(**batch), batch, signature))
-        for batch in batches
-    )
+def _in_half(model: PreTrainedModel, judged: _Judged, keep: Sequence[str], compute: Compute) -> Difference:
+    half = in_half(model, keep, compute)
+    with float_products(), without_cache(half):
+        return overflow.worst(
+            overflow.compare(exact, rows(judged.signature.call(half, batch), batch, judged.signature))
+            for batch, exact in zip(judged.batches, judged.exact, strict=True)
+        )
 
 
 def _memory(
@@ -281,76 +291,3 @@ def _speed(
         "threads": torch.get_num_threads(),
         "rows": [{**asdict(row), "ratio": row.ratio, "pays": row.pays} for row in rows],
     }
-
-
-# -- what it means
-
-
-def _advice(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """[{"tone": good, warn or bad, "text"}]"""
-    lines: list[tuple[str, str]] = []
-    export = facts["export"]
-    if export is not None:
-        lines.append(_export_line(export))
-        masked = [op for op in export["keep"] if _largest(export, op) > _MASK]
-        if masked:
-            fix = "a finite mask such as -1e4"
-            if export["sdpa"] is not None and not export["sdpa"]["keep"]:
-                fix = "model.attn: sdpa, with which nothing has to stay in fp32, or " + fix
-            lines.append(("warn", f"{masked[0]} holds the least fp32 number, which fp16 makes -inf: use {fix}."))
-    for compute, row in facts["training"].items():
-        lines.append(_training_line(compute, row))
-    forward = [row for row in facts["speed"]["rows"] if row["what"].startswith("forward")]
-    for row in forward:
-        verb = "pays" if row["pays"] else "does not pay"
-        lines.append(
-            (
-                "good" if row["pays"] else "warn",
-                f"{row['compute']} {verb} on this device: a forward is {row['ratio']:.2f} times as fast as in fp32.",
-            )
-        )
-    return [{"tone": tone, "text": text} for tone, text in lines]
-
-
-def _export_line(export: dict[str, Any]) -> tuple[str, str]:
-    verified = _verified(export["after"])
-    if not export["keep"]:
-        return "good", f"fp16 export: every operation can be in fp16 ({verified})."
-    count, casts = len(export["keep"]), export["casts"]
-    return (
-        "warn",
-        f"fp16 export: {count} op{'s' * (count > 1)} in fp32: {', '.join(fold(export['keep']))}; {casts} float↔half"
-        f" cast{'s' * (casts != 1)}; then {verified}.",
-    )
-
-
-def _verified(after: dict[str, Any]) -> str:
-    if not after["finite"]:
-        return "they are not finite"
-    return f"cosine {after['cosine']:.6f}, largest difference {after['max_diff']:.2g}"
-
-
-def _training_line(compute: str, row: dict[str, Any]) -> tuple[str, str]:
-    if not row["runs_here"]:
-        return "warn", f"{compute} could not be run on this device: {row['error']}"
-    if row["keep_fp32"] is None:
-        return (
-            "bad",
-            f"{compute}: no choice of modules to keep in fp32 helps. Use bf16-master, or make the model's own code safe"
-            " (finfo(x.dtype).min instead of a fixed number).",
-        )
-    verified = _verified(row["after"])
-    if not row["after"]["right"]:
-        return "bad", f"{compute}: outputs differ too much from fp32 ({verified})."
-    if not row["keep_fp32"]:
-        return "good", f"{compute}: no module has to stay in fp32 ({verified})."
-    count = len(row["keep_fp32"])
-    return (
-        "warn",
-        f"{compute}: keep {count} module{'s' * (count > 1)} with {100 * row['kept']:.1f}% of the parameters in fp32;"
-        f" then {verified}.",
-    )
-
-
-def _largest(export: dict[str, Any], op: str) -> float:
-    return next(row["largest"] for row in export["ranges"] if row["op"] == op)

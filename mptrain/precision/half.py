@@ -1,4 +1,9 @@
-"""A model as it computes in half precision, without an optimizer: for looking at it and timing it."""
+"""A model as it computes in half precision, without an optimizer: for looking at it and timing it.
+
+A CPU without half kernels takes many times as long for a product of half matrices. What is only looked at does not
+wait for that: under `float_products` such products are made of their operands in fp32, summed in fp32 and rounded
+once, which is what half kernels do. So what is found is also the same on every CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,18 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mptrain.precision.casting import Casts
 from mptrain.precision.master import slots
-from mptrain.precision.policy import Compute, Policy, kept_in_fp32
+from mptrain.precision.policy import DTYPES, Compute, Policy, kept_in_fp32
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution")
+_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math")
 
 
 def pattern(module: str) -> str:
@@ -22,13 +33,35 @@ def pattern(module: str) -> str:
 def in_half(model: nn.Module, keep_fp32: Sequence[str], compute: Compute = "fp16") -> nn.Module:
     """A copy in eval mode that computes as `MasterWeights` makes it. Raises ModelError when everything is kept."""
     policy = Policy(compute, keep_fp32=keep_fp32)
-    half = copy.deepcopy(model).eval()
-    kept = kept_in_fp32(half, policy)
-    for p in half.parameters():
-        if p.is_floating_point() and id(p) not in kept.parameters:
-            p.data = p.data.to(policy.dtype)
-    Casts(half, kept, policy.dtype).install()
+    kept = kept_in_fp32(model, policy).parameters
+    halves: dict[int, Any] = {  # in place of copies in fp32, which would be there for a while
+        id(p): nn.Parameter(p.detach().to(policy.dtype), p.requires_grad)
+        for p in model.parameters()
+        if p.is_floating_point() and id(p) not in kept
+    }
+    half = copy.deepcopy(model, halves).eval()
+    Casts(half, kept_in_fp32(half, policy), policy.dtype).install()
     return half
+
+
+class float_products(TorchDispatchMode):
+    """Inside, products of half tensors on the CPU are computed in fp32 and rounded once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        half = next((t.dtype for t in tree_leaves(args) if _is_half(t)), None)
+        if half is None or name not in (*_PRODUCTS, *_ATTENTION):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, (args, kwargs))
+        made = func(*args, **kwargs)
+        if name in _ATTENTION:  # what comes after the result are statistics, in fp32 in any case
+            return made[0].to(half), *made[1:]
+        return made.to(half)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in DTYPES.values() and value.device.type == "cpu"
 
 
 @contextlib.contextmanager

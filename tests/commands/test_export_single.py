@@ -90,7 +90,7 @@ def test_wrong_options_are_errors_and_write_nothing(bert, tmp_path, capsys, word
         ("openvino", ["--precision", "int8-weights"], {"i8"}),
         ("openvino", ["--precision", "int4", "--group-size", "8", "--set", "symmetric=false"], {"u4", "i8"}),
         ("onnx", ["--precision", "int8", "--set", "reduce_range=true"], {"int8"}),
-        ("onnx", ["--precision", "int4", "--method", "rtn"], {"uint4", "int8"}),
+        pytest.param("onnx", ["--precision", "int4", "--method", "rtn"], {"uint4", "int8"}, marks=pytest.mark.long),
         pytest.param("coreml", ["--precision", "palette4"], {"uint4"}, marks=pytest.mark.long),
         pytest.param("coreai", ["--precision", "int4"], {"int4", "int8"}, marks=pytest.mark.long),
     ],

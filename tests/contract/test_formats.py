@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 from torch import nn
 
@@ -83,7 +84,9 @@ def test_both_halves_have_the_name(name):
     EXPORTS[name].check_installed()
 
 
-@pytest.mark.parametrize(("name", "precision"), CASES)
+@pytest.mark.parametrize(
+    ("name", "precision"), except_for(CASES, [case for case in CASES if case[1] == "fp32" or case[0] == "openvino"])
+)
 def test_a_model_is_written_opened_and_computes_the_same_at_other_sizes(name, precision):
     model, batch = tiny("bert"), inputs("bert")
     source = source_of(model, batch, precision)

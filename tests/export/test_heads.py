@@ -158,7 +158,6 @@ CASES = {
 
 QUICK = [("openvino", case) for case in CASES] + [
     ("onnx", "tokens"),
-    ("onnx", "classes"),
     ("coreml", "vector"),
     ("coreai", "first"),
 ]

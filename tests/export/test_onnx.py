@@ -9,7 +9,6 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as t
-from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 from torch import nn
 
@@ -77,7 +76,8 @@ def test_int8_layers_compute_in_integers_with_the_learned_ranges(tmp_path):
     assert parity.compare(model, Session(done.path), [inputs("bert", seed=4)])["max_abs_diff"] < 2e-2, "rounded tables"
 
 
-@pytest.mark.parametrize("symmetric", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_blocks_are_multiplied_as_integers_and_rows_looked_up(tmp_path, symmetric):
     model = tiny("llama")
     settings = WeightOnly(mode="weight_only", method="rtn", bits=4, block_size=16, symmetric=symmetric)
@@ -176,7 +176,8 @@ def read_and_written(seed, rows=3, tokens=9, written=5):
     return {**ids, "decoder_input_ids": torch.randint(4, 50, (rows, written), generator=draw)}
 
 
-@pytest.mark.parametrize("precision", except_for(["fp32", "fp16"], ["fp32"]))
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_encoder_and_a_decoder_are_a_file_each(precision, tmp_path):
     model = writer()
     batch = read_and_written(0)
@@ -223,6 +224,7 @@ def test_both_files_of_a_quantized_model_quantize_what_its_layers_read(tmp_path)
         assert kinds["QuantizeLinear"] >= 4 and kinds["MatMulNBits"] == (2 if "decoder" in file.name else 0), file.name
 
 
+@pytest.mark.long
 def test_external_data_moves_with_its_file(tmp_path, monkeypatch, capsys):
     """And a file without it is refused by name."""
     monkeypatch.setattr(convert, "LARGEST", 1000)

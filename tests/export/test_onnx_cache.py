@@ -119,6 +119,7 @@ def test_what_cannot_have_a_cache_is_refused_by_name(tmp_path):
         runner({"input_ids": torch.ones(1, 10, dtype=torch.long)})
 
 
+@pytest.mark.long
 def test_the_command_writes_it_and_verify_reads_it(tmp_path, capsys):
     mptrain.save(tiny("llama"), tmp_path / "model")
     words = ["export", str(tmp_path / "model"), "--to", str(tmp_path / "out"), "--format", "onnx", "--cache", "40"]

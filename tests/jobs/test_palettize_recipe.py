@@ -49,6 +49,7 @@ def finished(tmp_path_factory):
     return folder, run(load(path))
 
 
+@pytest.mark.long
 def test_stages_end_with_tables_that_the_exports_repeat(finished):
     folder, report = finished
     scores = {v["id"]: v["metrics"]["accuracy"]["value"] for v in report["variants"]}
@@ -65,6 +66,7 @@ def test_stages_end_with_tables_that_the_exports_repeat(finished):
     assert small["classifier.weight"].bits == 4
 
 
+@pytest.mark.long
 def test_the_report_says_what_is_stored_and_what_openvino_expands(finished):
     folder, report = finished
     assert any("OpenVINO has no look-up tables" in note and "skm_fp32, small_fp32" in note for note in report["notes"])
@@ -75,6 +77,7 @@ def test_the_report_says_what_is_stored_and_what_openvino_expands(finished):
     assert history and any(r["compress/reassigned"] > 0 for r in history)
 
 
+@pytest.mark.long
 def test_the_dry_run_shows_bits_and_predicted_sizes(finished, capsys):
     folder, _ = finished
     assert main(["recipe", str(folder / "recipe.yaml"), "--dry-run"]) == 0

@@ -126,13 +126,8 @@ def continued(finished, tmp_path, pattern):
     return done
 
 
-@pytest.mark.parametrize("phase", ["evaluation"])
-def test_a_killed_run_continues_to_the_same_numbers(finished, tmp_path, phase):
-    continued(finished, tmp_path, KILL_AT[phase])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("phase", sorted(set(KILL_AT) - {"evaluation"}))
+@pytest.mark.long  # test_run_epochs kills one where checkpoint and evaluation meet
+@pytest.mark.parametrize("phase", sorted(KILL_AT))
 def test_a_run_killed_anywhere_continues_to_the_same_numbers(finished, tmp_path, phase):
     continued(finished, tmp_path, KILL_AT[phase])
 

@@ -31,6 +31,7 @@ def recipe(tmp_path):
     return found
 
 
+@pytest.mark.long
 def test_adapters_train_over_rounded_weights_and_are_merged_and_rounded(recipe, tmp_path):
     run(tiny.write(recipe, tmp_path / "recipe.yaml"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -164,6 +164,7 @@ def ptq_of(folder, model):
     return tiny.write(described, folder / "ptq.yaml")
 
 
+@pytest.mark.long
 def test_a_model_that_is_trained_already_is_the_baseline_of_its_quantization(tmp_path):
     run(tiny.write(dense(tmp_path, epochs=3), tmp_path / "recipe.yaml"))
     recipe = ptq_of(tmp_path, tmp_path / "run" / "stages" / "dense" / "0-train" / "model")
@@ -227,6 +228,7 @@ def test_nothing_taken_over_is_said(tmp_path):
     assert "nothing is taken over" in run(recipe, *other).stderr
 
 
+@pytest.mark.long
 def test_a_run_of_an_earlier_version_is_refused_and_says_how_to_print_its_report(tmp_path):
     recipe = tiny.write(dense(tmp_path), tmp_path / "recipe.yaml")
     run(recipe)

@@ -48,6 +48,7 @@ def described(tmp_path):
     return found
 
 
+@pytest.mark.long
 def test_what_comes_after_reads_the_texts_anew(described, tmp_path):
     recipe = tiny.write(described, tmp_path / "recipe.yaml")
     run(recipe)

@@ -16,7 +16,7 @@ RESOLUTION = {"bf16": 2**-8, "fp16": 2**-11}
 STEPS = 12
 """by then the loss scale has found its place"""
 
-QUICK = {"bert", "llama", "mixtral", "t5", "vit", "clip", "wav2vec2", "mobilevitv2"}
+QUICK = {"bert", "llama", "mixtral", "t5", "vit", "clip", "wav2vec2"}
 
 
 def loss_of(model, batch):

@@ -157,6 +157,7 @@ def compare(folder, ranks, expected):
             assert values["grad_norm"] == pytest.approx(expected[name]["grad_norm"], rel=1e-3), name
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one_with_accumulation(tmp_path):
     """And each goes on from what the other wrote."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -14,19 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core.errors import ModelError
-from mptrain.core.signature import probed
-from mptrain.precision.half import in_half, pattern
+from mptrain.core.signature import Signature, probed
+from mptrain.precision.half import float_products, in_half, pattern
 from mptrain.verify.outputs import rows
 from mptrain.verify.overflow import Op, Watch
 from mptrain.verify.programs.aten import Rounding, scopes
 
 
 class HalfModules:
-    """`mptrain.verify.overflow.Program` whose ops are modules of a model in fp32 and eval mode."""
+    """`mptrain.verify.overflow.Program` whose ops are modules of a model in fp32 and eval mode.
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    batches: model inputs without labels. signature: default what running the model tells.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], signature: Signature | None = None
+    ) -> None:
         self.model, self._inputs = model, batches
-        self._signature = probed(model, batches[0])
+        self._signature = probed(model, batches[0]) if signature is None else signature
         self._built: tuple[frozenset[str], nn.Module] | None = None
         units = [name for name, module in model.named_modules() if name and _called(module)]
         self._units = set(units)
@@ -56,7 +61,7 @@ class HalfModules:
         model = self._model(frozenset(keep))
         if watch is not None:
             return self._watched(model, batch, watch)[0]
-        with torch.no_grad():
+        with torch.no_grad(), float_products():
             return rows(model(**self._inputs[batch]), self._inputs[batch], self._signature)
 
     def harm(self, batch: int, ops: Collection[str]) -> Mapping[str, float]:
@@ -80,7 +85,7 @@ class HalfModules:
                 watch(unit, value)
 
         recorder = Rounding(None, see)
-        with torch.no_grad(), scopes(model, recorder.scope), recorder:
+        with torch.no_grad(), float_products(), scopes(model, recorder.scope), recorder:
             outputs = model(**self._inputs[batch])
         return rows(outputs, self._inputs[batch], self._signature), recorder
 
