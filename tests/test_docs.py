@@ -36,13 +36,22 @@ def test_made_pages_are_fresh(script):
 
 
 def test_a_number_that_was_changed_by_hand_is_found(tmp_path, monkeypatch):
-    from scripts import results
+    from scripts.results import __main__ as results
 
     text = results.README.read_text(encoding="utf-8")
     wrong = tmp_path / "README.md"
     wrong.write_text(text.replace("82.3%", "92.3%"), encoding="utf-8")
     monkeypatch.setattr(results, "README", wrong)
     assert results.readme() == text
+
+
+def test_every_result_is_drawn():
+    """Or is a log of one day."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    kept = ROOT / "benchmarks" / "results"
+    for path in [*kept.glob("*.json*"), *kept.glob("runs/*.json")]:
+        if not re.search(r"-\d{4}-\d\d-\d\d$", path.stem):
+            assert path.name in page or f"{path.stem}.md" in page, path.name
 
 
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_does():

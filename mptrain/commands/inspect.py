@@ -205,7 +205,7 @@ def _block(block: Block) -> dict[str, Any]:
 
 def _export(model: PreTrainedModel, judged: _Judged) -> dict[str, Any]:
     program = TorchOps(model, judged.batches, judged.signature)
-    found = overflow.search(program, seconds=SEARCH_S)
+    found = overflow.search(program, reference=judged.exact, seconds=SEARCH_S)
     ops = {op.name: op for op in program.ops}
     ranges = [
         {"op": name, "kind": ops[name].kind, "module": ops[name].module, **asdict(found.ranges[name])} for name in ops
@@ -239,7 +239,8 @@ def _training(model: PreTrainedModel, judged: _Judged, compute: Compute) -> dict
         before = _in_half(model, judged, [], compute)
         facts |= {"before": _difference(before), "after": _difference(before)}
         if not before.right() and compute == "fp16":
-            found = overflow.search(HalfModules(model, judged.batches, judged.signature), seconds=SEARCH_S)
+            modules = HalfModules(model, judged.batches, judged.signature)
+            found = overflow.search(modules, reference=judged.exact, seconds=SEARCH_S)
             names = [pattern(name) for name in found.keep]
             kept = {p for name in found.keep for p in model.get_submodule(name).parameters()}
             facts["kept"] = sum(p.numel() for p in kept) / sum(p.numel() for p in model.parameters())

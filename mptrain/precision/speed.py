@@ -15,7 +15,9 @@ from mptrain.precision.policy import DTYPES, Compute
 
 ROUNDS = 7
 SECONDS = 10.0
-"""that rounds take at most, but for the first; without half kernels a device may need minutes"""
+"""that rounds take at most, but for the first"""
+FORWARD_S = 0.25
+"""that a forward in fp32 may take, or it has fewer rows: without half kernels it can take a hundred times as long"""
 _PAYS = 1.1
 
 
@@ -50,6 +52,7 @@ def measure(
     """
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in batch.items()}
+    batch = _first(batch, _rows(model, batch, device))
     found = []
     weight = max((m.weight for m in model.modules() if isinstance(m, nn.Linear)), key=Tensor.numel, default=None)
     if weight is not None:
@@ -61,6 +64,19 @@ def measure(
     models = {"fp32": model} | {c: in_half(model, keep_fp32.get(c, ()), c) for c in computes}
     size = "x".join(map(str, next(iter(batch.values())).shape))
     return found + _ratios(f"forward {size}", {c: _forward(m, batch) for c, m in models.items()}, device)
+
+
+@torch.no_grad()
+def _rows(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> int:
+    """As many of the batch as take FORWARD_S, at least one."""
+    call = _forward(model, _first(batch, 1))
+    call()
+    once = _timed(call, device)
+    return max(1, min(max(len(v) for v in batch.values() if v.dim()), int(FORWARD_S / once)))
+
+
+def _first(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    return {name: value[:rows] if value.dim() else value for name, value in batch.items()}
 
 
 def _product(x: Tensor, weight: Tensor) -> Callable[[], object]:

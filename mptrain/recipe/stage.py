@@ -21,7 +21,11 @@ class Distill(Strict):
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.9
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    hidden: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the mean squared error of hidden states")
+    hidden: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="weight of the mean squared error of hidden states; of the cosines between their tokens, where the"
+        " teacher is wider or narrower",
+    )
     attention: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the error of attention maps, head average; needs attn: eager"
     )

@@ -5,7 +5,9 @@
 
 The term says what is learned of the outputs; a task has its own, logits are compared as `divergence` says. Heads of a
 pruned student differ in number from the teacher's, so attention maps are compared as averages over heads (Jiao et
-al. 2020 compare them one by one).
+al. 2020 compare them one by one). Hidden states of another width than the teacher's have no difference: there the
+cosines between the tokens of a text are compared (Tung and Mori 2019 do so between the examples of a batch). Padding
+counts in none of them.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Distiller:
         if self.config.hidden:
             total = total + self.config.hidden * _hidden(outputs["hidden_states"], expected["hidden_states"], mask)
         if self.config.attention:
-            total = total + self.config.attention * _attention(outputs["attentions"], expected["attentions"])
+            total = total + self.config.attention * _attention(outputs["attentions"], expected["attentions"], mask)
         return Terms(total, task.detach(), distill.detach())
 
     def _taught(self, inputs: dict[str, Tensor]) -> Any:
@@ -97,30 +99,47 @@ class Distiller:
 
 
 def _hidden(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-    """Mean squared error of hidden states [batch, length, width]; a deeper teacher is sampled evenly."""
-    pairs = _aligned(student, teacher)
-    for s, t in pairs:
-        if s.shape != t.shape:
-            raise ModelError(
-                f"distill.hidden: hidden states of the student have shape {tuple(s.shape)}, the teacher's"
-                f" {tuple(t.shape)}. Use a teacher of the same width, or set hidden: 0."
-            )
-    terms = []
-    for s, t in pairs:
-        squared = (s.float() - t.float()).pow(2).mean(-1)
-        if mask is not None and mask.shape == squared.shape:
-            terms.append((squared * mask).sum() / mask.sum())
-        else:
-            terms.append(squared.mean())
-    return torch.stack(terms).mean()
+    """The mean over layers; a deeper teacher is sampled evenly."""
+    return torch.stack([_states(s, t, mask) for s, t in _aligned(student, teacher)]).mean()
 
 
-def _attention(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+def _states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error of hidden states [batch, length, width]; of their similarities, where the widths differ."""
+    s, t = student.float(), teacher.float()
+    if s.shape == t.shape:
+        return _mean((s - t).pow(2).mean(-1), mask)
+    if s.shape[:-1] != t.shape[:-1] or s.dim() != 3:
+        raise ModelError(
+            f"distill.hidden: hidden states of the student have shape {tuple(s.shape)}, the teacher's"
+            f" {tuple(t.shape)}. Use a teacher that reads as many tokens, or set hidden: 0."
+        )
+    return _pairs((_similarities(s) - _similarities(t)).pow(2), mask)
+
+
+def _similarities(states: Tensor) -> Tensor:
+    """Cosines [batch, length, length] between the tokens of a text."""
+    unit = F.normalize(states, dim=-1)
+    return unit @ unit.transpose(-1, -2)
+
+
+def _attention(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
     """Mean squared error of attention maps [batch, heads, query, key] averaged over heads."""
     if not student or student[0] is None:
         raise ModelError("distill.attention needs attention maps: set model.attn: eager (sdpa does not return them).")
-    pairs = _aligned(student, teacher)
-    return torch.stack([F.mse_loss(s.float().mean(1), t.float().mean(1)) for s, t in pairs]).mean()
+    maps = [(s.float().mean(1), t.float().mean(1)) for s, t in _aligned(student, teacher)]
+    return torch.stack([_pairs((s - t).pow(2), mask) for s, t in maps]).mean()
+
+
+def _pairs(value: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of [batch, length, length] over pairs of tokens that are no padding."""
+    return _mean(value, None if mask is None or mask.dim() != 2 else mask[:, :, None] * mask[:, None, :])
+
+
+def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Over what counts; over all of what a mask does not fit, such as the patches of a picture."""
+    if mask is None or mask.shape != value.shape:
+        return value.mean()
+    return (value * mask).sum() / mask.sum()
 
 
 def _aligned(student: tuple, teacher: tuple) -> list[tuple[Tensor, Tensor]]:

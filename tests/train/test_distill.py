@@ -89,6 +89,54 @@ def test_hidden_and_attention_terms_vanish_only_for_equal_models():
         assert float(differs(batch, outputs, outputs["loss"]).total) > float(outputs["loss"]) + 1e-4
 
 
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+def hidden_term(student, teacher, **extra):
+    settings = Distill(weight=0, **{extra.pop("name", "hidden"): 1.0})
+    key = "hidden_states" if settings.hidden else "attentions"
+    inputs = {"attention_mask": MASK, "labels": torch.zeros(2)}
+    outputs = {"logits": torch.zeros(2, 3), key: (student,)}
+    taught = Fixed(logits=torch.zeros(2, 3), **{key: (teacher,)})
+    return float(Distiller(taught, settings)(inputs, outputs, torch.tensor(0.0)).total)
+
+
+def test_states_of_a_wider_teacher_are_compared_by_the_cosines_of_tokens():
+    student, turn = torch.randn(2, 4, 8), torch.linalg.qr(torch.randn(16, 16)).Q[:8]
+    assert hidden_term(student, 3.0 * student @ turn) == pytest.approx(0.0, abs=1e-10), "turned and longer, in 16"
+    teacher = torch.randn(2, 4, 16)
+    errors = []
+    for row, length in enumerate((4, 2)):
+        for i in range(length):
+            for j in range(length):
+                ours = torch.cosine_similarity(student[row, i], student[row, j], dim=0)
+                errors.append(float(ours - torch.cosine_similarity(teacher[row, i], teacher[row, j], dim=0)) ** 2)
+    assert hidden_term(student, teacher) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_padding_counts_in_no_term(width):
+    student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, width)
+    before = hidden_term(student, teacher)
+    teacher[1, 2:], student[1, 2:] = 7.0, -7.0
+    assert hidden_term(student, teacher) == pytest.approx(before, rel=1e-6)
+
+
+def test_attention_to_and_from_padding_does_not_count():
+    student, teacher = torch.rand(2, 3, 4, 4), torch.rand(2, 5, 4, 4)
+    before = hidden_term(student, teacher, name="attention")
+    teacher[1, :, 2:], student[1, :, :, 2:] = 1.0, 0.0
+    assert hidden_term(student, teacher, name="attention") == pytest.approx(before, rel=1e-6)
+    assert before == pytest.approx(
+        float((student.mean(1) - teacher.mean(1)).pow(2)[MASK[:, :, None] * MASK[:, None] > 0].mean()), rel=1e-5
+    )
+
+
+def test_another_number_of_tokens_is_refused():
+    with pytest.raises(ModelError, match="reads as many tokens"):
+        hidden_term(torch.randn(2, 4, 8), torch.randn(2, 5, 16))
+
+
 def test_a_teacher_with_other_labels_is_refused():
     teacher = BertForTokenClassification(config(num_labels=3))
     student = BertForTokenClassification(config(num_labels=4))

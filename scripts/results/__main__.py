@@ -1,0 +1,69 @@
+"""Both pages, written or compared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from scripts.results import exports, precision, pruning, runs
+from scripts.results.drawn import ROOT
+
+PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+BEGIN, END = "<!-- made by scripts/results -->", "<!-- end -->"
+
+
+SECTIONS: list[Callable[[], list[str]]] = [
+    runs.runs,
+    pruning.joint,
+    pruning.one_shot,
+    pruning.seed_jpqd,
+    pruning.latency_budget,
+    lambda: ["## Training in half precision", ""],
+    precision.step,
+    precision.half_model,
+    precision.equivalence,
+    precision.overhead,
+    lambda: ["## Fewer bits to a weight", ""],
+    exports.kmeans,
+    exports.opt,
+    exports.language_model,
+    exports.exports,
+    exports.heads,
+    exports.onnx_casts,
+    exports.recurrence,
+    exports.scopes,
+    exports.encrypted,
+    exports.choices,
+]
+
+
+def page() -> str:
+    text = [
+        "# Results",
+        "",
+        "Made by `python -m scripts.results` from `benchmarks/results`; do not edit. Which command measures what:"
+        " [benchmarks/README.md](../benchmarks/README.md). What the numbers do not say: [limits.md](limits.md).",
+        "",
+    ]
+    return "\n".join([*text, *(line for section in SECTIONS for line in section())]).rstrip() + "\n"
+
+
+def readme() -> str:
+    """README.md with its table made anew."""
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    return "\n".join([before + BEGIN, *runs.readme_table(), END + rest.split(END)[1]])
+
+
+def main() -> int:
+    wanted = {PAGE: page(), README: readme()}
+    if "--check" in sys.argv:
+        stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+        print("".join(f"{name} is stale: run `python -m scripts.results`\n" for name in stale), end="", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Training in half precision."""
+
+from __future__ import annotations
+
+from scripts.results.drawn import link, load, rows, span, table, where
+
+
+def step() -> list[str]:
+    found = rows("step.json")
+    names = {
+        "ours_native": "ours",
+        "ours_split": "ours, `bf16-split`",
+        "ours_torch": "ours, without a compiler",
+        "deepspeed_cpu_adam": "DeepSpeed's CPUAdam",
+        "fused_list_sync": "torch's fused AdamW and a copy",
+        "foreach_list": "torch's foreach AdamW and a copy",
+        "torchao_bf16_stochastic_round": "torchao, stochastic rounding",
+    }
+    lines = []
+    for kind, name in names.items():
+        same = [row for key, row in found.items() if key.endswith(f"/{kind}")]
+        lines.append([name, span(row["ratio"] for row in same), span((row["ms"] for row in same), ".0f")])
+    return [
+        "### The whole optimizer step",
+        "",
+        "GPT-2: finite check, norm, clip, AdamW, half weights; one thread, median of 11 rounds, against one pass that"
+        f" moves the same 30 bytes a parameter ({link('step.md')}, {where(load('step.json'))}).",
+        "",
+        *table(["", "× one pass", "ms"], lines),
+        "",
+    ]
+
+
+def half_model() -> list[str]:
+    seed = rows("seed_gpt2.json")
+
+    def of(part: str) -> str:
+        return span((row["ms"] for name, row in seed.items() if name.endswith(f"/{part}")), ".0f")
+
+    allocated = max(r["MiB"] for name, r in seed.items() if name.endswith("/readapt"))
+    lines = [
+        ["`copy.deepcopy(model).half()` after each step", of("readapt"), f"{allocated:.0f} MiB"],
+        ["our whole step", of("ours_step"), "none"],
+        ["our sync alone", of("ours_sync"), "none"],
+    ]
+    sync = {name: row for name, row in rows("sync.json").items() if name.startswith(("gpt2", "bert"))}
+    copies = {
+        kind: span(
+            r["ratio"] for name, r in sync.items() if name.endswith(f"/{kind}") and not name.startswith("tensors")
+        )
+        for kind in ("ours", "deepcopy_half", "load_state_dict", "loop_copy", "foreach_copy")
+    }
+    return [
+        "### Half weights from masters",
+        "",
+        f"In the loop of a user who made GPT-2 half anew after each step ({link('seed_gpt2.md')},"
+        f" {where(load('seed_gpt2.json'))}):",
+        "",
+        *table(["", "ms", "allocated"], lines),
+        "",
+        f"The sync of GPT-2 and BERT against one `copy_` of as many bytes ({link('sync.md')}):",
+        "",
+        *table(["", "× one copy"], [[name.replace("_", " "), value] for name, value in copies.items()]),
+        "",
+    ]
+
+
+def equivalence() -> list[str]:
+    found = load("equivalence.json")
+    lines = []
+    for row in found["rows"]:
+        name, kind, what = row["name"].split("/")
+        if what != "masters":
+            continue
+        pure = "not finite" if row["pure"] is None else f"{row['pure']:.0e}"
+        lines.append([f"{name}, {kind.replace('_', '-')}", f"{row['ratio']:.0e}", f"{row['evaluation']:.0e}", pure])
+    return [
+        "### Training ends where fp32 ends",
+        "",
+        f"Largest relative difference of the loss to fp32 training over {found['steps']} steps"
+        f" ({link('equivalence.md')}).",
+        "",
+        *table(["", "loss", "evaluation loss", "loss without masters"], lines),
+        "",
+    ]
+
+
+def overhead() -> list[str]:
+    (row,) = rows("trainer_overhead.json").values()
+    overflow = load("overflow.json")
+    seconds = span((r["seconds"] for r in overflow["rows"]), ".1f")
+    casts = rows("overflow.json")["minilm/uform_mask"]["casts"]
+    return [
+        f"`mptrain.Trainer` with nothing enabled takes {row['ratio']:.2f} of the time of `transformers.Trainer`"
+        f" ({row['min']:.2f} to {row['max']:.2f} over {row['rounds']} rounds on a busy machine;"
+        f" {link('trainer_overhead.json')}).",
+        "",
+        f"The search for what must stay in fp32 takes {seconds} s on MiniLM and {overflow['samples']} texts; the mask"
+        f" of UForm's text encoder is found, alone, at {casts} casts ({link('overflow.md')}).",
+        "",
+    ]

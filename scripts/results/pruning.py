@@ -1,0 +1,110 @@
+"""Pruning: JPQD, at once, at the seed's scale, to a latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.jpqd import summary as jpqd
+from scripts.results.drawn import cores, link, load, signed, table, times, where
+
+
+def joint() -> list[str]:
+    lines = load("jpqd.jsonl")
+    counted = sum(not line["point"].startswith("dense/") for line in lines)
+    pairs = jpqd.against(lines, list(jpqd.PEERS))
+    ours = [*pairs[:4], *(line for line in pairs[4:] if line.startswith("| fisher |"))]
+    *orders, together = jpqd.orders(lines)
+    found = together.split(" | ")
+    quantizing = (
+        f"Quantizing from the boundary on (`quantize: {{mode: qat, start: after_prune}}`, which costs less) against"
+        f" jointly, all {len(orders) - 4} pairs together: {found[-2]} points, {found[-1].removesuffix(' |')}."
+    )
+    parts = [jpqd.means(lines), [quantizing], ours]
+    return [
+        "## JPQD: how far it goes, method by method and against peers",
+        "",
+        f"{counted} points on film reviews, each a whole run: {link('jpqd.md')}. A point counts as ahead or behind"
+        " where its paired 95% interval leaves zero out. The peers, one seed each, prune the dense model at once; then"
+        " it trains, is quantized and distilled like ours.",
+        "",
+        *(line for part in parts for line in [*part, ""]),
+    ]
+
+
+def one_shot() -> list[str]:
+    found = load("one_shot.json")
+    lines = []
+    for row in found["rows"]:
+        ahead = row.get("curvature_ahead")
+        cells = [row["method"].replace("_", " "), f"{100 * row['keep']:.0f}%", f"{100 * row['accuracy']:.1f}%"]
+        cells.append(interval(row["against_dense"]))
+        lines.append([*cells, "" if ahead is None else interval(ahead), f"{row['seconds']:.0f}"])
+    lines.sort(key=lambda cells: -int(cells[1].rstrip("%")))
+    return [
+        "## Pruned at once, without any training",
+        "",
+        f"A dense MiniLM of the film reviews ({100 * found['dense']['accuracy']:.1f}% of {found['dense']['n']:,} test"
+        f" reviews), cut by each method from the same {found['calibration']:,} training reviews; points, paired"
+        f" ({link('one_shot.md')}, {where(found)}).",
+        "",
+        *table(["method", "encoder kept", "accuracy", "against dense", "curvature ahead by", "seconds"], lines),
+        "",
+        f"Every bar of the method, met or missed: {link('jpqd_bars.json')}.",
+        "",
+    ]
+
+
+def interval(ends: Sequence[float]) -> str:
+    """[value, low, high] of a difference of shares, in points."""
+    value, low, high = (signed(100 * end) for end in ends)
+    return f"{value} ({low} to {high})"
+
+
+def seed_jpqd() -> list[str]:
+    found = load("seed_jpqd.json")
+    dense = found["rows"][0]["dense"]
+    lines = [
+        [
+            r["name"],
+            f"{100 * r['kept']:.0f}%",
+            times(r["size_ratio"]),
+            times(r["speedup"]),
+            times(r["throughput_ratio"]),
+            *(interval(r[split]) for split in ("dev_delta", "test_delta")),
+        ]
+        for r in found["rows"]
+    ]
+    heads = ["point / precision", "encoder kept", "smaller", "as fast", "throughput", "dev", "test"]
+    reduced = " Weights of int8 have 7 bits, for this CPU." if found["rows"][0]["reduce_range"] else ""
+    return [
+        "## 110 million parameters on SST-2",
+        "",
+        "MPNet-base, a sentence encoder that never saw SST-2's labels, fine-tuned on its training sentences: dense"
+        f" {100 * dense['dev']['value']:.1f}% of {dense['dev']['n']} on dev, {100 * dense['test']['value']:.1f}% of"
+        f" {dense['test']['n']} on test. Against it, paired, in points, with 95% intervals: `once`, pruned by curvature"
+        " and quantized without any training; `jpqd`, pruned by curvature, then int8 training and distillation. Batch"
+        " 1, 128 tokens, one thread; throughput with requests in flight"
+        f" ({link('seed_jpqd.md')}, {where(found)}).{reduced}",
+        "",
+        *table(heads, lines),
+        "",
+    ]
+
+
+def latency_budget() -> list[str]:
+    found = load("latency_budget.json")
+    lines = [
+        [r["precision"], f"{r['asked']:g}", f"{r['first']:.3f}", f"{r['ratio']:.3f}", signed(100 * r["off"]) + "%"]
+        for r in found["rows"]
+    ]
+    return [
+        "## A latency budget",
+        "",
+        "`prune.keep.latency` of a MiniLM BERT at length 128, one thread: the share of the whole model's latency that"
+        " was asked for, what the first choice left, and what is left of the exported model in the end, timed anew"
+        f" beside the uncut one ({link('latency_budget.md')}, {where(found)}, load average {found['load'][0]:.0f} on"
+        f" {cores(found)}).",
+        "",
+        *table(["export", "asked for", "first choice", "measured", "off by"], lines),
+        "",
+    ]

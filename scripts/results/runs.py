@@ -1,0 +1,98 @@
+"""Runs of recipes, from their reports."""
+
+from __future__ import annotations
+
+from mptrain.report import words
+from mptrain.report.render.files import read
+from scripts.results.drawn import RESULTS, SETTING, Row, cores, link, signed, table, times, where
+
+
+def heads(report: Row) -> list[str]:
+    length = "tokens" if report.get("about_task", {}).get("unit", "tokens") == "tokens" else None
+    return ["variant", words.metric_name(report["metric"]["name"]), "against dense", "size", timed_at(report, length)]
+
+
+def timed_at(report: Row, length: str | None) -> str:
+    key = setting(report)
+    return words.setting_words(key, length) if key else ""
+
+
+def setting(report: Row) -> str:
+    """The one that is drawn; "" where nothing was timed."""
+    every = next((v["latency_ms"] for v in report["variants"] if v["latency_ms"]), {})
+    return SETTING if SETTING in every else next(iter(every), "")
+
+
+def run_rows(report: Row, digits: int) -> list[list[str]]:
+    """A line to each variant of a run: score, against dense, size, speed. digits: of points."""
+    against = {comparison["id"]: comparison for comparison in report["comparisons"]}
+    metric, unit, at = report["metric"]["name"], report["metric"]["unit"], setting(report)
+    found = []
+    for variant in report["variants"]:
+        compared = against.get(variant["id"])
+        cells = [variant["id"], _score(unit, variant["metrics"][metric]["value"], digits)]
+        size, timed = words.megabytes(variant["size_bytes"]), (variant["latency_ms"] or {}).get(at)
+        speed = f"{timed['median']:.1f} ms" if timed else ""
+        if compared is None:
+            found.append([*cells, "", size, speed])
+            continue
+        low, high = (_signed(unit, end, digits) for end in compared[f"{metric}_delta_ci95"])
+        cells.append(f"{_signed(unit, compared[f'{metric}_delta'], digits)} ({low} to {high})")
+        cells.append(f"{size}, {times(compared['size_ratio'])} smaller")
+        ratio = (compared["speedup"] or {}).get(at)
+        found.append([*cells, f"{speed}, {times(ratio)} as fast" if ratio else speed])
+    return found
+
+
+def _score(unit: str, value: float, digits: int) -> str:
+    return f"{100 * value:.{digits}f}%" if unit == "fraction" else words.metric(unit, value)
+
+
+def _signed(unit: str, value: float, digits: int) -> str:
+    return signed(100 * value, digits) if unit == "fraction" else words.signed(unit, value)
+
+
+def runs() -> list[str]:
+    text = [
+        "## Recipes, as they are bundled",
+        "",
+        "Scored on a test split that training did not see: of the film reviews, reviews of other films. Differences of"
+        " shares are in points, all are paired, with their 95% interval. The speed of int8 needs VNNI or AMX; that of"
+        " the pruned fp32 models does not. Core ML and Core AI models were scored by the interpreter and by emulation,"
+        " not on a device, and are not timed. A recipe that is missing here has no report in the repository.",
+        "",
+    ]
+    for path in sorted((RESULTS / "runs").glob("*.json")):
+        report = read(path)
+        n = report["variants"][0]["metrics"][report["metric"]["name"]]["n"]
+        text += [
+            f"### {report['name']}",
+            "",
+            f"{report['recipe']['description'][:1].upper()}{report['recipe']['description'][1:]}. {n:,} test examples;"
+            f" {cores(report)} of {where(report)}; {words.duration(report['wall_s']['total'])} in all"
+            f" ({link(f'runs/{path.name}', path.name)}).",
+            "",
+            *table(heads(report), run_rows(report, 1)),
+            "",
+        ]
+    return text
+
+
+def readme_table() -> list[str]:
+    report = read(RESULTS / "runs" / "jpqd-bert.json")
+    names = {
+        "baseline_fp32": "dense fp32",
+        "pruned_fp32": "pruned fp32",
+        "jpqd_int8": "pruned int8",
+        "jpqd_int8_emb4": "pruned int8, int4 embedding",
+    }
+    lines = [[names[line[0]], *line[1:]] for line in run_rows(report, 1)]
+    n = report["variants"][0]["metrics"]["accuracy"]["n"]
+    return [
+        *table(["", *heads(report)[1:]], lines),
+        "",
+        f"`mptrain recipe jpqd-bert` on {cores(report)} of {where(report)}, in"
+        f" {report['wall_s']['total'] / 60:.0f} minutes; {n:,} reviews",
+        "of films that training did not see; paired differences in points with their 95% interval. All other results:",
+        "[docs/results.md](docs/results.md), each with the command that made it.",
+    ]
