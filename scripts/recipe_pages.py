@@ -23,9 +23,10 @@ NO_RUN = """No report of this recipe, as it is bundled, is kept in the repositor
 def page(recipe: Path) -> str:
     """In Markdown; the headings of the report go two levels down."""
     text = recipe.read_text(encoding="utf-8")
-    described = file.read(str(recipe)).recipe.description
+    read_recipe = file.read(str(recipe)).recipe
+    described, code = read_recipe.description, " --allow-code" if read_recipe.model.own_code else ""
     found = [f"# {recipe.stem}", "", described[:1].upper() + described[1:].rstrip(".") + ".", ""]
-    found += ["```sh", f"mptrain recipe {recipe.stem}", f"mptrain copy {recipe.stem}     # to edit it", "```", ""]
+    found += ["```sh", f"mptrain recipe {recipe.stem}{code}", f"mptrain copy {recipe.stem}     # to edit it", "```", ""]
     found += ["```yaml", text.rstrip(), "```", "", "## Its report", ""]
     run = RUNS / f"{recipe.stem}.json"
     if not run.is_file():

@@ -34,12 +34,17 @@ from mptrain.precision import memory, speed
 from mptrain.precision.half import float_products, in_half, pattern
 from mptrain.precision.policy import Compute
 from mptrain.verify import overflow
+from mptrain.verify.difference import MAX_ERROR
 from mptrain.verify.outputs import of_model, rows
 from mptrain.verify.overflow import Difference, Found
 from mptrain.verify.programs.aten import TorchOps
 from mptrain.verify.programs.modules import HalfModules
 
 SCHEMA = "mptrain.inspect/v1"
+PASS = overflow.PASS / 2
+"""of a run of all inputs that half precision is judged on; only an export has to be sure"""
+LIMIT: dict[Compute, float] = {"fp16": MAX_ERROR, "bf16": 4 * MAX_ERROR}
+"""of `Difference.error`: bf16 rounds eight times as coarsely, and a sound language model is off by some 5% in it"""
 SEARCH_S = 30.0
 """for a choice of operations or modules; an export takes its time"""
 
@@ -83,7 +88,7 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processe
     model = quantizers.plain(found.model).float().eval()
     parameters = sum(p.numel() for p in model.parameters())
     text = found.kind.unit == "tokens"
-    inputs = replace(found.samples, batches=overflow.some(found.samples.batches, parameters, text))
+    inputs = replace(found.samples, batches=overflow.some(found.samples.batches, parameters, text, PASS))
     facts: dict[str, Any] = {
         "schema": SCHEMA,
         "model": name,
@@ -237,7 +242,7 @@ def _training(model: PreTrainedModel, judged: _Judged, compute: Compute) -> dict
     facts: dict[str, Any] = {"runs_here": True, "keep_fp32": [], "kept": 0.0, "reasons": {}}
     try:
         before = _in_half(model, judged, [], compute)
-        facts |= {"before": _difference(before), "after": _difference(before)}
+        facts |= {"before": _difference(before, compute), "after": _difference(before, compute)}
         if not before.right() and compute == "fp16":
             modules = HalfModules(model, judged.batches, judged.signature)
             found = overflow.search(modules, reference=judged.exact, seconds=SEARCH_S)
@@ -254,8 +259,8 @@ def _training(model: PreTrainedModel, judged: _Judged, compute: Compute) -> dict
     return facts
 
 
-def _difference(found: Difference) -> dict[str, Any]:
-    return {**overflow.as_json(found), "right": found.right()}
+def _difference(found: Difference, compute: Compute = "fp16") -> dict[str, Any]:
+    return {**overflow.as_json(found), "right": found.right(LIMIT[compute])}
 
 
 @torch.no_grad()

@@ -182,17 +182,17 @@ def _drop(
     return best, "operations that are alike were judged together: fewer may be enough" if large else ""
 
 
-def enough(parameters: int, tokens: int, most: int) -> int:
-    """Examples of so many tokens to search on: as many as a run takes PASS for, at least 2. A large model needs fewer,
-    for it has more layers of each kind. tokens: 1 for inputs of another kind."""
-    return max(2, min(most, int(PASS / max(1, parameters * tokens))))
+def enough(parameters: int, tokens: int, most: int, products: float = PASS) -> int:
+    """Examples of so many tokens to search on: as many as a run makes so many products for, at least 2. A large model
+    needs fewer, for it has more layers of each kind. tokens: 1 for inputs of another kind."""
+    return max(2, min(most, int(products / max(1, parameters * tokens))))
 
 
-def some(batches: Sequence[Batch], parameters: int, text: bool) -> list[Batch]:
+def some(batches: Sequence[Batch], parameters: int, text: bool, products: float = PASS) -> list[Batch]:
     """The first of the batches with `enough` examples. text: whether they are tokens."""
     counts = list(itertools.accumulate(map(rows_of, batches)))
     tokens = max(value.shape[1] for value in batches[0].values()) if text else 1
-    wanted = enough(parameters, tokens, counts[-1])
+    wanted = enough(parameters, tokens, counts[-1], products)
     return list(batches[: 1 + next(place for place, count in enumerate(counts) if count >= wanted)])
 
 

@@ -28,6 +28,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     exports.opt,
     exports.language_model,
     exports.exports,
+    exports.reach,
     exports.heads,
     exports.onnx_casts,
     exports.recurrence,

@@ -101,6 +101,27 @@ def exports() -> list[str]:
     ]
 
 
+def reach() -> list[str]:
+    found = load("reach.json")
+    every = found["rows"]
+    lines = []
+    for name in dict.fromkeys(cell for row in every for cell in row if cell != "name"):
+        cells = [row[name] for row in every if name in row]
+        refused, failed = (sum(cell.startswith(word) for cell in cells) for word in ("refused", "FAIL"))
+        counts = len(cells) - refused - failed, refused, failed, len(cells)
+        lines.append([name.replace("_", " "), *map(str, counts)])
+    newest = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers"))
+    return [
+        "## Any architecture",
+        "",
+        f"{len(every)} architectures, tiny and at random, with {newest}: what is done with how many of them. A refusal"
+        f" comes before training and names its reason ({link('reach.md')}).",
+        "",
+        *table(["", "done", "refused", "failed", "of"], lines),
+        "",
+    ]
+
+
 def heads() -> list[str]:
     found = rows("heads.json")
     lines = []
