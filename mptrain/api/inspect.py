@@ -62,8 +62,8 @@ def inspect(
 
     model: of transformers, or any module that maps named tensors to named tensors. batch: inputs by name, an iterable
     of such batches or a data set; default for models of transformers: made up. task: default from the model's class.
-    precisions: fp32, fp16-master, bf16-master, bf16-split. samples: inputs to run on. length: tokens of a text that is
-    made up.
+    precisions: fp32, fp16-master, bf16-master, bf16-split, bf16-split-int8. samples: inputs to run on. length: tokens
+    of a text that is made up.
 
     - Shapes and dtypes: tensors [batch, …] as the forward takes them; the model is looked at in float32, as a copy.
     - Units: bytes, parameters, milliseconds; fractions where a number is a share.

@@ -47,7 +47,9 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False, launch: str | None = No
     console.print(f"{recipe.name}: {recipe.description}")
     console.print(f"model: {recipe.model.named} ({said}); data: {rows:,} training rows ({rows_from})")
     if launch is not None:
-        console.print(f"launch: {launched.words()}; {_memory(recipe, model, launched)}")
+        console.print(f"launch: {launched.words()}; training takes {_memory(recipe, model, launched)}")
+    elif recipe.precision.compute != "fp32":
+        console.print(f"precision: {recipe.precision.words()}; training takes {_memory(recipe, model, launched)}")
     console.print(f"output: {recipe.output.dir}\n")
     if data is not None and "labels" in data.facts:
         console.print("\n".join([*class_lines(data.facts["labels"]), ""]), markup=False, highlight=False)
@@ -64,13 +66,14 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False, launch: str | None = No
 def _memory(recipe: Recipe, model: nn.Module, launch: Launch) -> str:
     """Of a process, while the model trains as the recipe starts from it."""
     precision = recipe.precision
-    chosen = (precision.compute, precision.master)
+    chosen = (precision.compute, precision.master, precision.moments)
     name = next((name for name, kind in memory.PRECISIONS.items() if kind == chosen), "fp32")
     if launch.sharding == "fsdp2":
         found = memory.predict_sharded(model, name, launch.processes, precision.keep_fp32)
     else:
         found = memory.predict(model, name, precision.keep_fp32)
-    return f"training takes {found.total / 1e9:.3g} GB of each, activations besides"
+    each = " of each" if launch.processes > 1 else f" ({found.per_parameter:.3g} bytes a parameter)"
+    return f"{found.total / 1e9:.3g} GB{each}, activations besides"
 
 
 def _stages(outlook: Outlook, rows: int, processes: int = 1) -> Table:

@@ -84,7 +84,7 @@ def check_precisions(names: Sequence[str]) -> None:
 def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processes: int = 1) -> dict[str, Any]:
     """`inspect_model` of a model in memory, which is put in eval mode and float32, and on the accelerator where there
     is one. name: of the model, for a reader."""
-    computes = {chosen[0] for asked in precisions if (chosen := memory.PRECISIONS[asked])}
+    computes = {chosen.compute for asked in precisions if (chosen := memory.PRECISIONS[asked])}
     model = quantizers.plain(found.model).float().eval()
     parameters = sum(p.numel() for p in model.parameters())
     text = found.kind.unit == "tokens"
@@ -117,7 +117,7 @@ def inspect_loaded(found: Loaded, precisions: Sequence[str], name: str, processe
             keep[compute] = facts["training"][compute]["keep_fp32"] or []
     facts["memory"] = [_memory(model, asked, keep) for asked in precisions]
     if processes > 1:
-        whole = [asked for asked in precisions if memory.PRECISIONS[asked] != ("bf16", "split")]
+        whole = [a for a in precisions if (chosen := memory.PRECISIONS[a]) is None or chosen.master != "split"]
         rows_of_one = [_memory(model, asked, keep, processes) for asked in whole]
         facts["sharded"] = {"processes": processes, "memory": rows_of_one}
     facts["speed"] = _speed(model, inputs, [c for c in keep if facts["training"][c]["runs_here"]], keep)
@@ -277,7 +277,7 @@ def _memory(
     model: PreTrainedModel, precision: str, keep: dict[Compute, list[str]], processes: int = 1
 ) -> dict[str, Any]:
     chosen = memory.PRECISIONS[precision]
-    kept = keep.get(chosen[0], []) if chosen else []
+    kept = keep.get(chosen.compute, []) if chosen else []
     if processes > 1:
         found = memory.predict_sharded(model, precision, processes, kept)
     else:

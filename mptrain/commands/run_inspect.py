@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--precision",
         action="append",
         metavar="NAME",
-        help="fp32, fp16-master, bf16-master or bf16-split (may be repeated; default: all)",
+        help="fp32, fp16-master, bf16-master, bf16-split or bf16-split-int8 (may be repeated; default: all)",
     )
     parser.add_argument(
         "--processes",

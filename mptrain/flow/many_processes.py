@@ -33,7 +33,7 @@ def check(recipe: Recipe, launch: Launch, rows: int) -> None:
     if recipe.precision.master == "split":
         raise UserError(
             "precision.master: split keeps half of the master in the half weight, which FSDP2 does not keep; use fp32"
-            " (bf16-master)."
+            f" (bf16-master){' and drop moments: int8' if recipe.precision.moments == 'int8' else ''}."
         )
     for stage in recipe.stages:
         for phase in phases(stage, rows, launch.processes):

@@ -17,6 +17,7 @@ import torch
 
 from mptrain.core import native
 from mptrain.core.native import BuildError
+from mptrain.precision import moments8
 from mptrain.precision.flat import Flat
 from mptrain.precision.step import AdamRule, Rule, Run
 
@@ -35,6 +36,10 @@ ELEMENTS_PER_THREAD = 1 << 18  # starting a thread costs about as much as updati
 
 class _Buffers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("master", "half", "low", "first", "second")]
+
+
+class _Codes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in moments8.BUFFERS]
 
 
 class NativeKernel:
@@ -62,16 +67,21 @@ class NativeKernel:
     def update(self, run: Run, rule: Rule, factor: float) -> None:
         flat = run.flat
         buffers = _Buffers(*(None if t is None else t.data_ptr() for t in (flat.master, flat.half, flat.low)))
+        constants = array("d", (-factor if rule.maximize else factor, *rule.constants))
+        segments, kind, threads = self._segments(run)
+        given = _pointer(segments), _length(segments), kind, ctypes.byref(buffers)
+        if flat.coded:
+            codes = _Codes(*(flat.state(name).data_ptr() for name in moments8.BUFFERS))
+            turn = ctypes.c_uint32(moments8.turn(rule.step))
+            self.library.mptrain_adam8(*given, ctypes.byref(codes), _pointer(constants), turn, threads)
+            return
         for field, name in zip(("first", "second"), rule.states):
             setattr(buffers, field, flat.state(name).data_ptr())
         if isinstance(rule, AdamRule):
             step = self.library.mptrain_adam
         else:
             step = self.library.mptrain_momentum if rule.momentum else self.library.mptrain_sgd
-        constants = array("d", (-factor if rule.maximize else factor, *rule.constants))
-        segments, kind, threads = self._segments(run)
-        weights = TYPES[flat.dtype]
-        step(_pointer(segments), _length(segments), kind, ctypes.byref(buffers), weights, _pointer(constants), threads)
+        step(*given, TYPES[flat.dtype], _pointer(constants), threads)
 
     @staticmethod
     def _segments(run: Run) -> tuple[array, int, int]:

@@ -4,7 +4,9 @@
     half     [n] fp16 or bf16   the model's parameters are views of it
     low      [n] int16          instead of `master` when split: half is the master's high half
 
-so a sync is one `half.copy_(master)`, whatever the number of parameters, and a step walks
+and the optimizer's moments [trained], fp32 or in 8 bits (moments8.py).
+
+So a sync is one `half.copy_(master)`, whatever the number of parameters, and a step walks
 contiguous memory. Parameters kept in fp32 live in a Flat of dtype fp32, whose master they
 view directly. The trained parameters come first, in the optimizer's order, then the frozen.
 A view that others get to see has a storage of its own over that memory: who takes "same storage" for
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
+from mptrain.precision import moments8
 from mptrain.precision.split import join, split
 
 ALIGN = 16  # elements: half views start at multiples of 32 bytes
@@ -71,9 +74,12 @@ class Flat:
         members: Sequence[tuple[str, nn.Parameter, int | None]],
         *,
         split: bool = False,
+        coded: bool = False,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.split = split and dtype != torch.float32
+        self.coded = coded and dtype != torch.float32
+        """moments are codes of 8 bits; a block of them belongs to one parameter"""
         self.entries: list[Entry] = []
         self.trained = 0
         """elements up to which there are parameters that the optimizer trains"""
@@ -81,7 +87,8 @@ class Flat:
         for index, (name, parameter, group) in enumerate(sorted(members, key=lambda m: m[2] is None)):
             stride = torch.empty_like(parameter, device="meta").stride()  # dense, keeps channels_last
             self.entries.append(Entry(name, parameter, group, offset, parameter.shape, stride, index))
-            offset += -(-parameter.numel() // ALIGN) * ALIGN
+            align = moments8.BLOCK if self.coded else ALIGN
+            offset += -(-parameter.numel() // align) * align
             if group is not None:
                 self.trained = offset
         self.numel = offset
@@ -90,7 +97,7 @@ class Flat:
         self.half: Any = None
         self.low: Any = None
         self.states: dict[str, Tensor] = {}
-        """moments [trained] fp32, by the optimizer's name for them; made at the first step"""
+        """moments [trained] fp32, or as moments8 has them, by the optimizer's name; made at the first step"""
         self.steps = torch.zeros(len(self.entries))
         """updates of each entry so far, as torch counts them: fp32, on the CPU"""
         self.grad: Tensor | None = None
@@ -184,7 +191,8 @@ class Flat:
 
     def state(self, name: str) -> Tensor:
         if name not in self.states:
-            self.states[name] = torch.zeros(self.trained, device=self.device)
+            dtype, shared = moments8.BUFFERS[name] if self.coded else (torch.float32, 1)
+            self.states[name] = torch.zeros(self.trained // shared, dtype=dtype, device=self.device)
         return self.states[name]
 
     def gradients(self) -> Tensor:

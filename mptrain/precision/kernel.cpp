@@ -7,6 +7,9 @@
 //   sgd    g = factor * grad + l2 * p;  b = momentum * b + keep * g
 //          p -= lr * (from_grad * g + from_buffer * b)     (without momentum: p -= lr * g)
 //
+//   adam8  adam of split masters with m and sqrt(v) in 8 bits: codes in blocks that share an exponent, read,
+//          updated and written a block at a time; what they mean and how they are rounded: moments8.py
+//
 //   narrow half = p
 //
 // and the half weight is p rounded to nearest even. With split masters there is no p in memory: its
@@ -53,6 +56,13 @@ struct Buffers {   // flat, one value per element; null where a step has no use 
   float* second;   // exp_avg_sq
 };
 
+struct Codes {     // moments of 8 bits
+  int8_t* first;
+  uint8_t* second;
+  uint8_t* first_exponents;  // one value per CODED elements
+  uint8_t* second_exponents;
+};
+
 }  // extern "C"
 
 namespace {
@@ -62,6 +72,8 @@ typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef int32_t Signed __attribute__((vector_size(4 * W)));
 typedef uint16_t Half __attribute__((vector_size(2 * W)));
 typedef int16_t Low __attribute__((vector_size(2 * W)));
+typedef int8_t Code __attribute__((vector_size(W)));
+typedef uint8_t UnsignedCode __attribute__((vector_size(W)));
 
 struct F32 { using Store = float; };
 struct F16 { using Store = uint16_t; };
@@ -210,6 +222,13 @@ struct Adam {
     write(second, v);
     return decay * p - step_size * (m / (root_bias * root(v) + eps));
   }
+  // s: the root of v
+  Vec step(Vec p, Vec g, Vec& m, Vec& s) const {
+    g = g * factor + l2 * p;
+    m += take1 * (g - m);
+    s = root(beta2 * (s * s) + take2 * (g * g));
+    return decay * p - step_size * (m / (root_bias * s + eps));
+  }
 };
 
 struct Sgd {
@@ -240,14 +259,19 @@ template <class Task> void parallel(int threads, Task task) {
   for (auto& other : others) other.join();
 }
 
-// Calls work(segment, begin, end) for the parts of all segments that thread t of `threads` owns.
-template <class Work> void share(const Segment* segments, int64_t count, int t, int threads, Work work) {
+// Calls work(segment, begin, end) for the parts of all segments that thread t of `threads` owns; a part begins at a
+// multiple of `whole` elements.
+template <int64_t whole = 1, class Work>
+void share(const Segment* segments, int64_t count, int t, int threads, Work work) {
   int64_t total = 0;
   for (int64_t s = 0; s < count; s++) total += segments[s].numel;
   const int64_t from = total * t / threads, to = total * (t + 1) / threads;
   int64_t seen = 0;
   for (int64_t s = 0; s < count && seen < to; seen += segments[s++].numel) {
-    const int64_t begin = std::max<int64_t>(from - seen, 0), end = std::min(to - seen, segments[s].numel);
+    const auto part = [&](int64_t at) {
+      return std::min((std::max<int64_t>(at - seen, 0) + whole - 1) / whole * whole, segments[s].numel);
+    };
+    const int64_t begin = part(from), end = part(to);
     if (begin < end) work(segments[s], begin, end);
   }
 }
@@ -285,6 +309,97 @@ void update(const Segment* segments, int64_t count, const Buffers& b, const doub
     });
   });
 }
+
+// -- moments of 8 bits
+
+constexpr int CODED = 64;  // elements that share an exponent
+constexpr int DROPPED1 = 19, DROPPED2 = 18;  // lower bits of an fp32 number that have no code
+constexpr int REACH = 7;   // exponents below that of the block that have codes
+constexpr int GRADUAL = 16;
+constexpr uint32_t SIGN = 0x80000000, BINADE = 1 << 23;
+constexpr uint32_t ALONG = 0xc13fa9a9;  // how far the threshold of rounding is from an element to the next
+
+Bits same(uint32_t x) { return x - Bits{}; }
+
+uint32_t largest(Bits x) {
+  uint32_t found = 0;
+  for (int j = 0; j < W; j++) found = std::max(found, x[j]);
+  return found;
+}
+
+Bits larger(Bits a, Bits b) { return a > b ? a : b; }
+
+// One block, whose codes, weights and gradients are in cache when they are rounded. threshold: of its first elements.
+template <class G>
+void coded_block(const Adam& rule, const typename G::Store* grad, const Split& weights, int8_t* first, uint8_t* second,
+                 uint8_t& first_exponent, uint8_t& second_exponent, Bits threshold) {
+  constexpr int N = CODED / W;
+  const Bits base1 = same((first_exponent - REACH) * BINADE), base2 = same((second_exponent - REACH) * BINADE);
+  const Bits first_threshold = threshold;
+  Vec m_kept[N];
+  Bits s_kept[N], top1 = {}, top2 = {};
+  for (int j = 0; j < N; j++) {
+    const Signed code1 = __builtin_convertvector(read<Code>(first + j * W), Signed);
+    const Bits code2 = __builtin_convertvector(read<UnsignedCode>(second + j * W), Bits);
+    const Signed size1 = code1 < 0 ? -code1 : code1;
+    const Bits gradual = (Bits)(size1 < GRADUAL), lift = gradual & BINADE, normal = gradual & (base1 + BINADE);
+    Vec m = (Vec)((Bits)((Vec)(((Bits)size1 << DROPPED1) + base1 + lift) - (Vec)normal) | ((Bits)code1 & SIGN));
+    Vec s = (Vec)(((code2 << DROPPED2) + base2) & (Bits)(code2 != 0));
+    weights.write(j * W, rule.step(weights.read(j * W), gradient<G>(grad + j * W), m, s));
+    const Bits size = (Bits)m & ~SIGN, root = (Bits)s & ~SIGN;
+    top1 = larger(top1, (size + (threshold >> (32 - DROPPED1))) & (Bits)(size != 0));
+    s_kept[j] = (root + (threshold >> (32 - DROPPED2))) & (Bits)(root != 0);
+    top2 = larger(top2, s_kept[j]);
+    m_kept[j] = m;
+    threshold += W * ALONG;
+  }
+  first_exponent = std::max<uint32_t>(largest(top1) >> 23, REACH + 1);
+  second_exponent = largest(top2) >> 23;
+  const Bits normal = same((first_exponent - REACH + 1) * BINADE);
+  const Bits low1 = (normal - BINADE) >> DROPPED1, low2 = same((second_exponent - REACH) * (BINADE >> DROPPED2));
+  threshold = first_threshold;
+  for (int j = 0; j < N; j++) {
+    const Bits size = (Bits)m_kept[j] & ~SIGN, above = threshold >> (32 - DROPPED1);
+    const Bits shifted = (Bits)((Vec)size + (Vec)normal) - BINADE;  // so that both count from low1
+    const Bits gradual = (Bits)((Signed)size < (Signed)normal);
+    Signed code1 = (Signed)((((gradual & shifted) | (~gradual & size)) + above >> DROPPED1) - low1);
+    code1 = (Signed)m_kept[j] < 0 ? -code1 : code1;
+    Signed code2 = (Signed)((s_kept[j] >> DROPPED2) - low2);
+    code2 = (code2 > 1 ? code2 : Signed{} + 1) & (Signed)(s_kept[j] != 0);
+    write(first + j * W, __builtin_convertvector(code1, Code));
+    write(second + j * W, __builtin_convertvector(code2, UnsignedCode));
+    threshold += W * ALONG;
+  }
+}
+
+// turn: of the threshold, this step's. Every parameter begins with a block, and blocks are whole in all buffers.
+template <class G>
+void update_coded(const Segment* segments, int64_t count, const Buffers& b, const Codes& c, const double* k,
+                  uint32_t turn, int threads) {
+  parallel(threads, [=](int t) {
+    const Adam rule(k);
+    Bits lane;
+    for (int j = 0; j < W; j++) lane[j] = j * ALONG;
+    share<CODED>(segments, count, t, threads, [&](const Segment& s, int64_t begin, int64_t end) {
+      const auto* grad = static_cast<const typename G::Store*>(s.grad) - s.offset;
+      const int64_t stop = s.offset + end;
+      for (int64_t i = s.offset + begin; i < stop; i += CODED) {
+        const Split weights({nullptr, static_cast<uint16_t*>(b.half) + i, b.low + i, nullptr, nullptr});
+        typename G::Store rest[CODED];
+        const auto* g = grad + i;
+        if (i + CODED > stop) {  // a gradient ends where its parameter does
+          std::memset(rest, 0, sizeof rest);
+          std::memcpy(rest, g, (stop - i) * sizeof *g);
+          g = rest;
+        }
+        coded_block<G>(rule, g, weights, c.first + i, c.second + i, c.first_exponents[i / CODED],
+                       c.second_exponents[i / CODED], lane + turn + static_cast<uint32_t>(i) * ALONG);
+      }
+    });
+  });
+}
+
+// -- half weights of all masters
 
 typedef uint16_t Pair __attribute__((vector_size(4 * W)));  // the half weights of two vectors
 
@@ -423,6 +538,12 @@ void mptrain_narrow(const float* master, uint16_t* half, int64_t numel, int weig
 
 void mptrain_adam(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {
   pick<Adam>(s, n, grad, b, weights, k, threads);
+}
+
+// half: bfloat16, with low
+void mptrain_adam8(const Segment* s, int64_t n, int grad, const Buffers* b, const Codes* c, const double* k, uint32_t turn,
+                   int threads) {
+  (grad == FLOAT ? update_coded<F32> : update_coded<BF16>)(s, n, *b, *c, k, turn, threads);
 }
 
 void mptrain_momentum(const Segment* s, int64_t n, int grad, const Buffers* b, int weights, const double* k, int threads) {

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mptrain.core.errors import UserError
 from mptrain.precision import accumulate
 from mptrain.precision.optimizer import KernelChoice, MasterOptimizer
-from mptrain.precision.policy import Compute, LossScale, Master, Policy
+from mptrain.precision.policy import Compute, LossScale, Master, Moments, Policy
 from mptrain.precision.scaler import LossScaler
 from mptrain.precision.step import Run, checked_max_norm, clip_factor, collect
 from mptrain.precision.watchdog import Watchdog
@@ -49,10 +49,13 @@ class MasterWeights(MasterOptimizer):
         reduce: dtype in which an `attach`ed DDP sums gradients over ranks, "fp32" or "compute".
         process_group: ranks that agree on skipping a step; default: all.
         kernel: "auto" (compiled where possible), "native" or "torch".
+        moments: "fp32", or "int8" (split masters and Adam or AdamW only): 8 bits each for exp_avg and the root of
+            exp_avg_sq, 6 bytes a parameter less. What is kept in fp32 has fp32 moments.
 
     - Shapes and dtypes: parameters of any shape, fp32, fp16 or bf16, become views of one flat buffer of `dtype`;
-      masters and moments are fp32, of the same shapes; the loss is a scalar.
-    - Units: norms are those of gradients without the loss scale; AdamW takes 16 bytes a parameter, `split` 14.
+      masters and moments are fp32, of the same shapes (moments "int8": codes); the loss is a scalar.
+    - Units: norms are those of gradients without the loss scale; AdamW takes 16 bytes a parameter, `split` 14, with
+      moments "int8" 8.03.
     - Raises UserError for wrong arguments, ModelError when a pattern matches nothing or a dtype cannot be trained.
     - Source: Micikevicius et al. 2018, Mixed Precision Training, sections 3.1 and 3.2.
     """
@@ -70,8 +73,9 @@ class MasterWeights(MasterOptimizer):
         reduce: Literal["fp32", "compute"] = "fp32",
         process_group: dist.ProcessGroup | None = None,
         kernel: KernelChoice = "auto",
+        moments: Moments = "fp32",
     ) -> None:
-        policy = Policy(dtype, master, reduce, keep_fp32, LossScale.of(loss_scale, dtype))
+        policy = Policy(dtype, master, reduce, keep_fp32, LossScale.of(loss_scale, dtype), moments)
         self.scaler = LossScaler(policy.loss_scale)
         self.max_grad_norm = checked_max_norm(max_grad_norm)
         self.grad_norm = 0.0

@@ -55,8 +55,8 @@ class Masters:
             dtype = _target(name, p, key in group_of, key in self.kept.parameters, policy)
             if dtype is not None:
                 by_kind.setdefault((p.device, dtype), []).append((name, p, group_of.get(key)))
-        split = policy.master == "split"
-        self.flats = [Flat(device, dtype, m, split=split) for (device, dtype), m in by_kind.items()]
+        kind = {"split": policy.master == "split", "coded": policy.moments == "int8"}
+        self.flats = [Flat(device, dtype, m, **kind) for (device, dtype), m in by_kind.items()]
         self.by_name: dict[str, tuple[Flat, Entry]] = {e.name: (f, e) for f in self.flats for e in f.entries}
         self.by_id: dict[int, tuple[Flat, Entry]] = {id(e.parameter): (f, e) for f in self.flats for e in f.entries}
         self._structure = list(_links(model))

@@ -4,10 +4,11 @@
     fp32                       4        -         -          4         8       16
     fp16-master, bf16-master   2        4         -          2         8       16
     bf16-split                 2        -         2          2         8       14
+    bf16-split-int8            2        -         2          2         2.03     8.03
 
 The moments are AdamW's. A parameter kept in fp32 takes what it takes under fp32, a tied one counts once, and
-buffers start at multiples of 16 elements, so the sum is what `MasterWeights` allocates. Accumulation of
-half gradients in fp32 takes 4 more. Activations are not counted: they depend on the batch.
+buffers start at multiples of 16 elements (64 with moments of 8 bits), so the sum is what `MasterWeights` allocates.
+Accumulation of half gradients in fp32 takes 4 more. Activations are not counted: they depend on the batch.
 
 Under FSDP2 each of N processes holds a part, and gathers what it computes with:
 
@@ -20,21 +21,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import UserError
+from mptrain.precision import moments8
 from mptrain.precision.flat import ALIGN
-from mptrain.precision.policy import Compute, Master, Policy, kept_in_fp32
+from mptrain.precision.policy import Compute, Master, Moments, Policy, kept_in_fp32
 
-PRECISIONS: dict[str, tuple[Compute, Master] | None] = {
+
+class Dtypes(NamedTuple):
+    compute: Compute
+    master: Master = "fp32"
+    moments: Moments = "fp32"
+
+
+PRECISIONS: dict[str, Dtypes | None] = {
     "fp32": None,
-    "fp16-master": ("fp16", "fp32"),
-    "bf16-master": ("bf16", "fp32"),
-    "bf16-split": ("bf16", "split"),
+    "fp16-master": Dtypes("fp16"),
+    "bf16-master": Dtypes("bf16"),
+    "bf16-split": Dtypes("bf16", "split"),
+    "bf16-split-int8": Dtypes("bf16", "split", "int8"),
 }
-"""compute and master dtype by short name"""
+"""by short name"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,10 @@ def predict(model: nn.Module, precision: str, keep_fp32: Sequence[str] = ()) -> 
     chosen = PRECISIONS[precision]
     if chosen is None:
         return Memory(precision, count, count, 4 * count, 0, 0, 4 * count, 8 * count)
-    kept = kept_in_fp32(model, Policy(*chosen, keep_fp32=keep_fp32)).parameters
+    kept = kept_in_fp32(model, _policy(chosen, keep_fp32)).parameters
     fp32, half = ([n for i, n in sizes.items() if (i in kept) == wanted] for wanted in (True, False))
-    aligned, split = _aligned(half), chosen[1] == "split"
+    split, coded = chosen.master == "split", chosen.moments == "int8"
+    aligned = _aligned(half, moments8.BLOCK if coded else ALIGN)
     return Memory(
         precision,
         count,
@@ -81,7 +93,7 @@ def predict(model: nn.Module, precision: str, keep_fp32: Sequence[str] = ()) -> 
         masters=0 if split else 4 * aligned,
         remainders=2 * aligned if split else 0,
         gradients=2 * sum(half) + 4 * sum(fp32),
-        moments=8 * (aligned + _aligned(fp32)),
+        moments=(moments8.size(aligned) if coded else 8 * aligned) + 8 * _aligned(fp32),
     )
 
 
@@ -91,10 +103,10 @@ def predict_sharded(model: nn.Module, precision: str, processes: int, keep_fp32:
     Raises ModelError for a pattern of keep_fp32 that matches nothing or everything, UserError for split masters.
     """
     chosen = PRECISIONS[precision]
-    if chosen is not None and chosen[1] == "split":
+    if chosen is not None and chosen.master == "split":
         raise UserError(f"{precision}: FSDP2 keeps no half of a master in the half weight; use bf16-master")
     parameters = {id(p): p for p in model.parameters() if p.is_floating_point()}
-    policy = None if chosen is None else Policy(*chosen, keep_fp32=keep_fp32)
+    policy = None if chosen is None else _policy(chosen, keep_fp32)
     kept = set(parameters) if policy is None else kept_in_fp32(model, policy).parameters
 
     def gathered(members: Iterable[nn.Parameter]) -> int:
@@ -127,5 +139,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [m for m in found if not any(m is not o and m in set(o.modules()) for o in found)]
 
 
-def _aligned(sizes: Sequence[int]) -> int:
-    return sum(-(-n // ALIGN) * ALIGN for n in sizes)
+def _policy(dtypes: Dtypes, keep_fp32: Sequence[str]) -> Policy:
+    return Policy(dtypes.compute, dtypes.master, keep_fp32=keep_fp32, moments=dtypes.moments)
+
+
+def _aligned(sizes: Sequence[int], align: int = ALIGN) -> int:
+    return sum(-(-n // align) * align for n in sizes)

@@ -20,14 +20,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.core.errors import ResumeError, UserError
-from mptrain.precision import accumulate, moments, rounded
+from mptrain.precision import accumulate, moments, moments8, rounded
 from mptrain.precision.casting import Casts
 from mptrain.precision.cpp_kernel import native_kernel
 from mptrain.precision.flat import Flat
 from mptrain.precision.link import Link
 from mptrain.precision.master import Changed, Masters
 from mptrain.precision.policy import Policy
-from mptrain.precision.step import Kernel, Run, TorchKernel, rule_of
+from mptrain.precision.step import AdamRule, Kernel, Run, TorchKernel, rule_of
 from mptrain.precision.whole import Whole, answer_for, forget, refuse_tracing
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,11 @@ class MasterOptimizer(torch.optim.Optimizer):
             )
         self.optimizer = optimizer
         self.rule = rule_of(optimizer)
+        if self.rule is not AdamRule and policy.moments == "int8":
+            raise UserError(
+                f"moments='int8' needs Adam or AdamW (without amsgrad), got {type(optimizer).__name__} with its"
+                " settings: use AdamW, or moments='fp32'"
+            )
         if self.rule is None and policy.master == "split":
             raise UserError(
                 f"split masters need Adam, AdamW or SGD, got {type(optimizer).__name__} with its settings: other"
@@ -177,6 +182,7 @@ class MasterOptimizer(torch.optim.Optimizer):
     def release(self) -> nn.Module:
         """The model with fp32 parameters of its own, and the optimizer on them; this object is done."""
         self._dismantle()
+        moments.decode(self.optimizer)
         self._whole.remove()
         self._refusal.remove()
         return self.model
@@ -349,7 +355,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _load_plain(self, state_dict: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        moments.load(self.optimizer, state_dict if self.policy.moments == "int8" else moments8.plain(state_dict))
         if self.rule is not None:
             for flat in self.flats:
                 moments.take_over(self.optimizer, flat, self.rule)

@@ -1,6 +1,7 @@
 """Which dtype each tensor of a training run has.
 
     master     what the optimizer updates: fp32, or split into the bf16 weight and a remainder
+    moments    what the optimizer keeps of gradients: fp32, or 8 bits each beside split masters
     compute    what forward and backward see: fp16 or bf16, but for the modules kept in fp32
     reduce     what gradients are summed over ranks in
 
@@ -28,6 +29,7 @@ NORMS = "norms"
 
 Compute = Literal["fp16", "bf16"]
 Master = Literal["fp32", "split"]
+Moments = Literal["fp32", "int8"]
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -43,6 +45,7 @@ class Policy:
     reduce: Literal["fp32", "compute"] = "fp32"
     keep_fp32: Sequence[str] = ()
     loss_scale: LossScale = field(default_factory=lambda: LossScale.static(1.0))
+    moments: Moments = "fp32"
 
     def __post_init__(self) -> None:
         if self.compute not in DTYPES:
@@ -53,6 +56,12 @@ class Policy:
             raise UserError(
                 f"master 'split' needs bf16, got {self.compute}: only a bf16 weight is the high half of an fp32 number."
                 " Use master='fp32' or dtype='bf16'."
+            )
+        if self.moments not in ("fp32", "int8"):
+            raise UserError(f"moments must be 'fp32' or 'int8', got {self.moments!r}")
+        if self.moments == "int8" and self.master != "split":
+            raise UserError(
+                f"moments 'int8' needs split masters, got master={self.master!r}: use master='split', or moments='fp32'"
             )
         if self.reduce not in ("fp32", "compute"):
             raise UserError(f"reduce must be 'fp32' or 'compute', got {self.reduce!r}")

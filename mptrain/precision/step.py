@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mptrain.core.errors import ModelError, UserError
+from mptrain.precision import moments8
 from mptrain.precision.accumulate import fold
 from mptrain.precision.flat import BLOCK, Entry, Flat
 from mptrain.precision.policy import is_number
@@ -239,7 +240,7 @@ class Kernel(Protocol):
 
 
 class TorchKernel:
-    """Eager torch on one device; its temporaries are two blocks, whatever the size of the model."""
+    """Eager torch on one device; its temporaries are a few blocks, whatever the size of the model."""
 
     def __init__(self, device: torch.device) -> None:
         self.block = BLOCK << 1 if device.type == "cpu" else BLOCK << 7  # there, fewer launches matter more
@@ -257,9 +258,12 @@ class TorchKernel:
 
     def update(self, run: Run, rule: Rule, factor: float) -> None:
         flat = run.flat
-        buffers = [flat.state(name) for name in rule.states]
+        buffers = [] if flat.coded else [flat.state(name) for name in rule.states]
         scale = torch.full((), 1.0 / factor, device=flat.device)  # torch's fused optimizers divide by it on the way
         for start, stop, g in self._blocks(run):
+            if flat.coded:
+                self._update_coded(flat, rule, start, g, scale)
+                continue
             states = [b[start:stop] for b in buffers]
             if flat.low is not None:
                 high, low = flat.half[start:stop], flat.low[start:stop]
@@ -271,6 +275,22 @@ class TorchKernel:
                 rule.apply(p, g, states, scale)
                 if flat.half is not None:
                     flat.half[start:stop].copy_(p)
+
+    @staticmethod
+    def _update_coded(flat: Flat, rule: Rule, start: int, g: Tensor, scale: Tensor) -> None:
+        """Of split masters whose moments have 8 bits; start: where a block begins."""
+        whole = nn.functional.pad(g, (0, -len(g) % moments8.BLOCK))
+        stop = start + len(whole)
+        exponents = {name: flat.state(moments8.EXPONENTS[name]) for name in rule.states}
+        blocks = slice(start // moments8.BLOCK, stop // moments8.BLOCK)
+        states = [moments8.decode(n, flat.state(n)[start:stop], exponents[n][blocks]) for n in rule.states]
+        high, low = flat.half[start:stop], flat.low[start:stop]
+        p = join(high, low)
+        rule.apply(p, whole, states, scale)
+        split(p, high, low)
+        threshold = moments8.thresholds(start, stop, rule.step, flat.device)
+        for name, values in zip(rule.states, states, strict=True):
+            flat.state(name)[start:stop], exponents[name][blocks] = moments8.encode(name, values, threshold)
 
     def _blocks(self, run: Run) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, gradient [stop - start] fp32): slices of large gradients, small ones gathered."""

@@ -98,15 +98,19 @@ def _loss_scale(value: Any) -> Any:
     raise ValueError(f"must be 'dynamic', a positive number or a mapping, got {value!r}")
 
 
-ShortPrecision = Literal["fp32", "bf16-master", "fp16-master", "bf16-split"]
+ShortPrecision = Literal["fp32", "bf16-master", "fp16-master", "bf16-split", "bf16-split-int8"]
 
 
 class MixedPrecision(Strict):
-    """A short name (fp32, bf16-master, fp16-master, bf16-split), or these fields; for every stage that trains."""
+    """A short name (fp32, bf16-master, fp16-master, bf16-split, bf16-split-int8), or these fields; for every stage that
+    trains."""
 
     compute: Literal["fp32", "bf16", "fp16"] = Field(description="dtype of forward, backward and the weights they see")
     master: Literal["fp32", "split"] = Field(
         "fp32", description="split: the bf16 weight is the high half of its master, 2 bytes a parameter less"
+    )
+    moments: Literal["fp32", "int8"] = Field(
+        "fp32", description="int8: AdamW's moments in 8 bits each, 6 bytes a parameter less; needs master split"
     )
     keep_fp32: list[str] = Field(
         [], description="parameters whose modules compute in fp32: substrings, 're:REGEX', or 'norms'"
@@ -126,13 +130,25 @@ class MixedPrecision(Strict):
             return value
         if value not in get_args(ShortPrecision):
             raise ValueError(f"must be a mapping or one of {', '.join(get_args(ShortPrecision))}, got {value!r}")
-        compute, _, kind = value.partition("-")
-        return {"compute": compute, "master": "split" if kind == "split" else "fp32"}
+        compute, *kinds = value.split("-")
+        return {
+            "compute": compute,
+            "master": "split" if "split" in kinds else "fp32",
+            "moments": "int8" if "int8" in kinds else "fp32",
+        }
 
     @model_validator(mode="after")
     def _fits(self):
         if self.master == "split" and self.compute != "bf16":
             raise ValueError(f"master split needs compute bf16, got {self.compute}")
+        if self.moments == "int8" and self.master != "split":
+            raise ValueError(
+                f"moments int8 need master split (and compute bf16), got master {self.master}: write master: split, or"
+                " drop moments"
+            )
         if self.compute == "fp32" and (self.keep_fp32 or self.loss_scale is not None):
             raise ValueError("keep_fp32 and loss_scale need compute bf16 or fp16; with fp32 drop them")
         return self
+
+    def words(self) -> str:
+        return ", ".join([self.compute, f"{self.master} masters", f"{self.moments} moments"])

@@ -16,8 +16,8 @@ from mptrain.core.errors import UserError
 from mptrain.recipe import LossScale, MixedPrecision, ShortPrecision, Train
 
 HELP = (
-    "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, fp32, or the mapping of a recipe's"
-    " `precision` field (on a command line as JSON)."
+    "Half compute weights with fp32 masters: fp16-master, bf16-master, bf16-split, bf16-split-int8 (AdamW's moments in"
+    " 8 bits), fp32, or the mapping of a recipe's `precision` field (on a command line as JSON)."
 )
 
 
@@ -28,8 +28,9 @@ _taken = contextvars.ContextVar("taken", default=False)
 class TrainingArguments(transformers.TrainingArguments):
     """`transformers.TrainingArguments` with `precision`, which replaces `fp16` and `bf16`.
 
-    precision: "fp16-master", "bf16-master", "bf16-split", "fp32", or the mapping that a recipe's `precision` field
-    takes, e.g. {"compute": "fp16", "keep_fp32": ["norms"], "loss_scale": {"init": 1024}}. Kept as that mapping.
+    precision: "fp16-master", "bf16-master", "bf16-split", "bf16-split-int8", "fp32", or the mapping that a recipe's
+    `precision` field takes, e.g. {"compute": "fp16", "keep_fp32": ["norms"], "loss_scale": {"init": 1024}}. Kept as
+    that mapping.
 
     - Shapes and dtypes: text and plain mappings; the dtype is that of forward, backward and the weights they see.
     - Units: none of its own; those of transformers hold.

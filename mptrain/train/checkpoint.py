@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mptrain.core.disk import sha256
 from mptrain.core.errors import TrainingError, UserError
 from mptrain.models.artifact import unique_tensors
+from mptrain.precision import moments8
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -107,7 +108,7 @@ def for_transformers(folder: str | Path) -> None:
         raise UserError(f"{folder} is not a whole checkpoint of mptrain.Trainer: {why}")
     if not (folder / "optimizer.json").is_file():
         raise UserError(f"{folder} holds shards of FSDP2: resume it with mptrain.Trainer without FSDP2, and save again")
-    state = load_state(folder / "optimizer")
+    state = moments8.plain(load_state(folder / "optimizer"))
     torch.save({k: state[k] for k in ("state", "param_groups")}, folder / FOREIGN[0])
     torch.save(load_state(folder / "scheduler"), folder / FOREIGN[1])
 

@@ -27,6 +27,7 @@ def build(model: nn.Module, optimizer: torch.optim.Optimizer, precision: MixedPr
         precision.master,
         keep_fp32=precision.keep_fp32,
         loss_scale=precision.loss_scale,
+        moments=precision.moments,
     )
 
 

@@ -23,7 +23,7 @@ from transformers.trainer_callback import TrainerState
 
 from mptrain.compress.base import TrainingMethod
 from mptrain.core.hooks import is_quantized
-from mptrain.precision import MasterWeights, ShardedMasters
+from mptrain.precision import MasterWeights, ShardedMasters, moments8
 from mptrain.precision.fully_sharded import gathered
 from mptrain.train import checkpoint, shards
 
@@ -228,7 +228,7 @@ class Saving(transformers.Trainer):
         if isinstance(masters, MasterWeights) and "masters" not in state:  # of fp32: the weights are the masters
             masters.load_plain_state_dict(state)
         else:
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict(state if masters is not None else moments8.plain(state))
         self.lr_scheduler.load_state_dict(checkpoint.load_state(folder / "scheduler"))
         for compressor in self.compressors:
             compressor.load_state_dict(checkpoint.load_state(folder / f"compressor-{compressor.name}"))

@@ -64,7 +64,7 @@ def check(
     if precision.master == "split":
         raise UserError(
             "precision.master split keeps half of the master in the half weight, which FSDP2 does not keep: use"
-            " bf16-master"
+            f" bf16-master{' without moments int8' if precision.moments == 'int8' else ''}"
         )
     full = [flag for flag in ("fp16_full_eval", "bf16_full_eval") if half and getattr(args, flag)]
     if full:

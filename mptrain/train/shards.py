@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as sharded_zeros
 
 from mptrain.core.errors import TrainingError, UserError
+from mptrain.precision import moments8
 from mptrain.precision.fully_sharded import distinct, second_names
 from mptrain.train import checkpoint
 
@@ -156,7 +157,7 @@ def _load_whole_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> Any
             f"resume_from_checkpoint: {folder} is of transformers' own Trainer; under FSDP2 mptrain.Trainer resumes"
             " what mptrain.Trainer wrote. Load its weights and train on with a new optimizer."
         )
-    saved = checkpoint.load_state(folder / "optimizer")
+    saved = moments8.plain(checkpoint.load_state(folder / "optimizer"))
     if [len(g["params"]) for g in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise TrainingError(f"{folder}: its optimizer trains other parameters, or in other groups, than this one")
     for group, settings in zip(optimizer.param_groups, saved["param_groups"], strict=True):

@@ -56,6 +56,15 @@ def test_a_convolutional_network_has_the_multiply_adds_of_its_convolutions(tmp_p
     assert predicted(content) == counter.get_total_flops() // 2 > 1e7
 
 
+def test_a_dry_run_says_what_training_in_half_takes(tmp_path):
+    content = tiny.jpqd(tmp_path) | {"precision": "bf16-split-int8"}
+    del content["stages"][1]["prune"]
+    shown = " ".join(plan.dry_run(Recipe.model_validate(content)).split())
+    assert "precision: bf16, split masters, int8 moments; training takes 0.0" in shown
+    assert 8.03 < float(shown.split(" bytes a parameter)")[0].split("(")[-1]) < 8.5
+    assert "bytes a parameter" not in plan.dry_run(Recipe.model_validate(content | {"precision": "fp32"}))
+
+
 def test_a_dry_run_is_that_of_the_processes_that_would_be_launched(tmp_path):
     content = tiny.jpqd(tmp_path)
     del content["stages"][1]["prune"]

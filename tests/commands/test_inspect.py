@@ -43,15 +43,15 @@ def storages(tensors):
 
 
 @pytest.mark.parametrize("keep", [(), ("norms",)], ids=["all", "norms kept"])
-@pytest.mark.parametrize("precision", ["fp16-master", "bf16-master", "bf16-split"])
+@pytest.mark.parametrize("precision", ["fp16-master", "bf16-master", "bf16-split", "bf16-split-int8"])
 def test_predicted_memory_is_what_masters_allocate(precision, keep):
     model = tiny_models.tiny("opt", tie_word_embeddings=True)
     model.tie_weights()
     assert len(dict(model.named_parameters(remove_duplicate=False))) > len(dict(model.named_parameters()))
     found = memory.predict(model, precision, keep)
-    compute, master = memory.PRECISIONS[precision]
+    compute, master, moments = memory.PRECISIONS[precision]
     optimizer = torch.optim.AdamW(model.parameters())
-    mw = MasterWeights(model, optimizer, compute, master=master, keep_fp32=keep, kernel="torch")
+    mw = MasterWeights(model, optimizer, compute, master=master, keep_fp32=keep, kernel="torch", moments=moments)
     loss = model(**tiny_models.inputs("opt", labels=True)).loss
     mw.backward(loss)
     gradients = sum(p.grad.nbytes for p in model.parameters())
@@ -59,7 +59,8 @@ def test_predicted_memory_is_what_masters_allocate(precision, keep):
     half = [f for f in mw.flats if f.dtype != torch.float32]
     fp32 = [f for f in mw.flats if f.dtype == torch.float32]
     assert found.weights == storages([*(f.half for f in half), *(f.master for f in fp32)])
-    assert found.weights == storages(model.parameters())
+    padding = sum((f.numel - sum(e.numel for e in f.entries)) * f.dtype.itemsize for f in mw.flats)
+    assert found.weights - padding == storages(model.parameters())
     assert found.masters == storages(f.master for f in half)
     assert found.remainders == storages(f.low for f in half)
     assert found.gradients == gradients
@@ -77,7 +78,7 @@ def test_fp32_takes_sixteen_bytes_a_parameter():
     moments = [t for s in optimizer.state.values() for k, t in s.items() if k != "step"]
     assert found.total == storages([*model.parameters(), *(p.grad for p in model.parameters()), *moments])
     assert found.per_parameter == 16
-    assert [memory.predict(model, p).per_parameter for p in list(memory.PRECISIONS)[1:]] == [16, 16, 14]
+    assert [memory.predict(model, p).per_parameter for p in list(memory.PRECISIONS)[1:]] == [16, 16, 14, 8 + 2 / 64]
 
 
 # -- modules in half precision

@@ -27,6 +27,7 @@ def recipe(tmp_path, *, prune=None, **changes):
         ({"sharding": "fsdp1"}, {}, "fsdp_version: 2"),
         (FSDP2, {"prune": {}}, r"stages\.jpqd\.prune\.schedule: masks act on whole weight matrices"),
         (FSDP2, {"precision": "bf16-split"}, r"precision\.master: split"),
+        (FSDP2, {"precision": "bf16-split-int8"}, r"use fp32 \(bf16-master\) and drop moments: int8"),
         (FSDP2 | {"one_loads": True}, {}, "fsdp_cpu_ram_efficient_loading"),
         (FSDP2 | {"mixed_precision": "bf16"}, {"precision": "bf16-master"}, "exclude each other"),
     ],

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from mptrain.precision import moments8
 from mptrain.precision.flat import Flat
+from mptrain.precision.split import join
 from mptrain.precision.step import AdamRule, SgdRule, collect
 
 CPU = torch.device("cpu")
@@ -26,14 +28,16 @@ RULES = {
     "nesterov": (torch.optim.SGD, {**SGD, "nesterov": True}),
 }
 WEIGHTS = ["fp16", "bf16", "split", "fp32"]
+CODED = "int8"  # split, with moments of 8 bits; Adam's alone
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "split": torch.bfloat16, "fp32": torch.float32}
+DTYPES |= {CODED: torch.bfloat16}
 
 
 def make_flat(weights, shapes=SHAPES):
     generator = torch.Generator().manual_seed(1)
     parameters = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     members = [(f"p{i}", p, 0) for i, p in enumerate(parameters)]
-    return Flat(CPU, DTYPES[weights], members, split=weights == "split")
+    return Flat(CPU, DTYPES[weights], members, split=weights in ("split", CODED), coded=weights == CODED)
 
 
 def set_gradients(flat, seed, scale=1.0):
@@ -113,6 +117,71 @@ def check_torch_optim(kernel, rule):
         step(kernel, flat, kind, settings)
     for p, m in zip(plain, masters(flat), strict=True):
         torch.testing.assert_close(m, p.detach(), rtol=2e-6, atol=5e-7)
+
+
+def coded_reference(flat, settings, step, factor):
+    """The step of moments8.py, an fp32 operation at a time: what masters and the four buffers then are."""
+    rule = AdamRule.of(settings, step)
+    l2, decay, take1, beta2, take2, size, root_bias, eps = rule.constants
+    grad = torch.zeros(flat.trained)
+    for entry in flat.entries:
+        flat.view(grad, entry).copy_(entry.parameter.grad)
+    p = join(flat.half, flat.low)
+    first, second = moments8.FIRST, moments8.SECOND
+    buffers = {name: flat.state(name).clone() for name in moments8.BUFFERS}
+    m, v = (moments8.decode(n, buffers[n], buffers[moments8.EXPONENTS[n]]) for n in (first, second))
+    g = grad * (-factor if rule.maximize else factor) + l2 * p
+    m = m + take1 * (g - m)
+    v = beta2 * v + take2 * (g * g)
+    p = decay * p - size * (m / (root_bias * v.double().sqrt().float() + eps))
+    threshold = moments8.thresholds(0, flat.trained, step, CPU)
+    for name, values in ((first, m), (second, v)):
+        buffers[name], buffers[moments8.EXPONENTS[name]] = moments8.encode(name, values, threshold)
+    return p, buffers
+
+
+def check_coded_reference(kernel, rule, exact):
+    """exact: bit for bit; otherwise a sum may be rounded elsewhere, and so a moment to the code beside."""
+    kind, settings = RULES[rule]
+    group = {**settings, "decoupled_weight_decay": kind is torch.optim.AdamW}
+    flat = make_flat(CODED, [*SHAPES, (4000,), (9, 64)])
+    apart = total = 0
+    for seed in range(6):
+        set_gradients(flat, seed, scale=10.0 ** (seed % 3))
+        for entry in flat.entries[::2]:
+            entry.parameter.grad[...] *= torch.logspace(-6, 0, entry.numel).view(entry.shape).bfloat16()
+        p, buffers = coded_reference(flat, group, seed + 1, 0.37)
+        step(kernel, flat, kind, settings, 0.37)
+        found = join(flat.half, flat.low)
+        if exact:
+            assert torch.equal(found.view(torch.int32), p.view(torch.int32))
+        torch.testing.assert_close(found, p, rtol=2e-6, atol=5e-7)
+        for name, expected in buffers.items():
+            off = (flat.state(name).int() - expected.int()).abs()
+            assert off.max() <= (0 if exact else 1) and flat.state(name).int().abs().max() > 8
+            apart, total = apart + int(off.sum()), total + off.numel()
+    assert apart <= 1e-3 * total
+
+
+def check_small_moments_beside_large_ones(kernel):
+    """Gradients of 1e6 and of 1e-6 in one block: what moments8.py says of how far a step may be."""
+    flats = [make_flat(weights, [(256,)]) for weights in (CODED, "split")]
+    settings = {**ADAM, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    large = torch.zeros(256, dtype=torch.bool)
+    large[::37] = True
+    furthest = torch.zeros(2, 256)
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        gradient = torch.randn(256, generator=generator) * torch.where(large, 1e6, 10.0 ** (-(seed % 7)))
+        if seed > 30:
+            gradient[large] = 0.0
+        for which, flat in enumerate(flats):
+            before = masters(flat)[0]
+            flat.entries[0].parameter.grad = gradient.bfloat16()
+            step(kernel, flat, torch.optim.AdamW, settings)
+            furthest[which] = furthest[which].maximum((masters(flat)[0] - before).abs())
+    assert furthest[0].isfinite().all() and (furthest[0] <= 1.1 * furthest[1] + furthest[1][large].max() / 8).all()
+    assert (furthest[0][large] > 0.5 * furthest[1][large]).all()
 
 
 def check_norm(kernel, weights):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from kit import kernels
-from kit.kernels import CPU, DTYPES, RULES, WEIGHTS, make_flat, masters, set_gradients, step
+from kit.kernels import CODED, CPU, DTYPES, RULES, WEIGHTS, make_flat, masters, set_gradients, step
 from torch import nn
 
 from mptrain.precision import cpp_kernel
@@ -22,7 +22,7 @@ KERNELS = ["torch", *WIDTHS]
 def make_kernel(name):
     if name == "torch":
         kernel = TorchKernel(CPU)
-        kernel.block = 64  # several blocks, and blocks of several parameters
+        kernel.block = 256  # several blocks, and blocks of several parameters
         return kernel
     return NativeKernel(build(name))
 
@@ -84,13 +84,28 @@ def test_norm_is_not_finite_with_one_bad_gradient_anywhere(kernel, weights, bad)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, CODED])
 def test_a_step_is_deterministic(kernel, weights):
-    kernels.check_deterministic(make_kernel(kernel), weights)
+    made = make_kernel(kernel)
+    if weights == CODED and kernel == "torch":
+        made.block = 1 << 16
+    kernels.check_deterministic(made, weights)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("rule", ["adamw", "adam", "adamw-maximize"])
+def test_moments_of_8_bits_are_those_of_the_reference(kernel, rule):
+    """The C++ without fused multiply-add gives the very bits."""
+    kernels.check_coded_reference(make_kernel(kernel), rule, exact=kernel == "baseline")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_moments_of_8_bits_never_make_a_step_longer(kernel):
+    kernels.check_small_moments_beside_large_ones(make_kernel(kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, CODED])
 def test_fp32_gradients_give_what_half_gradients_of_the_same_value_give(kernel, weights):
     kernels.check_fp32_gradients(make_kernel(kernel), weights)
 
@@ -104,7 +119,7 @@ def test_largest_half_gradients_are_finite():
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, CODED])
 def test_native_results_do_not_depend_on_threads(width, weights, monkeypatch):
     monkeypatch.setattr(cpp_kernel, "ELEMENTS_PER_THREAD", 100)
 

@@ -36,6 +36,9 @@ for weights in kernels.WEIGHTS:
 kernels.check_norm_of_bad_gradients(kernel, "fp16", math.nan)
 kernels.check_deterministic(kernel, "split")
 kernels.check_torch_optim(kernel, "adam")
+kernels.check_coded_reference(kernel, "adamw", exact=False)
+kernels.check_small_moments_beside_large_ones(kernel)
+kernels.check_fp32_gradients(kernel, kernels.CODED)
 print("done")
 """
     assert run(code, TRITON_INTERPRET="1").strip() == "done"
@@ -67,6 +70,11 @@ for half, gradient in [("fp16", tl.float16), ("bf16", tl.bfloat16), ("fp32", tl.
         constants = {{"TYPE": gradient, "KIND": kind, "HALF": half != "fp32", "SPLIT": split, **sizes}}
         assert compiled(k._update, {{**pointers, "half": f"*{{half}}"}}, constants)
         done += 1
+pointers |= {{"first": "*i8", "second": "*u8", "first_exponents": "*u8", "second_exponents": "*u8"}}
+for gradient in (tl.bfloat16, tl.float32):
+    given = {{**pointers, "half": "*bf16", "turn": "i32"}}
+    assert compiled(k._update_int8, given, {{"TYPE": gradient, **sizes}})
+    done += 1
 print(done)
 """
-    assert run(code, TRITON_DEFAULT_FP_FUSION="1").strip() == "12"
+    assert run(code, TRITON_DEFAULT_FP_FUSION="1").strip() == "14"

@@ -69,8 +69,9 @@ def run(folder, described, name, stop_at=None, monkeypatch=None):
         pytest.param({"compute": "fp16", "loss_scale": {"init": 2.0**24}}, {}, 24, marks=pytest.mark.long),
         pytest.param("bf16-master", {"prune": MOVEMENT}, 40, marks=pytest.mark.long),
         pytest.param("bf16-split", {"prune": None}, 27, marks=pytest.mark.long),
+        pytest.param("bf16-split-int8", {"prune": None}, 27, marks=pytest.mark.long),
     ],
-    ids=["fisher-qat-fp16", "movement-qat-bf16", "qat-split"],
+    ids=["fisher-qat-fp16", "movement-qat-bf16", "qat-split", "qat-split-int8"],
 )
 def test_stages_train_half_and_an_interruption_changes_no_bit(tmp_path, monkeypatch, precision, jpqd, stop_at):
     described = recipe(tmp_path, precision, **jpqd)
@@ -103,6 +104,17 @@ def test_a_stage_that_overflows_for_good_ends_with_its_place_and_the_diagnosis(t
     described = recipe(tmp_path, {"compute": "fp16", "loss_scale": scale})
     with pytest.raises(TrainingError, match="In stage dense, phase train, step 2: 3 optimizer steps in a row were"):
         run(tmp_path, described, "run", None, monkeypatch)
+
+
+def test_moments_of_8_bits_are_a_name_and_a_field_and_need_split_masters(tmp_path):
+    named = file.validate(recipe(tmp_path, "bf16-split-int8", prune=None), "recipe.yaml").precision
+    mapping = {"compute": "bf16", "master": "split", "moments": "int8"}
+    assert named == file.validate(recipe(tmp_path, mapping, prune=None), "recipe.yaml").precision
+    assert (named.compute, named.master, named.moments) == ("bf16", "split", "int8")
+    for master, compute in (("fp32", "bf16"), ("fp32", "fp32")):
+        wrong = {"compute": compute, "master": master, "moments": "int8"}
+        with pytest.raises(RecipeError, match=r"precision: moments int8 need master split .*write master: split"):
+            file.validate(recipe(tmp_path, wrong, prune=None), "recipe.yaml")
 
 
 def test_split_masters_and_masks_exclude_each_other(tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 
 from mptrain import Trainer
 from mptrain.core.errors import UserError
+from mptrain.precision import moments8
 from mptrain.train import checkpoint
 
 
@@ -55,7 +56,7 @@ class Tied(nn.Module):
         return {"loss": found.pop("loss"), **found} if labels is not None else found
 
 
-@pytest.mark.parametrize("precision", [None, "bf16-master", "bf16-split"])
+@pytest.mark.parametrize("precision", [None, "bf16-master", "bf16-split", "bf16-split-int8"])
 def test_a_plain_module_with_tied_weights_is_saved_and_resumed(tmp_path, precision, caplog):
     whole = train(Trainer, tmp_path / "whole", m=Tied(), precision=precision)
     train(Trainer, tmp_path / "part", m=Tied(), precision=precision, save_strategy="steps", save_steps=7)
@@ -122,6 +123,17 @@ def test_data_without_a_length_goes_on_at_the_row_where_it_was(tmp_path, shuffle
     assert same(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("precision", [None, "bf16-master"])
+def test_codes_of_moments_are_numbers_where_training_goes_on_with_fp32_ones(tmp_path, precision):
+    train(Trainer, tmp_path / "a", precision="bf16-split-int8", save_strategy="steps", save_steps=6)
+    folder = tmp_path / "a" / "checkpoint-6"
+    saved = checkpoint.load_state(folder / "optimizer")
+    assert {s["exp_avg"].dtype for s in saved["state"].values()} == {torch.int8}
+    start = AtTheStart()
+    train(Trainer, tmp_path / "b", str(folder), precision=precision, start=start)
+    assert start.has_moments(moments8.plain(saved)["state"]) and start.schedule == 6
+
+
 # -- transformers' Trainer
 
 
@@ -134,7 +146,7 @@ def test_transformers_trainer_does_not_start_our_optimizer_anew(tmp_path):
         train(transformers.Trainer, tmp_path / "theirs", str(folder))
 
 
-@pytest.mark.parametrize("precision", [None, "bf16-master"])
+@pytest.mark.parametrize("precision", [None, "bf16-master", "bf16-split-int8"])
 def test_a_checkpoint_is_made_one_that_transformers_resumes(tmp_path, precision):
     train(Trainer, tmp_path / "ours", precision=precision, save_strategy="steps", save_steps=6)
     folder = tmp_path / "ours" / "checkpoint-6"
@@ -142,7 +154,9 @@ def test_a_checkpoint_is_made_one_that_transformers_resumes(tmp_path, precision)
     assert checkpoint.fault(folder) is None
     start = AtTheStart()
     train(transformers.Trainer, tmp_path / "theirs", str(folder), start=start)
-    assert start.has_moments(checkpoint.load_state(folder / "optimizer")["state"]) and start.schedule == 6
+    state = moments8.plain(checkpoint.load_state(folder / "optimizer"))["state"]
+    assert start.has_moments(state) and start.schedule == 6
+    assert all(s["exp_avg"].dtype == torch.float32 and s["exp_avg_sq"].any() for s in state.values())
     assert same(start.weights, load_file(folder / "model.safetensors"))
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         checkpoint.for_transformers(tmp_path)
