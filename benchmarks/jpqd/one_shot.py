@@ -135,7 +135,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
-    dense_folder = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
+    dense_folder = options.dense
+    if dense_folder is None:
+        folder = options.work / "dense-seed0"
+        if not (options.peers and folder.is_dir()):  # a run is of its environment, and peers have another
+            folder = dense_run("0", None, options.work)
+        dense_folder = folder / "stages/dense/0-train/model"
     task = load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
     result: dict[str, Any] = {"rows": []}
     if options.json.is_file():

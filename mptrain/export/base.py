@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, Protocol
 
 import numpy as np
@@ -108,6 +109,13 @@ class Foreseeing(Format, Protocol):
         """model: of the architecture, with any weights. Raises ExportError that lists all operations that the format
         lacks."""
         ...
+
+
+def tried(format: Format, model: nn.Module, example: Batch, signature: Signature) -> None:
+    """`check` of a format that has to convert to see what it lacks: in fp32, into a folder that is thrown away."""
+    source = Source(lambda: model.eval(), signature, example, "fp32", "fp32", False, list)
+    with TemporaryDirectory(prefix="mptrain-") as folder:
+        format.write(source, Path(folder))
 
 
 class Streaming(Format, Protocol):

@@ -59,7 +59,8 @@ def _with_items(value: Mapping, changed: Mapping) -> Mapping:
     if dataclasses.is_dataclass(value):  # a ModelOutput, which cannot be copied with fields that are None
         return type(value)(**{**value, **changed})
     twin = copy.copy(value)
-    twin.update(changed)
+    for name, new in changed.items():
+        twin[name] = new  # a ModelOutput of no class of its own refuses `update`
     return twin
 
 

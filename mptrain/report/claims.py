@@ -234,4 +234,5 @@ def _gates(report: Row) -> Claim:
     missed = [g["name"] for g in report["gates"] if not g["passed"]]
     if missed:
         return Claim(f"{len(missed)} of {len(report['gates'])} gates missed: {', '.join(missed)}.", "bad")
-    return Claim(f"All {len(report['gates'])} gates of the recipe passed.", "good")
+    count = len(report["gates"])
+    return Claim(f"All {count} gates of the recipe passed." if count > 1 else "The gate of the recipe passed.", "good")

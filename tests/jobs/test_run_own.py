@@ -75,6 +75,80 @@ def test_half_of_the_multiply_adds_go_and_every_export_agrees(described, tmp_pat
     assert "auto_map" not in json.loads((tmp_path / "run/export/small_fp32/config.json").read_text())
 
 
+PATCHES = """
+import torch
+from torch import nn
+
+
+class Patches(nn.Module):
+    def __init__(self, num_labels, rank):
+        super().__init__()
+        self.rank, self.patch = rank, nn.Linear(48, 32)
+        self.one, self.two, self.norm = nn.Linear(32, 64), nn.Linear(64, 32), nn.LayerNorm(32)
+        self.out = nn.Linear(32, num_labels)
+
+    def forward(self, pixel_values):
+        batch = pixel_values.shape[0]
+        if self.rank > 5:
+            x = pixel_values.reshape(batch, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(batch, 16, 48)
+        else:
+            x = pixel_values.flatten(2).transpose(1, 2).reshape(batch, 16, 48)
+        x = self.patch(x)
+        x = x + self.two(torch.relu(self.one(self.norm(x))))
+        return {"logits": self.out(x.mean(1))}
+
+
+def patches(num_labels, rank=3):
+    return Patches(num_labels, rank)
+"""
+
+
+def of_patches(described, tmp_path, **arguments):
+    (tmp_path / "net.py").write_text(PATCHES)
+    described["model"] |= {"module": f"{tmp_path / 'net.py'}:patches", "arguments": arguments}
+    return described
+
+
+@pytest.mark.long
+def test_every_method_and_every_format_takes_a_network_of_ones_own(described, tmp_path):
+    train = {"epochs": 1, "lr": 1e-3, "batch_size": 16}
+    weights = {"mode": "weight_only", "bits": 8, "granularity": "channel"}
+    blocks = {"mode": "weight_only", "bits": 4, "block_size": 16, "method": "gptq"}
+    of_patches(described, tmp_path)["stages"] = [
+        described["stages"][0],
+        {"id": "qat", "teacher": "dense", "distill": {"weight": 0.5}, "train": train, "quantize": {"mode": "qat"}},
+        {"id": "eight", "from": "dense", "quantize": weights},
+        {"id": "four", "from": "dense", "quantize": blocks},
+        {"id": "tables", "from": "dense", "palettize": {"method": "kmeans", "bits": 4}},
+        {"id": "trained", "from": "dense", "train": train, "palettize": {"method": "skm", "bits": 4}},
+        {"id": "half", "from": "dense", "train": train},
+    ]
+    numbers, tables = ["dense", "qat", "eight", "four"], ["tables", "trained"]
+    described["precision"] = {"compute": "bf16"}
+    described["export"] = [
+        {"id": "ov", "format": "openvino", "of": [*numbers, "half"], "precision": ["fp32", "int8", "compressed"]},
+        {"id": "onnx", "format": "onnx", "of": numbers},
+        {"id": "cml", "format": "coreml", "of": [*numbers, *tables]},
+        {"id": "cai", "format": "coreai", "of": [*numbers, *tables]},
+    ]
+    (tmp_path / "own.yaml").write_text(json.dumps(described))
+    run(tmp_path / "own.yaml", "--allow-code")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = {variant["id"]: variant for variant in report["variants"]}
+    assert len(found) == 5 + 4 + 2 * 2 * 6
+    assert all(variant["parity"]["relative"] < 1e-4 for name, variant in found.items() if "cml_fp32" in name)
+    for name in ("eight", "four", "tables"):
+        kinds = [variant for key, variant in found.items() if key.startswith(f"{name}_")]
+        assert all(variant["size_bytes"] < found["baseline_fp32"]["size_bytes"] for variant in kinds), name
+
+
+def test_what_core_ml_cannot_hold_is_said_before_training(described, tmp_path):
+    described["export"] = [{"id": "cml", "format": "coreml", "of": ["dense"]}]
+    of_patches(described, tmp_path, rank=6)["stages"] = described["stages"][:1]
+    with pytest.raises(ModelError, match=r"export\.cml: Core ML .* rank <= 5"):
+        preflight.check(file.validate(described, "test"), allow_code=True)
+
+
 def test_a_run_is_known_by_the_content_of_its_code(described, tmp_path):
     recipe = file.validate(described, "test")
     before = models(recipe, allow_code=True)

@@ -389,7 +389,8 @@ def test_containers_keep_their_kind():
     Point = collections.namedtuple("Point", "x y")
     feature = t.BatchFeature({"x": half, "n": 3})
     known = collections.defaultdict(list, {"x": half})
-    for value in (feature, known, {"x": half}, collections.OrderedDict(x=half)):
+    bare = t.utils.ModelOutput({"x": half})
+    for value in (feature, known, {"x": half}, collections.OrderedDict(x=half), bare):
         found = cast(value, torch.bfloat16, torch.float32)
         assert type(found) is type(value) and found["x"].dtype == torch.float32 and value["x"].dtype == torch.bfloat16
         assert cast({"x": 1, "n": value}, torch.float64, torch.float32)["n"] is value

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from mptrain.export.base import Embeddings, Runner, Source, Written
+from mptrain.core.signature import Batch, Signature
+from mptrain.export.base import Embeddings, Runner, Source, Written, tried
 from mptrain.export.facts import PIECES, Facts
 from mptrain.export.torch.stored_weights import DROPPED, stored_weights
 from mptrain.recipe import CoreAi
@@ -51,6 +52,9 @@ class CoreAiFormat:
             signature=source.signature,
         )
         return Written(done.asset, done.size_bytes, Facts(half=done.half, dropped=dropped))
+
+    def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
+        tried(self, model, example, signature)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
         from mptrain.export.coreai.emulated import EmulatedAsset, computes_half

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mptrain.export.base import Embeddings, Runner, Source, Written
+from mptrain.core.signature import Batch, Signature
+from mptrain.export.base import Embeddings, Runner, Source, Written, tried
 from mptrain.export.facts import PIECES, Facts
 from mptrain.export.torch.stored_weights import DROPPED, stored_weights
 from mptrain.recipe import CoreMl
@@ -54,6 +55,9 @@ class CoreMlFormat:
             more={"stored_as_floats": done.floats},
         )
         return Written(done.package, done.size_bytes, facts)
+
+    def check(self, model: nn.Module, example: Batch, signature: Signature) -> None:
+        tried(self, model, example, signature)
 
     def open(self, path: Path, source: Source, threads: int | None = None) -> Runner:
         from mptrain.export.coreml.runner import CachedPackage, Package

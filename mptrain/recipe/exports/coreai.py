@@ -24,6 +24,7 @@ class CoreAi(ExportSpec):
     )
     library = "coreai"
     timed = False
+    foresees = "own"
     caches = "float32"
 
     format: Literal["coreai"]

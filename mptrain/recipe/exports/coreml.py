@@ -44,6 +44,7 @@ class CoreMl(ExportSpec):
     packages = (Package("coremltools", "coremltools", "==9.0"),)
     library = "coreml"
     timed = False
+    foresees = "own"
     caches = "float16"
 
     format: Literal["coreml"]
