@@ -164,7 +164,7 @@ class WeightOnly(QuantizeConfig):
     method: Method = Field(
         "gptq",
         description="rtn: round to nearest; scale: search of the scales, weighted by calibration inputs;"
-        " gptq: error-compensated rounding with calibration data",
+        " gptq: error-compensated rounding with calibration data, then descent over integers and scales",
     )
     bits: Literal[4, 8] = 4
     size_budget: Annotated[float, Field(gt=0)] | None = Field(

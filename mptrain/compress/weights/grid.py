@@ -78,8 +78,9 @@ class Grid:
     def record(self, q: Tensor, scale: Tensor, zero: Tensor, shape: torch.Size) -> BlockQuantized:
         """A record, on the CPU, of whole-numbered float `q` in units; scale and zero lack the last axis of units."""
         dtype = torch.int8 if self.symmetric else torch.uint8
-        kept = None if self.symmetric else zero.to("cpu", dtype)
-        return BlockQuantized(q.to("cpu", dtype).reshape(shape), scale.to("cpu", torch.float32), kept, self.bits)
+        kept = None if self.symmetric else zero.to("cpu", dtype).contiguous()
+        stored = q.to("cpu", dtype).reshape(shape).contiguous()  # converters read memory as it lies
+        return BlockQuantized(stored, scale.to("cpu", torch.float32).contiguous(), kept, self.bits)
 
 
 def min_max(units: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

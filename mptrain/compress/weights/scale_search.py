@@ -88,10 +88,14 @@ def _keep(
     best, kept_scale, kept_zero = kept
     error = _error(units, scale, zero, grid, d)
     better = error < best
-    kept_scale[better], kept_zero[better] = scale[better], zero[better]
+    torch.where(better, scale, kept_scale, out=kept_scale)
+    torch.where(better, zero, kept_zero, out=kept_zero)
     return torch.minimum(error, best)
 
 
 def _error(units: Tensor, scale: Tensor, zero: Tensor, grid: Grid, d: Tensor) -> Tensor:
-    shifted = to_levels(units, scale, zero, grid).sub_(zero[..., None]).mul_(scale[..., None])
-    return shifted.sub_(units).square_().mul_(d).sum(-1)
+    """In units of the scale, where clipping to levels less the zero point takes one pass over memory."""
+    low, high = grid.levels
+    exact = units / scale[..., None]
+    apart = exact.round().clamp_((low - zero)[..., None], (high - zero)[..., None]).sub_(exact)
+    return torch.linalg.vecdot(apart.square_(), d).mul_(scale).mul_(scale)

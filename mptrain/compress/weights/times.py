@@ -85,7 +85,7 @@ def _timed(method: str, grid: Grid, rows: int, columns: int) -> float:
     inputs = torch.randn(2 * columns, columns, generator=generator)
     begun = time.perf_counter()
     if method == "gptq":
-        gptq(weight, grid, factor(inputs.T @ inputs))
+        gptq(weight, grid, factor((inputs.T @ inputs)[None], grid.block(columns))[0])
     elif method == "scale":
         search(weight, grid, inputs.square().mean(0))
     else:

@@ -25,7 +25,7 @@ from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import records
 from mptrain.compress.weights.bits import Option, allocate, option
 from mptrain.compress.weights.coverage import check, coverage
-from mptrain.compress.weights.gptq import factor, gptq
+from mptrain.compress.weights.gptq import Factored, factor, gptq
 from mptrain.compress.weights.grid import Grid, round_to_nearest
 from mptrain.compress.weights.layers import LINEAR, is_transposed
 from mptrain.compress.weights.records import Record
@@ -177,14 +177,15 @@ def _stored(users: Mapping[str, nn.Module], head: str | None, config: WeightOnly
     return config.embeddings if table else config.lm_head if head in users else "same"
 
 
-def _factors(moments: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Cholesky factors by id of the matrix, those of one size in one batch."""
-    unique = {id(h): h for h in moments}
-    found: dict[int, Tensor] = {}
-    for size in sorted({h.shape[0] for h in unique.values()}):
-        same = [h for h in unique.values() if h.shape[0] == size]
-        found |= dict(zip(map(id, same), factor(torch.stack(same)), strict=True))
-    return found
+def _factors(moments: Mapping[str, Tensor], plan: Mapping[str, Choice]) -> dict[str, Factored]:
+    """By weight; those of one matrix and block have one, and matrices of one size are factored in one batch."""
+    blocks = {name: plan[name].grid.block(len(h)) for name, h in moments.items()}
+    unique = {(id(h), blocks[name]): h for name, h in moments.items()}
+    found: dict[tuple[int, int], Factored] = {}
+    for size, block in sorted({(len(h), block) for (_, block), h in unique.items()}):
+        same = {key: h for key, h in unique.items() if (len(h), key[1]) == (size, block)}
+        found |= zip(same, factor(torch.stack(list(same.values())), block), strict=True)
+    return {name: found[id(h), blocks[name]] for name, h in moments.items()}
 
 
 def _of_layer(
@@ -193,8 +194,8 @@ def _of_layer(
     """The records of the weights of one layer, given the second moments of their inputs."""
     owners = assign({name: _cost(model, name, plan[name]) for name in moments}, ranks.count)
     own = [name for name, rank in owners.items() if rank == ranks.index]
-    factors = _factors([moments[name] for name in own if plan[name].method == "gptq"])
-    work = lambda name: _record(model, name, plan[name], moments[name], factors.get(id(moments[name])))  # noqa: E731
+    factors = _factors({name: moments[name] for name in own if plan[name].method == "gptq"}, plan)
+    work = lambda name: _record(model, name, plan[name], moments[name], factors.get(name))  # noqa: E731
     return share(owners, work, ranks)
 
 
@@ -212,12 +213,12 @@ def _cost(model: nn.Module, name: str, choice: Choice) -> float:
 
 
 def _record(
-    model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, upper: Tensor | None = None
+    model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, known: Factored | None = None
 ) -> Record:
     weight = _matrix(model, name, choice)
     try:
-        if choice.method == "gptq" and upper is not None:
-            made = gptq(weight, choice.grid, upper)
+        if choice.method == "gptq" and known is not None:
+            made = gptq(weight, choice.grid, known)
         elif choice.method == "rtn":
             made = round_to_nearest(weight, choice.grid)
         else:

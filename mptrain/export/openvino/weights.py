@@ -22,6 +22,7 @@ from mptrain.core.errors import ExportError
 from mptrain.export.openvino.recurrence import graphs_of
 
 _WEIGHT = "self.model."  # what the converter puts before the name of a weight
+_Shapes = dict[tuple[int, ...], ov.Node]
 
 
 def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
@@ -31,7 +32,13 @@ def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
     """
     names = {id(record): {n for n, r in records.items() if r is record} for record in records.values()}
     loops = list(graphs_of(graph))
-    constants = {n.get_friendly_name(): n for g in loops for n in g.get_ops() if n.get_type_name() == "Constant"}
+    constants: dict[str, ov.Node] = {}
+    shapes: dict[str, _Shapes] = {}  # by constant, those of its graph
+    for inner in loops:
+        own = {node.get_friendly_name(): node for node in inner.get_ops() if node.get_type_name() == "Constant"}
+        constants |= own
+        here: _Shapes = {}
+        shapes |= dict.fromkeys(own, here)
     for name, record in distinct(records).items():
         if not isinstance(record, BlockQuantized):
             continue
@@ -47,7 +54,8 @@ def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
             )
         for node in found:
             label = _WEIGHT + name if record.transposed else node.get_friendly_name()
-            stored = _decompressed(record, list(node.get_output_shape(0)), label)
+            known = shapes[node.get_friendly_name()]
+            stored = _decompressed(record, tuple(node.get_output_shape(0)), label, known)
             for consumer in node.output(0).get_target_inputs():
                 consumer.replace_source_output(stored.output(0))
     for inner in loops:
@@ -58,8 +66,9 @@ def _holds(node: ov.Node, values: np.ndarray) -> bool:
     return list(node.get_output_shape(0)) == list(values.shape) and np.array_equal(node.data, values)
 
 
-def _decompressed(record: BlockQuantized, shape: list[int], name: str) -> ov.Node:
-    """A subgraph that computes record.dense() as float32 of `shape`."""
+def _decompressed(record: BlockQuantized, shape: tuple[int, ...], name: str, shapes: _Shapes) -> ov.Node:
+    """A subgraph that computes record.dense() as float32 of `shape`. Scales and zero points have no names, and a shape
+    is a constant once in a graph: of small layers the .xml is 3% of the file."""
     rows, columns = record.shape
     blocks = record.scale.shape[1]
     grouped = blocks > 1
@@ -67,22 +76,24 @@ def _decompressed(record: BlockQuantized, shape: list[int], name: str) -> ov.Nod
     outer = [record.scale.shape[0], blocks, 1] if grouped else [record.scale.shape[0], 1]
     value = opset.convert(_integers(record.q, record.bits, inner, name), "f32")
     if record.zero is not None:
-        zero = _integers(record.zero, record.bits, outer, f"{name}/zero_point")
+        zero = _integers(record.zero, record.bits, outer)
         value = opset.subtract(value, opset.convert(zero, "f32"))
-    value = opset.multiply(value, _scale(record.scale, outer, f"{name}/scale"), name=f"{name}/fq_weights_1")
-    if inner != shape:
-        value = opset.reshape(value, np.array(shape, dtype=np.int64), special_zero=False)
+    value = opset.multiply(value, _scale(record.scale, outer), name=f"{name}/fq_weights_1")
+    if inner != list(shape):
+        if shape not in shapes:
+            shapes[shape] = opset.constant(np.array(shape, dtype=np.int64))
+        value = opset.reshape(value, shapes[shape], special_zero=False)
     return value
 
 
-def _scale(scale: Tensor, shape: list[int], name: str) -> ov.Node:
+def _scale(scale: Tensor, shape: list[int]) -> ov.Node:
     values = scale.numpy().reshape(shape)
     if not np.array_equal(values.astype(np.float16).astype(np.float32), values):
-        return opset.constant(values, name=name)
-    return opset.convert(opset.constant(values.astype(np.float16), name=name), "f32")
+        return opset.constant(values)
+    return opset.convert(opset.constant(values.astype(np.float16)), "f32")
 
 
-def _integers(values: Tensor, bits: int, shape: list[int], name: str) -> ov.Node:
+def _integers(values: Tensor, bits: int, shape: list[int], name: str | None = None) -> ov.Node:
     """A constant of 4 or 8 bits; other widths are stored in the next one of these."""
     array = values.numpy().reshape(shape)
     if bits > 4:
