@@ -30,14 +30,16 @@ def run_rows(report: Row, digits: int) -> list[list[str]]:
     found = []
     for variant in report["variants"]:
         compared = against.get(variant["id"])
-        cells = [variant["id"], _score(unit, variant["metrics"][metric]["value"], digits)]
+        scored = variant["metrics"].get(metric)  # none of a graph whose heads leave no logits
+        cells = [variant["id"], _score(unit, scored["value"], digits) if scored else ""]
         size, timed = words.megabytes(variant["size_bytes"]), (variant["latency_ms"] or {}).get(at)
         speed = f"{timed['median']:.1f} ms" if timed else ""
         if compared is None:
             found.append([*cells, "", size, speed])
             continue
-        low, high = (_signed(unit, end, digits) for end in compared[f"{metric}_delta_ci95"])
-        cells.append(f"{_signed(unit, compared[f'{metric}_delta'], digits)} ({low} to {high})")
+        difference = [compared.get(f"{metric}_delta"), *compared.get(f"{metric}_delta_ci95", (None, None))]
+        delta, low, high = ("" if end is None else _signed(unit, end, digits) for end in difference)
+        cells.append(f"{delta} ({low} to {high})" if delta else "")
         cells.append(f"{size}, {times(compared['size_ratio'])} smaller")
         ratio = (compared["speedup"] or {}).get(at)
         found.append([*cells, f"{speed}, {times(ratio)} as fast" if ratio else speed])
@@ -64,11 +66,12 @@ def runs() -> list[str]:
     ]
     for path in sorted((RESULTS / "runs").glob("*.json")):
         report = read(path)
-        n = report["variants"][0]["metrics"][report["metric"]["name"]]["n"]
+        scored = report["variants"][0]["metrics"].get(report["metric"]["name"])
+        n = f"{scored['n']:,} test examples" if scored else "not scored"
         text += [
             f"### {report['name']}",
             "",
-            f"{report['recipe']['description'][:1].upper()}{report['recipe']['description'][1:]}. {n:,} test examples;"
+            f"{report['recipe']['description'][:1].upper()}{report['recipe']['description'][1:]}. {n};"
             f" {cores(report)} of {where(report)}; {words.duration(report['wall_s']['total'])} in all"
             f" ({link(f'runs/{path.name}', path.name)}).",
             "",
