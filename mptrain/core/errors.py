@@ -42,6 +42,10 @@ class TrainingError(MptrainError):
     """Training broke: a non-finite loss, a failing rank."""
 
 
+class NotFinite(MptrainError):
+    """Outputs that are inf or not a number, so that nothing can be scored."""
+
+
 class ExportError(MptrainError):
     """A model could not be exported, or the exported file does not do what the model does."""
 

@@ -8,7 +8,7 @@ from torch import nn
 from mptrain.compress.base import Tools
 from mptrain.compress.quantize import placement, quantizers, restore
 from mptrain.compress.quantize.methods import Quantization
-from mptrain.core.errors import UserError
+from mptrain.core.errors import NotFinite, UserError
 from mptrain.data.sources import cnn
 from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.recipe import Ptq
@@ -75,6 +75,21 @@ def test_the_layers_that_lose_the_score_are_found_and_no_others(loud):
     assert all(torch.equal(value, again[name]) for name, value in q.state_dict().items()), "as a recipe that names them"
     quantized = {m for unit in placement.units(q, batches()[0]) for m in unit.modules}
     assert quantized == {f"layers.{i}" for i in range(LAYERS)} - set(found["ignore"])
+
+
+def test_outputs_that_are_not_finite_lose_more_than_any_limit():
+    loud = {2}
+    own, model, method = scored(loud), Chain(loud), Quantization(config(max_drop=0.05))
+
+    def score(candidate):
+        found = own(candidate)
+        if found.value < 0.8:
+            raise NotFinite("a division by what was rounded to zero")
+        return found
+
+    method.finalize(method.prepare(model, Tools(inputs=batches, score=score)), Tools())
+    found = method.facts()["restored"]
+    assert found["ignore"] == ["layers.2"] and found["int8"] is None and found["drop"] <= 0.05
 
 
 def test_what_loses_nothing_stays_whole():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mptrain.compress.quantize.placement import Unit, units
 from mptrain.compress.structure.scopes import resolve
-from mptrain.core.errors import UserError
+from mptrain.core.errors import NotFinite, UserError
 from mptrain.core.progress import progress
 from mptrain.core.signature import by_name, without_cache
 from mptrain.data.tasks.metrics import Score, drop
@@ -45,15 +45,20 @@ def search(
 
     model: in float. quantized: a copy of it with quantizers, but for modules of these patterns. batches: inputs to
     rank on. score: of a model, on data that nothing else is judged by. max_drop: `metrics.drop` that is let pass.
-    Returns {"metric", "unit", "n", "limit", "float", "int8", "found" (scores), "drop" (of found), "units",
-    "evaluations" (scores of quantized models), "ignore"}. Raises UserError where no set of layers meets the limit.
+    Returns {"metric", "unit", "n", "limit", "float", "int8" (None where its outputs are not finite), "found" (scores),
+    "drop" (of found), "units", "evaluations" (scores of quantized models), "ignore"}. Raises UserError where no set of layers meets the limit.
     """
     whole, reference = quantized([]), score(model)
-    tried: list[Score] = []
+    tried: list[float | None] = []
 
     def lost(candidate: nn.Module) -> float:
-        tried.append(score(candidate))
-        return drop(reference, tried[-1])
+        try:
+            found = score(candidate)
+        except NotFinite:
+            tried.append(None)
+            return math.inf
+        tried.append(found.value)
+        return drop(reference, found)
 
     def meets(chosen: Sequence[Unit]) -> bool:
         with _in_float(whole, chosen):
@@ -68,13 +73,13 @@ def search(
         found, ignore = _confirmed(model, quantized, lost, chosen, rest, max_drop)
         log.info("quantize.ignore: %d of %d layers stay in float: %s", len(ignore), len(ranked), ", ".join(ignore))
     return {
-        "metric": first.name,
-        "unit": first.unit,
-        "n": first.n,
+        "metric": reference.name,
+        "unit": reference.unit,
+        "n": reference.n,
         "limit": max_drop,
         "float": reference.value,
-        "int8": first.value,
-        "found": tried[-1].value,
+        "int8": first,
+        "found": tried[-1],
         "drop": found,
         "units": len(ranked),
         "evaluations": len(tried),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mptrain.core.errors import MptrainError
+from mptrain.core.errors import MptrainError, NotFinite
 from mptrain.core.progress import progress as said
 from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature, by_name, without_cache
 from mptrain.data.sources.splits import SPLITS, sample
@@ -338,13 +338,13 @@ class Task(ABC):
 
 
 def finite(outputs: Outputs, name: str = "logits") -> np.ndarray:
-    """One output as a float32 array. Raises MptrainError when it is missing or not finite."""
+    """One output as a float32 array. Raises MptrainError when it is missing, NotFinite."""
     if name not in outputs:
         raise MptrainError(f"The model has no output {name!r}, which its task needs; it has {', '.join(outputs)}.")
     value = outputs[name]
     array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value, np.float32)
     if not np.isfinite(array).all():
-        raise MptrainError(
+        raise NotFinite(
             f"The model's {name} hold {(~np.isfinite(array)).sum()} values of {array.size} that are not finite in one"
             " batch, so it cannot be scored. Weights that diverged in training (lower the lr) or a precision that"
             " overflows are the usual causes."
