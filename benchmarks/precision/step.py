@@ -1,10 +1,13 @@
 """One whole optimizer step on GPT-2, half gradients to half weights, ours against the peers.
 
     .venv-bench/bin/python -m benchmarks.precision.step --json benchmarks/results/step.json
+    … --rows ours_split ours_int8 bitsandbytes_8bit --json benchmarks/results/step_int8.json
 
 Every row does the same work: are all gradients finite, their norm, unscale and clip to norm 1, AdamW on
 fp32 weights, half weights. (torchao's optimizer has no fp32 weights: it rounds bf16 stochastically.)
-ratio: time over one in-place pass that moves 30 bytes per parameter (15 read, 15 written).
+ratio: time over one in-place pass that moves 30 bytes per parameter (15 read, 15 written), and for optimizers whose
+moments have 8 bits 14 bytes: what an update reads and writes of a bf16 weight, its remainder, gradient and moments.
+Their peers train bf16 weights with no fp32 ones; torchao rounds them stochastically, bitsandbytes to the nearest.
 """
 
 from __future__ import annotations
@@ -44,11 +47,11 @@ def gradients(dtype: str) -> list[Tensor]:
     return random(DTYPES[dtype], 1e-3 * SCALE)
 
 
-def ours(dtype: str, kernel: Any, master: Any = "fp32") -> Case:
+def ours(dtype: str, kernel: Any, master: Any = "fp32", moments: Any = "fp32") -> Case:
     model = nn.ParameterList([nn.Parameter(w) for w in random(torch.float32, 0.02)])
     mw = MasterWeights(
         model, torch.optim.AdamW(model.parameters(), **SETTINGS), dtype, master,
-        loss_scale=SCALE, max_grad_norm=MAX_NORM, kernel=kernel,
+        loss_scale=SCALE, max_grad_norm=MAX_NORM, kernel=kernel, moments=moments,
     )  # fmt: skip
     grads, no_loss = gradients(dtype), torch.zeros(())
 
@@ -107,12 +110,29 @@ def deepspeed_cpu_adam(dtype: str) -> Case:
 def torchao_stochastic_rounding(dtype: str) -> Case:
     from torchao.optim import _AdamW
 
+    return half_weights(dtype, lambda weights: _AdamW(weights, **SETTINGS, bf16_stochastic_round=True))
+
+
+def torchao_8bit(dtype: str) -> Case:
+    from torchao.optim import AdamW8bit
+
+    return half_weights(dtype, lambda weights: AdamW8bit(weights, **SETTINGS, bf16_stochastic_round=True))
+
+
+def bitsandbytes_8bit(dtype: str) -> Case:
+    from bitsandbytes.optim import AdamW8bit
+
+    return half_weights(dtype, lambda weights: AdamW8bit(weights, **SETTINGS))
+
+
+def half_weights(dtype: str, optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Case:
+    """An optimizer that trains half weights, with nothing in fp32 beside them."""
     weights = [nn.Parameter(w) for w in random(DTYPES[dtype], 0.02)]
     grads = gradients(dtype)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     own = [w.grad for w in weights]
-    optimizer = _AdamW(weights, **SETTINGS, bf16_stochastic_round=True)
+    optimizer = optimizer_of(weights)
 
     @torch.no_grad()
     def step() -> None:
@@ -128,11 +148,16 @@ ROWS: dict[str, tuple[tuple[str, ...], Callable[[str], Case]]] = {
     "ours_torch": (("fp16", "bf16"), lambda d: ours(d, "torch")),
     "ours_native": (("fp16", "bf16"), lambda d: ours(d, "native")),
     "ours_split": (("bf16",), lambda d: ours(d, "native", "split")),
+    "ours_int8": (("bf16",), lambda d: ours(d, "native", "split", "int8")),
     "fused_list_sync": (("fp16", "bf16"), lambda d: lists(d, fused=True)),
     "foreach_list": (("fp16", "bf16"), lambda d: lists(d, foreach=True)),
     "deepspeed_cpu_adam": (("fp16", "bf16"), deepspeed_cpu_adam),
     "torchao_bf16_stochastic_round": (("bf16",), torchao_stochastic_rounding),
+    "torchao_8bit": (("bf16",), torchao_8bit),
+    "bitsandbytes_8bit": (("bf16",), bitsandbytes_8bit),
 }
+EIGHT = ("ours_int8", "bitsandbytes_8bit", "torchao_8bit")
+"""rows whose moments have 8 bits, compared with a pass of 14 bytes a parameter; the others with one of 30"""
 
 
 def main() -> None:
@@ -140,20 +165,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="3 rounds, to try it out")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="only these; no bars are judged")
+    whole = [row for row in ROWS if row not in EIGHT]
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=whole, help="only these; default: all with fp32 moments"
+    )
     options = parser.parse_args()
     rounds = 3 if options.quick else options.rounds
     torch.set_num_threads(1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elements = sum(s.numel() for s in shapes())
-    stream = torch.rand(15 * elements // 4)
+    streams = {size: torch.rand(size // 2 * elements // 4) for size in (30, 14)}
     rows = []
     for name in options.rows:
         dtypes, build = ROWS[name]
         for dtype in dtypes:
             work, before = build(dtype)
-            rows.append(compare(f"gpt2/{dtype}/{name}", work, lambda: stream.mul_(1.0000001), rounds, before))
-            rows[-1]["elements"] = elements
+            size = 14 if name in EIGHT else 30
+            stream = streams[size]
+            rows.append(compare(f"gpt2/{dtype}/{name}", work, lambda s=stream: s.mul_(1.0000001), rounds, before))
+            rows[-1] |= {"elements": elements, "stream": size}
             del work, before
     ratio = {r["name"]: r["ratio"] for r in rows}
 
@@ -161,8 +191,10 @@ def main() -> None:
         return all(r <= bar for n, r in ratio.items() if n.endswith(row))
 
     bars = []
-    if len(options.rows) == len(ROWS):
-        peers = [r for r in ROWS if not r.startswith("ours_")]
+    if "ours_int8" in options.rows:
+        bars = [("ours_int8 at most 1.2 passes of 14 bytes", at_most("ours_int8", 1.2))]
+    elif options.rows == whole:
+        peers = [r for r in whole if not r.startswith("ours_")]
         best = {d: min(v for n, v in ratio.items() if "/ours_" in n and f"/{d}/" in n) for d in DTYPES}
         bars = [
             ("ours_torch at most 2.1", at_most("ours_torch", 2.1)),
@@ -177,7 +209,8 @@ def main() -> None:
                 all(v > best[n.split("/")[1]] for n, v in ratio.items() if n.split("/")[2] in peers),
             ),
         ]
-    write(options.json, rows, bars, markdown(rows, {"name": "row", "ratio": "× a 30 B/param stream", "ms": "ms"}))
+    columns = {"name": "row", "ratio": "× one pass", "stream": "of bytes a parameter", "ms": "ms"}
+    write(options.json, rows, bars, markdown(rows, columns))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@
 // vector code, and the norm adds fixed chunks in a fixed order.
 //
 // Vectors are GCC/Clang vector extensions, so the same code builds for AVX-512, AVX2, NEON and plain
-// SSE2; only the conversions of IEEE half name instructions.
+// SSE2; only the conversions of IEEE half and of bytes name instructions.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -72,8 +72,6 @@ typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef int32_t Signed __attribute__((vector_size(4 * W)));
 typedef uint16_t Half __attribute__((vector_size(2 * W)));
 typedef int16_t Low __attribute__((vector_size(2 * W)));
-typedef int8_t Code __attribute__((vector_size(W)));
-typedef uint8_t UnsignedCode __attribute__((vector_size(W)));
 
 struct F32 { using Store = float; };
 struct F16 { using Store = uint16_t; };
@@ -319,15 +317,51 @@ constexpr int GRADUAL = 16;
 constexpr uint32_t SIGN = 0x80000000, BINADE = 1 << 23;
 constexpr uint32_t ALONG = 0xc13fa9a9;  // how far the threshold of rounding is from an element to the next
 
-Bits same(uint32_t x) { return x - Bits{}; }
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-uint32_t largest(Bits x) {
-  uint32_t found = 0;
-  for (int j = 0; j < W; j++) found = std::max(found, x[j]);
-  return found;
+__m128i bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+Signed widen(const int8_t* p) { return (Signed)_mm512_cvtepi8_epi32(bytes(p)); }
+Bits widen(const uint8_t* p) { return (Bits)_mm512_cvtepu8_epi32(bytes(p)); }
+void narrow(void* p, Signed x) { write(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+__m128i bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+Signed widen(const int8_t* p) { return (Signed)_mm256_cvtepi8_epi32(bytes(p)); }
+Bits widen(const uint8_t* p) { return (Bits)_mm256_cvtepu8_epi32(bytes(p)); }
+void narrow(void* p, Signed x) {  // the lowest byte of each lane
+  const __m256i low = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0c080400));
+  const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(static_cast<__m128i*>(p), joined);
 }
 
+#else
+
+template <class C> Signed each(const C* p) {
+  Signed x;
+  for (int j = 0; j < W; j++) x[j] = p[j];
+  return x;
+}
+Signed widen(const int8_t* p) { return each(p); }
+Bits widen(const uint8_t* p) { return (Bits)each(p); }
+void narrow(void* p, Signed x) {
+  for (int j = 0; j < W; j++) static_cast<uint8_t*>(p)[j] = static_cast<uint8_t>(x[j]);
+}
+
+#endif
+
+Bits same(uint32_t x) { return x - Bits{}; }
+
 Bits larger(Bits a, Bits b) { return a > b ? a : b; }
+
+template <int lanes, size_t... I> Bits upper(Bits x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, ((I + lanes / 2) % W)...);
+}
+
+template <int lanes = W> uint32_t largest(Bits x) {
+  if constexpr (lanes == 1) return x[0];
+  else return largest<lanes / 2>(larger(x, upper<lanes>(x, std::make_index_sequence<W>{})));
+}
 
 // One block, whose codes, weights and gradients are in cache when they are rounded. threshold: of its first elements.
 template <class G>
@@ -339,16 +373,16 @@ void coded_block(const Adam& rule, const typename G::Store* grad, const Split& w
   Vec m_kept[N];
   Bits s_kept[N], top1 = {}, top2 = {};
   for (int j = 0; j < N; j++) {
-    const Signed code1 = __builtin_convertvector(read<Code>(first + j * W), Signed);
-    const Bits code2 = __builtin_convertvector(read<UnsignedCode>(second + j * W), Bits);
+    const Signed code1 = widen(first + j * W);
+    const Bits code2 = widen(second + j * W);
     const Signed size1 = code1 < 0 ? -code1 : code1;
     const Bits gradual = (Bits)(size1 < GRADUAL), lift = gradual & BINADE, normal = gradual & (base1 + BINADE);
     Vec m = (Vec)((Bits)((Vec)(((Bits)size1 << DROPPED1) + base1 + lift) - (Vec)normal) | ((Bits)code1 & SIGN));
-    Vec s = (Vec)(((code2 << DROPPED2) + base2) & (Bits)(code2 != 0));
+    Vec s = (Vec)(((code2 << DROPPED2) + base2) & ~(Bits)(code2 == 0));
     weights.write(j * W, rule.step(weights.read(j * W), gradient<G>(grad + j * W), m, s));
     const Bits size = (Bits)m & ~SIGN, root = (Bits)s & ~SIGN;
-    top1 = larger(top1, (size + (threshold >> (32 - DROPPED1))) & (Bits)(size != 0));
-    s_kept[j] = (root + (threshold >> (32 - DROPPED2))) & (Bits)(root != 0);
+    top1 = larger(top1, size + (threshold >> (32 - DROPPED1)));
+    s_kept[j] = (root + (threshold >> (32 - DROPPED2))) & ~(Bits)(root == 0);
     top2 = larger(top2, s_kept[j]);
     m_kept[j] = m;
     threshold += W * ALONG;
@@ -362,12 +396,12 @@ void coded_block(const Adam& rule, const typename G::Store* grad, const Split& w
     const Bits size = (Bits)m_kept[j] & ~SIGN, above = threshold >> (32 - DROPPED1);
     const Bits shifted = (Bits)((Vec)size + (Vec)normal) - BINADE;  // so that both count from low1
     const Bits gradual = (Bits)((Signed)size < (Signed)normal);
-    Signed code1 = (Signed)((((gradual & shifted) | (~gradual & size)) + above >> DROPPED1) - low1);
+    Signed code1 = (Signed)(((((gradual & shifted) | (~gradual & size)) + above) >> DROPPED1) - low1);
     code1 = (Signed)m_kept[j] < 0 ? -code1 : code1;
     Signed code2 = (Signed)((s_kept[j] >> DROPPED2) - low2);
-    code2 = (code2 > 1 ? code2 : Signed{} + 1) & (Signed)(s_kept[j] != 0);
-    write(first + j * W, __builtin_convertvector(code1, Code));
-    write(second + j * W, __builtin_convertvector(code2, UnsignedCode));
+    code2 = (code2 > 1 ? code2 : Signed{} + 1) & ~(Signed)(s_kept[j] == 0);
+    narrow(first + j * W, code1);
+    narrow(second + j * W, code2);
     threshold += W * ALONG;
   }
 }

@@ -22,6 +22,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     precision.step,
     precision.half_model,
     precision.equivalence,
+    precision.eight_bits,
     precision.overhead,
     lambda: ["## Fewer bits to a weight", ""],
     exports.kmeans,

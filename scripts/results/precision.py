@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.results.drawn import link, load, rows, span, table, where
+from scripts.results.drawn import cores, link, load, rows, span, table, where
 
 
 def step() -> list[str]:
@@ -81,6 +81,45 @@ def equivalence() -> list[str]:
         f" ({link('equivalence.md')}).",
         "",
         *table(["", "loss", "evaluation loss", "loss without masters"], lines),
+        "",
+    ]
+
+
+def eight_bits() -> list[str]:
+    found, timed = load("moments.json"), load("step_int8.json")
+    lines = []
+    for row in found["rows"]:
+        name, steps, kind = row["name"].split("/")
+        last = f"{row['fp32_first']:.2f} to {row['fp32_last']:.2f}"
+        lines.append(
+            [f"{name}, {kind.replace('_', '-')}", steps, last, f"{row['ratio']:.1e}", f"{row['evaluation']:.1e}"]
+        )
+    names = {
+        "ours_split": "ours, `bf16-split`",
+        "ours_int8": "ours, `bf16-split-int8`",
+        "bitsandbytes_8bit": "bitsandbytes, AdamW8bit",
+        "torchao_8bit": "torchao, AdamW8bit",
+    }
+    by_kind = {row["name"].split("/")[2]: row for row in timed["rows"]}
+    steps = [
+        [name, str(row["stream"]), f"{row['ratio']:.1f}", f"{row['ms']:,.0f}"]
+        for kind, name in names.items()
+        if (row := by_kind.get(kind))
+    ]
+    return [
+        "### Moments in 8 bits",
+        "",
+        f"`moments: int8` against AdamW in fp32, relative difference of the loss at the end ({link('moments.md')}; the"
+        " bar is 1e-3; BERT misses it, whose loss has just begun to fall at step 200):",
+        "",
+        *table(["", "steps", "fp32 loss", "last 20 steps", "evaluation loss"], lines),
+        "",
+        "The whole step of GPT-2, one thread, against one pass that moves the bytes an update reads and writes"
+        f" ({link('step_int8.md')}, {where(timed)}, load average {timed['load'][0]:.0f} on {cores(timed)}). The goal of"
+        " 1.2 such passes is missed: decoding, rounding and encoding are more than a hundred instructions for eight"
+        " parameters, where the pass has three. bitsandbytes trains bf16 weights alone.",
+        "",
+        *table(["", "bytes a parameter", "× one pass", "ms"], steps),
         "",
     ]
 
