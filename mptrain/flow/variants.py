@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.disk import read_json, whole, write_json
-from mptrain.core.errors import ModelError
+from mptrain.core.errors import ModelError, NotFinite
 from mptrain.core.host import thread_count
 from mptrain.core.progress import progress
 from mptrain.core.signature import Forward
@@ -48,6 +48,19 @@ log = logging.getLogger(__name__)
 PARITY_EXAMPLES = 64  # of the validation split, which no calibration, search or training has seen
 CALIBRATION_EXAMPLES = 64  # of the training split, for fp16 searches
 TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound in frames
+
+
+@contextmanager
+def _broken(source: Source, facts: dict[str, Any]) -> Iterator[None]:
+    """Inside, a quantized model whose outputs are not finite gets no scores (facts["unscored"] says why) and costs the
+    others nothing; of other models that is a fault of the export, and an error."""
+    try:
+        yield
+    except NotFinite as error:
+        if not source.quantized:
+            raise
+        facts |= {"scores": [], "multiple_choice": {}, "unscored": str(error)}
+        log.warning("%s: not scored. %s", facts["id"], error)
 
 
 class Variants:
@@ -98,15 +111,16 @@ class Variants:
         batches = data.held_out(PARITY_EXAMPLES, data.batch_size("validation", 16))
         with progress(f"verify {variant}"), closing(self._open(source, facts)) as runner:
             known = runner.facts() | source.written
-            facts["parity"] = parity.compare(
-                source.model,
-                runner,
-                batches,
-                signature=source.signature,
-                agreement=heads.agreement(type(self.data), self._planned[variant].export.heads),
-                exact=known.exact(source.precision),
-            )
-            facts["runtime"] = known.as_json()
+            facts |= {"parity": None, "runtime": known.as_json()}
+            with _broken(source, facts):
+                facts["parity"] = parity.compare(
+                    source.model,
+                    runner,
+                    batches,
+                    signature=source.signature,
+                    agreement=heads.agreement(type(self.data), self._planned[variant].export.heads),
+                    exact=known.exact(source.precision),
+                )
         del facts["written"]
         return self._keep(facts, "verify", begun)
 
@@ -117,16 +131,16 @@ class Variants:
             return variant
         begun = time.monotonic()
         kind, after = self.recipe.model.kind, self._planned[variant].export.heads
+        facts |= {"scores": [], "multiple_choice": {}}
         if not keep_score(after, kind):
-            facts |= {"scores": [], "multiple_choice": {}}
             log.info("%s: not scored, for its heads do not keep what scores are made of", variant)
             return self._keep(facts, "evaluate", begun)
-        with closing(self._runner(variant, facts)) as runner:
+        source = self._source(self._planned[variant], facts)
+        with closing(self._runner(variant, facts)) as runner, _broken(source, facts):
             forward: Forward = (lambda batch: heads.restored(runner(batch), batch)) if after else runner
             scores = self._data(variant).evaluate(forward, "test", self.recipe.evaluate.batch_size, f"test {variant}")
             facts["scores"] = [score.kept() for score in scores]
             log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
-            facts["multiple_choice"] = {}
             for task in self.questions:
                 found = task.evaluate(runner, progress=f"{task.name} {variant}")
                 facts["multiple_choice"][task.name] = [score.kept() for score in found]
@@ -136,7 +150,7 @@ class Variants:
     def generate(self, variant: str) -> str:
         """Let an export with a cache write on, and hold it against the torch model and against itself without."""
         facts, how = read_json(self._facts_file(variant)), self.recipe.evaluate.generation
-        if how is None or "generation" in facts or not self._generates(variant):
+        if how is None or not facts.keys().isdisjoint(("generation", "unscored")) or not self._generates(variant):
             return variant
         begun = time.monotonic()
         prompt, texts = self._whole_texts(1, how.prompt), self._whole_texts(how.texts, self.recipe.data.max_length)
@@ -331,5 +345,6 @@ def _variant(facts: dict[str, Any], measures: Mapping[str, Measure], **times: An
         scores=scores(facts["scores"]),
         multiple_choice=chosen,
         generation=facts.get("generation"),
+        unscored=facts.get("unscored"),
         **times,
     )

@@ -128,8 +128,9 @@ def _adapted(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
 
 
 def _unscored(variants: Sequence[Row]) -> list[str]:
-    """Variants whose heads do not keep what scores are made of."""
-    return [
+    """Variants whose heads do not keep what scores are made of, or whose outputs are not finite."""
+    broken = [f"{v['id']} is not scored, and cannot be used. {v['unscored']}" for v in variants if v.get("unscored")]
+    return broken + [
         f"{v['id']} is not scored: of its heads ({', '.join(v['runtime']['heads'])}) no score can be made. It was"
         " compared with the torch model with the same heads, and that model is scored in the export without heads."
         for v in variants

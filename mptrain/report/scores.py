@@ -41,6 +41,8 @@ class Variant:
     generation: dict[str, Any] | None = None
     throughput: dict[str, dict[str, float | int]] = field(default_factory=dict)
     """examples a second, by the settings of latency_ms"""
+    unscored: str | None = None
+    """why there are no scores, where its outputs are not finite"""
 
 
 def measured(v: Variant) -> Row:
@@ -62,6 +64,7 @@ def measured(v: Variant) -> Row:
         "throughput": v.throughput,
         "runtime": v.runtime,
         "parity": v.parity,
+        "unscored": v.unscored,
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.core.errors import ExportError
+from mptrain.core.errors import ExportError, NotFinite
 from mptrain.core.signature import Batch, Forward, Outputs, Signature, probed, without_cache
 from mptrain.data.tasks.agreement import decisions
 from mptrain.recipe import Gates
@@ -71,7 +71,8 @@ def compare(
     difference of an output over its largest value in the batch. Of an exact export less what two orders of summation
     may differ by (`_rounding`, looked at from MEASURED to ROUNDED, where it would fail without; as rounding in the same
     measure; where nobody can tell, outputs below 1 count as of size 1). For quantized models agreement says more than
-    the differences. Raises ExportError when an output is missing, has another shape or values that are not finite.
+    the differences. Raises ExportError when an output is missing or has another shape, NotFinite for values
+    that are not finite.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -115,11 +116,10 @@ class _Apart:
     def add(
         self, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], errors: Callable[[], dict[str, float]] | None
     ) -> None:
-        """errors: `_rounding` of the batch, asked for where it may matter; None where it does not. Raises ExportError
-        for values that are not finite."""
+        """errors: `_rounding` of the batch, asked for where it may matter; None where it does not. Raises NotFinite."""
         for name, wanted in expected.items():
             if bad := int((~got[name].isfinite()).sum()):
-                raise ExportError(
+                raise NotFinite(
                     f"output {name}: {bad} of {got[name].numel()} values of the exported model are not finite"
                 )
             furthest, summed = _difference(got[name], wanted.cpu())

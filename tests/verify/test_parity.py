@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mptrain.compress.quantize import quantizers
-from mptrain.core.errors import ExportError
+from mptrain.core.errors import ExportError, NotFinite
 from mptrain.export.openvino import facts as ir
 from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
@@ -175,7 +175,7 @@ def test_other_shapes_are_refused_and_nan_is_not_hidden():
         logits[0, 0] = np.nan
         return {"logits": logits}
 
-    with pytest.raises(ExportError, match="output logits: 1 of 9 values of the exported model are not finite"):
+    with pytest.raises(NotFinite, match="output logits: 1 of 9 values of the exported model are not finite"):
         compare(model, with_nan, [inputs("bert")])
 
 

@@ -46,7 +46,8 @@ def search(
     model: in float. quantized: a copy of it with quantizers, but for modules of these patterns. batches: inputs to
     rank on. score: of a model, on data that nothing else is judged by. max_drop: `metrics.drop` that is let pass.
     Returns {"metric", "unit", "n", "limit", "float", "int8" (None where its outputs are not finite), "found" (scores),
-    "drop" (of found), "units", "evaluations" (scores of quantized models), "ignore"}. Raises UserError where no set of layers meets the limit.
+    "drop" (of found), "units", "evaluations" (scores of quantized models), "ignore"}. Raises UserError where no set of
+    layers meets the limit.
     """
     whole, reference = quantized([]), score(model)
     tried: list[float | None] = []
