@@ -42,12 +42,12 @@ class TrainingError(MptrainError):
     """Training broke: a non-finite loss, a failing rank."""
 
 
-class NotFinite(MptrainError):
-    """Outputs that are inf or not a number, so that nothing can be scored."""
-
-
 class ExportError(MptrainError):
     """A model could not be exported, or the exported file does not do what the model does."""
+
+
+class NotFinite(ExportError):
+    """Outputs of a model, exported or not, that are inf or not a number: nothing can be scored or compared."""
 
 
 class GateFailed(MptrainError):
