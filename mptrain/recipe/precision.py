@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema, ErrorDetails
 
 from mptrain.core.errors import UserError
@@ -136,6 +145,12 @@ class MixedPrecision(Strict):
             "master": "split" if "split" in kinds else "fp32",
             "moments": "int8" if "int8" in kinds else "fp32",
         }
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without moments that are fp32, which runs did not name when there were no others: those are resumed and
+        their stages reused."""
+        return {name: value for name, value in dump(self).items() if (name, value) != ("moments", "fp32")}
 
     @model_validator(mode="after")
     def _fits(self):

@@ -142,6 +142,7 @@ def test_every_method_and_every_format_takes_a_network_of_ones_own(described, tm
         assert all(variant["size_bytes"] < found["baseline_fp32"]["size_bytes"] for variant in kinds), name
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of coremltools' folder
 def test_what_core_ml_cannot_hold_is_said_before_training(described, tmp_path):
     described["export"] = [{"id": "cml", "format": "coreml", "of": ["dense"]}]
     of_patches(described, tmp_path, rank=6)["stages"] = described["stages"][:1]

@@ -111,6 +111,8 @@ def test_moments_of_8_bits_are_a_name_and_a_field_and_need_split_masters(tmp_pat
     mapping = {"compute": "bf16", "master": "split", "moments": "int8"}
     assert named == file.validate(recipe(tmp_path, mapping, prune=None), "recipe.yaml").precision
     assert (named.compute, named.master, named.moments) == ("bf16", "split", "int8")
+    of_before = file.validate(recipe(tmp_path, "bf16-split", prune=None), "recipe.yaml").precision
+    assert "moments" not in of_before.model_dump() and named.model_dump()["moments"] == "int8", "runs go on as they are"
     for master, compute in (("fp32", "bf16"), ("fp32", "fp32")):
         wrong = {"compute": compute, "master": master, "moments": "int8"}
         with pytest.raises(RecipeError, match=r"precision: moments int8 need master split .*write master: split"):
