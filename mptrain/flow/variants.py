@@ -136,7 +136,7 @@ class Variants:
             log.info("%s: not scored, for its heads do not keep what scores are made of", variant)
             return self._keep(facts, "evaluate", begun)
         source = self._source(self._planned[variant], facts)
-        with closing(self._runner(variant, facts)) as runner, _broken(source, facts):
+        with closing(self._open(source, facts)) as runner, _broken(source, facts):
             forward: Forward = (lambda batch: heads.restored(runner(batch), batch)) if after else runner
             scores = self._data(variant).evaluate(forward, "test", self.recipe.evaluate.batch_size, f"test {variant}")
             facts["scores"] = [score.kept() for score in scores]

@@ -124,6 +124,23 @@ def _norm(pieces, sums, TYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _joined(half, low, i, mask):
+    """Masters of bf16 halves and remainders."""
+    high = tl.load(half + i, mask=mask, other=0.0).to(tl.uint16, bitcast=True).to(tl.int32)
+    return ((high << 16) + tl.load(low + i, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(p, half, low, i, mask):
+    """Store masters as bf16 halves and remainders."""
+    bits = p.to(tl.int32, bitcast=True)
+    bits = tl.where(p == p, bits, QUIET_NAN)
+    rounded = (bits + 0x8000) >> 16
+    tl.store(half + i, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    tl.store(low + i, bits.to(tl.int16), mask=mask)
+
+
+@triton.jit
 def _update(
     pieces, master, half, low, first, second, factor, k0, k1, k2, k3, k4, k5, k6, k7,
     TYPE: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -137,8 +154,7 @@ def _update(
         mask = place < length
         i = offset + place
         if SPLIT:
-            high = tl.load(half + i, mask=mask, other=0.0).to(tl.uint16, bitcast=True).to(tl.int32)
-            p = ((high << 16) + tl.load(low + i, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
+            p = _joined(half, low, i, mask)
         else:
             p = tl.load(master + i, mask=mask, other=0.0)
         g = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32) * factor
@@ -158,11 +174,7 @@ def _update(
         else:  # l2, lr
             p -= k1 * (g + k0 * p)
         if SPLIT:
-            bits = p.to(tl.int32, bitcast=True)
-            bits = tl.where(p == p, bits, QUIET_NAN)
-            rounded = (bits + 0x8000) >> 16
-            tl.store(half + i, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-            tl.store(low + i, bits.to(tl.int16), mask=mask)
+            _split(p, half, low, i, mask)
         else:
             tl.store(master + i, p, mask=mask)
             if HALF:
@@ -185,8 +197,7 @@ def _update_int8(
         i = offset + place
         block = (offset + start) // CODED + tl.arange(0, BLOCK // CODED)
         filled = start + tl.arange(0, BLOCK // CODED) * CODED < length
-        high = tl.load(half + i, mask=mask, other=0.0).to(tl.uint16, bitcast=True).to(tl.int32)
-        p = ((high << 16) + tl.load(low + i, mask=mask, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
+        p = _joined(half, low, i, mask)
         g = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32) * factor + l2 * p
         base = _spread(tl.load(first_exponents + block, mask=filled, other=0), BLOCK)
         code = tl.load(first + i, mask=mask, other=0).to(tl.int32)
@@ -201,11 +212,7 @@ def _update_int8(
         s = tl.where(code == 0, 0, (code << DROPPED_SECOND) + base).to(tl.float32, bitcast=True)
         s = tl.sqrt_rn(beta2 * (s * s) + take2 * (g * g))
         p = decay * p - step_size * tl.div_rn(m, root_bias * s + eps)
-        bits = p.to(tl.int32, bitcast=True)
-        bits = tl.where(p == p, bits, QUIET_NAN)
-        rounded = (bits + 0x8000) >> 16
-        tl.store(half + i, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(low + i, bits.to(tl.int16), mask=mask)
+        _split(p, half, low, i, mask)
 
         threshold = i.to(tl.uint32) * ALONG + turn.to(tl.uint32)
         above = (threshold >> (32 - DROPPED_FIRST)).to(tl.int32)
