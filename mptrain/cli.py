@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+import time
 from importlib import import_module
 
 from mptrain.core.errors import MptrainError, out_of_memory
@@ -31,6 +32,9 @@ COMMANDS = {
     "convert-config": "convert_config",
 }
 """to each its module of mptrain.commands: HELP, add(parser), run(options) -> exit status. All are imported: light"""
+
+MAIN_SPEAKS_FIRST = 10.0
+"""seconds that an error of another process than the main one waits before it is said"""
 
 # Libraries in other languages raise their own errors, so the text decides: full disk, quota, ulimit.
 NO_SPACE = ("No space left on device", "Disk quota exceeded", "File too large")
@@ -95,10 +99,16 @@ def _kind(error: MptrainError) -> str:
 
 def _fail(message: str, code: int, section: str = "what-is-not-an-error-of-ours") -> int:
     """section: of docs/troubleshooting.md, that says more about errors of this kind."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"mptrain: {'error: ' if section else ''}{message}", file=sys.stderr)
-        if section:
-            print(f"mptrain: see docs/troubleshooting.md#{section}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if not section:
+            return code
+        # What ails one process mostly ails all, and a launcher ends the others as soon as one has: the main one is
+        # given the time to say it, and what ails this one alone is said too.
+        time.sleep(MAIN_SPEAKS_FIRST)
+    print(f"mptrain: {'error: ' if section else ''}{'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr)
+    if section:
+        print(f"mptrain: see docs/troubleshooting.md#{section}", file=sys.stderr)
     return code
 
 

@@ -1,8 +1,8 @@
-"""Run the tests marked `long` one by one, resumable, and commit a dated result.
+"""Run the tests marked `long` file by file, resumable, and commit a dated result.
 
-Each test is its own process with its own time limit. Results are kept in .test-all/ under
-the commit they ran on; a second call runs only what is missing or failed. When all have
-run, benchmarks/results/test-all-DATE.json names the commit, and is committed.
+Each file is its own process, each test has its own time limit; what a process that died left is run test by test.
+Results are kept in .test-all/ under the commit they ran on; a second call runs only what is missing or failed. When
+all have run, benchmarks/results/test-all-DATE.json names the commit, and is committed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,25 +45,37 @@ def main() -> int:
     if not tests:
         print(listed.stdout + listed.stderr, file=sys.stderr)
         return 1
-    left = [test for test in tests if results.get(test, {}).get("outcome") != "passed"]
+    left: dict[str, list[str]] = {}
+    for test in tests:
+        if results.get(test, {}).get("outcome") != "passed":
+            left.setdefault(test.split("::")[0], []).append(test)
     lock = threading.Lock()
 
-    def run(test: str) -> None:
-        begun = time.monotonic()
-        done = subprocess.run([*pytest, "-m", "long", "-p", "no:xdist", test], cwd=ROOT, capture_output=True, text=True)
-        outcome = "passed" if done.returncode == 0 and " passed" in done.stdout else "failed"
+    def run(chosen: list[str]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.json"
+            command = [*pytest, "-m", "long", "-p", "no:xdist", "-p", "scripts.outcomes", *chosen]
+            environment = os.environ | {"MPTRAIN_OUTCOMES": str(report)}
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+            found = json.loads(report.read_text()) if report.is_file() else {}
+        missing = [test for test in chosen if test not in found]
+        if missing == chosen and len(chosen) == 1:
+            found, missing = {chosen[0]: {"outcome": "failed", "seconds": None}}, []
         with lock:
-            results[test] = {"outcome": outcome, "seconds": round(time.monotonic() - begun, 1)}
-            print(f"[{len(results)}/{len(tests)}] {outcome} {test}", flush=True)
-            if outcome == "failed":
-                print(done.stdout[-3000:] + done.stderr[-1000:], flush=True)
+            results.update(found)
+            for test in found:
+                print(f"[{len(results)}/{len(tests)}] {found[test]['outcome']} {test}", flush=True)
+            if any(each["outcome"] == "failed" for each in found.values()):
+                print(done.stdout[-6000:] + done.stderr[-1000:], flush=True)
             temporary = store.with_suffix(".tmp")
             temporary.write_text(json.dumps(results, indent=1))
             os.replace(temporary, store)
+        for test in missing:
+            run([test])
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
-        list(pool.map(run, left))
+        list(pool.map(run, left.values()))
     finally:  # after Ctrl-C too
         pool.shutdown(cancel_futures=True)
     failed = [t for t, r in results.items() if r["outcome"] != "passed"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kit import report_sample
 
-from mptrain.cli import main
+from mptrain.cli import MAIN_SPEAKS_FIRST, main
 from mptrain.recipe import file
 
 
@@ -103,3 +103,12 @@ def test_too_little_memory_is_said_with_the_fix(monkeypatch, capsys, error):
     monkeypatch.setattr("mptrain.commands.validate.run", refuse)
     assert main(["validate", "quickstart"]) == 1
     assert "lower train.batch_size" in capsys.readouterr().err
+
+
+def test_of_many_processes_the_main_one_speaks_first_and_each_names_itself(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("mptrain.cli.time.sleep", waited.append)
+    for rank, start, seconds in (("0", "mptrain: error: ", []), ("3", "mptrain: error: rank 3: ", [MAIN_SPEAKS_FIRST])):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["recipe", "no-such-recipe"]) == 2
+        assert capsys.readouterr().err.startswith(start + "No recipe") and waited == seconds
