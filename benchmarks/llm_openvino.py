@@ -242,7 +242,8 @@ def compared(options: argparse.Namespace, folder: Path) -> None:
     if options.json:
         columns = {
             "name": "row", "size_mb": "MB", "ppl": "perplexity", "ppl_1760": "of 1,760 tokens",
-            "ttft_ms": "first token, ms", "tpot_ms": "per token, ms", "cpu_seconds": "CPU s", "peak_gb": "peak GB", "error": "refused",
+            "ttft_ms": "first token, ms", "tpot_ms": "per token, ms",
+            "cpu_seconds": "CPU s", "peak_gb": "peak GB", "error": "refused",
         }  # fmt: skip
         shown = [
             row if "error" in row else {**row, "size_mb": row["size_bytes"] / 1e6, "peak_gb": row["peak_bytes"] / 1e9}
