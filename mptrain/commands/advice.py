@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mptrain.report.tables.models import fold
+from mptrain.report.words import fold
 
 _MASK = 1e38  # finfo(float32).min and its like
 

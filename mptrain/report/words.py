@@ -149,4 +149,26 @@ def kept_in_fp32(half: dict[str, Any]) -> str:
     many = "s" * (len(ops) > 1)
     if half.get("scaled"):
         note = f"; {', '.join(half['scaled'])}: weights in fp16, channels scaled around them{note}"
-    return f"{len(ops)} op{many} in fp32: {', '.join(ops)}; {casts} float↔half cast{'s' * (casts != 1)}{note}"
+    return f"{len(ops)} op{many} in fp32: {', '.join(fold(ops))}; {casts} float↔half cast{'s' * (casts != 1)}{note}"
+
+
+def fold(names: list[str]) -> list[str]:
+    """Names that differ in one number between dots, as one name with the range of numbers."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = f"{name[: match.start()]}\0{name[match.end() :]}" if match else name
+        groups.setdefault(key, []).extend([int(match[0])] if match else [])
+    return [key.replace("\0", _ranges(sorted(numbers))) for key, numbers in groups.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "{0-2,5}", a single number as it is."""
+    spans: list[list[int]] = []
+    for number in dict.fromkeys(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+    return texts[0] if len(spans) == 1 and spans[0][0] == spans[0][1] else "{" + ",".join(texts) + "}"

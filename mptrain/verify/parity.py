@@ -79,8 +79,8 @@ def compare(
     model.eval()
     apart, examples = _Apart(), 0
     alike: list[np.ndarray] = []
-    for batch in batches:
-        signature = probed(model, batch) if signature is None else signature
+
+    def add(batch: Mapping[str, Tensor], signature: Signature) -> None:  # its outputs are gone before the next's come
         with without_cache(model):
             ours = signature.run(model, {name: value.to(device) for name, value in batch.items()})
         theirs = runner(batch)
@@ -91,6 +91,10 @@ def compare(
             alike.append(decisions(expected, got))
         else:
             alike.append(agreement({name: v.float().cpu().numpy() for name, v in ours.items()}, theirs, dict(batch)))
+
+    for batch in batches:
+        signature = probed(model, batch) if signature is None else signature
+        add(batch, signature)
         examples += len(next(iter(batch.values())))
     model.train(training)
     return {

@@ -8,7 +8,6 @@ import pytest
 from kit import report_sample as sample
 
 from mptrain.report import claims, words
-from mptrain.report.tables import models
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,9 @@ def test_slower_is_not_called_faster():
 
 def test_layer_names_are_folded():
     names = [*sample.linears(3), "bert.pooler.dense", "classifier"]
-    assert models.fold(names)[0] == "bert.encoder.layer.{0-2}.attention.self.query"
-    assert models.fold(["a.0.b", "a.2.b", "a.3.b", "a.7.c"]) == ["a.{0,2-3}.b", "a.7.c"]
-    assert models.fold(names)[-2:] == ["bert.pooler.dense", "classifier"]
+    assert words.fold(names)[0] == "bert.encoder.layer.{0-2}.attention.self.query"
+    assert words.fold(["a.0.b", "a.2.b", "a.3.b", "a.7.c"]) == ["a.{0,2-3}.b", "a.7.c"]
+    assert words.fold(names)[-2:] == ["bert.pooler.dense", "classifier"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def _structure(blocks: Sequence[Row]) -> Table:
             Cell(f"{params:,}", f"{100 * params / of:.0f}%" if of else ""),
         ]
         for (kind, kept, total, params, of), names in alike.items()
-        for name in models.fold(names)
+        for name in words.fold(names)
     ]
     return Table("Structure kept", ["Block", "Kind", "Units", "Parameters"], rows, text_columns=1)
 

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from mptrain.report import words
 from mptrain.report.render.terminal import draw, line
-from mptrain.report.tables.models import fold
 from mptrain.report.tables.results import Cell, Table
+from mptrain.report.words import fold
 from mptrain.verify.overflow import MIN_UNDERFLOW
 from mptrain.verify.ranges import HALF_MAX
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from mptrain.report import words
 from mptrain.report.gates import exact
 from mptrain.report.row import Row
@@ -110,8 +108,11 @@ def half(report: Row) -> Table | None:
         rows.append(
             [
                 Cell(name),
-                Cell(", ".join(fold(kept)) or "none", f"{len(kept)} operation{'s' * (len(kept) != 1)}" if kept else ""),
-                Cell(", ".join(fold(constants)) or "none"),
+                Cell(
+                    ", ".join(words.fold(kept)) or "none",
+                    f"{len(kept)} operation{'s' * (len(kept) != 1)}" if kept else "",
+                ),
+                Cell(", ".join(words.fold(constants)) or "none"),
                 Cell(str(facts.get("float_casts", facts.get("casts", words.NONE)))),
                 Cell(f"{facts['kept']['cosine']:.6f}"),
                 Cell(words.small(executed["max_diff"]) if executed else words.NONE),
@@ -167,7 +168,7 @@ def _left(report: Row) -> str:
 
 def _stored(first: list[Cell], weights: list[Row]) -> list[Cell]:
     count, size = (sum(w[key] for w in weights) for key in ("count", "bytes"))
-    names = fold([w["weight"].removesuffix(".weight") for w in weights])
+    names = words.fold([w["weight"].removesuffix(".weight") for w in weights])
     layers = Cell(f"{len(weights)}", ", ".join(names) if len(first[1].sub) and len(names) <= 4 else "")
     return [
         *first,
@@ -213,19 +214,9 @@ def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
             if names:
                 groups.setdefault((kind, tuple(names)), []).append(v["id"])
     return [
-        (f"{kind} in {', '.join(variants)} ({len(names)})", fold(list(names)))
+        (f"{kind} in {', '.join(variants)} ({len(names)})", words.fold(list(names)))
         for (kind, names), variants in groups.items()
     ]
-
-
-def fold(names: list[str]) -> list[str]:
-    """Names that differ in one number between dots, as one name with the range of numbers."""
-    groups: dict[str, list[int]] = {}
-    for name in names:
-        match = re.search(r"(?<=\.)\d+(?=\.)", name)
-        key = f"{name[: match.start()]}\0{name[match.end() :]}" if match else name
-        groups.setdefault(key, []).extend([int(match[0])] if match else [])
-    return [key.replace("\0", _ranges(sorted(numbers))) for key, numbers in groups.items()]
 
 
 def count(kept: int | list[int]) -> int:
@@ -235,15 +226,3 @@ def count(kept: int | list[int]) -> int:
 
 def _share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f}%" if whole else ""
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "{0-2,5}", a single number as it is."""
-    spans: list[list[int]] = []
-    for number in dict.fromkeys(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    texts = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
-    return texts[0] if len(spans) == 1 and spans[0][0] == spans[0][1] else "{" + ",".join(texts) + "}"
