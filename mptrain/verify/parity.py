@@ -85,12 +85,15 @@ def compare(
             ours = signature.run(model, {name: value.to(device) for name, value in batch.items()})
         theirs = runner(batch)
         _check_outputs(ours, theirs, exact)
-        expected, got = rows(ours, batch, signature), rows(theirs, batch, signature)
-        apart.add(expected, got, cache(partial(_rounding, model, batch, signature)) if exact else None)
+        if agreement is not None:
+            alike.append(agreement({name: v.float().cpu().numpy() for name, v in ours.items()}, theirs, dict(batch)))
+        expected = rows(ours, batch, signature)
+        del ours  # logits of a batch are some 200 MB, and these are copies where there is padding
+        got = rows(theirs, batch, signature)
+        del theirs
         if agreement is None:
             alike.append(decisions(expected, got))
-        else:
-            alike.append(agreement({name: v.float().cpu().numpy() for name, v in ours.items()}, theirs, dict(batch)))
+        apart.add(expected, got, cache(partial(_rounding, model, batch, signature)) if exact else None)
 
     for batch in batches:
         signature = probed(model, batch) if signature is None else signature
@@ -126,8 +129,8 @@ class _Apart:
                 raise NotFinite(
                     f"output {name}: {bad} of {got[name].numel()} values of the exported model are not finite"
                 )
-            furthest, summed = _difference(got[name], wanted.cpu())
-            size, noise = _size(wanted), 0.0
+            furthest, summed = furthest_of(got[name], wanted.cpu())
+            size, noise = size_of(wanted), 0.0
             if errors is not None and MEASURED * size < furthest < ROUNDED * max(1.0, size):
                 noise = ORDERS * errors().get(name, 0.0)
                 size = size if name in errors() else max(1.0, size)
@@ -174,7 +177,7 @@ def _check_chosen(name: str, ours: Tensor, theirs: np.ndarray) -> None:
         )
 
 
-def _difference(got: Tensor, wanted: Tensor) -> tuple[float, float]:
+def furthest_of(got: Tensor, wanted: Tensor) -> tuple[float, float]:
     """The largest, and the sum of all; in float64, and of few rows at a time, for logits are large."""
     largest = total = 0.0
     for ours, theirs in zip(wanted.flatten().split(_AT_A_TIME), got.flatten().split(_AT_A_TIME), strict=True):
@@ -183,9 +186,9 @@ def _difference(got: Tensor, wanted: Tensor) -> tuple[float, float]:
     return largest, total
 
 
-def _size(values: Tensor) -> float:
+def size_of(values: Tensor) -> float:
     """The largest finite value; of few at a time, as above."""
-    parts = (part.abs().nan_to_num_(0.0, 0.0, 0.0) for part in values.flatten().split(_AT_A_TIME))
+    parts = (part.double().abs().nan_to_num_(0.0, 0.0, 0.0) for part in values.flatten().split(_AT_A_TIME))
     return max([torch.finfo(torch.float32).eps, *(float(part.max()) for part in parts if part.numel())])
 
 

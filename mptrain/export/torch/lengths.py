@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptrain.core.signature import BATCH, Batch, Forward, Signature
+from mptrain.verify.parity import furthest_of, size_of
 
 _ROUNDING = 1e-4
 """relative, of a float32 graph; more of it where the graph differs as much on the example itself"""
@@ -75,11 +76,10 @@ def _difference(graph: Forward, model: nn.Module, batch: Batch, signature: Signa
         return float("inf")
     worst = 0.0
     for name, value in wanted.items():
-        ours, theirs = np.asarray(found[name], np.float64), value.double().numpy()
-        if ours.shape != theirs.shape:
+        got = torch.as_tensor(np.asarray(found[name]))
+        if got.shape != value.shape or not got.isfinite().all():
             return float("inf")
-        scale = max(float(np.abs(theirs).max(initial=0.0)), 1e-6)
-        worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)) / scale)
+        worst = max(worst, furthest_of(got, value)[0] / max(size_of(value), 1e-6))
     return worst
 
 
