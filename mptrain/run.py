@@ -65,7 +65,7 @@ def _steps(
     inputs = preflight.check(recipe, allow_code=allow_code, processes=peers.num_processes)
     data, questions = inputs.data, inputs.questions
     assert data is not None  # only a dry run does without
-    many_processes.check(recipe, current(peers.num_processes), len(data.train))
+    many_processes.check(recipe, current(peers.num_processes), data.rows)
     if peers.is_main_process:
         described = identity(recipe, data, peers.num_processes, questions, allow_code=allow_code)
         if fresh:
@@ -77,7 +77,7 @@ def _steps(
         log.info("%s is finished; this is its report. --fresh runs it again.", folder)
         return files.read(folder)
 
-    plan = {s.id: phases(s, len(data.train), peers.num_processes) for s in recipe.stages}
+    plan = {s.id: phases(s, data.rows(s), peers.num_processes) for s in recipe.stages}
     context = Context(inputs_of(recipe), data, inputs.processor, folder, plan, peers, allow_code)
     if recipe.baseline == "model":
         keep_start(context, recipe.model, recipe.seed)

@@ -9,7 +9,7 @@ are those of flow/outlook.py.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,7 @@ from mptrain.compress.base import Tables
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
 from mptrain.core.errors import ModelError
+from mptrain.data.load import Task
 from mptrain.data.tasks.labels import class_lines
 from mptrain.flow import many_processes, preflight
 from mptrain.flow.outlook import Outlook
@@ -39,13 +40,15 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False, launch: str | None = No
             f"model.path: the class of {recipe.model.named} cannot be built on torch's meta device, without weights, so"
             " that a dry run can predict nothing; run the recipe itself."
         )
-    rows, rows_from = (len(data.train), "counted") if data is not None else (_assumed_rows(recipe), "assumed")
+    assumed = _assumed_rows(recipe)
+    rows_from = f"{assumed:,} training rows (assumed)" if data is None else _counted(data)
+    rows = data.rows if data is not None else lambda stage: assumed
     many_processes.check(recipe, launched, rows)
     outlook = Outlook(recipe, model, data)
     text = io.StringIO()
     console = Console(width=110, file=text)
     console.print(f"{recipe.name}: {recipe.description}")
-    console.print(f"model: {recipe.model.named} ({said}); data: {rows:,} training rows ({rows_from})")
+    console.print(f"model: {recipe.model.named} ({said}); data: {rows_from}")
     if launch is not None:
         console.print(f"launch: {launched.words()}; training takes {_memory(recipe, model, launched)}")
     elif recipe.precision.compute != "fp32":
@@ -76,13 +79,13 @@ def _memory(recipe: Recipe, model: nn.Module, launch: Launch) -> str:
     return f"{found.total / 1e9:.3g} GB{each}, activations besides"
 
 
-def _stages(outlook: Outlook, rows: int, processes: int = 1) -> Table:
+def _stages(outlook: Outlook, rows: Callable[[Stage], int], processes: int = 1) -> Table:
     table = Table(title="Phases", title_justify="left", box=None, pad_edge=False)
     for name in ("stage", "phase", "steps", "does", "time"):
         table.add_column(name, justify="right" if name in ("steps", "time") else "left")
     total = 0.0
     for stage in outlook.recipe.stages:
-        for phase in phases(stage, rows, processes):
+        for phase in phases(stage, rows(stage), processes):
             seconds = outlook.seconds(stage, phase)
             total += seconds
             does = _does(outlook.recipe.precision.compute, stage, phase)
@@ -144,6 +147,11 @@ def _tables(found: Mapping[str, Sequence[Tables]]) -> Table:
                 f"{2 * row.weights / row.size:.2f}×",
             )  # fmt: skip
     return table
+
+
+def _counted(data: Task) -> str:
+    more = "" if data.unlabelled is None else f", {len(data.unlabelled):,} inputs without labels"
+    return f"{len(data.train):,} training rows{more} (counted)"
 
 
 def _assumed_rows(recipe: Recipe) -> int:

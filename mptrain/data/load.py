@@ -49,7 +49,8 @@ def load_data(spec: Data, task: str, processor: Any, *, seed: int, allow_code: b
     kind = task_class(TASKS[task])
     columns = _columns(spec, kind.kind)
     wanted = [*columns.values(), *([spec.split.group] if spec.split.group else [])]
-    source = read_source(spec, wanted, allow_code=allow_code)
+    inputs = [columns[field] for field in kind.inputs() if field in columns]
+    source = read_source(spec, wanted, inputs, allow_code=allow_code)
     with _unquoted():
         return _load(spec, kind, source, columns, processor, seed)
 
@@ -97,7 +98,17 @@ def _load(spec: Data, kind: type[Task], source: Source, columns: dict[str, str],
     }
     if not kind.in_order:  # in running text, short rows such as headings recur without meaning anything
         facts["overlap_with_train"] = _overlap(tables)
-    return kind(tables, spec, processor, seed, facts)
+    task = kind(tables, spec, processor, seed, facts)
+    if spec.unlabelled is not None:
+        task.add_unlabelled(_unlabelled(source.unlabelled, kind, columns))
+    return task
+
+
+def _unlabelled(table: Table | None, kind: type[Task], columns: dict[str, str]) -> Table:
+    assert table is not None  # `read_source` read it
+    found = table.choose({field: columns[field] for field in kind.inputs() if field in columns})
+    found.columns[IDENTITY] = kind.identity(found)
+    return found
 
 
 def _columns(spec: Data, kind: TaskSpec) -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mptrain.core.errors import UserError
-from mptrain.recipe import Recipe
+from mptrain.recipe import Recipe, Stage
 from mptrain.recipe.plan import phases
 from mptrain.train.launch import DEEPSPEED, Launch
 
 
-def check(recipe: Recipe, launch: Launch, rows: int) -> None:
-    """rows: of the training split. Raises UserError."""
+def check(recipe: Recipe, launch: Launch, rows: Callable[[Stage], int]) -> None:
+    """rows: examples that a stage trains on. Raises UserError."""
     half = recipe.precision.compute != "fp32"
     if launch.sharding == "deepspeed":
         raise UserError(f"{DEEPSPEED}.")
@@ -36,7 +38,7 @@ def check(recipe: Recipe, launch: Launch, rows: int) -> None:
             f" (bf16-master){' and drop moments: int8' if recipe.precision.moments == 'int8' else ''}."
         )
     for stage in recipe.stages:
-        for phase in phases(stage, rows, launch.processes):
+        for phase in phases(stage, rows(stage), launch.processes):
             for method in stage.methods if phase.steps else ():
                 if method.field in phase.methods and (why := method.why_not_sharded()):
                     raise UserError(f"stages.{stage.id}.{method.field}.{why}.")

@@ -204,7 +204,7 @@ def check_data(recipe: Recipe, data: Task, processes: int = 1) -> None:
     for length in recipe.evaluate.latency.length:
         data.example(1, length)
     for stage in recipe.stages:
-        for phase in phases(stage, len(data.train), processes):
+        for phase in phases(stage, data.rows(stage), processes):
             for method in stage.methods:
                 if method.field in phase.methods:
                     with _in_stage(stage.id, method.field):

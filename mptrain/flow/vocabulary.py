@@ -16,10 +16,11 @@ _BATCH = 64
 
 
 def counts(data: Task) -> Tensor:
-    """int64 [tokens]: how often each stands in the training split, padding and special tokens among them."""
+    """int64 [tokens]: how often each stands in what is trained on, padding and special tokens among them."""
     found = torch.zeros(len(data.processor), dtype=torch.int64)
-    for start in track(range(0, len(data.train), _BATCH), "counting tokens"):
-        batch = data.collate([data.train[i] for i in range(start, min(start + _BATCH, len(data.train)))])
+    examples = data.taught(distilled=True)
+    for start in track(range(0, len(examples), _BATCH), "counting tokens"):
+        batch = data.collate([examples[i] for i in range(start, min(start + _BATCH, len(examples)))])
         for name in TOKENS:
             if name in batch:
                 found += torch.bincount(batch[name].flatten(), minlength=len(found))

@@ -146,6 +146,11 @@ class Data(Strict):
     )
     validation: PathText | None = Field(None, description="like train; without it `split` cuts it off")
     test: PathText | None = Field(None, description="like train; without it `split` cuts it off")
+    unlabelled: PathText | None = Field(
+        None,
+        description="a file like train, of which the inputs alone are read: stages with `distill` are taught by the"
+        " teacher on them too; inputs that are in a split are left out",
+    )
     key: Key | None = Field(
         None,
         exclude=True,  # where a key is says nothing of the model: a run may continue with a key from elsewhere

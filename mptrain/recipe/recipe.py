@@ -172,6 +172,10 @@ class Recipe(Strict):
                 if reason := method.why_not_split():
                     raise ValueError(f"{where}.{method.field}.{reason}")
             seen.append(stage.id)
+        if self.data.unlabelled is not None and not any(stage.distill for stage in self.stages):
+            raise ValueError(
+                "data.unlabelled: no stage has distill, so nothing learns from it; add distill, or drop it"
+            )
         self._check_speedups()
         self._check_throughput()
         ids = [e.id for e in self.export]

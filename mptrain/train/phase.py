@@ -76,6 +76,7 @@ class PhaseTrainer(Trainer):
         peaks: Peaks | None = None,
     ) -> None:
         self.peaks = peaks
+        self._examples = examples = data.taught(distilled=distiller is not None)
         self.phase, self.settings, self.task, self.folder = phase, train, data, folder
         self.best: dict[str, Any] | None = None
         self._bad_epochs = 0
@@ -92,7 +93,7 @@ class PhaseTrainer(Trainer):
             data_seed=seed,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
-            dataloader_drop_last=len(data.train) >= train.batch_size * PartialState().num_processes,
+            dataloader_drop_last=len(examples) >= train.batch_size * PartialState().num_processes,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             logging_strategy="steps",
@@ -110,7 +111,7 @@ class PhaseTrainer(Trainer):
             model,
             arguments,
             data_collator=data.collate,
-            train_dataset=data.train,
+            train_dataset=examples,
             eval_dataset=data.validation,
             compressors=compressors,
             distiller=distiller,
@@ -138,7 +139,7 @@ class PhaseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return LengthGroupedSampler(
-            self.task.train.lengths,
+            self._examples.lengths,
             self.settings.batch_size,
             self.args.seed,
             group=self.settings.group_by_length,
@@ -162,11 +163,14 @@ class PhaseTrainer(Trainer):
 
     def task_loss(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> tuple[torch.Tensor, Any]:
         if not self.task.computes_loss():
-            return super().task_loss(model, inputs, num_items_in_batch)
+            loss, outputs = super().task_loss(model, inputs, num_items_in_batch)
+            # the mean over the examples that have targets becomes one over all, and nothing where none has
+            share = self.task.labelled_share(inputs)
+            return (loss if share == 1 else loss * share if share else loss.new_zeros(())), outputs
         outputs = model(**self.task.without_targets(inputs))
-        loss = self.task.loss(outputs, inputs)
-        assert loss is not None
-        return loss, outputs
+        found = self.task.loss(outputs, inputs)
+        assert found is not None
+        return found, outputs
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

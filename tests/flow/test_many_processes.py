@@ -34,7 +34,7 @@ def recipe(tmp_path, *, prune=None, **changes):
 )
 def test_refused(tmp_path, launch, changes, says):
     with pytest.raises(UserError, match=says):
-        many_processes.check(recipe(tmp_path, **changes), Launch(2, **launch), 100)
+        many_processes.check(recipe(tmp_path, **changes), Launch(2, **launch), lambda stage: 100)
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_refused(tmp_path, launch, changes, says):
     ],
 )
 def test_taken(tmp_path, launch, changes):
-    many_processes.check(recipe(tmp_path, **changes), Launch(2, **launch), 100)
+    many_processes.check(recipe(tmp_path, **changes), Launch(2, **launch), lambda stage: 100)

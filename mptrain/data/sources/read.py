@@ -42,26 +42,31 @@ class Stored:
 
 @dataclass
 class Source:
-    """The splits that exist; `group` is the grouping that comes with the data; `facts` go to the report; `secret`: of
-    encrypted data, keys the hashes by which a run knows it."""
+    """The splits that exist, and the inputs without targets; `group` is the grouping that comes with the data; `facts`
+    go to the report; `secret`: of encrypted data, keys the hashes by which a run knows it."""
 
     tables: dict[str, Table]
     facts: dict[str, Any]
     group: str | None = None
     secret: bytes | None = None
+    unlabelled: Table | None = None
 
 
-def read_source(spec: Data, columns: Iterable[str], *, allow_code: bool = False) -> Source:
-    """Read what `spec` names; `columns` are the column names that will be asked for. allow_code: for data.key.command.
+def read_source(spec: Data, columns: Iterable[str], inputs: Iterable[str] = (), *, allow_code: bool = False) -> Source:
+    """Read what `spec` names; `columns` are the column names that will be asked for, `inputs` those of data.unlabelled.
+    allow_code: for data.key.command.
 
     Once encrypted data is read, messages of this process quote no cells.
     Raises DataError, which says what was looked for and what there is.
     """
-    if spec.key is None:
-        return _read_source(spec, columns, None)
-    quoting.hide()
-    opener = Vaults(spec.key, allow_code)
-    return replace(_read_source(spec, columns, opener), secret=opener.secret())
+    opener = None
+    if spec.key is not None:
+        quoting.hide()
+        opener = Vaults(spec.key, allow_code)
+    found = _read_source(spec, columns, opener)
+    if spec.unlabelled is not None:
+        found.unlabelled = read_table(spec.unlabelled, "data.unlabelled", inputs, opener)
+    return found if opener is None else replace(found, secret=opener.secret())
 
 
 def read_encrypted(

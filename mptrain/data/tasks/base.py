@@ -8,8 +8,6 @@ the answer of all others does not fit it, it also says what its loss is (`loss`)
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import random
 from abc import ABC, abstractmethod
@@ -21,24 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mptrain.core.errors import MptrainError, NotFinite
+from mptrain.core.errors import DataError, MptrainError, NotFinite
 from mptrain.core.progress import progress as said
 from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature, by_name, without_cache
 from mptrain.data.sources.splits import SPLITS, sample
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import agreement, divergence
+from mptrain.data.tasks.content import GROUP, IDENTITY, Content
 from mptrain.data.tasks.divergence import IGNORED
 from mptrain.data.tasks.metrics import Measure, Score
-from mptrain.recipe import Calibration, Data, TaskSpec
+from mptrain.recipe import Calibration, Data, Stage, TaskSpec
 
-__all__ = ["IGNORED", "Batch", "Example", "Examples", "Outputs", "Task", "finite", "stack"]
+__all__ = ["GROUP", "IDENTITY", "IGNORED", "Batch", "Example", "Examples", "Outputs", "Task", "finite", "stack"]
 
 BATCH_BYTES = 64 * 2**20
 """the most that the outputs of a batch may take where the recipe says no batch size; a runtime holds them twice"""
 BATCH_SIZE = 64
-
-GROUP, IDENTITY = "split.group", "identity"
-"""columns beside the fields of a task: the value that may not cross splits, and what makes inputs the same"""
 
 Example = dict[str, Any]
 
@@ -77,7 +73,12 @@ class Task(ABC):
     measures: ClassVar[Mapping[str, Measure]] = {}
     """what its scores are functions of, beside `metrics.MEASURES`: a run folder keeps their names"""
 
+    without_label: ClassVar[Any] = None
+    """cell of a label column that the loss passes over, of tasks with the option `unlabelled`"""
+
     unseen: list[str] = []
+    unlabelled: Examples | None = None
+    """inputs without targets, see `add_unlabelled`"""
     min_length = 1
     """of `example`"""
 
@@ -87,13 +88,20 @@ class Task(ABC):
         self.seed = seed
         self.facts = facts
         self.secret = tables["train"].secret
+        self._content = Content(self.secret, self.inputs())
         self.labels = self.index_labels(tables)
         if not self.in_order:
             tables = {name: t.take(sample(len(t), spec.max_samples)) for name, t in tables.items()}
-        self.hash = self._content_hash(tables)
+        self.hash = self._content.of_splits([self.labels, self.unseen] if self.unseen else self.labels, tables)
+        self._known = {key for table in tables.values() for key in table[IDENTITY]} if spec.unlabelled else set[str]()
         self._splits = {name: self.encode(name, tables[name]) for name in SPLITS}
         self.facts["examples"] = {name: len(examples) for name, examples in self._splits.items()}
-        self.facts["test_hash"] = self._test_hash(tables["test"])
+        # scores of runs that have it alike are of the same examples in the same order: inputs and targets of test
+        self.facts["test_hash"] = (
+            self._content.of_examples(self.test[i] for i in range(len(self.test)))
+            if self.in_order
+            else self._content.of_rows("test", tables["test"])
+        )
 
     @property
     def train(self) -> Examples:
@@ -106,6 +114,32 @@ class Task(ABC):
     @property
     def test(self) -> Examples:
         return self._splits["test"]
+
+    def add_unlabelled(self, table: Table) -> None:
+        """Inputs for distillation alone; table: the fields of inputs and IDENTITY. Those in a split are left out: the
+        training split has them with their targets, and what scores a model does not teach it."""
+        known = self._known
+        new = [row for row, key in enumerate(table[IDENTITY]) if key not in known]
+        left_out = len(table) - len(new)
+        new = [new[i] for i in sample(len(new), self.spec.max_samples)]
+        if not new:
+            raise DataError(f"data.unlabelled: all {len(table)} inputs of {table.where} are in a split; give others.")
+        table = table.take(new)
+        table.columns |= {name: [self.without_label] * len(new) for name, c in self.kind.columns.items() if c.target}
+        self.hash = self._content.with_more(self.hash, "unlabelled", table)
+        self.unlabelled = self.encode("unlabelled", table)
+        self.facts["unlabelled"] = {"examples": len(new), "in_a_split": left_out}
+
+    def taught(self, *, distilled: bool) -> Examples:
+        """What a stage trains on: with a teacher also the inputs without targets, behind the training split."""
+        if not distilled or self.unlabelled is None:
+            return self.train
+        own, more, count = self.train, self.unlabelled, len(self.train)
+        return Examples(lambda i: own[i] if i < count else more[i - count], [*own.lengths, *more.lengths])
+
+    def rows(self, stage: Stage) -> int:
+        """Examples that a stage trains on."""
+        return len(self.taught(distilled=stage.distill is not None))
 
     # -- what a task defines
 
@@ -163,6 +197,10 @@ class Task(ABC):
         A model is given no targets by a task that computes its loss.
         """
         return None
+
+    def labelled_share(self, batch: Batch) -> float:
+        """Of the examples of a batch, those that have targets."""
+        return 1.0
 
     def answers(self, forward: Callable[[Batch], Outputs], batch: Batch) -> Outputs:
         """What `read` gets for a batch of inputs: what the model gives; a task whose models write calls it again."""
@@ -305,36 +343,6 @@ class Task(ABC):
         """The longest training examples, repeated when there are fewer than `count`."""
         order = sorted(range(len(self.train)), key=lambda i: (-self.train.lengths[i], i))
         return [self.train[order[i % len(order)]] for i in range(count)]
-
-    def _content_hash(self, tables: Mapping[str, Table]) -> str:
-        classes = [self.labels, self.unseen] if self.unseen else self.labels
-        digest = self._digest(json.dumps(classes).encode())
-        for name in SPLITS:
-            self._add_rows(digest, name, tables[name])
-        return digest.hexdigest()
-
-    def _test_hash(self, table: Table) -> str:
-        """Scores of runs that have it alike are of the same examples in the same order: inputs and targets of test.
-
-        Where rows are not examples, it is of what is read: the windows of a running text depend on the tokenizer.
-        """
-        digest = self._digest()
-        if not self.in_order:
-            self._add_rows(digest, "test", table)
-        for index in range(len(self.test)) if self.in_order else ():
-            for name, value in sorted(self.test[index].items()):
-                digest.update(f"{name}\0".encode() + np.asarray(value).tobytes())
-        return digest.hexdigest()
-
-    def _digest(self, begun: bytes = b"") -> Any:
-        """sha256 of bytes; of encrypted data HMAC-SHA256."""
-        return hashlib.sha256(begun) if self.secret is None else hmac.new(self.secret, begun, "sha256")
-
-    def _add_rows(self, digest: Any, split: str, table: Table) -> None:
-        targets = [table[column] for column in table.columns if column not in (*self.inputs(), GROUP, IDENTITY)]
-        for row in zip(table[IDENTITY], *targets):
-            line = json.dumps([split, *row], ensure_ascii=False, sort_keys=True, default=str)
-            digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
 
 
 def finite(outputs: Outputs, name: str = "logits") -> np.ndarray:

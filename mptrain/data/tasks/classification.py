@@ -9,6 +9,7 @@ import numpy as np
 from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.base import Batch, Outputs, Task, finite
+from mptrain.data.tasks.divergence import IGNORED
 from mptrain.data.tasks.labels import Column, classes_of
 from mptrain.data.tasks.metrics import MEAN, RATIO, Score
 
@@ -17,6 +18,7 @@ class Classification(Task):
     """Any number of classes; scores are accuracy, then loss (mean cross-entropy in nats)."""
 
     labels: list[str]
+    without_label = IGNORED
 
     def index_labels(self, tables: Mapping[str, Table]) -> list[str]:
         columns = {
@@ -35,6 +37,9 @@ class Classification(Task):
         """The class indices of a split, remembered for `score`."""
         self._targets[split] = np.asarray(table["label"], dtype=np.int64)
         return table["label"]
+
+    def labelled_share(self, batch: Batch) -> float:
+        return float((batch["labels"] != IGNORED).float().mean())
 
     def outputs(self) -> tuple[Port, ...]:
         return (Port("logits", (BATCH, len(self.labels))),)
