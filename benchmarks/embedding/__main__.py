@@ -72,11 +72,10 @@ def compared(runs: list[Path], python: str, rounds: int) -> tuple[list[dict[str,
     files: dict[str, Path] = {}
     for run, report in zip(runs, reports, strict=True):
         for variant in report["variants"]:
-            plain = variant["precision"] == "fp32"
-            if not plain:
-                files[f"{report['name']}/{variant['precision']}"] = run / variant["path"]
-            elif variant["id"] == report["baseline"]:
+            if variant["id"] == report["baseline"]:
                 files.setdefault(FP32, run / variant["path"])
+            else:
+                files[f"{report['name']}/{variant['id']}"] = run / variant["path"]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files[THEIRS], seconds = theirs(python, task, recipe.model.path, recipe.data.calibration.samples, folder)
