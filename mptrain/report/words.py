@@ -8,11 +8,14 @@ from typing import Any
 NONE = "n/a"
 MINUS = "−"
 _ABBREVIATIONS = {"auc": "AUC", "f1": "F1", "mae": "MAE", "map": "mAP", "mrr": "MRR", "mse": "MSE", "ndcg": "NDCG"}
-"""names of metrics that are written in another case than words"""
+_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF"}
+"""what is written in another case than words"""
 
 
 def metric_name(name: str) -> str:
     """ "exact_match" as "exact match", "micro_f1" as "micro F1"."""
+    if name in _NAMES:
+        return _NAMES[name]
     return " ".join(re.sub(r"^[a-z0-9]+", lambda m: _ABBREVIATIONS.get(m[0], m[0]), part) for part in name.split("_"))
 
 
