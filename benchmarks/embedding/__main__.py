@@ -80,6 +80,7 @@ def compared(runs: list[Path], python: str, rounds: int) -> tuple[list[dict[str,
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files[THEIRS], seconds = theirs(python, task, recipe.model.path, recipe.data.calibration.samples, folder)
         runners = {name: stack.enter_context(closing(CompiledIr(path, 1))) for name, path in files.items()}
+        sizes = {n: sum(p.with_suffix(end).stat().st_size for end in (".xml", ".bin")) for n, p in files.items()}
         scores = {name: task.evaluate(runner, "test")[0] for name, runner in runners.items()}
         batch = task.without_targets(task.example(1, LENGTH))
         times: dict[str, list[float]] = {name: [] for name in runners}
@@ -92,7 +93,7 @@ def compared(runs: list[Path], python: str, rounds: int) -> tuple[list[dict[str,
                 runners[name](batch)
                 times[name].append(time.process_time() - begun)
     rows = []
-    for name, path in files.items():
+    for name in files:
         against = [other for other in (FP32, THEIRS) if other != name]
         apart = {other: paired_difference(scores[name], scores[other]) for other in against}
         rows.append(
@@ -100,7 +101,7 @@ def compared(runs: list[Path], python: str, rounds: int) -> tuple[list[dict[str,
                 "name": name,
                 "quality": scores[name].value,
                 "over": {other: [d.value, d.low, d.high] for other, d in apart.items()},
-                "size_bytes": sum(path.with_suffix(end).stat().st_size for end in (".xml", ".bin")),
+                "size_bytes": sizes[name],
                 "ms": 1e3 * statistics.median(times[name]),
                 "of_theirs": statistics.median(a / b for a, b in zip(times[name], times[THEIRS], strict=True)),
             }
