@@ -17,7 +17,7 @@ from mptrain.recipe.weights import PALETTIZE, QUANTIZE, PaletteChoice, Quantize
 
 
 class Distill(Strict):
-    """loss = (1 - weight) * task + weight * T^2 * KL(student/T || teacher/T) + hidden + attention terms."""
+    """loss = (1 - weight) * task + weight * T^2 * KL(student/T || teacher/T) + hidden + relations + attention terms."""
 
     weight: Annotated[float, Field(ge=0, le=1)] = 0.9
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -25,6 +25,11 @@ class Distill(Strict):
         0.0,
         description="weight of the mean squared error of hidden states; of the cosines between their tokens, where the"
         " teacher is wider or narrower",
+    )
+    relations: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="weight of the divergence of how tokens relate in queries, keys and values; any number of heads,"
+        " any attn",
     )
     attention: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the error of attention maps, head average; needs attn: eager"

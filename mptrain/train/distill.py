@@ -2,17 +2,19 @@
 
     loss = (1 - w) * task + w * term
            + hidden * mean_layers MSE(h_s, h_t) + attention * mean_layers MSE(mean_heads a_s, mean_heads a_t)
+           + relations * mean_layers KL(R_t || R_s)
 
 The term says what is learned of the outputs; a task has its own, logits are compared as `divergence` says. Heads of a
 pruned student differ in number from the teacher's, so attention maps are compared as averages over heads (Jiao et
-al. 2020 compare them one by one). Hidden states of another width than the teacher's have no difference: there the
-cosines between the tokens of a text are compared (Tung and Mori 2019 do so between the examples of a batch). Padding
-counts in none of them.
+al. 2020 compare them one by one); relations between tokens need no maps (relations.py). Hidden states of another width
+than the teacher's have no difference: there the cosines between the tokens of a text are compared (Tung and Mori 2019
+do so between the examples of a batch). Padding counts in none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from mptrain.core.errors import ModelError
 from mptrain.core.signature import TOKENS
 from mptrain.data.tasks.divergence import of_logits
 from mptrain.recipe import Distill
+from mptrain.train.relations import Layers, divergence, projections, recorded
 
 TARGETS = ("labels", "start_positions", "end_positions")
 Term = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Tensor], float], Tensor]
@@ -60,6 +63,25 @@ class Distiller:
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
         self.term, self.targets, self.ids = term, targets, ids
+        self._layers: tuple[Layers, Layers] | None = None
+        self._related: list[list[Tensor]] = []
+
+    @contextmanager
+    def watching(self, student: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+        """Around the forward pass of the student whose outputs are then given: keeps what is compared inside of it.
+        inputs: the batch.
+        Raises ModelError."""
+        if not self.config.relations:
+            yield
+            return
+        if self._layers is None:
+            plain = {k: v for k, v in inputs.items() if k not in self.targets}
+            layers, known = projections(self.teacher, plain), dict(student.named_modules())
+            own = layers if all(name in known for layer in layers for name in layer) else projections(student, plain)
+            self._layers = own, layers
+        with recorded(student, self._layers[0]) as found:
+            yield
+        self._related = found()
 
     def extra_outputs(self) -> dict[str, bool]:
         """Arguments the student's forward needs, so that it returns what is compared."""
@@ -72,7 +94,7 @@ class Distiller:
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Any], task: Tensor) -> Terms:
         """inputs: the batch with labels; outputs: the student's logits [batch, (length,) classes]; task: its loss."""
-        with torch.no_grad():
+        with torch.no_grad(), recorded(self.teacher, self._layers[1] if self._layers else []) as taught:
             plain = {k: v for k, v in inputs.items() if k not in self.targets}
             expected = self._taught(plain)
         distill = self.term(outputs, expected, inputs, self.config.temperature)
@@ -82,6 +104,9 @@ class Distiller:
             total = total + self.config.hidden * _hidden(outputs["hidden_states"], expected["hidden_states"], mask)
         if self.config.attention:
             total = total + self.config.attention * _attention(outputs["attentions"], expected["attentions"], mask)
+        if self._layers is not None:
+            terms = [divergence(s, t, mask) for s, t in _aligned(self._related, taught())]
+            total, self._related = total + self.config.relations * torch.stack(terms).mean(), []
         return Terms(total, task.detach(), distill.detach())
 
     def _taught(self, inputs: dict[str, Tensor]) -> Any:
@@ -142,6 +167,6 @@ def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
     return (value * mask).sum() / mask.sum()
 
 
-def _aligned(student: tuple, teacher: tuple) -> list[tuple[Tensor, Tensor]]:
+def _aligned(student: Sequence[Any], teacher: Sequence[Any]) -> list[tuple[Any, Any]]:
     last_s, last_t = len(student) - 1, len(teacher) - 1
     return [(s, teacher[round(i * last_t / last_s) if last_s else last_t]) for i, s in enumerate(student)]

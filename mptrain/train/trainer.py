@@ -240,7 +240,8 @@ class Trainer(Saving):
             loss, outputs = self.task_loss(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         # in a copy: with label smoothing transformers takes the labels out
-        task, outputs = self.task_loss(model, {**inputs, **self.distiller.extra_outputs()})
+        with self.distiller.watching(self.model, inputs):
+            task, outputs = self.task_loss(model, {**inputs, **self.distiller.extra_outputs()})
         terms = self.distiller(inputs, outputs, task)
         self._note("task_loss", terms.task)
         self._note("distill_loss", terms.distill)
