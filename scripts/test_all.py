@@ -54,7 +54,7 @@ def main() -> int:
     def run(chosen: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.json"
-            command = [*pytest, "-m", "long", "-p", "no:xdist", "-p", "scripts.outcomes", *chosen]
+            command = [*pytest, "-m", "long", "-p", "no:xdist", "-p", "scripts.outcomes", "--show-capture=no", *chosen]
             environment = os.environ | {"MPTRAIN_OUTCOMES": str(report)}
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
             found = json.loads(report.read_text()) if report.is_file() else {}
