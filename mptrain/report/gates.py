@@ -25,6 +25,8 @@ def within(comparison: Row, max_drop: float | None) -> bool:
 
 def exact(variant: Row) -> bool:
     """Whether the parity gate judges it, and not the agreement gate."""
+    if not (variant["parity"] or {}).get("numbers", True):  # choices alone, such as of an argmax, have no difference
+        return False
     return Facts.from_json(variant["runtime"]).exact(variant["precision"])
 
 

@@ -67,7 +67,8 @@ def compare(
     model tells. agreement: of the task, default whether the argmax of the last axis is the same, or, of outputs
     without one, the order of the examples.
     exact: whether the export should compute what the model does to the last digits, which fp16 and integers do not.
-    Returns {"max_abs_diff", "relative", "rounding", "mean_abs_diff", "agreement", "examples"}; relative: the largest
+    Returns {"max_abs_diff", "relative", "rounding", "mean_abs_diff", "agreement", "examples", "numbers"}; numbers:
+    whether there were outputs with differences at all, and not chosen classes or tokens alone; relative: the largest
     difference of an output over its largest value in the batch. Of an exact export less what two orders of summation
     may differ by (`_rounding`, looked at from MEASURED to ROUNDED, where it would fail without; as rounding in the same
     measure; where nobody can tell, outputs below 1 count as of size 1). For quantized models agreement says more than
@@ -87,11 +88,13 @@ def compare(
         _check_outputs(ours, theirs, exact)
         if agreement is not None:
             alike.append(agreement({name: v.float().cpu().numpy() for name, v in ours.items()}, theirs, dict(batch)))
+        elif not any(value.is_floating_point() for value in ours.values()):
+            alike.extend((value.cpu().numpy() == theirs[name]).reshape(-1) for name, value in ours.items())
         expected = rows(ours, batch, signature)
         del ours  # logits of a batch are some 200 MB, and these are copies where there is padding
         got = rows(theirs, batch, signature)
         del theirs
-        if agreement is None:
+        if agreement is None and expected:
             alike.append(decisions(expected, got))
         apart.add(expected, got, cache(partial(_rounding, model, batch, signature)) if exact else None)
 
@@ -107,6 +110,7 @@ def compare(
         "mean_abs_diff": apart.total / max(apart.values, 1),
         "agreement": float(np.concatenate(alike).mean()) if any(map(len, alike)) else 0.0,
         "examples": examples,
+        "numbers": apart.values > 0,
     }
 
 
@@ -158,7 +162,8 @@ def _check_outputs(ours: Mapping[str, Tensor], theirs: Mapping[str, np.ndarray],
 
 def judged(difference: Mapping[str, Any], *, exact: bool) -> dict[str, Any]:
     """{"judged_by", "limit", "passed"} of what `compare` found, by the default gates: parity of an exact export, else
-    agreement."""
+    agreement. What gives choices alone has no differences, so agreement judges it too."""
+    exact = exact and difference["numbers"]
     bound = Gates().parity if exact else Gates().agreement
     assert bound is not None
     return {

@@ -17,7 +17,7 @@ from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.recipe import Qat
-from mptrain.verify.parity import compare
+from mptrain.verify.parity import compare, judged
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +251,26 @@ def test_a_deep_llama_is_right_in_another_order_and_wrong_with_one_weight_off():
     assert found["max_abs_diff"] > 1e-4 > 2 * found["relative"], "rounding of logits of 20"
     for name in ("lm_head__weight", "model__layers__15__mlp__down_proj__weight"):
         assert compare(model, exported(**{name: 1.001}), [batch])["relative"] > 1e-4
+
+
+class Chosen(nn.Module):
+    """The place of the largest of its inputs; wrong: of so many of the first rows the place after it."""
+
+    def __init__(self, wrong=0):
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x):
+        found = x.argmax(-1)
+        return {"indices": found + (torch.arange(len(found)) < self.wrong)}
+
+
+def test_choices_have_no_difference_and_are_judged_by_agreement():
+    batch = {"x": torch.randn(10, 4)}
+    for wrong, passed in ((0, True), (4, False)):
+        right, other = Chosen(), Chosen(wrong)
+        found = compare(right, lambda b: {k: v.numpy() for k, v in other(**b).items()}, [batch])  # noqa: B023
+        assert found["relative"] == 0.0 and not found["numbers"] and found["agreement"] == 1 - wrong / 10
+        assert judged(found, exact=True) == {"judged_by": "agreement", "passed": passed, "limit": 0.9}
+    with pytest.raises(ExportError, match="in 40% of the places alone"):
+        compare(Chosen(), lambda b: {k: v.numpy() for k, v in Chosen(6)(**b).items()}, [batch])
