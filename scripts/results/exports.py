@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 from mptrain.report.words import megabytes
 from scripts.results.drawn import link, load, rows, signed, span, table, where
 
@@ -61,23 +63,32 @@ def opt() -> list[str]:
 
 def language_model() -> list[str]:
     found = load("llm_openvino.json")
+    rival = "optimum/64-scale"
     lines = []
     for row in found["rows"]:
         if "error" in row:
-            lines.append([row["name"], "refused", "", "", "", ""])
+            lines.append([row["name"], "refused", "", "", "", "", ""])
             continue
-        cells = [row["name"], megabytes(row["size_bytes"]), f"{row['ppl']:.2f}"]
+        cells = [row["name"], megabytes(row["size_bytes"]), f"{row['ppl']:.2f}", _percent(row.get("over", {}).get(rival))]
         lines.append([*cells, f"{row['tpot_ms']:.1f}", f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"])
     return [
         "### A language model in int4, against optimum-intel",
         "",
         "SmolLM2-135M on OpenVINO with its cache, blocks of 64; perplexity on the file, of"
-        f" {found['tokens']:,} tokens of WikiText-2, one text, so without an interval ({link('llm_openvino.md')},"
-        f" {where(found)}).",
+        f" {found['tokens']:,} tokens of WikiText-2, and how far it is above or below that of optimum's best file,"
+        f" paired ({link('llm_openvino.md')}, {where(found)}).",
         "",
-        *table(["", "size", "perplexity", "ms a token", "CPU s to make", "peak GB"], lines),
+        *table(["", "size", "perplexity", "over optimum's scale", "ms a token", "CPU s to make", "peak GB"], lines),
         "",
     ]
+
+
+def _percent(over: list[float] | None) -> str:
+    """A difference of log perplexities and its interval, in percent."""
+    if over is None:
+        return ""
+    value, low, high = (signed(100 * (exp(part) - 1)) for part in over)
+    return f"{value}% ({low} to {high})"
 
 
 def exports() -> list[str]:

@@ -1,0 +1,75 @@
+"""int8 files side by side: of sentence encoders with sentence-transformers', of one model in two runtimes."""
+
+from __future__ import annotations
+
+from mptrain.report.words import megabytes
+from scripts.results.drawn import link, load, signed, table, where
+
+THEIRS = "sentence-transformers/int8"
+
+
+def sentence_vectors() -> list[str]:
+    found = load("embedding.json")
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['quality']:.1f}%",
+            _points(row["over"].get("fp32")),
+            _points(row["over"].get(THEIRS)),
+            f"{row['fidelity']:.4f}",
+            megabytes(row["size_bytes"]),
+            f"{row['of_theirs']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    overflow = (
+        " This CPU adds products of int8 numbers in 16 bits, which 8-bit weights overflow; `7bit` and `embed-jpqd` are"
+        " made for that with `reduce_range`."
+        if found["sixteen_bit_sums"]
+        else ""
+    )
+    return [
+        "### Sentence vectors, against sentence-transformers' own int8",
+        "",
+        f"MiniLM on OpenVINO, NDCG@10 on {found['examples']:,} test reviews, paired intervals; as fp32 orders:"
+        " Spearman's correlation of the cosines of 512 of them with those of the fp32 file; time over that of"
+        f" sentence-transformers' file, a text of 32 tokens, one thread ({link('embedding.md')}, {where(found)})."
+        f"{overflow}",
+        "",
+        *table(["", "NDCG@10", "to fp32", "to theirs", "as fp32 orders", "size", "of their time"], lines),
+        "",
+    ]
+
+
+def two_runtimes() -> list[str]:
+    found = load("int8_runtimes.json")
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['of_quantized']:.2f}%",
+            f"{100 * row['accuracy']:.1f}%",
+            row["int8_layers"],
+            megabytes(row["size_bytes"]),
+            f"{row['ms']:.1f}",
+            f"{row['of_own_fp32']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    (facts,) = found["runs"].values()
+    return [
+        "### One int8 model on OpenVINO and onnxruntime",
+        "",
+        f"The model that `seed_jpqd` trained, its choices on {facts['examples']:,} test sentences against those of the"
+        f" torch model with fake quantizers; one thread, {found['length']} tokens ({link('int8_runtimes.md')},"
+        f" {where(found)}).",
+        "",
+        *table(["", "as in torch", "accuracy", "layers in int8", "size", "ms", "of its fp32's time"], lines),
+        "",
+    ]
+
+
+def _points(over: list[float] | None) -> str:
+    if over is None:
+        return ""
+    value, low, high = (signed(100 * part, 2) for part in over)
+    return f"{value} ({low} to {high})"
