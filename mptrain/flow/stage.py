@@ -30,6 +30,7 @@ from mptrain.data.load import Task, load_data
 from mptrain.export.target import opened
 from mptrain.flow import vocabulary
 from mptrain.flow.stage_inputs import StageInputs
+from mptrain.measure import memory
 from mptrain.models import artifact
 from mptrain.models.load import load_model
 from mptrain.models.processor import load_processor
@@ -119,6 +120,7 @@ def run_phase(context: Context, phase: Phase) -> dict[str, Any]:
     folder, inputs = context.folder / phase.folder, context.inputs[phase.stage]
     if (folder / DONE).is_file():
         return read_json(folder / DONE)
+    memory.give_back()  # what the phase before took
     begun = time.monotonic()
     task = context.task(inputs.start)
     methods = methods_of(getattr(inputs.stage, field) for field in phase.methods)

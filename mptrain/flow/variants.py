@@ -82,7 +82,7 @@ class Variants:
         variant, stage = planned.id, planned.stage
         if self._facts_file(variant).is_file():
             return variant
-        begun = time.monotonic()
+        begun = _begun()
         source, data = self._source(planned), self._data(variant)
         folder, config = self.folder / variant, getattr(source.model, "config", None)
         generation = getattr(source.model, "generation_config", None) if planned.export.cache is not None else None
@@ -106,7 +106,7 @@ class Variants:
         facts = read_json(self._facts_file(variant))
         if "parity" in facts:
             return variant
-        begun = time.monotonic()
+        begun = _begun()
         source, data = self._source(self._planned[variant], facts), self._data(variant)
         batches = data.held_out(PARITY_EXAMPLES, data.batch_size("validation", 16))
         with progress(f"verify {variant}"), closing(self._open(source, facts)) as runner:
@@ -129,7 +129,7 @@ class Variants:
         facts = read_json(self._facts_file(variant))
         if "scores" in facts:
             return variant
-        begun = time.monotonic()
+        begun = _begun()
         kind, after = self.recipe.model.kind, self._planned[variant].export.heads
         facts |= {"scores": [], "multiple_choice": {}}
         if not keep_score(after, kind):
@@ -152,7 +152,7 @@ class Variants:
         facts, how = read_json(self._facts_file(variant)), self.recipe.evaluate.generation
         if how is None or not facts.keys().isdisjoint(("generation", "unscored")) or not self._generates(variant):
             return variant
-        begun = time.monotonic()
+        begun = _begun()
         prompt, texts = self._whole_texts(1, how.prompt), self._whole_texts(how.texts, self.recipe.data.max_length)
         with progress(f"generate {variant}"):
             with memory.added() as peak, closing(self._decoder(variant, facts, thread_count(how.threads))) as decoder:
@@ -176,7 +176,7 @@ class Variants:
         facts = {i: read_json(self._facts_file(i)) for i in ids}
         latency_file = self.folder / "latency.json"
         if not latency_file.is_file():
-            begun = time.monotonic()
+            begun = _begun()
             timed = [i for i in ids if self._planned[i].export.timed]
             found = measure.latency(
                 timed,
@@ -227,7 +227,7 @@ class Variants:
             return
         file = self.folder / "generation.json"
         if not file.is_file():
-            begun = time.monotonic()
+            begun = _begun()
             prompt = self._whole_texts(1, how.prompt)
             found = generation.timed(ids, lambda i, threads: self._decoder(i, facts[i], threads), prompt, how)
             write_json(file, {"found": found, "wall_s": time.monotonic() - begun})
@@ -320,6 +320,12 @@ class Variants:
 
 def _heads(export: ExportSpec) -> Facts:
     return Facts(more={"heads": [head.words for head in export.heads]} if export.heads else {})
+
+
+def _begun() -> float:
+    """The time; what the step before took is given back, for a large model's steps would add up."""
+    memory.give_back()
+    return time.monotonic()
 
 
 def _counts(model: nn.Module, example: dict[str, Any]) -> dict[str, int | None]:
