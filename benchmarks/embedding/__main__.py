@@ -27,8 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.kit.paired import markdown, write
+from benchmarks.kit.paired import markdown, turns, write
 from mptrain.core.host import adds_int8_in_16_bits
 from mptrain.data.load import load_data
 from mptrain.data.sources import packaged
@@ -110,15 +110,7 @@ def compared(runs: list[Path], python: str, rounds: int, folder: Path) -> tuple[
         scores = {name: task.evaluate(runner, "test")[0] for name, runner in runners.items()}
         near = {name: cosines(runner, task) for name, runner in runners.items()}
         batch = task.without_targets(task.example(1, LENGTH))
-        times: dict[str, list[float]] = {name: [] for name in runners}
-        order = list(runners)
-        for number in range(rounds):
-            first = number % len(order)
-            for name in order[first:] + order[:first]:
-                runners[name](batch)
-                begun = time.process_time()
-                runners[name](batch)
-                times[name].append(time.process_time() - begun)
+        times = turns({name: partial(runner, batch) for name, runner in runners.items()}, rounds)
     rows = []
     like = {name: fidelity(near[name], near[FP32]) for name in files}
     for name in files:

@@ -28,17 +28,17 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.kit.paired import markdown, write
+from benchmarks.kit.paired import markdown, turns, write
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import UserError
 from mptrain.core.host import adds_int8_in_16_bits
@@ -95,19 +95,6 @@ def written(
     return form.open(done.path, source, 1), done.size_bytes
 
 
-def timed(runners: Mapping[str, Runner], batch: Mapping[str, Tensor], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each file's calls, each after an untimed one of the same file."""
-    order, found = list(runners), {name: [] for name in runners}  # type: ignore[var-annotated]
-    for number in range(rounds):
-        first = number % len(order)
-        for name in order[first:] + order[:first]:
-            runners[name](batch)
-            begun = time.process_time()
-            runners[name](batch)
-            found[name].append(time.process_time() - begun)
-    return found
-
-
 def over(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
@@ -147,7 +134,8 @@ def compared(run: Path, rounds: int) -> tuple[list[Row], Row]:
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
-        times = timed(runners, task.example(1, LENGTH), rounds)
+        batch = task.example(1, LENGTH)
+        times = turns({name: partial(runner, batch) for name, runner in runners.items()}, rounds)
     for row in rows:
         runtime, precision = row["name"].rsplit("/", 1)[1].split("-")
         mine = times[row["name"]]

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,20 @@ def compare(
     }
     print(f"{name:40s} {row['ratio']:9.2f}  ({row['min']:.2f} to {row['max']:.2f})  {row['ms']:10.2f} ms", flush=True)
     return row
+
+
+def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of the process for each call, each after an untimed one; all take turns, and the order rotates."""
+    order: list[str] = list(calls)
+    found: dict[str, list[float]] = {name: [] for name in order}
+    for number in range(rounds):
+        first = number % len(order)
+        for name in order[first:] + order[:first]:
+            calls[name]()
+            begun = time.process_time()
+            calls[name]()
+            found[name].append(time.process_time() - begun)
+    return found
 
 
 def bytes_allocated(work: Callable[[], Any]) -> int:
