@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from scripts.results import exports, precision, pruning, runs
+from scripts.results import exports, precision, pruning, quantized, runs
 from scripts.results.drawn import ROOT
 
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -28,6 +28,8 @@ SECTIONS: list[Callable[[], list[str]]] = [
     exports.kmeans,
     exports.opt,
     exports.language_model,
+    quantized.sentence_vectors,
+    quantized.two_runtimes,
     exports.exports,
     exports.reach,
     exports.heads,
