@@ -25,6 +25,7 @@ import argparse
 import copy
 import fnmatch
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -205,7 +206,7 @@ def cell(check: Cell, subject: Subject) -> str:
 
 
 def _words(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r"/\S*/", "", " ".join(str(error).split()))  # folders of this machine
     return text if len(text) <= 160 else f"{text[:157]}…"
 
 

@@ -69,7 +69,12 @@ def language_model() -> list[str]:
         if "error" in row:
             lines.append([row["name"], "refused", "", "", "", "", ""])
             continue
-        cells = [row["name"], megabytes(row["size_bytes"]), f"{row['ppl']:.2f}", _percent(row.get("over", {}).get(rival))]
+        cells = [
+            row["name"],
+            megabytes(row["size_bytes"]),
+            f"{row['ppl']:.2f}",
+            _percent(row.get("over", {}).get(rival)),
+        ]
         lines.append([*cells, f"{row['tpot_ms']:.1f}", f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"])
     return [
         "### A language model in int4, against optimum-intel",

@@ -139,7 +139,9 @@ def test_a_recipe_with_anything_anywhere_is_a_recipe_or_an_error(data):
     else:
         assert isinstance(checked, Recipe)
         written = yaml.safe_load(yaml.safe_dump(checked.model_dump(mode="json", by_alias=True)))
-        assert file.validate(written, "again.yaml") == checked
+        for recipe in (written, described):  # where a key lies is never written
+            recipe["data"].pop("key", None)
+        assert file.validate(written, "again.yaml") == file.validate(described, "fuzz.yaml")
 
 
 @settings(max_examples=3000, deadline=None)
