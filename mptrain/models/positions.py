@@ -24,13 +24,22 @@ class Positions:
 
 
 def positions_of(model: nn.Module) -> Positions | None:
-    """Of the learned table that is shortest; None for a model without one. Weights do not matter (meta device)."""
+    """Of the learned table of tokens that is shortest; None for a model without one. Weights do not matter (meta
+    device)."""
     found = [
         _positions(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES
+        if isinstance(module, nn.Embedding)
+        and name.rpartition(".")[2] in _TABLES
+        and not _of_patches(model.get_submodule(name.rpartition(".")[0]))
     ]
     return min(found, key=lambda positions: positions.tokens, default=None)
+
+
+def _of_patches(embeddings: nn.Module) -> bool:
+    """Whether a table there counts patches of a picture (CLIP) or frames of a sound (Whisper): a convolution beside it
+    makes them."""
+    return any(isinstance(module, nn.Conv1d | nn.Conv2d) for module in embeddings.children())
 
 
 def _positions(table: nn.Embedding) -> Positions:

@@ -53,3 +53,23 @@ def test_one_token_more_fails_inside_the_model(family):
     assert run(limit).logits.isfinite().all()
     with pytest.raises((IndexError, RuntimeError)):
         run(limit + 1)
+
+
+def test_patches_of_a_picture_and_frames_of_a_sound_are_no_tokens():
+    """Their tables are shorter than that of the texts: CLIP-B/32 has 50 patches and reads 77 tokens."""
+    side = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**side, "vocab_size": 50, "max_position_embeddings": 16}
+    picture = {**side, "image_size": 8, "patch_size": 4}
+    whisper = t.WhisperConfig(
+        vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, max_source_positions=10, max_target_positions=16, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        for model in (
+            t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=picture)),
+            t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=picture)),
+            t.WhisperForConditionalGeneration(whisper),
+        ):
+            found = positions_of(model)
+            assert found is not None and found.tokens == 16, type(model).__name__
