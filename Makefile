@@ -16,7 +16,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; use make PYTHON=/path/to/python3.11"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e ".[all,dev]"
 	@touch $@
@@ -50,7 +50,7 @@ lanes: setup
 	$(BIN)/python -m scripts.lanes
 
 .venv-docs/.ready: constraints.txt
-	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	test -x .venv-docs/bin/pip || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt mkdocs-material mkdocstrings-python
 	@touch $@
 
@@ -60,7 +60,7 @@ docs: setup .venv-docs/.ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -q
 
 .venv-bench/.ready: benchmarks/requirements.txt benchmarks/requirements-gradnas.txt pyproject.toml constraints.txt
-	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	test -x .venv-bench/bin/pip || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	.venv-bench/bin/python -m pip install -q -c constraints.txt -e ".[all]"
 	.venv-bench/bin/python -m pip install -q -c constraints.txt -r benchmarks/requirements.txt
