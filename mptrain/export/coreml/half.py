@@ -1,7 +1,8 @@
 """A saved float32 package as a `Program` for the search of what must stay in float32, and the names Core ML needs.
 
 Operations that only move values (reshape, transpose, slices) have the precision of what they
-move, as Core ML gives them when both sides agree: they are no candidates.
+move, as Core ML gives them when both sides agree: they are no candidates. Nor are those that repeat a
+number, which is a constant: they have the precision of what reads them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mptrain.verify.overflow import Op, Watch
 VIEWS = frozenset(
     "reshape transpose expand_dims squeeze slice_by_index slice_by_size split tile identity reverse flatten2d".split()
 )
+FILLS = frozenset(["fill", "fill_like"])
 
 
 class MilOps:
@@ -54,8 +56,9 @@ class MilOps:
         if operation.blocks:
             self._enter(operation)
         elif _computes(operation):
-            view = operation.type in VIEWS or operation.type.startswith("constexpr_")
-            made = self._read(operation) if view else frozenset([operation.name])
+            number = operation.type in FILLS
+            view = number or operation.type in VIEWS or operation.type.startswith("constexpr_")
+            made = frozenset() if number else self._read(operation) if view else frozenset([operation.name])
             if view:
                 self._views[operation.name] = made
             self._source |= {result.name: made for result in operation.results}
@@ -109,9 +112,15 @@ class MilOps:
         return found
 
     def with_views(self, keep: Collection[str]) -> set[str]:
-        """And what moves values of these operations alone: so their casts come where they are read."""
-        wanted = set(keep)
-        return wanted | {name for name, made in self._views.items() if made and made <= wanted}
+        """And what moves values of these operations alone: so their casts come where they are read. And numbers that
+        these operations alone read."""
+        wanted, numbers = set(keep), set[str]()
+        operations = list(self._interpreter.program.operations())
+        for number in (op for op in operations if op.type in FILLS):
+            readers = {op.name for op in operations if number.name in op.uses()}
+            if readers and readers <= wanted:
+                numbers.add(number.name)
+        return wanted | numbers | {name for name, made in self._views.items() if made and made <= wanted}
 
 
 def _computes(operation: Operation) -> bool:
