@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.kit.paired import markdown, write
+from benchmarks.kit.paired import markdown, mean_interval, write
 
 MODEL = "packaged:smollm2-135m"
 SAMPLES, LENGTH = 64, 128  # of calibration
@@ -146,8 +146,7 @@ def losses(runner: Any, stream: list[int]) -> np.ndarray:
 def paired(one: np.ndarray, other: np.ndarray) -> list[float]:
     """Mean of one - other, and its interval (95%, normal), from the means of runs of STRIDE tokens."""
     runs = (one - other)[: len(one) // STRIDE * STRIDE].reshape(-1, STRIDE).mean(axis=1)
-    reach = 1.96 * runs.std(ddof=1) / np.sqrt(len(runs))
-    return [float(x) for x in (runs.mean(), runs.mean() - reach, runs.mean() + reach)]
+    return mean_interval(runs)
 
 
 def time_all(files: dict[str, Path], prompt: np.ndarray) -> dict[str, dict[str, float]]:

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.kit.paired import markdown, turns, write
+from benchmarks.kit.paired import markdown, mean_interval, turns, write
 from mptrain.core.host import adds_int8_in_16_bits
 from mptrain.data.load import load_data
 from mptrain.data.sources import packaged
@@ -114,8 +114,6 @@ def compared(runs: list[Path], python: str, rounds: int, folder: Path) -> tuple[
     rows = []
     like = {name: fidelity(near[name], near[FP32]) for name in files}
     for name in files:
-        closer = like[name] - like[THEIRS]
-        reach = 1.96 * closer.std(ddof=1) / len(closer) ** 0.5
         against = [other for other in (FP32, THEIRS) if other != name]
         apart = {other: paired_difference(scores[name], scores[other]) for other in against}
         rows.append(
@@ -123,7 +121,7 @@ def compared(runs: list[Path], python: str, rounds: int, folder: Path) -> tuple[
                 "name": name,
                 "quality": scores[name].value,
                 "fidelity": float(like[name].mean()),
-                "over_fidelity": [float(x) for x in (closer.mean(), closer.mean() - reach, closer.mean() + reach)],
+                "over_fidelity": mean_interval(like[name] - like[THEIRS]),
                 "over": {other: [d.value, d.low, d.high] for other, d in apart.items()},
                 "size_bytes": sizes[name],
                 "ms": 1e3 * statistics.median(times[name]),

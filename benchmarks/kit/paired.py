@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mptrain.core.host import host
@@ -97,6 +98,12 @@ def turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list
             calls[name]()
             found[name].append(time.process_time() - begun)
     return found
+
+
+def mean_interval(values: np.ndarray) -> list[float]:
+    """[mean, low, high], 95%, normal."""
+    mean, reach = float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
+    return [mean, mean - reach, mean + reach]
 
 
 def bytes_allocated(work: Callable[[], Any]) -> int:

@@ -41,14 +41,14 @@ def dry_run(recipe: Recipe, *, allow_code: bool = False, launch: str | None = No
             " that a dry run can predict nothing; run the recipe itself."
         )
     assumed = _assumed_rows(recipe)
-    rows_from = f"{assumed:,} training rows (assumed)" if data is None else _counted(data)
+    counted = f"{assumed:,} training rows (assumed)" if data is None else _counted(data)
     rows = data.rows if data is not None else lambda stage: assumed
     many_processes.check(recipe, launched, rows)
     outlook = Outlook(recipe, model, data)
     text = io.StringIO()
     console = Console(width=110, file=text)
     console.print(f"{recipe.name}: {recipe.description}")
-    console.print(f"model: {recipe.model.named} ({said}); data: {rows_from}")
+    console.print(f"model: {recipe.model.named} ({said}); data: {counted}")
     if launch is not None:
         console.print(f"launch: {launched.words()}; training takes {_memory(recipe, model, launched)}")
     elif recipe.precision.compute != "fp32":

@@ -34,6 +34,12 @@ def signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
+def interval(ends: Sequence[float], digits: int = 1, unit: str = "") -> str:
+    """[value, low, high] of a difference of shares, times 100: in points, or in `unit`."""
+    value, low, high = (signed(100 * end, digits) for end in ends)
+    return f"{value}{unit} ({low} to {high})"
+
+
 def span(values: Iterable[float], form: str = ".2f") -> str:
     """ "1.09 to 1.15"; one number where they print alike."""
     found = list(values)

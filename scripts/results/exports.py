@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import exp
 
 from mptrain.report.words import megabytes
-from scripts.results.drawn import link, load, rows, signed, span, table, where
+from scripts.results.drawn import interval, link, load, rows, signed, span, table, where
 
 
 def kmeans() -> list[str]:
@@ -92,8 +92,7 @@ def _percent(over: list[float] | None) -> str:
     """A difference of log perplexities and its interval, in percent."""
     if over is None:
         return ""
-    value, low, high = (signed(100 * (exp(part) - 1)) for part in over)
-    return f"{value}% ({low} to {high})"
+    return interval([exp(part) - 1 for part in over], unit="%")
 
 
 def exports() -> list[str]:

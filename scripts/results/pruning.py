@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from benchmarks.jpqd import summary as jpqd
-from scripts.results.drawn import cores, link, load, signed, table, times, where
+from scripts.results.drawn import cores, interval, link, load, signed, table, times, where
 
 
 def joint() -> list[str]:
@@ -52,12 +50,6 @@ def one_shot() -> list[str]:
         f"Every bar of the method, met or missed: {link('jpqd_bars.json')}.",
         "",
     ]
-
-
-def interval(ends: Sequence[float]) -> str:
-    """[value, low, high] of a difference of shares, in points."""
-    value, low, high = (signed(100 * end) for end in ends)
-    return f"{value} ({low} to {high})"
 
 
 def seed_jpqd() -> list[str]:

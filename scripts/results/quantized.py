@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mptrain.report.words import megabytes
-from scripts.results.drawn import link, load, signed, table, where
+from scripts.results.drawn import interval, link, load, table, where
 
 THEIRS = "sentence-transformers/int8"
 
@@ -14,8 +14,7 @@ def sentence_vectors() -> list[str]:
         [
             row["name"],
             f"{100 * row['quality']:.1f}%",
-            _points(row["over"].get("fp32")),
-            _points(row["over"].get(THEIRS)),
+            *(interval(row["over"][other], 2) if other in row["over"] else "" for other in ("fp32", THEIRS)),
             f"{row['fidelity']:.4f}",
             megabytes(row["size_bytes"]),
             f"{row['of_theirs']:.2f}",
@@ -66,10 +65,3 @@ def two_runtimes() -> list[str]:
         *table(["", "as in torch", "accuracy", "layers in int8", "size", "ms", "of its fp32's time"], lines),
         "",
     ]
-
-
-def _points(over: list[float] | None) -> str:
-    if over is None:
-        return ""
-    value, low, high = (signed(100 * part, 2) for part in over)
-    return f"{value} ({low} to {high})"

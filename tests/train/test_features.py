@@ -366,7 +366,7 @@ def test_it_does_what_transformers_does(row, tmp_path):
     assert ours == theirs and len(ours) >= 2
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at that of half weights
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler hides it, which errors get around
 @pytest.mark.parametrize("row", except_for(FEATURES, QUICK_IN_HALF))
 def test_with_precision_it_is_that_within_the_noise_of_half(row, tmp_path):
     arguments = functools.partial(mptrain.TrainingArguments, precision="bf16-master")
