@@ -233,6 +233,18 @@ def test_layer_by_layer_is_the_whole_model(family, monkeypatch):
     assert all(torch.equal(streamed[name], whole[name]) for name in names)
 
 
+def test_a_head_is_given_what_the_last_layer_gave():
+    """The layers do not run once more for it, and it does not compute."""
+    model, calls = tiny("llama"), []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append("layer"))
+    model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    given = batches("llama") * 3
+    found = dict(kv for moments in layerwise.walk(model, linears(model), given) for kv in moments.items())
+    once = 2  # runs of the first text alone, that tell how things are connected
+    assert calls.count("layer") == 2 * len(given) + once and calls.count("head") == once
+    assert found["lm_head"].trace() > 0
+
+
 def test_padding_does_not_count():
     name = "bert.encoder.layer.1.output.dense"
     batch = inputs("bert")

@@ -7,7 +7,8 @@ The inputs of the first layer are captured from the model; each layer then runs 
 batch, to collect and, once its weights were changed, to make the inputs of the next. Memory
 holds one hidden state per calibration token and the moments of one layer. When layers do not
 simply feed each other, the model runs from its beginning up to each layer instead: the
-same numbers, with time quadratic in depth. Linears outside the layers (heads, poolers) come last.
+same numbers, with time quadratic in depth. Linears outside the layers (heads, poolers) come last,
+from what the last layer gave where nothing else of the model reaches them, and nothing runs after them.
 
 Padding does not count. Linears with one input (query, key, value) share one matrix.
 
@@ -62,14 +63,16 @@ def walk(
             if steps is not None and index + 1 < len(layers):
                 for step in steps:
                     step[0] = (_hidden(_run(model, layer, step)), *step[0][1:])
-        del steps
         if outside := {n for n in names if not any(n.startswith(f"{layer}.") for layer in layers)}:
+            calls, last_alone = _reached(model, layers, outside, first)
             moments = _Moments(model, outside, ranks)
             with moments.watching():
                 for turn in turns:
-                    for batch in own[turn : turn + 1]:
+                    for number, batch in enumerate(own[turn : turn + 1], turn):
                         moments.begin(batch)
-                        model(**batch)
+                        ended = _run(model, layers[-1], steps[number]) if steps is not None and last_alone else None
+                        with _giving(model, layers, ended):
+                            _run_before(model, outside, batch, calls)
                     moments.end()
             yield moments.mean()
 
@@ -209,6 +212,62 @@ def _run_until(model: nn.Module, layer: str, batch: Batch) -> None:
         pass
     finally:
         handle.remove()
+
+
+def _run_before(model: nn.Module, names: set[str], batch: Batch, calls: int | None = None) -> list[Tensor]:
+    """Run the model until these modules have been called so often, and before the last of them computes; None: to its
+    end. Returns what they were given."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.extend(inputs[:1])
+        if len(found) == calls:
+            raise _Stop
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(stop) for name in names]
+    try:
+        model(**batch)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _reached(model: nn.Module, layers: list[str], outside: set[str], first: Batch) -> tuple[int, bool]:
+    """How often modules `outside` the layers are called, and whether they are given the same if every layer gives what
+    the last one does: then nothing of the others reaches them."""
+    outputs: list[Any] = []
+    last = model.get_submodule(layers[-1]) if layers else model
+    handle = last.register_forward_hook(lambda m, args, output: outputs.append(output))
+    try:
+        given = _run_before(model, outside, first)
+    finally:
+        handle.remove()
+    if not layers or len(outputs) != 1:
+        return len(given), False
+    try:
+        with _giving(model, layers, outputs[0]):
+            return len(given), _same(given, _run_before(model, outside, first, len(given)))
+    except Exception:  # whatever it says: what comes between the layers cannot read that
+        return len(given), False
+
+
+@contextmanager
+def _giving(model: nn.Module, layers: list[str], output: Any) -> Iterator[None]:
+    """Every layer gives this at once; None: what it computes."""
+    modules = [] if output is None else [model.get_submodule(name) for name in layers]
+    own = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _hidden(output: Any) -> Any:

@@ -48,32 +48,34 @@ def best_scales(units: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, 
 
 
 def _search(units: Tensor, grid: Grid, d: Tensor) -> tuple[Tensor, Tensor]:
-    mean = d.mean(-1, keepdim=True)
-    d = torch.where(mean > 0, d / mean.clamp(min=torch.finfo(d.dtype).tiny), 1).clamp_(min=1e-6)
     scale, zero = min_max(units, grid)
-    best = _error(units, scale, zero, grid, d)
-    for other, offset in _candidates(units, grid):
-        best = _keep(units, grid, d, (best, scale, zero), other, offset)
+    # from here on [n, ...]: a scale stands beside its neighbours in memory, which takes half the time of one by one
+    columns, d = (value.movedim(-1, 0).contiguous() for value in (units, d))
+    mean = d.mean(0)
+    d = torch.where(mean > 0, d / mean.clamp(min=torch.finfo(d.dtype).tiny), 1).clamp_(min=1e-6)
+    best = _error(columns, scale, zero, grid, d)
+    for other, offset in _candidates(columns, grid):
+        best = _keep(columns, grid, d, (best, scale, zero), other, offset)
     for _ in range(_POLISH):
-        shifted = to_levels(units, scale, zero, grid).sub_(zero[..., None])
-        fitted = (d * units * shifted).sum(-1) / (d * shifted.square()).sum(-1).clamp(min=1e-30)
+        shifted = (columns / scale).round_().add_(zero).clamp_(*grid.levels).sub_(zero)
+        fitted = (d * columns * shifted).sum(0) / (d * shifted.square()).sum(0).clamp(min=1e-30)
         other = half(torch.where(fitted > 0, fitted, scale))
-        best = _keep(units, grid, d, (best, scale, zero), other, zero)
+        best = _keep(columns, grid, d, (best, scale, zero), other, zero)
         if not grid.symmetric:
             for step in (-1, 1):
-                best = _keep(units, grid, d, (best, scale, zero), scale, (zero + step).clamp(*grid.levels))
+                best = _keep(columns, grid, d, (best, scale, zero), scale, (zero + step).clamp(*grid.levels))
     return scale, zero
 
 
-def _candidates(units: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(columns: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
     _, high = grid.levels
     if grid.symmetric:
-        largest = units.abs().amax(-1) / high
+        largest = columns.abs().amax(0) / high
         for factor in _FACTORS.tolist():
             scale = half(largest * factor)
             yield scale, torch.zeros_like(scale)
         return
-    low, top = units.amin(-1).clamp(max=0), units.amax(-1).clamp(min=0)
+    low, top = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
     for factor in _FACTORS[::2].tolist():
         scale = half((top - low) * factor / high)
         centred = ((high - (low + top) / scale) / 2).round()
@@ -82,20 +84,20 @@ def _candidates(units: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _keep(
-    units: Tensor, grid: Grid, d: Tensor, kept: tuple[Tensor, Tensor, Tensor], scale: Tensor, zero: Tensor
+    columns: Tensor, grid: Grid, d: Tensor, kept: tuple[Tensor, Tensor, Tensor], scale: Tensor, zero: Tensor
 ) -> Tensor:
     """Write what is better into the kept scale and zero; returns the errors."""
     best, kept_scale, kept_zero = kept
-    error = _error(units, scale, zero, grid, d)
+    error = _error(columns, scale, zero, grid, d)
     better = error < best
     torch.where(better, scale, kept_scale, out=kept_scale)
     torch.where(better, zero, kept_zero, out=kept_zero)
     return torch.minimum(error, best)
 
 
-def _error(units: Tensor, scale: Tensor, zero: Tensor, grid: Grid, d: Tensor) -> Tensor:
+def _error(columns: Tensor, scale: Tensor, zero: Tensor, grid: Grid, d: Tensor) -> Tensor:
     """In units of the scale, where clipping to levels less the zero point takes one pass over memory."""
     low, high = grid.levels
-    exact = units / scale[..., None]
-    apart = exact.round().clamp_((low - zero)[..., None], (high - zero)[..., None]).sub_(exact)
-    return torch.linalg.vecdot(apart.square_(), d).mul_(scale).mul_(scale)
+    exact = columns / scale
+    apart = exact.round().clamp_(low - zero, high - zero).sub_(exact)
+    return apart.square_().mul_(d).sum(0).mul_(scale).mul_(scale)

@@ -28,6 +28,7 @@ from mptrain.compress.quantize import quantizers
 from mptrain.compress.quantize.embedding import group_of
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
+from mptrain.core import patch
 from mptrain.core.disk import whole
 from mptrain.core.embeddings import name_in, token_embedding
 from mptrain.core.errors import ExportError, UserError
@@ -188,6 +189,8 @@ def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signatur
             real_arithmetic(model, shown),
             calls.WrittenOut(calls.OPENVINO),
             replaced(model, recurrence.stand_in) as steps,
+            # parity compares with the model; a second and third run after tracing would tell no more
+            patch.replaced(torch.jit, trace=partial(torch.jit.trace, check_trace=False)),
         ):
             loops = [recurrence.extension(steps, _cell)] if steps else None
             graph = ov.convert_model(wrapper, example_input=tuple(example.values()), extension=loops)
