@@ -33,7 +33,7 @@ ORDERS = 4
 """times the error of one computation in float32; the difference of two is at most twice it, each a sample of few"""
 CHOSEN = 0.5
 """share of the integers of an exact export that must be the model's"""
-_AT_A_TIME = 2**22  # values
+_AT_A_TIME = 2**19  # values, of which float64 has several copies
 
 
 @torch.no_grad()

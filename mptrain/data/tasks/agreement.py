@@ -31,13 +31,15 @@ def decisions(expected: Outputs, got: Outputs, mask: Mapping[str, Any] | None = 
         if name not in got:
             continue
         a, b = array(expected[name]), array(got[name])
-        if mask is not None and MASK in mask:
-            kept = array(mask[MASK]).astype(bool)
-            if a.ndim == 2:  # a score to each token: the token is what is chosen
-                a, b = np.where(kept, a, -np.inf), np.where(kept, b, -np.inf)
-            else:
-                a, b = a[kept], b[kept]
-        found.append(order(a.reshape(-1), b.reshape(-1)) if a.ndim < 2 or a.shape[-1] == 1 else same(a, b))
+        kept = None if mask is None or MASK not in mask else array(mask[MASK]).astype(bool)
+        if kept is not None and a.ndim == 2:  # a score to each token: the token is what is chosen
+            a, b, kept = np.where(kept, a, -np.inf), np.where(kept, b, -np.inf), None
+        if a.ndim < 2 or a.shape[-1] == 1:
+            a, b = (a, b) if kept is None else (a[kept], b[kept])
+            found.append(order(a.reshape(-1), b.reshape(-1)))
+        else:  # padding is left out of the choices, not of the logits, which are large
+            alike = same(a, b)
+            found.append(alike if kept is None else alike.reshape(a.shape[:-1])[kept].reshape(-1))
     return np.concatenate(found) if found else np.zeros(0)
 
 
