@@ -185,12 +185,14 @@ def onnx_casts() -> list[str]:
 def recurrence() -> list[str]:
     found = load("recurrence.json")
     lines = [[r["name"], f"{r['loop']:.2f}", f"{r['of_unrolled']:.2f}", f"{r['of_padded']:.2f}"] for r in found["rows"]]
+    missed = "; ".join(bar["bar"] for bar in found["bars"] if not bar["met"])
+    said = f" Missed: {missed}." if missed else ""
     return [
         "## A recurrence that stays a loop",
         "",
         "A click model of two recurrences (DIEN), one thread: milliseconds, and the time as a part of that of the same"
         " model with its steps written out, and padded to the longest history"
-        f" ({link('recurrence.md')}, {where(found)}; a busy machine).",
+        f" ({link('recurrence.md')}, {where(found)}; a busy machine).{said}",
         "",
         *table(["", "ms", "of written out", "of padded"], lines),
         "",
