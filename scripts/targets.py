@@ -11,6 +11,7 @@ COMPRESSIONS = {
     "int4 of QAT and PTQ": Weights("integers", 4, activations=True),
     "int8 weights, a scale to the tensor or row": Weights("integers", 8, "row"),
     "int4 weights, a scale to the block": Weights("integers", 4, "block"),
+    "the same of convolutions (convolutions: same)": Weights("integers", 4, "block", kernels=True),
     "look-up tables, one to the tensor": Weights("tables", 4, "tensor"),
     "look-up tables to groups of rows, or of vectors": Weights("tables", 4, "group", vectors=True),
     "look-up tables with a scale to each row": Weights("tables", 4, "group", row_scale=True),

@@ -22,7 +22,7 @@ class Weights:
 
     kind: integers with scales, or indices into tables. per: what shares a scale or table. activations: fake
     quantizers stand on the inputs of the layers. vectors: an index stands for several weights. row_scale: a scale to
-    each row on top of the tables.
+    each row on top of the tables. kernels: of convolutions, whose rows go through channels and kernel.
     """
 
     kind: Literal["integers", "tables"]
@@ -31,6 +31,7 @@ class Weights:
     activations: bool = False
     vectors: bool = False
     row_scale: bool = False
+    kernels: bool = False
 
     @property
     def saturates(self) -> bool:

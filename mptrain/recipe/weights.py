@@ -179,6 +179,11 @@ class WeightOnly(QuantizeConfig):
     symmetric: bool = True
     embeddings: Literal["fp32", "int8", "same"] = Field("int8", description="int8: a scale per row; same: as the rest")
     lm_head: Literal["fp32", "int8", "same"] = Field("int8", description="must equal embeddings where they are tied")
+    convolutions: Literal["fp32", "int8", "same"] = Field(
+        "int8",
+        description="int8: a scale per output channel; same: as the rest, where a row is the channels and kernel of an"
+        " output (in / groups · height · width columns)",
+    )
     overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
     ignore: list[str] = Field([], description=KEPT)
     allow_partial: bool = Field(False, description=PARTIAL)
@@ -192,6 +197,8 @@ class WeightOnly(QuantizeConfig):
         per: dict[str, Literal["tensor", "row", "block"]] = {"tensor": "tensor", "channel": "row", "block": "block"}
         for bits in (4, 8) if self.size_budget is not None else (self.bits,):
             yield "quantize.bits", Weights("integers", bits, per[self.granularity])
+            if self.convolutions == "same":
+                yield "quantize.convolutions", Weights("integers", bits, per[self.granularity], kernels=True)
         for pattern, change in self.overrides.items():
             granularity = change.granularity or self.granularity
             yield f"quantize.overrides.{pattern}", Weights("integers", change.bits or self.bits, per[granularity])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from kit import tiny
+from kit import pictures, tiny
 
 import mptrain
 from mptrain.cli import main
@@ -67,6 +67,7 @@ def test_a_quantized_model_keeps_its_integers(bert, tmp_path, capsys):
         (["--precision", "int4", "--method", "best"], "--precision int4 with --method: method: Input should be 'rtn'"),
         (["--precision", "int4", "--method", "gptq"], "give --data FILE, texts or a recipe whose `data:` is used, or"),
         (["--precision", "int4", "--set", "symetric=false"], "--precision int4 with --set: symetric: Extra inputs"),
+        (["--precision", "int4", "--set", "convolutions=same", "--format", "coreml"], "quantize.convolutions at int8"),
         (["--precision", "palette4", "--method", "skm"], "needs labelled data, which a recipe has"),
         (["--precision", "fp16", "--group-size", "32"], "--group-size: says how to compress, which --precision fp16"),
         (["--calibration", "0"], "--calibration must be at least 1"),
@@ -114,6 +115,23 @@ def test_the_block_is_chosen_for_each_weight_and_said(bert, tmp_path, capsys):
     assert status == 0, err
     assert "int4 weights (rtn, per block of up to 64)" in out  # without data no search
     assert "Stored: 4 bits, blocks of 32: 12 weights; 8 bits, blocks of 32: 3 weights; 4 bits, blocks of 64: 2" in out
+
+
+@pytest.mark.parametrize(("precision", "kind", "share"), [("int8-weights", "i8", 0.3), ("int4", "i4", 0.2)])
+def test_a_convolutional_network_is_a_fraction_of_its_size(tmp_path, capsys, precision, kind, share):
+    pictures.save("resnet", tmp_path / "resnet")
+    facts = tmp_path / "facts.json"
+    more = ("--set", "convolutions=same") if precision == "int4" else ()
+    words = ("--precision", precision, "--to", tmp_path / "ov", "--samples", 8, "--json", facts)
+    status, _, err = export(capsys, tmp_path / "resnet", *words, *more)
+    assert status == 0, err
+    found = json.loads(facts.read_text())
+    assert found["parity"]["max_abs_diff"] < 1e-4 and 1e-6 < found["compressed"]["change"]["relative"] < 0.5
+    types = found["runtime"]["weight_types"]
+    covered = found["compressed"]["methods"]["quantize"]["coverage"]
+    assert covered["covered"] > 0.9 and not any("Conv2d.weight" in left for left in covered["left"])
+    assert types[kind] * (8 / int(kind[1])) == pytest.approx(covered["covered"] * found["fp32_bytes"] / 4, rel=0.01)
+    assert sum(types.values()) < share * found["fp32_bytes"]
 
 
 @pytest.mark.long

@@ -33,7 +33,7 @@ def plan(model, config):
 
 def _own(choice, model, name):
     """Updates of later columns in gptq: a product at the end of each panel."""
-    if choice.method != "gptq" or choice.linear is None:
+    if choice.method != "gptq" or choice.layer is None:
         return 0
     rows, columns = model.get_parameter(name).shape
     panel = 128 // 16 * 16
@@ -46,7 +46,7 @@ def test_columns_and_weights_are_those_of_the_plan():
         model = tiny("llama").to("meta")
     found = times.work(model, config, 0)
     chosen = weight_only.choices(model, config)
-    gptq = [name for name, choice in chosen.items() if choice.linear]  # a look-up table has no inputs to weigh errors
+    gptq = [name for name, choice in chosen.items() if choice.layer]  # a look-up table has no inputs to weigh errors
     assert found.macs == 0 and set(found.weights) == {"gptq", "scale"}
     assert found.weights["gptq"] == sum(model.get_parameter(name).numel() for name in gptq)
     assert found.columns["gptq"] == sum(model.get_parameter(name).shape[1] for name in gptq)

@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from kit.convolutions import mixed, pictures
 from kit.long import except_for
 from kit.tiny_models import inputs, tiny
 from torch import nn
 
 from mptrain.compress.quantize import quantizers
-from mptrain.compress.weights import weight_only
+from mptrain.compress.weights import records, weight_only
 from mptrain.core.errors import ExportError, MptrainError
 from mptrain.core.signature import BATCH, Port, Signature, probed
 from mptrain.export.base import Source
@@ -174,6 +175,46 @@ def test_int4_blocks_are_stored(name):
     with closing(kind.open(found.path, source)) as runner:
         assert parity.compare(model, runner, [batch])["max_abs_diff"] < 1e-4
         assert any("4" in stored for stored in runner.facts().weight_types)
+
+
+ROWS = {"bits": 8, "granularity": "channel"}
+BLOCKS = {"bits": 4, "block_size": "auto", "convolutions": "same"}
+CONVOLUTIONS = {
+    "a scale to a row": ROWS,
+    "zero points": ROWS | {"symmetric": False, "convolutions": "same"},
+    "blocks": BLOCKS,
+    "blocks with zero points": BLOCKS | {"symmetric": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    except_for([(n, c) for n in FORMATS for c in CONVOLUTIONS], [(n, "a scale to a row") for n in FORMATS]),
+)
+def test_weights_of_convolutions_are_stored_also_before_a_batch_norm(name, case):
+    """Or are refused by the entry. All that the file holds: integers, their scales, and the floats that are left."""
+    model, batch, spec = mixed(), pictures(), spec_of(name)
+    config = WeightOnly(mode="weight_only", method="rtn", **CONVOLUTIONS[case])
+    weight_only.compress(model, config)
+    stage = Stage.model_validate({"id": "w", "quantize": config.model_dump()})
+    results = {spec.stores(weights).result for _, weights in stage.leaves()}
+    if "refused" in results:
+        assert name == "coreml" and case.startswith("blocks")
+        return
+    precision = spec.precisions(stage)[0]
+    source = source_of(format_of(spec).torch(model, precision, "fp32"), batch, precision)
+    kind, found, _ = written(name, source)
+    with closing(kind.open(found.path, source)) as runner:
+        assert parity.compare(model, runner, [pictures(seed=7)])["max_abs_diff"] < 1e-5
+        types = runner.facts().weight_types
+    held = records.distinct(records.of(model))
+    integers = sum(record.q.numel() * record.bits / 8 for record in held.values())
+    stored = sum(size for type_, size in types.items() if str(config.bits) in type_.lstrip("floatF"))
+    assert integers <= stored < 1.15 * integers, types
+    scales = sum(record.scale.numel() for record in held.values())
+    floats = sum(t.numel() for n, t in model.state_dict().items() if n not in held and t.is_floating_point())
+    assert sum(types.values()) < 1.15 * integers + 4 * (scales + 2 * floats)
+    assert [type(m) for m in model.modules()] == [type(m) for m in mixed().modules()], "the model is as it was"
 
 
 @pytest.mark.parametrize("name", FORMATS)

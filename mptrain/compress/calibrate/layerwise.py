@@ -7,10 +7,12 @@ The inputs of the first layer are captured from the model; each layer then runs 
 batch, to collect and, once its weights were changed, to make the inputs of the next. Memory
 holds one hidden state per calibration token and the moments of one layer. When layers do not
 simply feed each other, the model runs from its beginning up to each layer instead: the
-same numbers, with time quadratic in depth. Linears outside the layers (heads, poolers) come last,
-from what the last layer gave where nothing else of the model reaches them, and nothing runs after them.
+same numbers, with time quadratic in depth. What is outside the layers (heads, poolers; of a network without a list of
+layers, all of it) comes last and together, on inputs that none of it has changed: from what the last layer gave, where
+nothing else of the model reaches it, and nothing runs behind it.
 
-Padding does not count. Linears with one input (query, key, value) share one matrix.
+Padding does not count. Linears with one input (query, key, value) share one matrix. Of convolutions, x is what a place
+of the output sees, and with groups there is a matrix to each (unfolded.py); there padding counts.
 
 Layers are sequential: the inputs of one need the compressed weights of those before. Several
 ranks share the batches (ranks.py): each holds the hidden states of its own, and the products
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank, told
+from mptrain.compress.calibrate.unfolded import geometry, products
 from mptrain.compress.structure.naming import layers_of
 from mptrain.core.errors import ModelError
 from mptrain.core.signature import Batch
@@ -36,9 +39,9 @@ from mptrain.core.signature import Batch
 def walk(
     model: nn.Module, names: set[str], batches: Sequence[Batch], ranks: Ranks = ALONE
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the moments of the Linears `names`, float64, layer by layer, on every rank.
+    """Yield the moments of the Linears and convolutions `names`, float64, layer by layer, on every rank.
 
-    batches: keyword arguments of the model, the same on every rank. Raises ModelError when a Linear never ran.
+    batches: keyword arguments of the model, the same on every rank. Raises ModelError when one never ran.
     """
     device = next(model.parameters()).device
     # one text tells how layers feed each other, and the logits of a batch would be large
@@ -78,7 +81,7 @@ def walk(
 
 
 class _Moments:
-    """Sums of x xᵀ over the tokens that Linears see."""
+    """Sums of x xᵀ over the tokens, or the places, that layers see."""
 
     def __init__(self, model: nn.Module, names: set[str], ranks: Ranks) -> None:
         self.ranks = ranks
@@ -91,7 +94,7 @@ class _Moments:
 
     def begin(self, batch: Batch) -> None:
         self.mask = batch.get("attention_mask")
-        self.seen: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, for their ids must stay theirs
+        self.seen: dict[Any, tuple[str, Tensor]] = {}  # holds the tensors, for their ids must stay theirs
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,16 +108,14 @@ class _Moments:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            first, _ = self.seen.setdefault(id(x), (name, x))
+            first, _ = self.seen.setdefault((id(x), geometry(module)), (name, x))
             if self.owner.setdefault(name, first) != name:
                 return
-            if self.mask is not None and x.shape[:-1] == self.mask.shape:
-                x = x[self.mask.bool()]
-            x = x.reshape(-1, x.shape[-1]).float()
-            if self.ranks.count == 1:
-                self._add(name, len(x), x.T @ x)
-            else:
-                self.products.append((name, len(x), x.T @ x))
+            for count, product in products(module, x, self.mask):
+                if self.ranks.count == 1:
+                    self._add(name, count, product)
+                else:
+                    self.products.append((name, count, product))
 
         return hook
 
@@ -130,7 +131,7 @@ class _Moments:
         own, self.products = self.products, []
         facts = told((self.owner, [(name, count, product.shape) for name, count, product in own]), self.ranks)
         self.owner = {}
-        for owner, _ in facts:  # the first batch decides whose matrix a Linear shares
+        for owner, _ in facts:  # the first batch decides whose matrix a layer shares
             self.owner = owner | self.owner
         device = next(next(iter(self.modules.values())).parameters()).device
         for rank, (_, sent) in enumerate(facts):

@@ -15,7 +15,8 @@ the same everywhere. A unit of zeros has the smallest scale and comes back as ze
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,7 +68,9 @@ class Grid:
         if block_size != "auto":
             return cls(bits, granularity, block_size, symmetric)
         found = next((size for size in AUTO if columns % size == 0), None)
-        return cls(bits, granularity, found, symmetric) if found else cls(bits, "channel", symmetric=symmetric)
+        if found is None and granularity == "block":
+            return cls(bits, "channel", symmetric=symmetric)
+        return cls(bits, granularity, found or max(AUTO), symmetric)
 
     def units(self, weight: Tensor) -> Tensor:
         """[out, in] as [out, blocks, block], or [1, 1, out · in] for one scale; shares memory."""
@@ -120,3 +123,16 @@ def check_finite(weight: Tensor) -> None:
         )
     if weight.numel() and float(weight.abs().max()) > _MOST:
         raise ModelError(f"a weight is {float(weight.abs().max()):g}, beyond fp16, in which every target stores scales")
+
+
+def joined(parts: Sequence[BlockQuantized]) -> BlockQuantized:
+    """One record of the rows of several, which have their scales by row or block."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return replace(
+        parts[0],
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None,
+    )

@@ -13,6 +13,7 @@ from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.compress.weights.coverage import coverage
 from mptrain.compress.weights.grid import AUTO
+from mptrain.compress.weights.layers import CONVOLUTIONS, LINEAR
 from mptrain.compress.weights.records import Palettized
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.compress.weights.times import predicted_seconds
@@ -51,8 +52,10 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
         block = max(AUTO) if config.block_size == "auto" else config.block_size
         weight = config.bits / 8 + ((2 + zero) / block if config.granularity == "block" else 0.0)
         weight = weight if config.size_budget is None else config.size_budget / 8
-        embedding = {"fp32": 4.0, "int8": 1.0, "same": weight}[config.embeddings]
-        return replace(sizes, layer_bytes=weight, embedding_bytes=embedding)
+        stored = {"fp32": 4.0, "int8": 1.0, "same": weight}
+        share = _share_of_convolutions(skeleton)
+        layer = (1 - share) * weight + share * stored[config.convolutions]
+        return replace(sizes, layer_bytes=layer, embedding_bytes=stored[config.embeddings])
 
     @classmethod
     def seconds(cls, config: WeightOnly, skeleton: nn.Module, tokens: int, macs_per_second: float) -> float:
@@ -70,6 +73,15 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
         )
         self._describe(model)
         return model.to("cpu")
+
+
+def _share_of_convolutions(skeleton: nn.Module) -> float:
+    """Of the weights of its layers."""
+    counts = {
+        kinds: sum(module.weight.numel() for module in skeleton.modules() if isinstance(module, kinds))
+        for kinds in (LINEAR, CONVOLUTIONS)
+    }
+    return counts[CONVOLUTIONS] / max(1, sum(counts.values()))
 
 
 class Palettization(_Recording[Palettize]):

@@ -6,7 +6,9 @@
     gptq            a · in + b · out · in       seconds, a and b from two small weights
     scale, rtn      c · out · in                from one
 
-A Cholesky factor of in³ float64 multiply-adds is a tenth of a GPTQ of the same layer and counted with it.
+A convolution counts as a Linear that runs once to a token: at how many places it runs only the inputs tell. With groups
+each has columns of its own. A Cholesky factor of in³ float64 multiply-adds is a tenth of a GPTQ of the same layer and
+counted with it.
 """
 
 from __future__ import annotations
@@ -49,18 +51,18 @@ def work(model: nn.Module, config: WeightOnly, tokens: int) -> Work:
     """What `compress` does, counted. Raises as `choices` does."""
     plan = choices(model, config)
     sizes = {name: _matrix_shape(model, name, choice) for name, choice in plan.items()}
-    calibrated = [name for name, choice in plan.items() if choice.linear and choice.method in ("gptq", "scale")]
+    calibrated = [name for name, choice in plan.items() if choice.layer and choice.method in ("gptq", "scale")]
     passes = 2 * bool(calibrated) + 3 * (config.size_budget is not None)
-    layers = sum(rows * columns for name, (rows, columns) in sizes.items() if plan[name].linear)
+    layers = sum(rows * columns for name, (rows, columns) in sizes.items() if plan[name].layer)
     moments: dict[tuple[str, int], int] = {}
     for name in calibrated:  # of one module, as query, key and value are
-        owner = (plan[name].linear or "").rpartition(".")[0]
+        owner = (plan[name].layer or "").rpartition(".")[0]
         moments[owner, sizes[name][1]] = sizes[name][1] ** 2
     columns: dict[str, int] = {}
     weights: dict[str, int] = {}
     for name, (rows, width) in sizes.items():
         method = plan[name].method if name in calibrated or plan[name].method == "rtn" else "scale"
-        columns[method] = columns.get(method, 0) + width
+        columns[method] = columns.get(method, 0) + plan[name].groups * width
         weights[method] = weights.get(method, 0) + rows * width
     return Work(tokens * (passes * layers + sum(moments.values())), columns, weights)
 

@@ -1,9 +1,10 @@
 """Weight-only quantization of a model: which weights, on which grid, by which method.
 
-Linears (also transformers' Conv1D), embeddings and the output embedding (lm_head) are compressed; biases, norms
-and convolutions stay float32. Methods without calibration come first, so that the calibration of
-the others sees them; then layer by layer (layerwise.py), each on the inputs that the
-compressed layers before it give. Several ranks share the weights, of a layer or of all that
+Linears (also transformers' Conv1D), convolutions (Conv1d, Conv2d), embeddings and the output embedding (lm_head) are
+compressed; biases and norms stay float32, and what else there is (transposed convolutions, recurrent layers), which is
+said. A convolution is its weight flattened, [out, in · kernel], of each group its own (unfolded.py). Methods without
+calibration come first, so that the calibration of the others sees them; then layer by layer (layerwise.py), each on
+the inputs that the compressed layers before it give. Several ranks share the weights, of a layer or of all that
 need no calibration, and the calibration batches (ranks.py).
 """
 
@@ -26,8 +27,8 @@ from mptrain.compress.weights import records
 from mptrain.compress.weights.bits import Option, allocate, option
 from mptrain.compress.weights.coverage import check, coverage
 from mptrain.compress.weights.gptq import Factored, factor, gptq
-from mptrain.compress.weights.grid import Grid, round_to_nearest
-from mptrain.compress.weights.layers import LINEAR, is_transposed
+from mptrain.compress.weights.grid import Grid, joined, round_to_nearest
+from mptrain.compress.weights.layers import CONVOLUTIONS, LINEAR, groups_of, is_transposed
 from mptrain.compress.weights.records import Record
 from mptrain.compress.weights.scale_search import search
 from mptrain.core.embeddings import name_in, output_embedding
@@ -40,17 +41,19 @@ from mptrain.recipe import WeightOnly
 log = logging.getLogger(__name__)
 
 ROWS = Grid(bits=8, granularity="channel", symmetric=True)
-"""embeddings: int8 and lm_head: int8"""
+"""embeddings: int8, lm_head: int8 and convolutions: int8"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one weight is compressed. linear: the Linear whose inputs calibrate it; None for a mere look-up table."""
+    """How one weight is compressed. layer: the Linear or convolution whose inputs calibrate it; None for a mere look-up
+    table. groups: of a convolution; its rows are in so many equal parts, each with inputs of its own."""
 
     method: str
     grid: Grid
-    linear: str | None
+    layer: str | None
     transposed: bool = False
+    groups: int = 1
 
 
 def compress(
@@ -76,9 +79,9 @@ def compress(
         plan = _within_budget(model, plan, config.size_budget, labelled, ranks, loss_fn)
     log.info("weights of %s bits: %s", config.bits, coverage(model, plan).words())
     calibrated = {
-        choice.linear: name
+        choice.layer: name
         for name, choice in plan.items()
-        if choice.linear is not None and (choice.method == "gptq" or (choice.method == "scale" and batches))
+        if choice.layer is not None and (choice.method == "gptq" or (choice.method == "scale" and batches))
     }
     if not batches and any(plan[name].method == "gptq" for name in calibrated.values()):
         raise UserError("quantize.method: gptq needs calibration data; without any use scale")
@@ -90,8 +93,8 @@ def compress(
             bar.update()
         if not calibrated:
             return
-        for by_linear in walk(model, set(calibrated), batches, ranks):
-            moments = {calibrated[linear]: h for linear, h in by_linear.items()}
+        for by_layer in walk(model, set(calibrated), batches, ranks):
+            moments = {calibrated[layer]: h for layer, h in by_layer.items()}
             for name, record in _of_layer(model, plan, moments, ranks):
                 records.attach(model, {name: record})
                 bar.update()
@@ -118,21 +121,32 @@ def choices(model: nn.Module, config: WeightOnly) -> dict[str, Choice]:
         for hit, override in overrides:
             if hit.intersection(users):
                 chosen |= override.model_dump(exclude_none=True)
-        linear = next((name for name, module in users.items() if isinstance(module, LINEAR)), None)
-        transposed = linear is not None and is_transposed(users[linear])
+        layer = next((name for name, module in users.items() if isinstance(module, (*LINEAR, *CONVOLUTIONS))), None)
+        transposed = layer is not None and is_transposed(users[layer])
+        groups = 1 if layer is None else groups_of(users[layer])
         columns = records.matrix(model.get_parameter(weight), transposed).shape[1]
         method, grid = chosen.pop("method"), Grid.fitting(columns, **chosen)
         try:
             grid.block(columns)
         except UserError as error:
             problems.append(f"{weight}: {error}")
-        plan[weight] = Choice(method, grid, linear, transposed)
+        if method == "gptq" and grid.granularity == "tensor" and groups > 1:
+            problems.append(
+                f"{weight}: gptq rounds each of the {groups} groups of this convolution alone, so they have no scale in"
+                " common: use granularity channel, or method scale, for this weight (overrides)"
+            )
+        plan[weight] = Choice(method, grid, layer, transposed, groups)
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"quantize: {'; '.join(problems[:3])}{more}")
     if not plan:
         raise UserError("quantize.ignore: nothing is left to compress; name fewer modules")
-    check(coverage(model, plan), "quantize", "Linear, Conv1D and Embedding", allow_partial=config.allow_partial)
+    check(
+        coverage(model, plan),
+        "quantize",
+        "Linear, Conv1D, Embedding and convolutions",
+        allow_partial=config.allow_partial,
+    )
     return plan
 
 
@@ -157,11 +171,11 @@ def _within_budget(
 
 
 def _users(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """The Linears and embeddings that use each weight, by the weight's first name; several when it is tied."""
+    """The Linears, convolutions and embeddings that use each weight, by the first name of it; several when tied."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (*LINEAR, nn.Embedding)) and id(module.weight) in first:
+        if isinstance(module, (*LINEAR, *CONVOLUTIONS, nn.Embedding)) and id(module.weight) in first:
             found.setdefault(first[id(module.weight)], {})[name] = module
     return found
 
@@ -174,17 +188,22 @@ def _stored(users: Mapping[str, nn.Module], head: str | None, config: WeightOnly
             f"quantize.lm_head: {config.lm_head} and quantize.embeddings: {config.embeddings} speak of one weight, for"
             f" {head} is tied to {next(iter(users))}: give both the same value"
         )
+    if any(isinstance(module, CONVOLUTIONS) for module in users.values()):
+        return config.convolutions
     return config.embeddings if table else config.lm_head if head in users else "same"
 
 
-def _factors(moments: Mapping[str, Tensor], plan: Mapping[str, Choice]) -> dict[str, Factored]:
-    """By weight; those of one matrix and block have one, and matrices of one size are factored in one batch."""
-    blocks = {name: plan[name].grid.block(len(h)) for name, h in moments.items()}
+def _factors(moments: Mapping[str, Tensor], plan: Mapping[str, Choice]) -> dict[str, list[Factored]]:
+    """By weight, one to a group; those of one matrix and block have one, and matrices of one size are factored in one
+    batch."""
+    blocks = {name: plan[name].grid.block(h.shape[-1]) for name, h in moments.items()}
     unique = {(id(h), blocks[name]): h for name, h in moments.items()}
-    found: dict[tuple[int, int], Factored] = {}
-    for size, block in sorted({(len(h), block) for (_, block), h in unique.items()}):
-        same = {key: h for key, h in unique.items() if (len(h), key[1]) == (size, block)}
-        found |= zip(same, factor(torch.stack(list(same.values())), block), strict=True)
+    found: dict[tuple[int, int], list[Factored]] = {}
+    for shape, block in sorted({(tuple(h.shape), block) for (_, block), h in unique.items()}):
+        same = {key: h for key, h in unique.items() if (tuple(h.shape), key[1]) == (shape, block)}
+        made = factor(torch.stack(list(same.values())).view(-1, *shape[-2:]), block)
+        groups = len(made) // len(same)
+        found |= {key: made[at * groups : (at + 1) * groups] for at, key in enumerate(same)}
     return {name: found[id(h), blocks[name]] for name, h in moments.items()}
 
 
@@ -208,21 +227,29 @@ def _cost(model: nn.Module, name: str, choice: Choice) -> float:
     """About proportional to the time that a weight takes."""
     rows, columns = _matrix(model, name, choice).shape
     search = {"rtn": 0.01, "scale": 1.0, "gptq": 1.0 + columns / 1000}[choice.method]
-    factorisation = columns**3 / 1000 if choice.method == "gptq" else 0.0
+    factorisation = choice.groups * columns**3 / 1000 if choice.method == "gptq" else 0.0
     return rows * columns * search + factorisation
 
 
 def _record(
-    model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, known: Factored | None = None
+    model: nn.Module, name: str, choice: Choice, moments: Tensor | None = None, known: Sequence[Factored] | None = None
 ) -> Record:
+    """moments: of its inputs, [in, in], or of several groups [groups, in, in]; known: their factors, one to a group."""
     weight = _matrix(model, name, choice)
     try:
         if choice.method == "gptq" and known is not None:
-            made = gptq(weight, choice.grid, known)
+            parts = zip(weight.chunk(choice.groups), known, strict=True)
+            made = joined([gptq(rows.contiguous(), choice.grid, of_group) for rows, of_group in parts])
         elif choice.method == "rtn":
             made = round_to_nearest(weight, choice.grid)
         else:
-            made = search(weight, choice.grid, None if moments is None else moments.diagonal())
+            made = search(weight, choice.grid, None if moments is None else _importance(moments, len(weight)))
         return replace(made, transposed=choice.transposed)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
+
+
+def _importance(moments: Tensor, rows: int) -> Tensor:
+    """Mean squares of the inputs, [in], or with groups those of each row, [rows, in]."""
+    squares = moments.diagonal(dim1=-2, dim2=-1)
+    return squares if squares.dim() == 1 else squares.repeat_interleave(rows // len(squares), 0)

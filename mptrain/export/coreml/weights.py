@@ -1,6 +1,6 @@
 """Learned integers and tables as Core ML's compressed constants: the same numbers, never computed again.
 
-    BlockQuantized   iOS 18: constexpr_blockwise_shift_scale, 4 or 8 bits, any block
+    BlockQuantized   iOS 18: constexpr_blockwise_shift_scale, 4 or 8 bits, any block, of convolutions of whole kernels
                      iOS 16 and 17: constexpr_affine_dequantize, 8 bits, per tensor or per row
     Palettized       iOS 18: constexpr_lut_to_dense, 1 to 8 bits, a table to each group of rows, scalar or vector
                      iOS 16 and 17: the same for one table to the tensor, scalar
@@ -13,6 +13,7 @@ and groups with it. iOS 15 would drop all compression: refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -103,8 +104,10 @@ def _build(
 
 
 def _uneven(record: BlockQuantized, shape: tuple[int, ...]) -> str | None:
-    if len(shape) > 2 and record.scale.shape[1] > 1:
-        return f"{record.scale.shape[1]} blocks to a row of a weight with {len(shape)} axes"
+    """Columns of a convolution go through channels and kernel; blocks of Core ML are of whole channels."""
+    kernel = math.prod(shape[2:])
+    if record.scale.shape[1] > 1 and record.block_size % kernel:
+        return f"blocks of {record.block_size} columns do not hold whole kernels of {kernel}"
     return None
 
 

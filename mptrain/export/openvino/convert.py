@@ -120,16 +120,30 @@ def write(
     if precision == "fp16":
         done = _write_fp16(model, example, list(calibration) or [example], folder, signature, cache)
     else:
-        cached = cache is not None
-        done = _save(_stored(convert(model, example, signature, cached=cached), model, precision, embeddings), folder)
+        done = _save(_stored(model, example, signature, precision, embeddings, cached=cache is not None), folder)
     if cache is not None:
         with closing(CachedIr(done.xml, cache)) as runner:
             check(runner, _single(model), runtime="OpenVINO", exact=precision in ("fp32", "compressed"))
     return done
 
 
-def _stored(graph: ov.Model, model: nn.Module, precision: Precision, embeddings: str) -> ov.Model:
+def _stored(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    signature: Signature,
+    precision: Precision,
+    embeddings: str,
+    *,
+    cached: bool,
+) -> ov.Model:
     """The graph with its weights as the precision stores them."""
+    if precision == "compressed":
+        held = records.of(model)
+        with weights.computed(model, held):
+            graph = convert(model, example, signature, cached=cached)
+        weights.store(graph, held)
+        return graph
+    graph = convert(model, example, signature, cached=cached)
     if precision == "int8_emb4":
         token = _token_embedding(model)
         width = model.get_parameter(f"{token}.weight").shape[1]
@@ -137,8 +151,6 @@ def _stored(graph: ov.Model, model: nn.Module, precision: Precision, embeddings:
         graph = _compress_embeddings(graph, _embeddings(model) - {token}, bits=8)
     elif precision == "int8" and embeddings == "int8":
         graph = _compress_embeddings(graph, _embeddings(model), bits=8)
-    elif precision == "compressed":
-        weights.store(graph, records.of(model))
     return graph
 
 

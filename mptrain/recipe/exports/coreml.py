@@ -134,6 +134,12 @@ def stores(target: str, weights: Weights, scaled_tables: bool = False) -> Stored
 
 def _integers(target: str, weights: Weights) -> Stored:
     dropped = "; quantizers of activations are dropped: the package computes in floating point"
+    if weights.kernels and weights.per == "block":
+        return Stored(
+            "refused",
+            "blocks of a convolution's columns go through its kernel, and Core ML's do not: leave"
+            " quantize.convolutions at int8; quantize.overrides may give them 4 bits, with a scale per channel",
+        )
     if target == "iOS18":
         how = (
             "int4, uint4, int8 or uint8 data (constexpr_blockwise_shift_scale), scales in the precision of the package"

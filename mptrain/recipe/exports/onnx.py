@@ -59,6 +59,10 @@ class Onnx(ExportSpec):
             return Stored("expanded", "float32: ONNX has no operation that keeps a table of weights")
         if weights.activations:
             return Stored("stored", "QuantizeLinear and DequantizeLinear with the learned ranges, weights int8 or int4")
+        if weights.kernels:
+            return Stored(
+                "stored", "DequantizeLinear on int4, uint4, int8 or uint8 before Conv, computed at every call"
+            )
         return Stored(
             "stored",
             "MatMulNBits for 4 and 8 bits in blocks (a wider block is repeated in blocks of at most 128), else"
