@@ -31,8 +31,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 SHOWN = ("torch", "transformers", "accelerate", "datasets", "numpy", "nncf", "openvino", "onnxruntime", "pydantic")
-EXTRAS = ("openvino", "onnx", "coreml", "coreai")
-"""of a lane: what the core tests import"""
+EXTRAS = {"lowest": ("openvino", "onnx", "coreml"), "newest": ("openvino", "onnx", "coreml", "coreai")}
+"""of a lane: what the core tests import; coreai itself needs newer torch (2.8) and numpy (2.3) than mptrain does"""
 TESTS = (
     "tests/core/test_pins.py",
     "tests/compress/test_dataflow.py",
@@ -67,8 +67,10 @@ def interpreters() -> Iterator[tuple[str, str]]:
     """Of PYTHONS those that run here, with their paths; pyenv's too, which are on no path."""
     for version in PYTHONS:
         kept = sorted((Path.home() / ".pyenv/versions").glob(f"{version}.*/bin/python"))
-        path = shutil.which(f"python{version}") or (str(kept[-1]) if kept else None)
-        if path is not None and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
+        places = filter(None, [shutil.which(f"python{version}"), *map(str, reversed(kept))])
+        # pyenv's command of a version that it was not told to use is there, and fails
+        runs = (p for p in places if subprocess.run([p, "-c", "import venv"], capture_output=True).returncode == 0)
+        if (path := next(runs, None)) is not None:
             yield version, path
 
 
@@ -94,12 +96,14 @@ def lane(name: str, version: str, path: str, venvs: Path, tests: list[str]) -> d
     if not python.exists():
         subprocess.run([path, "-m", "venv", str(folder)], check=True)
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    pins = lowest(EXTRAS) if name.endswith("lowest") else []
+    kind = name.rpartition("-")[2]
+    extras = EXTRAS[kind]
+    pins = lowest(extras) if kind == "lowest" else []
     index = ["--index-url", url] if (url := os.environ.get("TORCH_INDEX")) else []
     torch = next((pin for pin in pins if pin.startswith("torch==")), "torch")
     subprocess.run([*install, *index, torch], check=True)
     needed = ["pytest", "pytest-timeout", "hypothesis", "peft"]
-    subprocess.run([*install, "-e", f"{ROOT}[{','.join(EXTRAS)}]", *needed, *pins], check=True)
+    subprocess.run([*install, "-e", f"{ROOT}[{','.join(extras)}]", *needed, *pins], check=True)
     report = folder / "tests.xml"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long", f"--junitxml={report}"]
@@ -107,6 +111,7 @@ def lane(name: str, version: str, path: str, venvs: Path, tests: list[str]) -> d
     return {
         "lane": name,
         "python": version,
+        "extras": list(extras),
         "versions": _versions(python),
         **_results(report),
         "tests": tests,

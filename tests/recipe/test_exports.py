@@ -1,6 +1,7 @@
 """What the specs of export formats say before anything is imported, and that all who ask get it."""
 
 from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 from kit.report_sample import recipe
@@ -59,6 +60,8 @@ def test_what_a_size_budget_chooses_from_is_no_reason_to_refuse():
 @pytest.mark.parametrize("name", EXPORTS)
 def test_a_version_that_was_not_tested_is_refused_before_training(name, monkeypatch):
     package = EXPORTS[name].packages[0]
+    if find_spec(package.module) is None:  # in a lane of scripts/lanes.py; `make setup` installs all
+        pytest.skip(f"{package.name} is not installed")
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda of: "0.0.1" if of == package.name else version(of))
     export = {"id": "e", "format": name, "of": ["dense"], "precision": ["fp32"]}
