@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def interval(ends: Sequence[float], digits: int = 1, unit: str = "") -> str:
     """[value, low, high] of a difference of shares, times 100: in points, or in `unit`."""
     value, low, high = (signed(100 * end, digits) for end in ends)
     return f"{value}{unit} ({low} to {high})"
+
+
+def percent(over: Sequence[float] | None) -> str:
+    """A difference of log perplexities and its interval, in percent."""
+    return "" if over is None else interval([exp(part) - 1 for part in over], unit="%")
 
 
 def span(values: Iterable[float], form: str = ".2f") -> str:

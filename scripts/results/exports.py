@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from math import exp
-
 from mptrain.report.words import megabytes
-from scripts.results.drawn import interval, link, load, rows, signed, span, table, where
+from scripts.results.drawn import Row, link, load, percent, rows, signed, span, table, where
 
 
 def kmeans() -> list[str]:
@@ -73,7 +71,7 @@ def language_model() -> list[str]:
             row["name"],
             megabytes(row["size_bytes"]),
             f"{row['ppl']:.2f}",
-            _percent(row.get("over", {}).get(rival)),
+            percent(row.get("over", {}).get(rival)),
         ]
         lines.append([*cells, f"{row['tpot_ms']:.1f}", f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"])
     return [
@@ -86,13 +84,6 @@ def language_model() -> list[str]:
         *table(["", "size", "perplexity", "over optimum's scale", "ms a token", "CPU s to make", "peak GB"], lines),
         "",
     ]
-
-
-def _percent(over: list[float] | None) -> str:
-    """A difference of log perplexities and its interval, in percent."""
-    if over is None:
-        return ""
-    return interval([exp(part) - 1 for part in over], unit="%")
 
 
 def exports() -> list[str]:
@@ -117,24 +108,44 @@ def exports() -> list[str]:
 
 
 def reach() -> list[str]:
-    found = load("reach.json")
-    every = found["rows"]
-    lines = []
-    for name in dict.fromkeys(cell for row in every for cell in row if cell != "name"):
-        cells = [row[name] for row in every if name in row]
-        refused, failed = (sum(cell.startswith(word) for cell in cells) for word in ("refused", "FAIL"))
-        counts = len(cells) - refused - failed, refused, failed, len(cells)
-        lines.append([name.replace("_", " "), *map(str, counts)])
-    newest = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers"))
+    locked, newest = load("reach.json"), load("reach_newest.json")
+    columns = [name for name in locked["rows"][0] if name != "name"]
+    lines = [
+        [name.replace("_", " "), *(str(count) for found in (locked, newest) for count in _counts(found, name))]
+        for name in columns
+    ]
+    before = {row["name"]: row for row in locked["rows"]}
+    other = [
+        f"{name} {key.replace('_', ' ')} ({_outcome(before[name][key])}, {_outcome(cell)})"
+        for name, row in ((row["name"], row) for row in newest["rows"])
+        for key, cell in row.items()
+        if key != "name" and _outcome(cell) != _outcome(before[name].get(key, cell))
+    ]
     return [
         "## Any architecture",
         "",
-        f"{len(every)} architectures, tiny and at random, with {newest}: what is done with how many of them. A refusal"
-        f" comes before training and names its reason ({link('reach.md')}).",
+        f"{len(locked['rows'])} architectures, tiny and at random, with {_versions(locked)} (the versions of"
+        f" constraints.txt), and with {_versions(newest)}, which pip gave without them: what is done with how many. A"
+        f" refusal comes before training and names its reason ({link('reach.md')}, {link('reach_newest.md')}). What"
+        f" comes out otherwise with the newer ones: {'; '.join(other) or 'nothing'}.",
         "",
-        *table(["", "done", "refused", "failed", "of"], lines),
+        *table(["", "done", "refused", "failed", "done, newer", "refused", "failed"], lines),
         "",
     ]
+
+
+def _versions(found: Row) -> str:
+    return ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers"))
+
+
+def _outcome(cell: str) -> str:
+    return next((known for known in ("refused", "FAIL") if cell.startswith(known)), "done")
+
+
+def _counts(found: Row, column: str) -> list[int]:
+    """Done, refused, failed."""
+    cells = [_outcome(row[column]) for row in found["rows"] if column in row]
+    return [cells.count(outcome) for outcome in ("done", "refused", "FAIL")]
 
 
 def heads() -> list[str]:
