@@ -11,6 +11,11 @@ HOOKS = "__nncf_hooks"
 """The submodule in which NNCF keeps a model's quantizers; known here so that asking for it does not import NNCF."""
 
 
+LEFT = "_mptrain_left"
+"""The attribute of a quantized model that says what was asked to stay in float: {"modules": [names], "operations":
+{scope: how many calls of that function the module makes}}, JSON"""
+
+
 def is_quantized(model: nn.Module) -> bool:
     return HOOKS in model._modules
 

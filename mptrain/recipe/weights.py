@@ -11,6 +11,10 @@ from mptrain.recipe.base import OneOf, Strict
 from mptrain.recipe.method import MethodConfig, Need, Reads, Weights
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
+OPERATIONS = (
+    f"{KEPT}; or single operations, MODULE/FUNCTION of all calls of a torch function in a module itself,"
+    " MODULE/FUNCTION/N of one of them, from 0: pool.gem/pow/1"
+)
 SCHEME = (
     "what is quantized: transformer: products with weights and their inputs; convolutional: also residual sums, pools"
     " and means, so that int8 goes through the blocks of a convolutional network"
@@ -60,7 +64,7 @@ class Qat(QuantizeConfig):
         description="int4: the embedding of tokens is rounded before training, which takes up what that costs, and"
         " stands still; exported as such in precision int8_emb4, as int8 elsewhere",
     )
-    ignore: list[str] = Field([], description=KEPT)
+    ignore: list[str] = Field([], description=OPERATIONS)
     bits: dict[str, Literal[4, 8]] = Field({}, description="weight bits by module pattern; default 8")
     scheme: Literal["transformer", "convolutional"] = Field("transformer", description=SCHEME)
     reduce_range: bool = Field(
@@ -104,7 +108,9 @@ class Ptq(QuantizeConfig):
     )
     embeddings: Literal["fp32", "int8"] = "int8"
     ignore: list[str] | Literal["auto"] = Field(
-        [], description=f"{KEPT}; auto: the fewest that keep the validation split's score within max_drop"
+        [],
+        description=f"{OPERATIONS}; auto: the fewest layers, and of these the fewest operations, that keep the"
+        " validation split's score within max_drop",
     )
     max_drop: Annotated[float, Field(gt=0)] | None = Field(
         None, description="with ignore: auto, what may be lost, counted as gates.max_drop is; default 0.002"

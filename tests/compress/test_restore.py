@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from mptrain.compress.base import Tools
-from mptrain.compress.quantize import placement, quantizers, restore
+from mptrain.compress.base import Site, Tools
+from mptrain.compress.quantize import quantizers, restore
 from mptrain.compress.quantize.methods import Quantization
+from mptrain.compress.quantize.operations import recorded
+from mptrain.compress.quantize.units import units
 from mptrain.core.errors import NotFinite, UserError
 from mptrain.data.sources import cnn
 from mptrain.data.tasks.metrics import MEAN, Score
@@ -73,7 +75,7 @@ def test_the_layers_that_lose_the_score_are_found_and_no_others(loud):
     again = named.state_dict()
     assert q.state_dict().keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in q.state_dict().items()), "as a recipe that names them"
-    quantized = {m for unit in placement.units(q, batches()[0]) for m in unit.modules}
+    quantized = {m for unit in units(q, batches()[0]) for m in unit.scopes}
     assert quantized == {f"layers.{i}" for i in range(LAYERS)} - set(found["ignore"])
 
 
@@ -101,7 +103,7 @@ def test_the_order_is_that_of_the_errors():
     model = Chain({3})
     whole = quantizers.quantize(model, config(ignore=[]), batches())
     ranked = restore.rank(model, whole, batches())
-    assert ranked[0].modules == ("layers.3",) and len(ranked) == LAYERS
+    assert ranked[0].scopes == ("layers.3",) and len(ranked) == LAYERS
     before = scored({3})(whole).value
     assert before < 1 and scored({3})(whole).value == before, "everything is quantized again"
 
@@ -116,7 +118,7 @@ def test_layers_that_read_one_tensor_are_a_unit():
             return {"logits": self.out(self.q(x).tanh() * self.k(x).tanh())}
 
     q = quantizers.quantize(Shares(), config(ignore=[]), batches())
-    assert [unit.modules for unit in placement.units(q, batches()[0])] == [("q", "k"), ("out",)]
+    assert [unit.scopes for unit in units(q, batches()[0])] == [("q", "k"), ("out",)]
 
 
 def test_a_limit_that_nothing_meets_is_said():
@@ -149,9 +151,9 @@ def test_of_a_convolutional_scheme_the_pooling_that_int8_breaks_is_found():
     config = Ptq.model_validate({"mode": "ptq", "scheme": "convolutional"})
     quantized = quantizers.quantize(model, config, inputs)
     first = restore.rank(model, quantized, inputs)[0]
-    assert first.modules == ("gem",)
+    assert first.scopes == ("gem",)
     plain = quantizers.quantize(model, Ptq(mode="ptq"), inputs)
-    assert "gem" not in {name for unit in placement.units(plain, inputs[0]) for name in unit.modules}
+    assert "gem" not in {name for unit in units(plain, inputs[0]) for name in unit.scopes}
 
 
 class Wrapped(nn.Module):
@@ -174,8 +176,99 @@ class Sum(nn.Module):
         return (self.one(x).relu() + self.two(x).relu()) * x
 
 
-def test_a_sum_beside_all_layers_has_no_name_that_leaves_it_alone():
+def test_a_sum_beside_all_layers_is_an_operation_of_its_own():
     config = Ptq.model_validate({"mode": "ptq", "scheme": "convolutional"})
-    quantized = quantizers.quantize(Wrapped().eval(), config, batches())
-    names = {name for unit in placement.units(quantized, batches()[0]) for name in unit.modules}
-    assert {"module.one", "module.two"} >= names and "module" not in names
+    model = Wrapped().eval()
+    quantized = quantizers.quantize(model, config, batches())
+    found = units(quantized, batches()[0])
+    reads_x = ("module.one", "module.two", "module/mul/0")
+    assert [unit.scopes for unit in found] == [("module/add/0",), reads_x]
+    named = quantizers.quantize(model, config.model_copy(update={"ignore": ["module/add/0"]}), batches())
+    assert [unit.scopes for unit in units(named, batches()[0])] == [reads_x]
+
+
+# -- single operations
+
+
+class Repeated(nn.Module):
+    """What a GeM is, with names that repeat: of two powers in a row one alone is hard to quantize."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.pool, self.last = nn.Linear(WIDTH, WIDTH), Powers(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return {"logits": self.last(self.pool(self.first(x)))}
+
+
+class Powers(nn.Module):
+    def forward(self, x):
+        wide = (x.abs() + 0.1).pow(0.5).pow(2.0).pow(6.0)  # decades apart, of which one scale keeps the largest
+        return wide.pow(1 / 6) * x.sign()
+
+
+CONVOLUTIONAL = Ptq.model_validate({"mode": "ptq", "scheme": "convolutional"})
+
+
+def test_operations_have_one_name_with_and_without_quantizers():
+    model = Repeated().eval()
+    plain = recorded(model, batches()[0])
+    assert [s for s in plain.scopes.values() if s.startswith("pool/")] == [
+        "pool/abs/0", "pool/add/0", "pool/pow/0", "pool/pow/1", "pool/pow/2", "pool/pow/3", "pool/sign/0", "pool/mul/0"
+    ]  # fmt: skip
+    assert plain.scopes == recorded(quantizers.quantize(model, CONVOLUTIONAL, batches()), batches()[0]).scopes
+
+
+@torch.no_grad()
+def near(model):
+    """A share of rows that are within 10% of the float model's."""
+    (batch,) = batches(1)
+    right, found = (m(**batch)["logits"] for m in (repeated(), model))
+    return Score("near", ((found - right).norm(dim=1) < 0.1 * right.norm(dim=1)).double().numpy()[:, None], MEAN)
+
+
+def repeated():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Repeated().eval()
+
+
+def test_of_a_layer_with_several_operations_the_fewest_are_found():
+    """Of the pool, the one that reads the sixth power: all else in it may be int8."""
+    model, method = repeated(), Quantization(CONVOLUTIONAL.model_copy(update={"ignore": "auto", "max_drop": 0.05}))
+    q = method.finalize(method.prepare(model, Tools(inputs=batches, score=near)), Tools())
+    found = method.facts()["restored"]
+    assert found["ignore"] == ["pool/pow/3"] and found["int8"] < 0.5 and found["drop"] <= 0.05
+    quantized = {scope for unit in units(q, batches()[0]) for part in unit.parts for scope in part.scopes}
+    assert quantized == {"first", "last", "pool/pow/0", "pool/pow/1", "pool/pow/2", "pool/mul/0"}
+    assert quantizers.left_in_float(q) == {"modules": [], "operations": {"pool/pow/3": 4}}
+
+
+def test_what_was_left_in_float_is_saved_with_the_quantizers():
+    q = quantizers.quantize(repeated(), CONVOLUTIONAL.model_copy(update={"ignore": ["pool/pow", "last"]}), batches())
+    again = quantizers.attach(repeated(), quantizers.config_of(q))
+    assert quantizers.left_in_float(again) == quantizers.left_in_float(q) == {
+        "modules": ["last"], "operations": {f"pool/pow/{n}": 4 for n in range(4)}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("pool/powr", r"'pool/powr' matches no operation\. pool runs pool/abs/0, pool/add/0, pool/pow/0"),
+        ("pool/pow/4", r"'pool/pow/4' matches no operation\. pool runs"),
+        ("pol/pow/3", r"'pol/pow/3': no module is called 'pol'\. Did you mean 'pool'"),
+        ("re:pool/[", r"is not a regular expression"),
+        ("re:pool/xyz", r"'re:pool/xyz' matches no operation"),
+    ],
+)
+def test_an_operation_that_is_not_there_is_said_with_those_that_are(pattern, said):
+    config = CONVOLUTIONAL.model_copy(update={"ignore": [pattern]})
+    at_once = pattern.startswith("pol/")  # the others need a forward pass
+    does = (
+        (lambda: Quantization.check(config, Repeated(), Site("quantize")))
+        if at_once
+        else (lambda: quantizers.quantize(repeated(), config, batches()))
+    )
+    with pytest.raises(UserError, match=rf"^quantize\.ignore: .*{said}"):
+        does()

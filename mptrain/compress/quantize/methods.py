@@ -27,9 +27,8 @@ class Quantization(Method[Qat | Ptq]):
     def check(cls, config: Qat | Ptq, skeleton: nn.Module, site: Site) -> None:
         quantizers.check_installed()
         quantizers.check_attention(skeleton)
-        names = [name for name, _ in skeleton.named_modules()]
-        resolve(quantizers.given(config), names, "quantize.ignore")
-        resolve(list(config.bits), names, "quantize.bits")
+        quantizers.check_ignored(config, skeleton)
+        resolve(list(config.bits), [name for name, _ in skeleton.named_modules()], "quantize.bits")
         if config.embeddings == "int4":
             embedding.table_of(skeleton)
 

@@ -13,11 +13,11 @@ in training, and equally small.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import nncf
 import torch
@@ -26,9 +26,7 @@ from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters,
 from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
 from nncf.tensor import Tensor as NncfTensor
 from nncf.torch.extensions import ExtensionNamespace
-from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
-from nncf.torch.function_hook.hook_storage import HookStorage
-from nncf.torch.function_hook.wrapper import ForwardWithHooks, get_hook_storage, wrap_model
+from nncf.torch.function_hook.wrapper import get_hook_storage, wrap_model
 from nncf.torch.quantization import extensions
 from nncf.torch.quantization.layers import AsymmetricQuantizer, SQMultiply, SymmetricQuantizer
 from nncf.torch.quantization.reference import torch_executor
@@ -36,17 +34,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.quantize.operations import Record, recorded
+from mptrain.compress.structure.scopes import resolve_operations
 from mptrain.compress.weights.layers import is_transposed
-from mptrain.core.hooks import HOOKS
+from mptrain.core.hooks import HOOKS, LEFT
 from mptrain.core.patch import replaced
 
 _ATTENTION = ["scaled_dot_product_attention", "matmul", "bmm", "baddbmm"]
 _EMBEDDING = ["embedding"]
-_MOVES = frozenset(
-    "view reshape transpose permute contiguous flatten unflatten unsqueeze squeeze expand chunk split unbind"
-    " __getitem__ getitem to type_as clone dropout cat pad".split()
-)
-"""functions whose outputs hold the values of their inputs"""
 _SMOOTH_ALPHA = 0.95  # NNCF's for transformers
 
 
@@ -88,6 +83,7 @@ def place(
     symmetric_weights: bool,
     symmetric_activations: bool,
     ignore: set[str],
+    operations: Sequence[str] = (),
     smooth: bool,
     correct_bias: bool,
     bits: int,
@@ -95,10 +91,13 @@ def place(
 ) -> nn.Module:
     """A hooked copy of the model with calibrated FakeQuantizer and Smooth modules.
 
-    batches: keyword arguments of the model, on its device. ignore: names of modules to leave in fp32. bits: of weights.
+    batches: keyword arguments of the model, on its device. ignore: names of modules to leave in fp32. operations:
+    patterns of single ones (`scopes.resolve_operations`). bits: of weights.
     """
     ignore = ignore | {name for name, module in model.named_modules() if parametrize.is_parametrized(module)}
-    skipped = [op for op, module in _record(model, batches[0]).modules.items() if module in ignore]
+    plain = recorded(model, batches[0])
+    scopes = resolve_operations(operations, list(plain.scopes.values()), "quantize.ignore")
+    skipped = [op for op, module in plain.modules.items() if module in ignore or plain.scopes.get(op) in scopes]
     modes = {True: QuantizationScheme.SYMMETRIC, False: QuantizationScheme.ASYMMETRIC}
     with _reference_kernels(), _powers_of_two():
         quantized = nncf.quantize(
@@ -117,8 +116,13 @@ def place(
                 overflow_fix=_overflow_fix(bits, symmetric_weights),
             ),
         )
-        record = _record(quantized, batches[0])
+        record = recorded(quantized, batches[0])
     _replace_quantizers(quantized, record)
+    calls = Counter(scope.rpartition("/")[0] for scope in plain.scopes.values())
+    quantized.__dict__[LEFT] = {
+        "modules": [],
+        "operations": {scope: calls[scope.rpartition("/")[0]] for scope in plain.scopes.values() if scope in scopes},
+    }
     if bits < 8:
         _reduce(quantized, bits)
     return quantized
@@ -179,124 +183,13 @@ def hooks(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What is quantized or left in float together. modules: that compute with what these quantizers round."""
-
-    quantizers: tuple[FakeQuantizer, ...]
-    modules: tuple[str, ...]
-
-
-def units(model: nn.Module, example: Mapping[str, Tensor]) -> list[Unit]:
-    """The quantizers of a hooked model, in the order of its modules: those whose values one module computes with, and
-    those of modules that share one, are a unit. Operations that run in no module but the model itself, or in one that
-    holds all others, have no name that could be ignored alone, so their units are left out."""
-    record = _watched(_Readers(model, example), example)
-    groups: list[tuple[set[str], list[FakeQuantizer]]] = []
-    for names, module in hooks(model):
-        if not isinstance(module, FakeQuantizer):
-            continue
-        places: set[str] = set()
-        for kind, operation, _ in map(_decode, names):
-            places |= record.computing(operation) if kind == "post_hooks" else {record.modules[operation]}
-        met = [group for group in groups if group[0] & places]
-        groups = [group for group in groups if not group[0] & places]
-        groups.append((places.union(*(g[0] for g in met)), [q for g in met for q in g[1]] + [module]))
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    found = [Unit(tuple(q), tuple(sorted(places, key=order.__getitem__))) for places, q in groups if places]
-    every = {name for unit in found for name in unit.modules} - {""}
-    whole = {""} | {name for name in every if len(every) > 1 and all(f"{o}.".startswith(f"{name}.") for o in every)}
-    return sorted((u for u in found if whole.isdisjoint(u.modules)), key=lambda unit: order[unit.modules[0]])
-
-
-class _Record(FunctionHookMode):
-    """NNCF's bookkeeping of operation names over one forward pass, with what stands behind each.
-
-    modules: the innermost module of the model that runs the operation. inputs: its first
-    argument before hooks; the same object for operations that read the same tensor.
-    """
-
-    def __init__(self, model: nn.Module, storage: HookStorage):
-        super().__init__(model, storage)
-        self._names = {id(m): name for name, m in model.named_modules() if not name.startswith(HOOKS)}
-        self.modules: dict[str, str] = {}
-        self.inputs: dict[str, Any] = {}
-
-    def execute_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta) -> Any:
-        inside = (self._names[id(m)] for m in reversed(self.module_call_stack) if id(m) in self._names)
-        self.modules[op_meta.op_name] = next(inside)
-        self.inputs[op_meta.op_name] = args[0] if args else None
-        return super().execute_pre_hooks(args, kwargs, op_meta)
-
-
-class _Readers(_Record):
-    """And who computes with what. readers: of each operation, and of each input of the model, the operations that read
-    what it gives, behind its hooks."""
-
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]):
-        super().__init__(model, get_hook_storage(model))
-        self.readers: dict[str, list[str]] = {name: [] for name in inputs}
-        # with what was made, or its id would be another's
-        self._made: dict[int, tuple[str, Any]] = {id(value): (name, value) for name, value in inputs.items()}
-
-    def execute_pre_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta) -> Any:
-        for value in _flat((*args, *kwargs.values())):
-            if id(value) in self._made:
-                self.readers[self._made[id(value)][0]].append(op_meta.op_name)
-        return super().execute_pre_hooks(args, kwargs, op_meta)
-
-    def execute_post_hooks(self, output: Any, op_meta: OpMeta) -> Any:
-        output = super().execute_post_hooks(output, op_meta)
-        self.readers[op_meta.op_name] = []
-        self._made |= {id(value): (op_meta.op_name, value) for value in _flat((output,))}
-        return output
-
-    def computing(self, operation: str) -> set[str]:
-        """The modules of the operations that compute with what this one gave, as it is or moved."""
-        found: set[str] = set()
-        for reader in self.readers[operation]:
-            moves = reader.split("/")[-2] in _MOVES
-            found |= self.computing(reader) if moves else {self.modules[reader]}
-        return found
-
-
-Recorder = TypeVar("Recorder", bound=_Record)
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _flat(value)
-        else:
-            yield value
-
-
-def _record(model: nn.Module, example: Mapping[str, Tensor]) -> _Record:
-    return _watched(_Record(model, get_hook_storage(model) if HOOKS in model._modules else HookStorage()), example)
-
-
-@torch.no_grad()
-def _watched(record: Recorder, example: Mapping[str, Tensor]) -> Recorder:
-    """The record of one forward pass of its model in eval mode."""
-    model: nn.Module = record.model
-    plain = HOOKS not in model._modules
-    training = model.training
-    model.eval()
-    try:
-        with record:
-            (model if plain else cast(ForwardWithHooks, model.forward).orig_forward)(**example)
-    finally:
-        model.train(training)
-    return record
-
-
-def _replace_quantizers(model: nn.Module, record: _Record) -> None:
+def _replace_quantizers(model: nn.Module, record: Record) -> None:
     """Ours for NNCF's, SmoothQuant's factor beside its quantizer, one quantizer for operations that read one tensor."""
     linear_of = {module: op for op, module in record.modules.items() if op.split("/")[-2] == "linear"}
     ours: dict[Any, tuple[list[str], nn.Module]] = {}
     factors: dict[str, Smooth] = {}
     for name, module in get_hook_storage(model).named_hooks(remove_duplicate=False):
-        kind, operation, port = _decode(name)
+        kind, operation, port = decoded(name)
         if isinstance(module, SQMultiply):
             owner = record.modules[operation]
             factors[owner] = Smooth(module.scale.detach().clone(), owner)
@@ -330,7 +223,7 @@ def fold(model: nn.Module, smooth: Smooth, *, inverse: bool = False) -> None:
     weight.mul_(1 / factor if inverse else factor)
 
 
-def _decode(name: str) -> tuple[str, str, int]:
+def decoded(name: str) -> tuple[str, str, int]:
     kind, rest = name.split(".", 1)
     operation, port = rest.rsplit(".", 1)[0].rsplit("__", 1)
     return kind, operation.replace(":", "."), int(port)

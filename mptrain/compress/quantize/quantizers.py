@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
-from mptrain.compress.structure.scopes import resolve
+from mptrain.compress.structure.scopes import check_operations, is_operation, resolve
 from mptrain.compress.structure.shrink import Slices
 from mptrain.core.errors import ModelError, UserError
-from mptrain.core.hooks import HOOKS, is_quantized
+from mptrain.core.hooks import HOOKS, LEFT, is_quantized
 from mptrain.core.progress import progress
 from mptrain.core.recurrence import recurrences
 from mptrain.core.silence import silenced
@@ -51,7 +51,10 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     if is_quantized(model):
         raise UserError("the model is quantized already: quantize in one stage only, or start from an earlier stage")
     names = [name for name, _ in model.named_modules()]
-    ignore = resolve(given(config), names, "quantize.ignore") | _cells(model)
+    patterns = given(config)
+    modules = [pattern for pattern in patterns if not is_operation(pattern)]
+    asked = resolve(modules, names, "quantize.ignore")
+    ignore = asked | _cells(model)
     bits = {pattern: resolve([pattern], names, "quantize.bits") for pattern in config.bits}
     symmetric_activations = (
         config.activations == "symmetric" if isinstance(config, Qat) else config.preset == "performance"
@@ -64,6 +67,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
             symmetric_weights=isinstance(config, Ptq) or config.weights == "symmetric",
             symmetric_activations=symmetric_activations,
             ignore=ignore,
+            operations=[pattern for pattern in patterns if is_operation(pattern)],
             smooth=config.smooth_quant,
             correct_bias=isinstance(config, Ptq) and config.fast_bias_correction,
             bits=REDUCED if config.reduce_range else 8,
@@ -71,6 +75,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
         )
     if not any(isinstance(module, FakeQuantizer) for module in quantized.modules()):
         raise UserError(f"quantize.ignore: with {config.ignore} nothing is left to quantize; name fewer modules")
+    quantized.__dict__[LEFT]["modules"] = [n for n in names if n in asked and n.rpartition(".")[0] not in asked]
     _set_bits(quantized, config.bits, bits)
     if getattr(getattr(quantized, "config", None), "layerdrop", 0):
         quantized.config.layerdrop = 0.0  # hooks count calls: a skipped layer would shift those of the next
@@ -88,6 +93,14 @@ def _cells(model: nn.Module) -> set[str]:
 def given(config: Qat | Ptq) -> list[str]:
     """The patterns of `ignore`; none where they are sought (restore.py)."""
     return config.ignore if isinstance(config.ignore, list) else []
+
+
+def check_ignored(config: Qat | Ptq, model: nn.Module) -> None:
+    """Raises UserError for a pattern of `ignore` whose module the model does not have; which operations run in a module
+    only a forward pass tells."""
+    names = [name for name, _ in model.named_modules()]
+    resolve([pattern for pattern in given(config) if not is_operation(pattern)], names, "quantize.ignore")
+    check_operations([pattern for pattern in given(config) if is_operation(pattern)], names, "quantize.ignore")
 
 
 def check_attention(model: nn.Module) -> None:
@@ -121,7 +134,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
             entries.append(
                 {"kind": "smooth", "at": names, "shape": list(module.scale.shape), "input_of": module.input_of}
             )
-    return {"version": VERSION, "modules": entries}
+    return {"version": VERSION, "modules": entries, "left": left_in_float(model)}
+
+
+def left_in_float(model: nn.Module) -> dict[str, Any]:
+    """What `ignore` asked to stay in float, as `core.hooks.LEFT` says; nothing in models that older versions saved."""
+    return model.__dict__.get(LEFT, {"modules": [], "operations": {}})
 
 
 def attach(model: Model, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Model:
@@ -141,6 +159,8 @@ def attach(model: Model, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     device = next(model.parameters()).device
     modules = [(entry["at"], _build(entry, nncf_side).to(device)) for entry in config["modules"]]
     nncf_side.hooked(model, modules).train(model.training)
+    if "left" in config:
+        model.__dict__[LEFT] = dict(config["left"])
     if tensors is not None:
         try:
             model.get_submodule(HOOKS).load_state_dict(dict(tensors), strict=True)

@@ -1,15 +1,18 @@
-"""Which layers int8 must leave alone: the fewest that, back in float, bring a score within a limit.
+"""Which layers int8 must leave alone: the fewest that, back in float, bring a score within a limit, and of these the
+fewest operations.
 
     unit      quantizers that go together: on the weights of a layer, on its input, and on all else that reads the same
     rank      one pass over the calibration inputs with each unit in float and the others quantized: by how much the
               squared error of the outputs falls. Errors of units are nearly independent, so these parts add up
     search    score with the first k units of this order in float; k by bisection
     thin      score without one of them, the least first, at most as often as the bisection did
-    confirm   the model quantized anew with these layers ignored, as a recipe that names them would be. Ranges and
-              corrections are others then; while it loses too much, further units of the order are added
+    inside    of layers that compute several quantized operations, the same once more with their operations: ranked by
+              how much the error rises where one is quantized and the others are not, then bisected and thinned
+    confirm   the model quantized anew with these layers and operations ignored, as a recipe that names them would be.
+              Ranges and corrections are others then; while it loses too much, further units of the order are added
 
-Only search, thin and confirm score on the task's data; the number of scores grows with the logarithm of the layers.
-(nncf.quantize_with_accuracy_control ranks and restores by scores alone.)
+Only search, thin, inside and confirm score on the task's data; the number of scores grows with the logarithm of the
+layers. (nncf.quantize_with_accuracy_control ranks and restores by scores alone.)
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.quantize.placement import Unit, units
-from mptrain.compress.structure.scopes import resolve
+from mptrain.compress.quantize.operations import Record, recorded
+from mptrain.compress.quantize.units import Unit, units
+from mptrain.compress.structure.scopes import is_operation, resolve, resolve_operations
 from mptrain.core.errors import NotFinite, UserError
 from mptrain.core.progress import progress
 from mptrain.core.signature import by_name, without_cache
@@ -69,10 +73,13 @@ def search(
     first = tried[0]
     if not found <= max_drop:
         ranked = rank(model, whole, batches)
-        chosen = _fewest(ranked, meets)
-        rest = [unit for unit in ranked if unit not in chosen]
-        found, ignore = _confirmed(model, quantized, lost, chosen, rest, max_drop)
-        log.info("quantize.ignore: %d of %d layers stay in float: %s", len(ignore), len(ranked), ", ".join(ignore))
+        layers = _fewest(ranked, meets)
+        chosen = _inside(model, whole, batches, layers, meets)
+        kept = {id(q) for unit in chosen for q in unit.quantizers}
+        parts = [part for unit in layers for part in unit.parts if id(part.quantizers[0]) not in kept]
+        rest = [*parts, *(unit for unit in ranked if unit not in layers)]
+        found, ignore = _confirmed(model, quantized, lost, chosen, rest, recorded(model, batches[0]), max_drop)
+        log.info("quantize.ignore: of %d layers these stay in float: %s", len(ranked), ", ".join(ignore))
     return {
         "metric": reference.name,
         "unit": reference.unit,
@@ -92,15 +99,49 @@ def search(
 def rank(model: nn.Module, whole: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Unit]:
     """The units of a quantized copy of the model, those first whose return to float helps its outputs most."""
     found = units(whole, batches[0])
+    return _ranked(model, whole, batches, found, lambda unit: [unit], 1)
+
+
+@torch.no_grad()
+def _ranked(
+    model: nn.Module,
+    whole: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    found: Sequence[Unit],
+    floats: Callable[[Unit], Sequence[Unit]],
+    sign: int,
+) -> list[Unit]:
+    """By the error with `floats(unit)` in float; sign: 1, the smallest first, or -1, the largest."""
     expected = [_outputs(model, batch) for batch in batches]
-    helped = []
+    errors = []
     with progress("rank layers", len(found)) as bar:
         for unit in found:
-            with _in_float(whole, [unit]):
-                helped.append(_error(whole, batches, expected))
+            with _in_float(whole, floats(unit)):
+                errors.append(_error(whole, batches, expected))
             bar.update()
-    order = sorted(range(len(found)), key=lambda i: (helped[i], i))
+    order = sorted(range(len(found)), key=lambda i: (sign * errors[i], i))
     return [found[i] for i in order]
+
+
+def _inside(
+    model: nn.Module,
+    whole: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    layers: list[Unit],
+    meets: Callable[[Sequence[Unit]], bool],
+) -> list[Unit]:
+    """The fewest operations of these layers that meet the limit, as all of them do; a layer of which all are needed is
+    named as a whole."""
+    parts = [part for unit in layers for part in (unit.parts if len(unit.parts) > 1 else (unit,))]
+    if len(parts) == len(layers):
+        return layers
+    ranked = _ranked(model, whole, batches, parts, lambda one: [part for part in parts if part is not one], -1)
+    needed = _fewest(ranked, meets)
+    chosen: list[Unit] = []
+    for unit in layers:
+        mine = [part for part in unit.parts if part in needed]
+        chosen += [unit] if unit in needed or len(mine) == len(unit.parts) else mine
+    return chosen
 
 
 def _fewest(ranked: Sequence[Unit], meets: Callable[[Sequence[Unit]], bool]) -> list[Unit]:
@@ -125,12 +166,14 @@ def _confirmed(
     lost: Callable[[nn.Module], float],
     chosen: list[Unit],
     rest: list[Unit],
+    record: Record,
     max_drop: float,
 ) -> tuple[float, list[str]]:
-    """The drop of the model quantized without these units and as many of the rest as it takes, and their patterns."""
-    names = [name for name, _ in model.named_modules()]
+    """The drop of the model quantized without these units and as many of the rest as it takes, and their patterns.
+    record: of the float model."""
+    names, operations = [name for name, _ in model.named_modules()], list(record.scopes.values())
     while rest:
-        ignore = [pattern for unit in chosen for pattern in patterns(unit.modules, names)]
+        ignore = [pattern for unit in chosen for pattern in patterns(unit.scopes, names, operations)]
         found = lost(quantized(ignore))
         if found <= max_drop:
             return found, ignore
@@ -142,13 +185,16 @@ def _confirmed(
     )
 
 
-def patterns(modules: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Each module as `ignore` names it: plain where that means no other, else as a regular expression."""
+def patterns(scopes: Sequence[str], names: Sequence[str], operations: Sequence[str] = ()) -> list[str]:
+    """Each module or operation as `ignore` names it: plain where that means no other, else as a regular expression."""
     found = []
-    for module in modules:
-        below = {name for name in names if name == module or name.startswith(f"{module}.")}
-        plain = resolve([module], names, "quantize.ignore") == below
-        found.append(module if plain else f"re:^{re.escape(module)}$")
+    for scope in scopes:
+        if is_operation(scope):
+            plain = resolve_operations([scope], operations, "quantize.ignore") == {scope}
+        else:
+            below = {name for name in names if name == scope or name.startswith(f"{scope}.")}
+            plain = resolve([scope], names, "quantize.ignore") == below
+        found.append(scope if plain else f"re:^{re.escape(scope)}$")
     return found
 
 

@@ -36,7 +36,7 @@ from mptrain.core.recurrence import Step, replaced
 from mptrain.core.signature import BATCH, Signature, probed, without_cache
 from mptrain.core.silence import silenced
 from mptrain.export.openvino import half as openvino_fp16
-from mptrain.export.openvino import recurrence, weights
+from mptrain.export.openvino import left, recurrence, weights
 from mptrain.export.openvino.cached import make_stateful
 from mptrain.export.openvino.runner import CachedIr, CompiledIr, computes_in
 from mptrain.export.torch import calls, graphs, lengths
@@ -55,12 +55,14 @@ _WRAPPED = "__module.model."  # scope of everything inside Positional
 
 @dataclass(frozen=True)
 class Exported:
-    """size_bytes: xml and bin together. half: what of an fp16 export stays in fp32 (`openvino_fp16.described`)."""
+    """size_bytes: xml and bin together. half: what of an fp16 export stays in fp32 (`openvino_fp16.described`). left:
+    nodes of a quantized one that stay in float because that was asked for (left.py)."""
 
     folder: Path
     xml: Path
     size_bytes: int
     half: dict[str, Any] | None = None
+    left: dict[str, list[str]] | None = None
 
 
 def export_openvino(
@@ -120,7 +122,11 @@ def write(
     if precision == "fp16":
         done = _write_fp16(model, example, list(calibration) or [example], folder, signature, cache)
     else:
-        done = _save(_stored(model, example, signature, precision, embeddings, cached=cache is not None), folder)
+        graph = _stored(model, example, signature, precision, embeddings, cached=cache is not None)
+        asked = quantizers.left_in_float(model) if precision in ("int8", "int8_emb4") else {}
+        found = left.left(graph, asked) if any(asked.values()) else None
+        done = replace(_save(graph, folder), left=found)
+        del graph
     if cache is not None:
         with closing(CachedIr(done.xml, cache)) as runner:
             check(runner, _single(model), runtime="OpenVINO", exact=precision in ("fp32", "compressed"))

@@ -37,7 +37,7 @@ class OpenVinoFormat:
             signature=source.signature,
             cache=self.spec.cache,
         )
-        facts = Facts(half=done.half)
+        facts = Facts(half=done.half, more={} if done.left is None else {"left_in_float": done.left})
         if self.spec.cache is not None:
             facts |= Facts(cache=self.spec.cache, cache_precision="fp32", cache_fed=WHOLE)
         return Written(done.xml, done.size_bytes, facts)

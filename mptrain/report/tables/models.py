@@ -213,6 +213,8 @@ def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
             names = v["runtime"].get(f"{kind}_layers")
             if names:
                 groups.setdefault((kind, tuple(names)), []).append(v["id"])
+        for scope, nodes in v["runtime"].get("left_in_float", {}).items():  # ignored, in the names of the file
+            groups.setdefault((f"{scope} in float", tuple(nodes)), []).append(v["id"])
     return [
         (f"{kind} in {', '.join(variants)} ({len(names)})", words.fold(list(names)))
         for (kind, names), variants in groups.items()
