@@ -7,7 +7,10 @@ Both files are written from the one model with fake quantizers that the run trai
 them in fp32. A row <name of the run>/<runtime>-<precision>:
 
     of_quantized    share of the whole test split for which it chooses the class of the torch model with fake quantizers
-    of_fp32         the same, of the torch model without them: what int8 changes at all
+    of_stored       the same, of that model with the embeddings that int8 files store. Runs train with these since
+                    quantizers round the rows of embeddings; in one from before, the files round them for the first time
+    of_fp32         the same, of the torch model without quantizers: what int8 changes at all
+    rms             of the logits, from those of the model of `of_stored`
     accuracy        on the test split; that of the torch models is in `torch`
     size_bytes      of the model's files
     ms              median CPU time of a call, batch 1, 128 tokens, one thread; all files of a run take turns in every
@@ -15,6 +18,10 @@ them in fp32. A row <name of the run>/<runtime>-<precision>:
     of_openvino     median over the rounds of that round's time over OpenVINO's in the same precision
     of_own_fp32     over the same runtime's fp32 file
     int8_layers     layers with weights that compute in integers, of all, as the runtime says of its own graph
+
+Rows torch-stored, torch-float64 and torch-shifted are no files: the model of `of_stored`, and two other executions of
+it in torch (int8_floor.py), which say how near to it a runtime can come. `levels` says how the share of activations
+that are rounded to another level grows from quantizer to quantizer in these two.
 
 Rows of other runs are kept. A CPU without VNNI or AMX adds two products of int8 numbers in 16 bits: there runs are
 asked to be trained with `reduce_range`, for the numbers would be those of that CPU alone, and int8 gains little time.
@@ -38,11 +45,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.export.int8_floor import in_float64, levels, shifted
 from benchmarks.kit.paired import markdown, turns, write
 from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize.integers import rounded_tables
 from mptrain.core.errors import UserError
 from mptrain.core.host import adds_int8_in_16_bits
-from mptrain.core.signature import Batch, by_name
+from mptrain.core.signature import MASK, Batch, by_name
 from mptrain.data.load import load_data
 from mptrain.data.tasks.base import Task
 from mptrain.export.base import Runner, Source
@@ -57,6 +66,7 @@ from mptrain.recipe.weights import Qat, stored_embeddings
 
 LEAST = 0.98
 LENGTH = 128
+COUNTED = 64  # test sentences of which levels are compared
 FORMATS = {
     "openvino": OpenVino(id="ov", format="openvino", of=[], precision=["int8"]),
     "onnx": Onnx(id="onnx", format="onnx", of=[], precision=["int8"]),
@@ -95,6 +105,12 @@ def written(
     return form.open(done.path, source, 1), done.size_bytes
 
 
+def apart(one: Outputs, other: Outputs) -> float:
+    """The RMS difference of their logits."""
+    found = [np.square(np.float64(a["logits"]) - b["logits"]).ravel() for a, b in zip(one, other, strict=True)]
+    return float(np.sqrt(np.concatenate(found).mean()))
+
+
 def over(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
@@ -111,8 +127,26 @@ def compared(run: Path, rounds: int) -> tuple[list[Row], Row]:
     task = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
     model = artifact.load(run / report["checkpoints"][stage.id]).eval()
     plain = quantizers.plain(model).eval()
+    stored = rounded_tables(model, embeddings=stored_embeddings(quantize))[0].eval()
+    others = {"float64": in_float64(stored), "shifted": shifted(stored)}
     with torch.no_grad():
-        known = {"int8": asked(lambda b: by_name(model(**b)), task), "fp32": asked(lambda b: by_name(plain(**b)), task)}
+        known = {
+            name: asked(lambda b, torch_model=torch_model: by_name(torch_model(**b)), task)  # type: ignore[misc]
+            for name, torch_model in {"int8": model, "fp32": plain, "stored": stored, **others}.items()
+        }
+
+    def row(name: str, accuracy: float, outputs: Outputs) -> Row:
+        found = {
+            "name": f"{recipe.name}/{name}",
+            "of_quantized": alike(task, known["int8"][1], outputs),
+            "of_stored": alike(task, known["stored"][1], outputs),
+            "of_fp32": alike(task, known["fp32"][1], outputs),
+            "rms": apart(known["stored"][1], outputs),
+            "accuracy": accuracy,
+        }
+        print(json.dumps(found), flush=True)
+        return found
+
     rows: list[Row] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -123,32 +157,26 @@ def compared(run: Path, rounds: int) -> tuple[list[Row], Row]:
                 runner, size = written(runtime, precision, model, task, stage, scratch / f"{runtime}-{precision}")
                 runners[name] = stack.enter_context(closing(runner))
                 accuracy, outputs = asked(runner, task)
-                rows.append(
-                    {
-                        "name": name,
-                        "of_quantized": alike(task, known["int8"][1], outputs),
-                        "of_fp32": alike(task, known["fp32"][1], outputs),
-                        "accuracy": accuracy,
-                        "size_bytes": size,
-                        "int8_layers": layers(runner),
-                    }
-                )
-                print(json.dumps(rows[-1]), flush=True)
+                more = {"size_bytes": size, "int8_layers": layers(runner)}
+                rows.append(row(f"{runtime}-{precision}", accuracy, outputs) | more)
         batch = task.example(1, LENGTH)
         times = turns({name: partial(runner, batch) for name, runner in runners.items()}, rounds)
-    for row in rows:
-        runtime, precision = row["name"].rsplit("/", 1)[1].split("-")
-        mine = times[row["name"]]
-        row |= {
+    for found in rows:
+        runtime, precision = found["name"].rsplit("/", 1)[1].split("-")
+        mine = times[found["name"]]
+        found |= {
             "ms": 1e3 * statistics.median(mine),
             "of_openvino": over(mine, times[f"{recipe.name}/openvino-{precision}"]),
             "of_own_fp32": over(mine, times[f"{recipe.name}/{runtime}-fp32"]),
         }
+    rows += [row(f"torch-{name}", *known[name]) for name in ("stored", *others)]
+    batch = task.without_targets(task.collate([task.test[i] for i in range(COUNTED)]))
     facts = {
         "examples": len(task.test),
         "reduce_range": quantize.reduce_range,
         "parameters": sum(p.numel() for p in plain.parameters()),
         "torch": {name: {"accuracy": accuracy} for name, (accuracy, _) in known.items()},
+        "levels": {name: levels(stored, other, batch, batch[MASK].bool()) for name, other in others.items()},
         "fake_quantized_as_fp32": alike(task, known["fp32"][1], known["int8"][1]),
         "rounds": rounds,
         "load": os.getloadavg()[0],
@@ -164,12 +192,14 @@ def layers(runner: Runner) -> str:
 
 
 def bars(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    whose = {"of_quantized": "", "of_stored": " with the file's embeddings"}
     found = []
     for runtime in FORMATS:
         own = [row for row in rows if row["name"].endswith(f"/{runtime}-int8")]
-        least = min(row["of_quantized"] for row in own)
-        text = f"{runtime}: int8 chooses what the fake-quantized model chooses for 98% of the test split: {least:.2%}"
-        found.append((text, least >= LEAST))
+        for column, words in whose.items():
+            least = min(row[column] for row in own)
+            text = f"{runtime}: int8 chooses what the fake-quantized model{words} chooses for 98% of the test split"
+            found.append((f"{text}: {least:.2%}", least >= LEAST))
     return found
 
 
@@ -190,12 +220,15 @@ def main() -> None:
 
 def table(rows: Sequence[Row]) -> str:
     columns = {
-        "name": "run/file", "of_quantized": "as the fake-quantized", "of_fp32": "as without quantizers",
+        "name": "run/file", "of_quantized": "as the fake-quantized", "of_stored": "with the file's embeddings",
+        "rms": "RMS of logits", "of_fp32": "as without quantizers",
         "accuracy": "accuracy", "mb": "MB", "int8_layers": "layers in int8", "ms": "ms",
         "of_openvino": "of OpenVINO's time", "of_own_fp32": "of its fp32's time",
     }  # fmt: skip
-    shares = ("of_quantized", "of_fp32", "accuracy")
-    told = [{**r, "mb": r["size_bytes"] / 1e6, **{n: f"{r[n]:.2%}" for n in shares}} for r in rows]
+    shares = ("of_quantized", "of_stored", "of_fp32", "accuracy")
+    told = [{**r, "rms": f"{r['rms']:.3f}", **{n: f"{r[n]:.2%}" for n in shares}} for r in rows]
+    for row in told:
+        row |= {"mb": row["size_bytes"] / 1e6} if "size_bytes" in row else {}
     where = (
         "This CPU has neither VNNI nor AMX: it adds two products of int8 numbers in 16 bits, so int8 has no fast"
         " instructions here, and 7-bit weights (`reduce_range`) keep the numbers right."

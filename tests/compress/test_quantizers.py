@@ -103,7 +103,9 @@ def test_a_reduced_range_keeps_sums_of_two_products_in_16_bits(config):
 
 def test_placement_and_outputs_are_nncfs():
     model, batches = tiny("bert"), [inputs("bert", seed=i) for i in range(2)]
-    ours = quantizers.quantize(model, ptq(preset="mixed", fast_bias_correction=True, smooth_quant=False), batches)
+    ours = quantizers.quantize(
+        model, ptq(preset="mixed", fast_bias_correction=True, smooth_quant=False, embeddings="fp32"), batches
+    )
     with silenced(), placement._reference_kernels():
         theirs = nncf.quantize(
             model,

@@ -16,6 +16,7 @@ from mptrain.compress.quantize import quantizers
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ExportError, UserError
+from mptrain.core.hooks import HOOKS
 from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
@@ -168,6 +169,36 @@ def test_int8_and_int4_embeddings(tmp_path):
     assert sizes["int8_emb4"]["i8"] == linears + other
     assert sizes["int8_emb4"]["i4"] == rows.numel() / 2
     assert sizes["int8"]["f32"] < 0.1 * 4 * linears  # biases, scales, LayerNorm
+
+
+def test_the_tables_of_an_int8_file_are_those_of_the_model(tmp_path):
+    """To the bit: a row that is rounded otherwise makes every 8-bit activation behind it round anew."""
+    q = quantized(tiny("bert"), "bert")
+    done = export(q, "bert", tmp_path, "int8", embeddings="int8")
+    found = {}
+    for node in ov.Core().read_model(done.xml).get_ops():
+        if node.get_type_name() == "Gather" and "embeddings" in node.get_friendly_name():
+            times = node.input(0).get_source_output().get_node()
+            integers, scale = (times.input(i).get_source_output().get_node() for i in range(2))
+            data = [n.input(0).get_source_output().get_node().data.astype(np.float32) for n in (integers, scale)]
+            found[node.get_friendly_name().split("/")[0].removeprefix("__module.")] = data[0] * data[1]
+    assert len(found) == 3
+    for name, table in found.items():
+        with torch.no_grad():
+            read = outputs_of(q, name)
+        np.testing.assert_array_equal(table[read[0]], read[1])
+
+
+def outputs_of(model, name):
+    """What a table is asked, and what goes on from it in the model."""
+    (place,) = [e["at"] for e in quantizers.config_of(model)["modules"] if e["kind"] == "rows" and e["table"] == name]
+    found = []
+    asked = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0].numpy()))
+    given = model.get_submodule(HOOKS).get_submodule(place[0])
+    given = given.register_forward_hook(lambda *call: found.append(call[2].numpy()))
+    model(**inputs("bert"))
+    asked.remove(), given.remove()
+    return found
 
 
 def test_ignored_layers_stay_fp32_when_embeddings_are_compressed(tmp_path):

@@ -8,20 +8,23 @@ had them, on the inputs of their Linears: folding them into the weights would ch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Collection
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mptrain.compress.quantize import placement
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.quantize.tables import GRID, RowQuantizer
 from mptrain.compress.weights import grid as blockwise
 from mptrain.compress.weights import records
 from mptrain.compress.weights.layers import is_transposed
 from mptrain.compress.weights.records import BlockQuantized
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import HOOKS
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -46,8 +49,8 @@ def weight_only(model: nn.Module, *, embeddings: Literal["fp32", "int8"] = "fp32
     embeddings: they have no quantizers; "int8" rounds each row to nearest, with its own scale, but for a table that
     is tied to a quantized weight.
     """
-    made = _stored(model, embeddings)
-    plain = copy.deepcopy(model)
+    plain, tables = rounded_tables(model, embeddings=embeddings)
+    made = records_from_quantizers(model) | tables
     smooth = [module for _, module in placement.hooks(plain) if isinstance(module, placement.Smooth)]
     placement.unhook(plain)
     for module in smooth:
@@ -63,8 +66,8 @@ def activations_only(
     """A copy to trace, which computes what the model does: weights are the values of their records, which are
     attached, and in the place of each fake quantizer of activations is what `stands` makes of it.
     """
-    made = _stored(model, embeddings)
-    frozen = copy.deepcopy(model)
+    frozen, tables = rounded_tables(model, embeddings=embeddings)
+    made = records_from_quantizers(model) | tables
     for names, module in placement.hooks(frozen):
         if isinstance(module, FakeQuantizer):
             placed = nn.Identity() if module.weight_of is not None else stands(module)
@@ -74,17 +77,31 @@ def activations_only(
     return frozen
 
 
-def _stored(model: nn.Module, embeddings: Literal["fp32", "int8"]) -> dict[str, BlockQuantized]:
-    made: dict[str, BlockQuantized] = records_from_quantizers(model)
-    if embeddings == "int8":
-        quantized = {id(model.get_parameter(name)) for name in made}
-        grid = blockwise.Grid(bits=8, granularity="channel")
-        made |= {
-            f"{name}.weight": blockwise.round_to_nearest(module.weight, grid)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and id(module.weight) not in quantized
-        }
-    return made
+@torch.no_grad()
+def rounded_tables(
+    model: Model, *, embeddings: Literal["fp32", "int8"] = "fp32", leave: Collection[str] = ()
+) -> tuple[Model, dict[str, BlockQuantized]]:
+    """A copy whose tables have the values that RowQuantizers give their rows, in place of these; and the records of the
+    tables by weight name, none for "fp32".
+
+    embeddings: "int8" rounds each row of those without a RowQuantizer too, but for a table that is tied to a quantized
+    weight. leave: names of embeddings whose tables stay as they are, without records.
+    """
+    made, rounded = copy.deepcopy(model), set()
+    for names, module in placement.hooks(made):
+        if isinstance(module, RowQuantizer):
+            rounded.add(module.table)
+            for name in names:
+                made.get_submodule(HOOKS).set_submodule(name, nn.Identity())
+    quantized = {id(made.get_parameter(name)) for name in records_from_quantizers(made)}
+    found: dict[str, BlockQuantized] = {}
+    for name, module in made.named_modules():
+        if not isinstance(module, nn.Embedding) or name in leave or id(module.weight) in quantized:
+            continue
+        if embeddings == "int8" or name in rounded:
+            found[f"{name}.weight"] = record = blockwise.round_to_nearest(module.weight, GRID)
+            module.weight.copy_(record.dense())
+    return made, found if embeddings == "int8" else {}
 
 
 class _Scaled:

@@ -5,16 +5,15 @@ activations and correct biases. Its quantizer modules are then replaced by ours,
 storage, under its names: `pre_hooks.<operation>__<input>.<n>`. SmoothQuant's factor and the
 quantizer after it become entries 0 and 1 of one input.
 
-Attention's own products and embeddings are left alone. OpenVINO runs attention as one fused
-kernel only while it is not quantized. Embedding rows are stored as int8 by the export, each
-row with its own scale: more exact than the one scale NNCF would give the whole table, free
-in training, and equally small.
+Attention's own products are left alone: OpenVINO runs attention as one fused kernel only while
+it is not quantized. So are embeddings by NNCF, which would give a whole table one scale: their
+rows have one each, as the export stores them (tables.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +34,7 @@ from torch.nn.utils import parametrize
 
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.quantize.operations import Record, recorded
+from mptrain.compress.quantize.tables import RowQuantizer
 from mptrain.compress.structure.scopes import resolve_operations
 from mptrain.compress.weights.layers import is_transposed
 from mptrain.core.hooks import HOOKS, LEFT
@@ -66,7 +66,7 @@ class Smooth(nn.Module):
 class Alias(nn.Module):
     """A quantizer used at a second place; it owns nothing, so no tensor is saved twice."""
 
-    quantizer: FakeQuantizer
+    quantizer: nn.Module
 
     def __init__(self, quantizer: nn.Module):
         super().__init__()
@@ -88,11 +88,13 @@ def place(
     correct_bias: bool,
     bits: int,
     transformer: bool = True,
+    tables: Collection[str] = (),
 ) -> nn.Module:
-    """A hooked copy of the model with calibrated FakeQuantizer and Smooth modules.
+    """A hooked copy of the model with calibrated FakeQuantizer and Smooth modules, and RowQuantizer.
 
     batches: keyword arguments of the model, on its device. ignore: names of modules to leave in fp32. operations:
-    patterns of single ones (`scopes.resolve_operations`). bits: of weights.
+    patterns of single ones (`scopes.resolve_operations`). bits: of weights. tables: names of embeddings whose rows are
+    rounded; one that shares a quantized weight is not.
     """
     ignore = ignore | {name for name, module in model.named_modules() if parametrize.is_parametrized(module)}
     plain = recorded(model, batches[0])
@@ -117,7 +119,7 @@ def place(
             ),
         )
         record = recorded(quantized, batches[0])
-    _replace_quantizers(quantized, record)
+    _replace_quantizers(quantized, record, tables)
     calls = Counter(scope.rpartition("/")[0] for scope in plain.scopes.values())
     quantized.__dict__[LEFT] = {
         "modules": [],
@@ -183,8 +185,9 @@ def hooks(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return list(found.values())
 
 
-def _replace_quantizers(model: nn.Module, record: Record) -> None:
-    """Ours for NNCF's, SmoothQuant's factor beside its quantizer, one quantizer for operations that read one tensor."""
+def _replace_quantizers(model: nn.Module, record: Record, tables: Collection[str]) -> None:
+    """Ours for NNCF's, SmoothQuant's factor beside its quantizer, one quantizer for operations that read one tensor.
+    And those of rows."""
     linear_of = {module: op for op, module in record.modules.items() if op.split("/")[-2] == "linear"}
     ours: dict[Any, tuple[list[str], nn.Module]] = {}
     factors: dict[str, Smooth] = {}
@@ -212,7 +215,26 @@ def _replace_quantizers(model: nn.Module, record: Record) -> None:
             ours[owner] = ([f"pre_hooks.{linear_of[owner]}__0.0"], factor)
         else:  # NNCF smooths ignored layers as well
             fold(model, factor)
-    hooked(model, ours.values())
+    hooked(model, [*ours.values(), *_of_rows(model, record, tables, ours.values())])
+
+
+def _of_rows(
+    model: nn.Module, record: Record, tables: Collection[str], others: Collection[tuple[list[str], nn.Module]]
+) -> list[tuple[list[str], nn.Module]]:
+    """RowQuantizers of these embeddings, before whatever else stands behind them (others, whose names move up)."""
+    quantized = {m.weight_of for _, m in others if isinstance(m, FakeQuantizer) and m.weight_of is not None}
+    shared = {id(model.get_parameter(f"{name}.weight")) for name in quantized}
+    found: dict[str, list[str]] = {}
+    for operation, module in record.modules.items():
+        if module not in tables or operation.split("/")[-2] not in _EMBEDDING:
+            continue
+        if id(model.get_parameter(f"{module}.weight")) in shared:
+            continue
+        place = f"post_hooks.{operation.replace('.', ':')}__0"
+        for names, _ in others:
+            names[:] = [f"{place}.1" if name == f"{place}.0" else name for name in names]
+        found.setdefault(module, []).append(f"{place}.0")
+    return [(names, RowQuantizer(table)) for table, names in found.items()]
 
 
 @torch.no_grad()

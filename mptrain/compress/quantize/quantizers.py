@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.quantize.tables import RowQuantizer
 from mptrain.compress.structure.scopes import check_operations, is_operation, resolve
 from mptrain.compress.structure.shrink import Slices
+from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS, LEFT, is_quantized
 from mptrain.core.progress import progress
@@ -40,9 +42,9 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
     """A copy of the model with calibrated fake quantizers on the weights and inputs of its layers.
 
     batches: keyword arguments of the model, without labels; moved to its device. The same
-    batches give the same ranges. Ranges are trainable. Embeddings and the products inside
-    attention have no quantizers (see placement.py), nor have the cells of recurrences: NNCF would give some to each
-    step of the first example.
+    batches give the same ranges. Ranges are trainable. Rows of embeddings are rounded as int8 exports store them (see
+    tables.py). The products inside attention have no quantizers (see placement.py), nor have the cells of recurrences:
+    NNCF would give some to each step of the first example.
     Raises UserError for a pattern in `ignore` or `bits` that matches nothing it could act on, ModelError for a model
     that NNCF cannot follow.
     """
@@ -72,6 +74,7 @@ def quantize(model: Model, config: Qat | Ptq, batches: Sequence[Mapping[str, Ten
             correct_bias=isinstance(config, Ptq) and config.fast_bias_correction,
             bits=REDUCED if config.reduce_range else 8,
             transformer=config.scheme == "transformer",
+            tables=_tables(model, config),
         )
     if not any(isinstance(module, FakeQuantizer) for module in quantized.modules()):
         raise UserError(f"quantize.ignore: with {config.ignore} nothing is left to quantize; name fewer modules")
@@ -88,6 +91,14 @@ def _cells(model: nn.Module) -> set[str]:
     if found:
         log.warning("quantize: %s stay float; mode weight_only has integers for their weights", ", ".join(found))
     return {f"{name}.{inner}".rstrip(".") for name, cell in found.items() for inner, _ in cell.named_modules()}
+
+
+def _tables(model: nn.Module, config: Qat | Ptq) -> set[str]:
+    """The embeddings that exports store as int8; one of tokens in int4 is rounded already (embedding.py)."""
+    if config.embeddings == "fp32":
+        return set()
+    token = token_embedding(model) if config.embeddings == "int4" else None
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and module is not token}
 
 
 def given(config: Qat | Ptq) -> list[str]:
@@ -130,6 +141,8 @@ def config_of(model: nn.Module) -> dict[str, Any]:
                     "weight_of": module.weight_of,
                 }
             )
+        elif isinstance(module, RowQuantizer):
+            entries.append({"kind": "rows", "at": names, "table": module.table})
         else:
             entries.append(
                 {"kind": "smooth", "at": names, "shape": list(module.scale.shape), "input_of": module.input_of}
@@ -195,9 +208,11 @@ def plain(model: Model) -> Model:
 
 
 def frozen(model: Model) -> Model:
-    """A copy whose quantizers are single torch operations with constants: to trace, not to train."""
+    """A copy to trace, not to train: its quantizers are single operations with constants, its tables are rounded."""
     nncf_side = _placement()
-    frozen_copy = copy.deepcopy(model)
+    from mptrain.compress.quantize.integers import rounded_tables
+
+    frozen_copy, _ = rounded_tables(model)
     for names, module in nncf_side.hooks(frozen_copy):
         if isinstance(module, FakeQuantizer):
             constant = module.frozen()
@@ -217,6 +232,9 @@ def slice_quantizers(
     modules: list[dict[str, Any]] = []
     cut = dict(tensors)
     for entry in config["modules"]:
+        if entry["kind"] == "rows":  # their scales follow what stays of each row
+            modules.append(entry)
+            continue
         shape = list(entry["shape"])
         for dim, stays in _stays(entry, slices).items():
             if len(shape) > 1 and shape[dim] > 1:
@@ -256,7 +274,9 @@ def _build(entry: Mapping[str, Any], nncf_side: Any) -> nn.Module:
     if entry["kind"] == "fake_quantizer":
         options = ("bits", "symmetric", "signed", "narrow", "weight_of")
         return FakeQuantizer(shape=tuple(entry["shape"]), **{option: entry[option] for option in options})
-    raise ModelError(f"the quantizer config has a module of kind {entry['kind']!r}, not fake_quantizer or smooth")
+    if entry["kind"] == "rows":
+        return RowQuantizer(entry["table"])
+    raise ModelError(f"the quantizer config has a module of kind {entry['kind']!r}, not fake_quantizer, rows or smooth")
 
 
 def check_installed() -> None:

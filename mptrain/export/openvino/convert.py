@@ -1,9 +1,9 @@
 """Torch models to OpenVINO IR: traced, quantized weights stored as integers, in a folder that optimum-intel loads.
 
 Linears and convolutions with fake quantizers become i8 (or i4) constants with FakeQuantize on
-their inputs, which the CPU plugin turns into integer kernels. Embeddings have no quantizers:
-their rows are compressed here, int8 with one scale to a row, or int4 with one scale to every
-64 values (the token embedding of `int8_emb4`). Weights that were compressed in torch keep the
+their inputs, which the CPU plugin turns into integer kernels. Rows of embeddings are int8 with
+one scale to a row, as they were in training, or int4 with one scale to every 64 values (the
+token embedding of `int8_emb4`). Weights that were compressed in torch keep the
 integers and scales they have there (weights.py).
 """
 
@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nncf
 import numpy as np
@@ -24,7 +24,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize import integers, quantizers
 from mptrain.compress.quantize.embedding import group_of
 from mptrain.compress.structure.scopes import openvino_module
 from mptrain.compress.weights import records
@@ -149,14 +149,22 @@ def _stored(
             graph = convert(model, example, signature, cached=cached)
         weights.store(graph, held)
         return graph
+    if precision not in ("int8", "int8_emb4"):
+        return convert(model, example, signature, cached=cached)
+    token = {_token_embedding(model)} if precision == "int8_emb4" else set()
+    kept: Literal["fp32", "int8"] = "int8" if token or embeddings == "int8" else "fp32"
+    model, tables = integers.rounded_tables(model, embeddings=kept, leave=token)
     graph = convert(model, example, signature, cached=cached)
-    if precision == "int8_emb4":
-        token = _token_embedding(model)
-        width = model.get_parameter(f"{token}.weight").shape[1]
-        graph = _compress_embeddings(graph, {token}, bits=4, group=group_of(width, "export precision int8_emb4"))
-        graph = _compress_embeddings(graph, _embeddings(model) - {token}, bits=8)
-    elif precision == "int8" and embeddings == "int8":
-        graph = _compress_embeddings(graph, _embeddings(model), bits=8)
+    for name in token:
+        width = model.get_parameter(f"{name}.weight").shape[1]
+        graph = _compress_embeddings(graph, token, bits=4, group=group_of(width, "export precision int8_emb4"))
+    known = weights.constants(graph)
+    tables = {name: record for name, record in tables.items() if name in known}
+    weights.store(graph, tables)
+    if kept == "int8":  # one that is tied to a quantized weight, or goes by another name in the graph
+        rest = _embeddings(model) - token - {name.removesuffix(".weight") for name in tables}
+        graph = _compress_embeddings(graph, rest, bits=8)
+    _number_names(graph)
     return graph
 
 

@@ -137,6 +137,13 @@ def _multiplied(q: ov.Node) -> ov.Node:
     return node
 
 
+def constants(graph: ov.Model) -> set[str]:
+    """The names of the weights that are constants of the graph under their own names."""
+    nodes = (node for inner in graphs_of(graph) for node in inner.get_ops() if node.get_type_name() == "Constant")
+    names = (node.get_friendly_name() for node in nodes)
+    return {name.removeprefix(_WEIGHT) for name in names if name.startswith(_WEIGHT)}
+
+
 def _holds(node: ov.Node, values: np.ndarray) -> bool:
     return list(node.get_output_shape(0)) == list(values.shape) and np.array_equal(node.data, values)
 
