@@ -47,11 +47,18 @@ def two_runtimes() -> list[str]:
         [
             row["name"],
             f"{100 * row['of_quantized']:.2f}%",
+            f"{100 * row['of_stored']:.2f}%",
             f"{100 * row['accuracy']:.1f}%",
-            row["int8_layers"],
-            megabytes(row["size_bytes"]),
-            f"{row['ms']:.1f}",
-            f"{row['of_own_fp32']:.2f}",
+            *(
+                [
+                    row["int8_layers"],
+                    megabytes(row["size_bytes"]),
+                    f"{row['ms']:.1f}",
+                    f"{row['of_own_fp32']:.2f}",
+                ]
+                if "ms" in row
+                else [""] * 4
+            ),
         ]
         for row in found["rows"]
     ]
@@ -61,9 +68,14 @@ def two_runtimes() -> list[str]:
         "",
         f"The model that `seed_jpqd` trained, its choices on {facts['examples']:,} test sentences against those of the"
         f" torch model with fake quantizers; one thread, {found['length']} tokens ({link('int8_runtimes.md')},"
-        f" {where(found)}).",
+        f" {where(found)}), as it was trained and with the embeddings that int8 files store. `torch-float64` and"
+        " `torch-shifted` are this last model executed in torch once more, in float64 and with OpenVINO's arithmetic of"
+        " quantizers: they differ in rounding alone, and say how near a runtime can come.",
         "",
-        *table(["", "as in torch", "accuracy", "layers in int8", "size", "ms", "of its fp32's time"], lines),
+        *table(
+            ["", "as in torch", "with int8 embeddings", "accuracy", "layers in int8", "size", "ms", "of its fp32's time"],
+            lines,
+        ),
         "",
     ]
 

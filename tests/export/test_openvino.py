@@ -185,11 +185,11 @@ def test_the_tables_of_an_int8_file_are_those_of_the_model(tmp_path):
     assert len(found) == 3
     for name, table in found.items():
         with torch.no_grad():
-            read = outputs_of(q, name)
+            read = looked_up(q, name)
         np.testing.assert_array_equal(table[read[0]], read[1])
 
 
-def outputs_of(model, name):
+def looked_up(model, name):
     """What a table is asked, and what goes on from it in the model."""
     (place,) = [e["at"] for e in quantizers.config_of(model)["modules"] if e["kind"] == "rows" and e["table"] == name]
     found = []

@@ -15,7 +15,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ def frozen(model: Model) -> Model:
     nncf_side = _placement()
     from mptrain.compress.quantize.integers import rounded_tables
 
-    frozen_copy, _ = rounded_tables(model)
+    frozen_copy = cast(Model, rounded_tables(model)[0])
     for names, module in nncf_side.hooks(frozen_copy):
         if isinstance(module, FakeQuantizer):
             constant = module.frozen()
