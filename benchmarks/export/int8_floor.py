@@ -28,9 +28,10 @@ from mptrain.compress.quantize.fake_quant import FakeQuantizer
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64 with the scales, tables and weights of the model."""
     made = copy.deepcopy(model).eval()
-    grids = [(quantizer, *(t.detach().double() for t in quantizer.grid())) for quantizer in _quantizers(made)]
+    grids = [(quantizer, quantizer.grid()) for quantizer in _quantizers(made)]  # before the ranges are float64
     made.double()
-    for quantizer, step, zero in grids:
+    for quantizer, grid in grids:
+        step, zero = (t.detach().double() for t in grid)
         low, high = quantizer.levels
         quantizer.forward = partial(_exact, step=step, zero=zero, low=low, high=high)  # type: ignore[method-assign]
     return made

@@ -61,8 +61,8 @@ class Qat(QuantizeConfig):
     activations: Literal["symmetric", "asymmetric"] = "symmetric"
     embeddings: Literal["fp32", "int8", "int4"] = Field(
         "int8",
-        description="int8: the rows of every embedding are rounded in training as exports store them; int4: the embedding"
-        " of tokens is rounded before training, which takes up what that costs, and stands still; exported as such in"
+        description="int8: rows of all embeddings are rounded in training as exports store them; int4: the embedding of"
+        " tokens is rounded before training, which takes up what that costs, and stands still; exported as such in"
         " precision int8_emb4, as int8 elsewhere",
     )
     ignore: list[str] = Field([], description=OPERATIONS)

@@ -3,6 +3,8 @@ over int4."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from mptrain.report.words import megabytes
 from scripts.results.drawn import interval, link, load, percent, table, where
 
@@ -41,6 +43,10 @@ def sentence_vectors() -> list[str]:
     ]
 
 
+def _file(row: dict[str, Any]) -> list[str]:
+    return [row["int8_layers"], megabytes(row["size_bytes"]), f"{row['ms']:.1f}", f"{row['of_own_fp32']:.2f}"]
+
+
 def two_runtimes() -> list[str]:
     found = load("int8_runtimes.json")
     lines = [
@@ -49,16 +55,7 @@ def two_runtimes() -> list[str]:
             f"{100 * row['of_quantized']:.2f}%",
             f"{100 * row['of_stored']:.2f}%",
             f"{100 * row['accuracy']:.1f}%",
-            *(
-                [
-                    row["int8_layers"],
-                    megabytes(row["size_bytes"]),
-                    f"{row['ms']:.1f}",
-                    f"{row['of_own_fp32']:.2f}",
-                ]
-                if "ms" in row
-                else [""] * 4
-            ),
+            *(_file(row) if "ms" in row else [""] * 4),
         ]
         for row in found["rows"]
     ]
@@ -73,8 +70,7 @@ def two_runtimes() -> list[str]:
         " quantizers: they differ in rounding alone, and say how near a runtime can come.",
         "",
         *table(
-            ["", "as in torch", "with int8 embeddings", "accuracy", "layers in int8", "size", "ms", "of its fp32's time"],
-            lines,
+            ["", "as in torch", "int8 embeddings", "accuracy", "layers in int8", "size", "ms", "of its fp32"], lines
         ),
         "",
     ]

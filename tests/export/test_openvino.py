@@ -13,6 +13,8 @@ from kit.tiny_models import inputs, tiny
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from mptrain.compress.quantize import quantizers
+from mptrain.compress.quantize.fake_quant import FakeQuantizer
+from mptrain.compress.quantize.integers import records_from_quantizers
 from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ExportError, UserError
@@ -187,6 +189,42 @@ def test_the_tables_of_an_int8_file_are_those_of_the_model(tmp_path):
         with torch.no_grad():
             read = looked_up(q, name)
         np.testing.assert_array_equal(table[read[0]], read[1])
+
+
+@pytest.mark.parametrize("bits", [{}, {"encoder.layer.0": 4}])
+def test_the_integers_of_an_int8_file_are_those_of_the_model(bits, tmp_path):
+    """Also of weights as near to the middle between two levels as float32 goes, which w / s and w · (1 / s) round
+    differently."""
+    q = quantized(tiny("bert"), "bert", bits=bits)
+    weights = [m for m in q.modules() if isinstance(m, FakeQuantizer) and m.weight_of is not None]
+    apart = 0
+    for quantizer in weights:
+        weight, step = q.get_parameter(f"{quantizer.weight_of}.weight").data, quantizer.grid()[0].detach()
+        low, high = quantizer.levels
+        middle = (torch.arange(weight[0].numel()) % (high - low) + low + 0.5) * step
+        weight.copy_(middle.reshape(weight.shape))
+        apart += int(((weight / step).round() != (weight * (1 / step)).round()).sum())
+    assert apart > 50
+    done = export(q, "bert", tmp_path, "int8")
+    expected, found = records_from_quantizers(q), 0
+    for node in ov.Core().read_model(done.xml).get_ops():
+        name = node.get_friendly_name().split("/")[0].removeprefix("__module.") + ".weight"
+        if node.get_type_name() != "MatMul" or name not in expected:
+            continue
+        source = node.input(1).get_source_output().get_node()
+        while source.get_type_name() != "Constant":
+            source = source.input(0).get_source_output().get_node()
+        stored = source.data if source.get_element_type() == ov.Type.i8 else unpacked(source)
+        np.testing.assert_array_equal(stored.reshape(expected[name].q.shape), expected[name].q.numpy(), err_msg=name)
+        found += 1
+    assert found == len(weights)
+
+
+def unpacked(constant):
+    """The integers of an i4 constant."""
+    data = constant.data.view(np.uint8).ravel()
+    halves = np.stack([data & 15, data >> 4], axis=-1).ravel().astype(np.int8)
+    return np.where(halves > 7, halves - 16, halves)
 
 
 def looked_up(model, name):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
@@ -208,17 +209,32 @@ def plain(model: Model) -> Model:
 
 
 def frozen(model: Model) -> Model:
-    """A copy to trace, not to train: its quantizers are single operations with constants, its tables are rounded."""
+    """A copy to trace, not to train: its quantizers are single operations with constants, its weights and tables are
+    rounded. A converter that divides by a scale, where the model multiplies by its inverse, would else round weights in
+    the middle between two levels otherwise, and one such weight is in every activation behind it."""
     nncf_side = _placement()
     from mptrain.compress.quantize.integers import rounded_tables
 
     frozen_copy = cast(Model, rounded_tables(model)[0])
+    _round_weights(frozen_copy)
     for names, module in nncf_side.hooks(frozen_copy):
         if isinstance(module, FakeQuantizer):
             constant = module.frozen()
             for name in names:
                 frozen_copy.get_submodule(HOOKS).set_submodule(name, constant)
     return frozen_copy
+
+
+@torch.no_grad()
+def _round_weights(model: nn.Module) -> None:
+    """Weights become what their quantizers make of them, which is that once more. One that is also read without its
+    quantizer, or through two, stays as it is: those of embeddings and of other layers."""
+    read = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor))
+    for _, module in _placement().hooks(model):
+        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
+            weight = model.get_parameter(f"{module.weight_of}.weight")
+            if read[id(weight)] == 1:
+                weight.copy_(module(weight))
 
 
 def slice_quantizers(
