@@ -16,7 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +215,7 @@ def frozen(model: Model) -> Model:
     nncf_side = _placement()
     from mptrain.compress.quantize.integers import rounded_tables
 
-    frozen_copy = cast(Model, rounded_tables(model)[0])
+    frozen_copy, _ = rounded_tables(model)
     _round_weights(frozen_copy)
     for names, module in nncf_side.hooks(frozen_copy):
         if isinstance(module, FakeQuantizer):
