@@ -188,6 +188,7 @@ PINS: dict[str, Pin] = {
             "torch:_foreach_mul_": "precision/sharded.py",
             **_in("precision/step.py", "torch", "_foreach_copy_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"),
             "torch.nn.modules.batchnorm:_NormBase": "precision/policy.py",
+            "torch.nn.modules.conv:_ConvNd@_reversed_padding_repeated_twice": "compress/calibrate/unfolded.py",
             "torch.nn:Module@_modules": "precision/master.py",
             "torch.nn:Module@_forward_hooks": "compress/structure/fingerprint.py",
             "torch.nn:Module@_forward_pre_hooks": "compress/structure/fingerprint.py",

@@ -217,6 +217,7 @@ def scopes() -> list[str]:
             row["name"],
             *(f"{100 * row[f'metric_{kind}']:.2f}%" for kind in ("fp32", "int8", "found")),
             f"{100 * row['recovered']:.0f}%",
+            "; ".join(_short(node) for node in row["nodes"]),
             str(row["evaluations"]),
             f"{row['seconds']:.0f}",
         ]
@@ -230,9 +231,16 @@ def scopes() -> list[str]:
         f" normalized (`ptq-retrieval`), beside NNCF's accuracy control on the same data ({link('auto_scopes.md')},"
         f" {where(found)}).{reduced}",
         "",
-        *table(["", "fp32", "int8", "with what was found", "recovered", "evaluations", "seconds"], lines),
+        *table(
+            ["", "fp32", "int8", "with what was found", "recovered", "nodes in float", "evaluations", "seconds"], lines
+        ),
         "",
     ]
+
+
+def _short(node: str) -> str:
+    """`gem/aten::pow/Power_1` of `__module.module.gem/aten::pow/Power_1`."""
+    return f"`{node.removeprefix('__module.').removeprefix('module.')}`"
 
 
 def encrypted() -> list[str]:

@@ -9,6 +9,7 @@ from mptrain.compress.quantize import quantizers
 from mptrain.core.signature import probed
 from mptrain.export.openvino.convert import XML, write
 from mptrain.recipe import Ptq
+from mptrain.report.tables import models
 
 WIDTH = 16
 
@@ -61,3 +62,12 @@ def test_they_are_in_the_file_and_read_nothing_quantized(tmp_path, ignore, expec
         reads = [value.get_node().get_type_name() for value in node.input_values()]
         if node.get_type_name() in ("Power", "MatMul"):
             assert ("FakeQuantize" in reads) == (name not in left), name
+
+
+def test_the_report_lists_them():
+    runtime = {"left_in_float": {"gem/mean/0": ["__module.gem/aten::mean/ReduceMean"], "gem/abs/0": []}}
+    shown = models.layer_lists({"variants": [{"id": "found_int8", "runtime": runtime}]})
+    assert shown == [
+        ("gem/mean/0 in float in found_int8 (1)", ["__module.gem/aten::mean/ReduceMean"]),
+        ("gem/abs/0 in float in found_int8 (0)", ["no node of its own"]),
+    ]

@@ -170,6 +170,7 @@ def _leave_inputs_alone(model: nn.Module) -> None:
 
 def unhook(model: nn.Module) -> None:
     """Make the model a plain one again."""
+    model.__dict__.pop(LEFT, None)
     del model._modules[HOOKS]
     for attribute in ("forward", "_replicate_for_data_parallel"):
         del model.__dict__[attribute]

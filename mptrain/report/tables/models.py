@@ -216,7 +216,7 @@ def layer_lists(report: Row) -> list[tuple[str, list[str]]]:
         for scope, nodes in v["runtime"].get("left_in_float", {}).items():  # ignored, in the names of the file
             groups.setdefault((f"{scope} in float", tuple(nodes)), []).append(v["id"])
     return [
-        (f"{kind} in {', '.join(variants)} ({len(names)})", words.fold(list(names)))
+        (f"{kind} in {', '.join(variants)} ({len(names)})", words.fold(list(names)) or ["no node of its own"])
         for (kind, names), variants in groups.items()
     ]
 
