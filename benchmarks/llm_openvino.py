@@ -79,7 +79,7 @@ def texts(tokenizer: Any, file: Path) -> torch.Tensor:
 def make(settings: dict[str, Any], calibration: Path, out: Path) -> dict[str, Any]:
     """Ours, in a process of its own."""
     from mptrain.compress.weights.weight_only import compress
-    from mptrain.export.openvino.convert import export_openvino
+    from mptrain.export.openvino.write import export_openvino
     from mptrain.models.load import load_model
     from mptrain.models.processor import load_processor
     from mptrain.recipe import Model, WeightOnly

@@ -31,8 +31,8 @@ import transformers as t
 from benchmarks.kit.paired import markdown, write
 from mptrain.compress.weights import weight_only
 from mptrain.core.signature import BATCH, Port, Signature
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CachedIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.export.torch.heads import signature_with
 from mptrain.recipe import TASKS, WeightOnly
 from mptrain.recipe.exports.heads import Head

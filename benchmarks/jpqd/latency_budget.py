@@ -33,8 +33,8 @@ from mptrain.compress.base import Tools
 from mptrain.compress.methods import method_class
 from mptrain.compress.quantize import quantizers
 from mptrain.data.sources import packaged
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.export.target import opened
 from mptrain.recipe import Keep, Magnitude, Ptq
 from mptrain.recipe.target import stand_in

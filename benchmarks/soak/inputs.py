@@ -294,8 +294,8 @@ def _exports(folder: Path) -> list[Kind]:
     from mptrain.export.coreml.convert import export_coreml
     from mptrain.export.onnx import convert as onnx
     from mptrain.export.onnx.runner import Session
-    from mptrain.export.openvino.convert import export_openvino
     from mptrain.export.openvino.runner import CompiledIr
+    from mptrain.export.openvino.write import export_openvino
 
     folder.mkdir(parents=True)
     model, batch = model_of("gpt2", use_cache=False, n_positions=128), inputs("gpt2")

@@ -13,8 +13,8 @@ from benchmarks.soak import cases, inputs, recipes
 from mptrain.core.errors import DataError, ExportError, ModelError, MptrainError, RecipeError, UserError
 from mptrain.data.sources.tables import read_table
 from mptrain.export.coreml.convert import export_coreml
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.flow.run_folder import check_identity
 from mptrain.mil.program import read_program
 from mptrain.models.processor import load_processor

@@ -13,8 +13,8 @@ from mptrain.compress.base import Site, Tools
 from mptrain.compress.methods import method_class, stand_still
 from mptrain.compress.quantize import embedding
 from mptrain.core.errors import UserError
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.recipe import Qat
 from mptrain.verify import parity
 

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, OPTConfig, 
 
 from mptrain.core.errors import DataError, MptrainError
 from mptrain.data.lm_eval.questions import MultipleChoice, context_length, read_tasks
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 
 MOODS = str(Path(__file__).parents[1] / "kit" / "lm_eval" / "moods.yaml")
 ROWS = [

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from mptrain.data.load import load_data
 from mptrain.data.tasks.metrics import EXP_RATIO, Score
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.recipe import Data
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown

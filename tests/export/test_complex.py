@@ -16,8 +16,8 @@ from mptrain.core.signature import BATCH, Port, Signature, probed
 from mptrain.data.sources.modeling_aquila import AquilaConfig, AquilaForCausalLM, rotated, rotations
 from mptrain.export.base import Source
 from mptrain.export.formats import FORMATS, format_of
-from mptrain.export.openvino.convert import write
 from mptrain.export.openvino.runner import CachedIr
+from mptrain.export.openvino.write import write
 from mptrain.export.torch.complex_numbers import RealArithmetic, real_arithmetic
 from mptrain.recipe import EXPORTS
 from mptrain.verify import parity

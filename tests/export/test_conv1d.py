@@ -11,8 +11,8 @@ from mptrain.core.errors import UserError
 from mptrain.export.coreai.convert import export_coreai
 from mptrain.export.coreai.runner import Asset
 from mptrain.export.coreml.convert import export_coreml
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.mil.facts import facts
 from mptrain.mil.interpreter import Interpreter
 from mptrain.recipe import Palettize, WeightOnly

@@ -19,8 +19,9 @@ from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.signature import probed, without_cache
 from mptrain.export.openvino import half as openvino_fp16
-from mptrain.export.openvino.convert import convert, export_openvino
+from mptrain.export.openvino.convert import convert
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.export.torch.traceable import traceable_masks
 from mptrain.recipe import Ptq
 from mptrain.report.words import kept_in_fp32

@@ -24,8 +24,8 @@ from mptrain.core.signature import probed
 from mptrain.data.load import task_class
 from mptrain.export.base import Source
 from mptrain.export.formats import FORMATS, format_of
-from mptrain.export.openvino.convert import write
 from mptrain.export.openvino.runner import CachedIr
+from mptrain.export.openvino.write import write
 from mptrain.export.torch import heads as after
 from mptrain.recipe import EXPORTS, TASKS, Qat, WeightOnly
 from mptrain.recipe.exports.heads import Head, keep_score, misfit

@@ -7,7 +7,7 @@ from torch import nn
 
 from mptrain.compress.quantize import quantizers
 from mptrain.core.signature import probed
-from mptrain.export.openvino.convert import XML, write
+from mptrain.export.openvino.write import XML, write
 from mptrain.recipe import Ptq
 from mptrain.report.tables import models
 

@@ -19,10 +19,10 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import HOOKS
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.openvino.stream import IrStream
+from mptrain.export.openvino.write import export_openvino
 from mptrain.export.torch.traceable import additive_mask
 from mptrain.recipe import OpenVino, Qat
 from mptrain.recipe.exports.base import Use

@@ -22,8 +22,8 @@ from mptrain.cli import main
 from mptrain.compress.quantize import quantizers
 from mptrain.compress.weights import weight_only
 from mptrain.core.errors import ExportError, UserError
-from mptrain.export.openvino.convert import XML, export_openvino, write
 from mptrain.export.openvino.runner import CachedIr, CompiledIr
+from mptrain.export.openvino.write import XML, export_openvino, write
 from mptrain.export.torch.token_by_token import check
 from mptrain.recipe import OpenVino, Qat, WeightOnly, file
 from mptrain.recipe.exports.base import Use

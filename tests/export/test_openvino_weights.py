@@ -15,8 +15,8 @@ import mptrain
 from mptrain.compress.weights import records, weight_only
 from mptrain.core.errors import ExportError, RecipeError, UserError
 from mptrain.export.openvino import facts, weights
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.recipe import WeightOnly, file
 from mptrain.run import run
 

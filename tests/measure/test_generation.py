@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from kit.tiny_models import inputs, tiny
 
-from mptrain.export.openvino.convert import write
 from mptrain.export.openvino.runner import CachedIr
+from mptrain.export.openvino.write import write
 from mptrain.measure import generation, memory
 from mptrain.recipe import Generation
 

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mptrain.compress.quantize import quantizers
 from mptrain.core.errors import ExportError, NotFinite
 from mptrain.export.openvino import facts as ir
-from mptrain.export.openvino.convert import export_openvino
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
+from mptrain.export.openvino.write import export_openvino
 from mptrain.recipe import Qat
 from mptrain.verify.parity import compare, judged
 

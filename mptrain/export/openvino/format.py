@@ -25,7 +25,7 @@ class OpenVinoFormat:
         return quantizers.plain(model) if self.spec.drops_quantizers(precision) else model
 
     def write(self, source: Source, folder: Path) -> Written:
-        from mptrain.export.openvino.convert import write
+        from mptrain.export.openvino.write import write
 
         done = write(
             source.model,
