@@ -39,6 +39,7 @@ from mptrain.compress.weights import records
 from mptrain.core.disk import Code
 from mptrain.core.errors import ModelError, MptrainError, UserError
 from mptrain.core.hooks import is_quantized
+from mptrain.models import saved_with
 from mptrain.models.head import drop_pooler
 from mptrain.models.own import class_at
 
@@ -148,6 +149,22 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
         model = _build(cls, config, ours.get("attn"))
     except Exception as error:  # whatever a config made up by hand sets off in transformers
         raise ModelError(f"{folder}/{CONFIG}: a {cls.__name__} cannot be built: {_line(error)}") from None
+    with saved_with.said(config):
+        _fill(folder, model, special, structure, quantized, compressed)
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_dict(_read_json(folder / GENERATION))
+    return model.eval()
+
+
+def _fill(
+    folder: Path,
+    model: PreTrainedModel,
+    special: bool,
+    structure: Any,
+    quantized: bool,
+    compressed: Mapping[str, records.Record],
+) -> None:
+    """Structure, quantizers and weights of the folder, into the model that its config makes."""
     weights = folder / (WEIGHTS if special else PLAIN_WEIGHTS)
     if not _has(weights, "pooler."):
         drop_pooler(model)
@@ -164,9 +181,6 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
     to_attach = {name: weight.detach() for name, weight in model.named_parameters() if name in compressed}
     _load_tensors(model, _read_tensors(weights, to_attach), folder)
     records.attach(model, compressed)
-    if (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_dict(_read_json(folder / GENERATION))
-    return model.eval()
 
 
 # -- model class

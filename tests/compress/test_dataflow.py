@@ -14,6 +14,7 @@ from torch import nn
 from mptrain.compress.structure import version1
 from mptrain.compress.structure.blocks import Kept, Structure
 from mptrain.compress.structure.budget import Budget
+from mptrain.compress.structure.dataflow import proof
 from mptrain.compress.structure.dataflow.finder import find
 from mptrain.compress.structure.dataflow.record import tensors
 from mptrain.compress.structure.shrink import shrink
@@ -51,6 +52,8 @@ REFUSED = {
     "codegen": ([("ffn", 48)] * 2, "the proof failed"),
     "siglip": ([("heads", 2), ("ffn", 32)] * 2, "nn.MultiheadAttention"),
 }
+NOT_ANY_MORE = {"codegen": [("heads", 4), ("ffn", 48)] * 2}
+"""what transformers wrote anew (by 5.24), so that all of it can be cut"""
 
 
 def sizes(blocks):
@@ -88,7 +91,11 @@ def test_blocks_of(name):
 def test_refused_of(name):
     model, batch = build(name)
     expected, reason = REFUSED[name]
-    blocks, refused = find(model, without_loss(name, batch))
+    batch = without_loss(name, batch)
+    blocks, refused = find(model, batch)
+    if sizes(blocks) == NOT_ANY_MORE.get(name):
+        check_shrunk_is_masked(model, blocks, batch)
+        return
     assert sizes(blocks) == expected
     assert any(reason in one.reason for one in refused)
 
@@ -99,6 +106,8 @@ def test_as_the_table_of_families_has_them(family, attn):
     model = tiny(family, attn)
     found, _ = find(model)
     _, table = version1.families_of(model)
+    if not table:  # ViT's, DeiT's and Swin's, by transformers 5.24; 5.5 has those of the table
+        pytest.skip(f"transformers {t.__version__} has other layers than the table of version 1")
     for ours, theirs in zip(found, table, strict=True):
         assert ours.axes == theirs.axes  # sources, biases and sinks in the same order too
         assert set(ours.edits) >= set(theirs.edits)
@@ -117,6 +126,15 @@ def test_a_network_of_convolutions():
     cut_twice = [axis for block in channels for axis in block.axes if axis.parts == 2]
     assert cut_twice and all(axis.parameter.endswith("convolution.weight") for axis in cut_twice)
     check_shrunk_is_masked(model, blocks, batch)
+
+
+def test_attention_without_heads_is_an_error_in_a_proof():
+    """torch 2.7 would end the process."""
+    q = torch.zeros(1, 2, 3, 4)
+    with proof.NoEmptyAttention():
+        assert torch.nn.functional.scaled_dot_product_attention(q, q, q).shape == q.shape
+        with pytest.raises(ValueError, match="without heads"):
+            torch.nn.functional.scaled_dot_product_attention(q, q, value=q[:, :0], enable_gqa=True)
 
 
 def test_experts_are_cut_in_steps_of_their_kernel():

@@ -75,7 +75,7 @@ ARCHITECTURES: dict[str, Row] = {
         gpt_neo={"attention_types": [[["global", "local"], 1]]},
         deepseek_v3={
             **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-            **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+            **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
         },
         mamba2={"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4},
         recurrent_gemma={"lru_width": 32, "attention_window_size": 8},

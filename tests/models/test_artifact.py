@@ -71,6 +71,23 @@ def test_a_plain_model_is_an_ordinary_folder(family, tmp_path):
     assert torch.equal(logits(other, inputs(family)), expected)
 
 
+@pytest.mark.parametrize("make", [tiny, pruned])
+def test_what_another_transformers_names_otherwise_is_said_with_its_version(make, tmp_path):
+    mptrain.save(make("bert"), tmp_path / "m")
+    file = tmp_path / "m/config.json"
+    config = json.loads(file.read_text().replace("bert.encoder.layer.", "bert.layers."))
+    for weights in (tmp_path / "m").glob("*.safetensors"):
+        renamed = {n.replace("bert.encoder.layer.", "bert.layers."): w for n, w in load_file(weights).items()}
+        save_file(renamed, weights, {"format": "pt"})
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError) as same:
+        mptrain.load(tmp_path / "m")
+    assert "pip install" not in str(same.value)
+    file.write_text(json.dumps(config | {"transformers_version": "5.0.1"}))
+    with pytest.raises(ModelError, match=r"saved with transformers 5\.0\.1, .*pip install 'transformers==5\.0\.1'"):
+        mptrain.load(tmp_path / "m")
+
+
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", [*FAMILIES, *RELATIVES])
 def test_a_pruned_model(family, attn, tmp_path):

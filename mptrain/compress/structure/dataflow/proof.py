@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mptrain.compress.structure import attributes
 from mptrain.compress.structure.blocks import Block, Edit
@@ -47,7 +49,8 @@ class Bench:
             if same(expected, way.outputs, 1e-9):
                 return f"{where}its units change nothing in what the model computes"
             try:
-                with self._slots.swapped(self._shrunk(blocks, kept)), edited(self._model, blocks, kept):
+                shrunk = self._slots.swapped(self._shrunk(blocks, kept))
+                with shrunk, edited(self._model, blocks, kept), NoEmptyAttention():
                     found = way.run()
             except Exception as error:  # whatever the model's code raises when a size is not what it thinks
                 return f"{where}the smaller model does not run ({type(error).__name__}: {_first_line(error)})"
@@ -75,6 +78,19 @@ class Bench:
             values = new.get(name, self._slots.now(name))
             new[name] = values.index_select(dim, torch.from_numpy(indices))
         return new
+
+
+class NoEmptyAttention(TorchFunctionMode):
+    """Attention without a head is an error: a tried edit may leave none, and torch 2.7 then divides by their number,
+    which ends the process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+            if not all(tensor.numel() for tensor in given):
+                raise ValueError("attention without heads")
+        return func(*args, **kwargs)
 
 
 def half(block: Block, seed: int) -> list[int]:
