@@ -1,13 +1,13 @@
 """In what order to prune and quantize in one stage: joint against the quantizers later, and why.
 
     python -m benchmarks.jpqd.order --json benchmarks/results/joint_order.json
-    python -m benchmarks.jpqd.order --json benchmarks/results/joint_order.json --dense FOLDER --minutes 60
+    python -m benchmarks.jpqd.order --json benchmarks/results/joint_order_long.json --steps 278 --only '*/0'
 
 One dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) is teacher, start and measure of
 all arms. An arm is a way to a third of the encoder in int8 within the same number of optimizer steps on the same
-batches; what the arms are is `ARMS`. They are shorter than a run of a recipe (STEPS), are scored as torch models with
-their fake quantizers, and nothing is chosen by the validation split: the last step counts. Arms that share what comes
-before the cut share it here too. The teacher's logits are computed once.
+batches; what the arms are is `ARMS`. They are shorter than a run of a recipe (--steps; the recipe has 556), are scored
+as torch models with their fake quantizers, and nothing is chosen by the validation split: the last step counts. Arms
+that share what comes before the cut share it here too. The teacher's logits are computed once.
 
 Beside the arms: `noise`, whether quantizers change which units Fisher pruning would keep; `cuts`, what was kept and how
 far off the ranges are that a cut leaves. Rows that are in the file are kept, so a command that was stopped can be
@@ -17,6 +17,7 @@ repeated; so are the cut models, in --work.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.jpqd import order_facts as facts
 from benchmarks.jpqd.curve import dense_run, recipe
-from benchmarks.jpqd.order_table import SETTING, markdown, packed, unpacked
+from benchmarks.jpqd.order_table import markdown, packed, setting, unpacked
 from mptrain.compress.base import Method, Tools, TrainingMethod
 from mptrain.compress.methods import acting, finalized, methods_of, prepared
 from mptrain.compress.quantize import quantizers
@@ -47,8 +48,7 @@ from mptrain.train.distill import Distiller
 from mptrain.train.phase import learning_rate
 from mptrain.train.sampler import LengthGroupedSampler
 
-STEPS, WARMUP, LATE = SETTING["steps"], SETTING["warmup"], SETTING["late"]
-LR, BATCH, KEEP = 1e-4, 32, {"encoder_params": SETTING["keep"]}
+LR, BATCH, KEEP = 1e-4, 32, {"encoder_params": 0.33}
 SEEDS = (0, 1, 2)
 SAMPLES = Calibration(samples=512, batch_size=32)
 QAT = Qat(mode="qat")
@@ -69,7 +69,7 @@ class Before:
 @dataclass(frozen=True)
 class Arm:
     """before: of `BEFORE`. fresh: ranges are calibrated where the quantizers begin to act after the cut, else those
-    that came through it. late: they begin at step LATE. quantized: False, never."""
+    that came through it. late: they begin with the last third of the steps. quantized: False, never."""
 
     before: str
     fresh: bool = True
@@ -115,11 +115,15 @@ class Remembered(nn.Module):
 
 @dataclass
 class Bench:
-    """task: the reviews. dense: folder of the dense model. work: for what is kept between commands."""
+    """task: the reviews. dense: folder of the dense model. work: for what is kept between commands. steps: of a stage,
+    warmup of them before the cut of gradual pruning, and the last third from `late` on."""
 
     task: Task
     dense: Path
     work: Path
+    steps: int
+    warmup: int
+    late: int
 
     def teacher(self) -> Distiller:
         path = self.work / "teacher.npz"
@@ -175,7 +179,7 @@ def train(
     model.train()
     begun, norms, parts, losses = time.process_time(), [], [], []
     for step in steps:
-        factor = learning_rate(step, total=STEPS, warmup=round(0.06 * STEPS), schedule="linear")
+        factor = learning_rate(step, total=bench.steps, warmup=round(0.06 * bench.steps), schedule="linear")
         for group in optimizer.param_groups:
             group["lr"] = LR * factor * group["rate"]
         batch = task.collate([task.train[i] for i in order[step * BATCH : (step + 1) * BATCH]])
@@ -203,23 +207,22 @@ def train(
     }
 
 
-def methods(before: Before) -> list[Method[Any]]:
+def methods(before: Before, warmup: int) -> list[Method[Any]]:
     if before.method == "curvature":
         prune: Any = Curvature.model_validate({"method": "curvature", "keep": KEEP})
     else:
-        schedule = {"end": WARMUP, "unit": "step"}
+        schedule = {"end": warmup, "unit": "step"}
         prune = Fisher.model_validate({"method": "fisher", "keep": KEEP, "schedule": schedule})
     return methods_of([prune, *([QAT] if before.quantized else [])])
 
 
 def cut(name: str, seed: int, bench: Bench) -> tuple[nn.Module, dict[str, Any]]:
     """The model after the cut, and what is known of it; from --work where it was made before."""
-    before = BEFORE[name]
+    before, steps, total = BEFORE[name], bench.warmup, bench.steps
     if before.method == "curvature":
-        seed = 0  # it takes no steps, so that there is one
-    folder = bench.work / f"{name.replace('/', '-')}-{seed}"
+        seed = steps = total = 0  # it takes no steps, so that there is one cut for all
+    folder = bench.work / f"{name.replace('/', '-')}-{seed}-{total}-{steps}"
     if not (folder / "facts.json").is_file():
-        steps = 0 if before.method == "curvature" else WARMUP
         tools = Tools(
             inputs=lambda: bench.task.calibration(SAMPLES.samples, SAMPLES.batch_size),
             labelled=lambda: bench.task.labelled(SAMPLES),
@@ -230,7 +233,7 @@ def cut(name: str, seed: int, bench: Bench) -> tuple[nn.Module, dict[str, Any]]:
             steps_per_epoch=max(1, steps),
             lr=LR,
         )
-        begun, own = time.process_time(), methods(before)
+        begun, own = time.process_time(), methods(before, bench.warmup)
         model = prepared(own, artifact.load(bench.dense), tools)
         start = facts.ranges(model)
         found: dict[str, Any] = {"name": f"{name}/{seed}", "before": name, "seed": seed}
@@ -259,8 +262,8 @@ def run_arm(name: str, arm: Arm, seed: int, bench: Bench) -> tuple[dict[str, Any
     """The row of an arm, and that of its cut."""
     model, cut_facts = cut(arm.before, seed, bench)
     before = BEFORE[arm.before]
-    at = STEPS - (STEPS if before.method == "curvature" else STEPS - WARMUP)
-    begin = LATE if arm.late else at
+    at = 0 if before.method == "curvature" else bench.warmup
+    begin = bench.late if arm.late else at
     further: Callable[..., dict[str, Any]] = partial(train, rate=before.rate)
     begun = time.process_time()
     if begin > at:
@@ -270,7 +273,7 @@ def run_arm(name: str, arm: Arm, seed: int, bench: Bench) -> tuple[dict[str, Any
         model = recalibrated(model, bench)
     gap["begin_kl"] = facts.kl(bench.margins("validation")[:512], margins(model, bench, "validation", 512))
     start = facts.ranges(model)
-    trained = further(model, range(begin if arm.quantized else at, STEPS), seed, bench, [])
+    trained = further(model, range(begin, bench.steps), seed, bench, [])
     seconds = time.process_time() - begun + cut_facts["seconds"]
     row = {"name": f"{name}/{seed}", "arm": name, "seed": seed, **gap, **trained, "seconds": seconds}
     if arm.quantized:
@@ -296,6 +299,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="for the dense run and cut models")
+    parser.add_argument("--steps", type=int, default=128, help="of a stage, at most an epoch")
+    parser.add_argument("--only", default="*", help="pattern of ARM/SEED, e.g. 'fisher/*/0'")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many minutes")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -303,14 +308,18 @@ def main() -> None:
     dense = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
     spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
     task = load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
-    bench = Bench(task, dense, options.work / "order")
+    chosen = setting(options.steps)
+    bench = Bench(task, dense, options.work / "order", chosen["steps"], chosen["warmup"], chosen["late"])
+    if options.steps * BATCH > len(task.train):
+        parser.error(f"--steps: at most {len(task.train) // BATCH}, an epoch")
     bench.work.mkdir(parents=True, exist_ok=True)
     bench.teacher()
     result: dict[str, Any] = {"rows": [], "cuts": []}
     if options.json.is_file():
         result = json.loads(options.json.read_text())
     labels = np.array([int(task.test[i]["labels"]) for i in range(len(task.test))])
-    result |= {"host": host(), "versions": versions(), "setting": SETTING | {"calibration": SAMPLES.samples}}
+    result |= {"host": host(), "versions": versions(), "setting": chosen | {"keep": KEEP["encoder_params"]}}
+    result["setting"] |= {"calibration": SAMPLES.samples}
     result["dense"] = {"margins": packed(bench.margins("test")), "labels": "".join(map(str, labels))}
 
     def keep() -> None:
@@ -319,8 +328,11 @@ def main() -> None:
         options.json.with_suffix(".md").write_text(markdown(result) + "\n")
 
     for name, arm, seed in plan():
-        if f"{name}/{seed}" in {r["name"] for r in result["rows"]} or time.monotonic() - begun > 60 * options.minutes:
+        known = {r["name"] for r in result["rows"]}
+        if f"{name}/{seed}" in known or not fnmatch.fnmatch(f"{name}/{seed}", options.only):
             continue
+        if time.monotonic() - begun > 60 * options.minutes:
+            break
         row, found = run_arm(name, arm, seed, bench)
         right = (unpacked(row["margins"]) > 0) == labels
         shown = {k: v for k, v in row.items() if k not in ("margins", "moved")}

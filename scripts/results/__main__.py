@@ -15,6 +15,7 @@ BEGIN, END = "<!-- made by scripts/results -->", "<!-- end -->"
 SECTIONS: list[Callable[[], list[str]]] = [
     runs.runs,
     pruning.joint,
+    pruning.order,
     pruning.one_shot,
     pruning.seed_jpqd,
     pruning.latency_budget,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.jpqd import order_table
 from benchmarks.jpqd import summary as jpqd
 from scripts.results.drawn import cores, interval, link, load, signed, table, times, where
 
@@ -26,6 +27,31 @@ def joint() -> list[str]:
         " it trains, is quantized and distilled like ours.",
         "",
         *(line for part in parts for line in [*part, ""]),
+    ]
+
+
+def order() -> list[str]:
+    found = load("joint_order.json")
+    setting, lines = found["setting"], []
+    entries = sorted(order_table.pooled(found), key=lambda entry: entry["kl"])
+    for e in entries:
+        ahead = [interval(e["accuracy_against"]) if "accuracy_against" in e else ""]
+        nearer = interval([10 * end for end in e["kl_against"]]) if "kl_against" in e else ""
+        accuracy, distance = f"{100 * e['accuracy']:.1f}%", f"{1000 * e['kl']:.1f}"
+        lines.append([e["arm"], str(e["seeds"]), accuracy, *ahead, distance, nearer, f"{e['seconds']:.0f}"])
+    heads = ["arm", "seeds", "accuracy", "against joint", "from the teacher", "against joint", "CPU seconds"]
+    return [
+        "## The order in a stage",
+        "",
+        f"One dense MiniLM, cut to {100 * setting['keep']:.0f}% of its encoder and trained to int8 in"
+        f" {setting['steps']} steps on the same batches, of which gradual pruning took {setting['warmup']}; last third:"
+        f" quantizers from step {setting['late']} on. {entries[0]['n']:,} test reviews, the torch model with its fake"
+        f" quantizers; differences to `{order_table.REFERENCE}` on the same seeds, paired over reviews, 95%; from the"
+        " teacher: KL divergence in 1/1000 nat, less is better. What the arms are and what follows:"
+        f" [jpqd.md](jpqd.md); ranges and units, and how far each begins: {link('joint_order.md')} ({where(found)}).",
+        "",
+        *table(heads, lines),
+        "",
     ]
 
 
