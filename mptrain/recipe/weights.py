@@ -75,10 +75,12 @@ class Qat(QuantizeConfig):
     )
     smooth_quant: bool = False
     start: Literal["joint", "after_prune"] = Field(
-        "joint", description="joint: fake quantizers act during the pruning warm-up; after_prune: from the boundary on"
+        "after_prune",
+        description="after_prune: fake quantizers act from the boundary on, with ranges of the cut model; joint: during"
+        " the pruning warm-up too, which costs more and was measured to be no better: [jpqd.md](jpqd.md)",
     )
     carry: Literal["slice", "recalibrate"] = Field(
-        "slice", description="at the boundary, slice the learned ranges per channel or calibrate anew"
+        "slice", description="with start: joint, at the boundary: slice the ranges per channel or calibrate anew"
     )
 
     def words(self) -> str:

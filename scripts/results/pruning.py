@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.jpqd import order_table
 from benchmarks.jpqd import summary as jpqd
-from scripts.results.drawn import cores, interval, link, load, signed, table, times, where
+from scripts.results.drawn import Row, cores, interval, link, load, signed, table, times, where
 
 
 def joint() -> list[str]:
@@ -14,9 +14,11 @@ def joint() -> list[str]:
     ours = [*pairs[:4], *(line for line in pairs[4:] if line.startswith("| fisher |"))]
     *orders, together = jpqd.orders(lines)
     found = together.split(" | ")
+    fisher = jpqd.orders([line for line in lines if line["point"].startswith("fisher/")])
     quantizing = (
         f"Quantizing from the boundary on (`quantize: {{mode: qat, start: after_prune}}`, which costs less) against"
-        f" jointly, all {len(orders) - 4} pairs together: {found[-2]} points, {found[-1].removesuffix(' |')}."
+        f" jointly, all {len(orders) - 4} pairs together: {found[-2]} points, {found[-1].removesuffix(' |')}; of Fisher"
+        f" alone, {len(fisher) - 5}: {fisher[-1].split(' | ')[-2]}. So it is the default: [jpqd.md](jpqd.md)."
     )
     parts = [jpqd.means(lines), [quantizing], ours]
     return [
@@ -31,28 +33,38 @@ def joint() -> list[str]:
 
 
 def order() -> list[str]:
-    found = load("joint_order.json")
-    setting, lines = found["setting"], []
-    entries = sorted(order_table.pooled(found), key=lambda entry: entry["kl"])
-    for e in entries:
-        ahead = [interval(e["accuracy_against"]) if "accuracy_against" in e else ""]
-        nearer = interval([10 * end for end in e["kl_against"]]) if "kl_against" in e else ""
-        accuracy, distance = f"{100 * e['accuracy']:.1f}%", f"{1000 * e['kl']:.1f}"
-        lines.append([e["arm"], str(e["seeds"]), accuracy, *ahead, distance, nearer, f"{e['seconds']:.0f}"])
-    heads = ["arm", "seeds", "accuracy", "against joint", "from the teacher", "against joint", "CPU seconds"]
+    short, long = load("joint_order.json"), load("joint_order_long.json")
+    chosen = short["setting"]
     return [
         "## The order in a stage",
         "",
-        f"One dense MiniLM, cut to {100 * setting['keep']:.0f}% of its encoder and trained to int8 in"
-        f" {setting['steps']} steps on the same batches, of which gradual pruning took {setting['warmup']}; last third:"
-        f" quantizers from step {setting['late']} on. {entries[0]['n']:,} test reviews, the torch model with its fake"
-        f" quantizers; differences to `{order_table.REFERENCE}` on the same seeds, paired over reviews, 95%; from the"
-        " teacher: KL divergence in 1/1000 nat, less is better. What the arms are and what follows:"
-        f" [jpqd.md](jpqd.md); ranges and units, and how far each begins: {link('joint_order.md')} ({where(found)}).",
+        f"One dense MiniLM, cut to {100 * chosen['keep']:.0f}% of its encoder and trained to int8 in"
+        f" {chosen['steps']} steps on the same batches, of which gradual pruning took {chosen['warmup']}; last third:"
+        f" quantizers from step {chosen['late']} on. {len(short['dense']['labels']):,} test reviews, the torch model"
+        f" with its fake quantizers; differences to `{order_table.REFERENCE}` on the same seeds, paired over reviews,"
+        " 95%; from the teacher: KL divergence in 1/1000 nat, less is better. What the arms are and what follows:"
+        f" [jpqd.md](jpqd.md); ranges and units: {link('joint_order.md')} ({where(short)}).",
         "",
-        *table(heads, lines),
+        *_arms(short),
+        "",
+        f"The same in {long['setting']['steps']} steps, {long['setting']['warmup']} of them before the cut, one seed"
+        f" ({link('joint_order_long.md')}):",
+        "",
+        *_arms(long),
         "",
     ]
+
+
+def _arms(result: Row) -> list[str]:
+    lines = []
+    for e in sorted(order_table.pooled(result), key=lambda entry: entry["kl"]):
+        cells = [e["arm"], str(e["seeds"]), f"{100 * e['accuracy']:.1f}%"]
+        cells.append(interval(e["accuracy_against"], 2) if "accuracy_against" in e else "")
+        cells.append(f"{1000 * e['kl']:.1f}")
+        cells.append(interval([10 * end for end in e["kl_against"]]) if "kl_against" in e else "")
+        lines.append([*cells, f"{e['seconds']:.0f}"])
+    heads = ["arm", "seeds", "accuracy", "against joint", "from the teacher", "against joint", "CPU seconds"]
+    return table(heads, lines)
 
 
 def one_shot() -> list[str]:

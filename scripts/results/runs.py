@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mptrain.core.errors import RecipeError
+from mptrain.recipe import file
 from mptrain.report import words
 from mptrain.report.render.files import read
 from scripts.results.drawn import RESULTS, SETTING, Row, cores, link, signed, table, times, where
@@ -54,6 +56,36 @@ def _signed(unit: str, value: float, digits: int) -> str:
     return signed(100 * value, digits) if unit == "fraction" else words.signed(unit, value)
 
 
+METHODS = ("prune", "quantize", "palettize", "distill")
+OF_A_CUT = ("quantize.start", "quantize.carry")
+"""settings of quantizers that say nothing where nothing is pruned"""
+
+
+def otherwise(report: Row) -> list[str]:
+    """Settings of methods with which the run was made, and which the bundled recipe does not have (any more)."""
+    try:
+        bundled = file.read(report["name"], []).recipe
+    except RecipeError:  # it is not bundled
+        return []
+    now = {stage.id: _flat(stage.model_dump(mode="json")) for stage in bundled.stages}
+    return [
+        f"`stages.{stage['id']}.{name}: {str(ran).lower()}`"
+        for stage in report["recipe"]["stages"]
+        for name, ran in sorted(_flat(stage).items())
+        if ran != now.get(stage["id"], {}).get(name, ran) and (stage.get("prune") or not name.endswith(OF_A_CUT))
+    ]
+
+
+def _flat(stage: Row) -> Row:
+    """Settings of a stage's methods, their names with dots."""
+    found: Row = {}
+    for method in METHODS:
+        for name, value in (stage.get(method) or {}).items():
+            inner = value.items() if isinstance(value, dict) else [("", value)]
+            found |= {f"{method}.{name}.{key}".rstrip("."): one for key, one in inner}
+    return found
+
+
 def runs() -> list[str]:
     text = [
         "## Recipes, as they are bundled",
@@ -73,12 +105,18 @@ def runs() -> list[str]:
             "",
             f"{report['recipe']['description'][:1].upper()}{report['recipe']['description'][1:]}. {n};"
             f" {cores(report)} of {where(report)}; {words.duration(report['wall_s']['total'])} in all"
-            f" ({link(f'runs/{path.name}', path.name)}).",
+            f" ({link(f'runs/{path.name}', path.name)}).{' '.join(['', *made_with(report)])}",
             "",
             *table(heads(report), run_rows(report, 1)),
             "",
         ]
     return text
+
+
+def made_with(report: Row) -> list[str]:
+    """A sentence, where the recipe has other settings now."""
+    settings = otherwise(report)
+    return [f"Made with {' and '.join(settings)}, which the recipe does not have."] if settings else []
 
 
 def readme_table() -> list[str]:
@@ -96,6 +134,8 @@ def readme_table() -> list[str]:
         "",
         f"`mptrain recipe jpqd-bert` on {cores(report)} of {where(report)}, in"
         f" {report['wall_s']['total'] / 60:.0f} minutes; {n:,} reviews",
-        "of films that training did not see; paired differences in points with their 95% interval. All other results:",
+        "of films that training did not see; paired differences in points with their 95% interval.",
+        *made_with(report),
+        "All other results:",
         "[docs/results.md](docs/results.md), each with the command that made it.",
     ]

@@ -96,6 +96,7 @@ def test_jpqd_becomes_a_recipe_that_runs_dry(bert, tmp_path, capsys):
     assert found["data"]["max_length"] == 384 and found["data"]["calibration"] == {"samples": 32}
     notes = [line for line in recipe.read_text().splitlines() if line.startswith("# - ")]
     assert any("__add___" in note for note in notes) and any("output.dir" in note for note in notes)
+    assert any("quantize.start: joint" in note for note in notes)
     assert not any("layer_norm_0" in note for note in notes), "it names modules, which are not quantized anyway"
     short = ["--set", "data.max_length=16", "--set", "evaluate.latency.length=[16]"]  # what the model can read
     assert main(["recipe", str(recipe), *short, "--dry-run"]) == 0

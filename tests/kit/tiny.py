@@ -97,7 +97,7 @@ def jpqd(folder: Path, **changes: Any) -> dict[str, Any]:
                 "teacher": "dense",
                 "train": {"epochs": 3, "lr": 2e-3, "batch_size": 8, "checkpoint_steps": 7},
                 "prune": {"method": "fisher", "keep": {"encoder_params": 0.5}, "schedule": {"end": 1}},
-                "quantize": {"mode": "qat"},
+                "quantize": {"mode": "qat", "start": "joint"},  # all methods act at once, and go through the cut
                 "distill": {"weight": 0.5},
             },
         ],

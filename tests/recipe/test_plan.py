@@ -11,7 +11,7 @@ from mptrain.core.errors import RecipeError
 from mptrain.recipe import Train, file
 from mptrain.recipe.plan import phases, steps_per_epoch, variants
 
-RECIPE = file.read("jpqd-bert", ["stages.jpqd.prune.schedule.end=1"]).recipe
+RECIPE = file.read("jpqd-bert", ["stages.jpqd.prune.schedule.end=1", "stages.jpqd.quantize.start=joint"]).recipe
 
 
 def train(**kwargs):
@@ -40,8 +40,8 @@ def test_a_pruning_stage_has_two_phases_that_share_one_step_axis():
     assert first.methods == ("prune", "quantize") and second.methods == ()
 
 
-def test_sequential_order_quantizes_after_the_boundary():
-    recipe = file.read("jpqd-bert", ["stages.jpqd.quantize.start=after_prune"]).recipe
+def test_by_default_quantizers_come_after_the_boundary():
+    recipe = file.read("jpqd-bert", []).recipe
     first, second = phases(recipe.stage("jpqd"), rows=320)
     assert first.methods == ("prune",) and second.methods == ("quantize",)
 
