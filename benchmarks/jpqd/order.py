@@ -1,7 +1,7 @@
 """In what order to prune and quantize in one stage: joint against the quantizers later, and why.
 
     python -m benchmarks.jpqd.order --json benchmarks/results/joint_order.json
-    python -m benchmarks.jpqd.order --json benchmarks/results/joint_order_long.json --steps 278 --only '*/0'
+    python -m benchmarks.jpqd.order --json longer.json --steps 278 --only 'fisher/*/0'
 
 One dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) is teacher, start and measure of
 all arms. An arm is a way to a third of the encoder in int8 within the same number of optimizer steps on the same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.jpqd import order_table
 from benchmarks.jpqd import summary as jpqd
-from scripts.results.drawn import Row, cores, interval, link, load, signed, table, times, where
+from scripts.results.drawn import cores, interval, link, load, signed, table, times, where
 
 
 def joint() -> list[str]:
@@ -33,38 +33,28 @@ def joint() -> list[str]:
 
 
 def order() -> list[str]:
-    short, long = load("joint_order.json"), load("joint_order_long.json")
-    chosen = short["setting"]
-    return [
-        "## The order in a stage",
-        "",
-        f"One dense MiniLM, cut to {100 * chosen['keep']:.0f}% of its encoder and trained to int8 in"
-        f" {chosen['steps']} steps on the same batches, of which gradual pruning took {chosen['warmup']}; last third:"
-        f" quantizers from step {chosen['late']} on. {len(short['dense']['labels']):,} test reviews, the torch model"
-        f" with its fake quantizers; differences to `{order_table.REFERENCE}` on the same seeds, paired over reviews,"
-        " 95%; from the teacher: KL divergence in 1/1000 nat, less is better. What the arms are and what follows:"
-        f" [jpqd.md](jpqd.md); ranges and units: {link('joint_order.md')} ({where(short)}).",
-        "",
-        *_arms(short),
-        "",
-        f"The same in {long['setting']['steps']} steps, {long['setting']['warmup']} of them before the cut, one seed"
-        f" ({link('joint_order_long.md')}):",
-        "",
-        *_arms(long),
-        "",
-    ]
-
-
-def _arms(result: Row) -> list[str]:
-    lines = []
-    for e in sorted(order_table.pooled(result), key=lambda entry: entry["kl"]):
+    found = load("joint_order.json")
+    chosen, lines = found["setting"], []
+    for e in sorted(order_table.pooled(found), key=lambda entry: entry["kl"]):
         cells = [e["arm"], str(e["seeds"]), f"{100 * e['accuracy']:.1f}%"]
         cells.append(interval(e["accuracy_against"], 2) if "accuracy_against" in e else "")
         cells.append(f"{1000 * e['kl']:.1f}")
         cells.append(interval([10 * end for end in e["kl_against"]]) if "kl_against" in e else "")
         lines.append([*cells, f"{e['seconds']:.0f}"])
     heads = ["arm", "seeds", "accuracy", "against joint", "from the teacher", "against joint", "CPU seconds"]
-    return table(heads, lines)
+    return [
+        "## The order in a stage",
+        "",
+        f"One dense MiniLM, cut to {100 * chosen['keep']:.0f}% of its encoder and trained to int8 in"
+        f" {chosen['steps']} steps on the same batches, of which gradual pruning took {chosen['warmup']}; last third:"
+        f" quantizers from step {chosen['late']} on. {len(found['dense']['labels']):,} test reviews, the torch model"
+        f" with its fake quantizers; differences to `{order_table.REFERENCE}` on the same seeds, paired over reviews,"
+        " 95%; from the teacher: KL divergence in 1/1000 nat, less is better. What the arms are and what follows:"
+        f" [jpqd.md](jpqd.md); ranges and units: {link('joint_order.md')} ({where(found)}).",
+        "",
+        *table(heads, lines),
+        "",
+    ]
 
 
 def one_shot() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import file
 from mptrain.report import words
@@ -129,13 +131,14 @@ def readme_table() -> list[str]:
     }
     lines = [[names[line[0]], *line[1:]] for line in run_rows(report, 1)]
     n = report["variants"][0]["metrics"]["accuracy"]["n"]
+    text = (
+        f"`mptrain recipe jpqd-bert` on {cores(report)} of {where(report)}, in {report['wall_s']['total'] / 60:.0f}"
+        f" minutes; {n:,} reviews of films that training did not see; paired differences in points with their 95%"
+        f" interval. {' '.join([*made_with(report), ''])}All other results: [docs/results.md](docs/results.md), each with"
+        " the command that made it."
+    )
     return [
         *table(["", *heads(report)[1:]], lines),
         "",
-        f"`mptrain recipe jpqd-bert` on {cores(report)} of {where(report)}, in"
-        f" {report['wall_s']['total'] / 60:.0f} minutes; {n:,} reviews",
-        "of films that training did not see; paired differences in points with their 95% interval.",
-        *made_with(report),
-        "All other results:",
-        "[docs/results.md](docs/results.md), each with the command that made it.",
+        *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False),
     ]
