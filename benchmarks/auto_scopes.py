@@ -5,10 +5,10 @@
 
 On the dense model of a run, its calibration inputs and its validation split, one thread. `mptrain` searches the torch
 model with fake quantizers, by modules and then by their operations; `nncf` the OpenVINO model on this CPU, by
-operations. metric_fp32, metric_int8, metric_found: the task's main score, each on the model that the method scores.
-recovered: the share of what int8 lost that is won back. scopes: what stays in float, as it is written. nodes: what that
-is in the OpenVINO file. evaluations: scores of quantized models on the split. seconds: from the float model to the
-answer.
+operations. metric_fp32, metric_int8, metric_found: the task's main score, each on the model that the method scores;
+null where outputs are not finite. recovered: the share of what int8 lost that is won back. scopes: what stays in float,
+as it is written. nodes: what that is in the OpenVINO file. evaluations: scores of quantized models on the split.
+seconds: from the float model to the answer.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _quantized(graph: ov.Model) -> set[str]:
 
 def row(
     name: str,
-    metrics: tuple[float, float, float],
+    metrics: tuple[float, float | None, float],
     scopes: list[str],
     nodes: list[str],
     evaluations: int,
@@ -122,7 +122,7 @@ def row(
         "metric_fp32": fp32,
         "metric_int8": int8,
         "metric_found": found,
-        "recovered": (found - int8) / (fp32 - int8) if fp32 > int8 else None,
+        "recovered": (found - int8) / (fp32 - int8) if int8 is not None and fp32 > int8 else None,
         "scopes": scopes,
         "nodes": nodes,
         "evaluations": evaluations,
@@ -156,7 +156,7 @@ def main() -> None:
         for r in found
     ]
     columns = {name: name for name in found[0]}
-    lost = max(r["metric_fp32"] - r["metric_int8"] for r in found)
+    lost = max(r["metric_fp32"] - (r["metric_int8"] or 0.0) for r in found)
     bars = [
         ("int8 loses a point at least", lost >= 0.01),
         ("mptrain is within the limit", found[0]["metric_fp32"] - found[0]["metric_found"] <= options.max_drop + 1e-9),

@@ -215,8 +215,8 @@ def scopes() -> list[str]:
     lines = [
         [
             row["name"],
-            *(f"{100 * row[f'metric_{kind}']:.2f}%" for kind in ("fp32", "int8", "found")),
-            f"{100 * row['recovered']:.0f}%",
+            *(_share(row[f"metric_{kind}"], ".2f", "not finite") for kind in ("fp32", "int8", "found")),
+            _share(row["recovered"], ".0f", ""),
             "; ".join(_short(node) for node in row["nodes"]),
             str(row["evaluations"]),
             f"{row['seconds']:.0f}",
@@ -236,6 +236,10 @@ def scopes() -> list[str]:
         ),
         "",
     ]
+
+
+def _share(value: float | None, form: str, unknown: str) -> str:
+    return unknown if value is None else f"{100 * value:{form}}%"
 
 
 def _short(node: str) -> str:
