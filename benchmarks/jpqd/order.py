@@ -48,6 +48,7 @@ from mptrain.train.distill import Distiller
 from mptrain.train.phase import learning_rate
 from mptrain.train.sampler import LengthGroupedSampler
 
+FAST = 30.0
 LR, BATCH, KEEP = 1e-4, 32, {"encoder_params": 0.33}
 SEEDS = (0, 1, 2)
 SAMPLES = Calibration(samples=512, batch_size=32)
@@ -69,12 +70,14 @@ class Before:
 @dataclass(frozen=True)
 class Arm:
     """before: of `BEFORE`. fresh: ranges are calibrated where the quantizers begin to act after the cut, else those
-    that came through it. late: they begin with the last third of the steps. quantized: False, never."""
+    that came through it. late: they begin with the last third of the steps. quantized: False, never. rate: that of the
+    ranges after the cut; None, as before it."""
 
     before: str
     fresh: bool = True
     late: bool = False
     quantized: bool = True
+    rate: float | None = None
 
 
 BEFORE = {
@@ -83,7 +86,7 @@ BEFORE = {
     "curvature/joint": Before("curvature", True),
     "curvature/float": Before("curvature", False),
     "fisher/frozen": Before("fisher", True, learn=False),
-    "fisher/fast": Before("fisher", True, rate=30.0),
+    "fisher/fast": Before("fisher", True, rate=FAST),
 }
 ARMS = {
     "fisher/joint": Arm("fisher/joint", fresh=False),
@@ -98,6 +101,8 @@ MORE = {
     "curvature/never": Arm("curvature/float", quantized=False),
     "fisher/joint, ranges frozen": Arm("fisher/frozen", fresh=False),
     "fisher/joint, ranges fast": Arm("fisher/fast", fresh=False),
+    "fisher/after_prune, ranges fast": Arm("fisher/float", rate=FAST),
+    "curvature/after_prune, ranges fast": Arm("curvature/float", rate=FAST),
 }
 
 
@@ -264,7 +269,7 @@ def run_arm(name: str, arm: Arm, seed: int, bench: Bench) -> tuple[dict[str, Any
     before = BEFORE[arm.before]
     at = 0 if before.method == "curvature" else bench.warmup
     begin = bench.late if arm.late else at
-    further: Callable[..., dict[str, Any]] = partial(train, rate=before.rate)
+    further: Callable[..., dict[str, Any]] = partial(train, rate=before.rate if arm.rate is None else arm.rate)
     begun = time.process_time()
     if begin > at:
         further(model, range(at, begin), seed, bench, [])

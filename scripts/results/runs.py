@@ -134,8 +134,8 @@ def readme_table() -> list[str]:
     text = (
         f"`mptrain recipe jpqd-bert` on {cores(report)} of {where(report)}, in {report['wall_s']['total'] / 60:.0f}"
         f" minutes; {n:,} reviews of films that training did not see; paired differences in points with their 95%"
-        f" interval. {' '.join([*made_with(report), ''])}All other results: [docs/results.md](docs/results.md), each with"
-        " the command that made it."
+        f" interval. {' '.join([*made_with(report), ''])}All other results: [docs/results.md](docs/results.md), each"
+        " with the command that made it."
     )
     return [
         *table(["", *heads(report)[1:]], lines),
