@@ -28,11 +28,12 @@ def silenced() -> Iterator[None]:
     with _environment("CI", "true"):  # the documented way to decline reports; read when the sender is made
         import openvino_telemetry
         from nncf.common.logging import nncf_logger, track_progress
+        from rich.console import Console
 
     bar = track_progress.track.__init__
 
     def no_bar(self: Any, *args: Any, **options: Any) -> None:
-        bar(self, *args, **(options | {"disable": True}))
+        bar(self, *args, **(options | {"disable": True, "console": Console(quiet=True)}))  # rich 13.7 ends even these
 
     def nothing(*_: Any, **__: Any) -> None:
         return None

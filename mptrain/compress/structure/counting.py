@@ -52,7 +52,7 @@ class Counter(TorchDispatchMode):
             query, key, value = args[:3]
             pairs = query.shape[:-1].numel() * key.shape[-2]
             self._count((), pairs * (query.shape[-1] + value.shape[-1]))
-        elif name == "_grouped_mm":
+        elif name in ("_grouped_mm", "grouped_mm_fallback"):  # the second is transformers' on torch < 2.8
             self._count(args[:2], args[0].numel() * args[1].shape[-1])
         elif func.overloadpacket in flop_registry:
             macs = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out) // 2

@@ -31,7 +31,8 @@ _REDUCTIONS = frozenset(
 )
 _POOLS = ("avg_pool", "max_pool", "upsample", "adaptive", "_cudnn_pool")
 _CHOICES = frozenset("topk sort argmax argmin argsort multinomial bincount".split())
-_PRODUCTS = frozenset("mm bmm matmul _grouped_mm".split())
+_PRODUCTS = frozenset("mm bmm matmul _grouped_mm grouped_mm_fallback".split())
+"""the last is what transformers has for torch < 2.8"""
 _CONVOLUTIONS = frozenset("convolution _convolution conv1d conv2d mkldnn_convolution".split())
 _LAYER_NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm layer_norm".split())
 _ADDITIONS = frozenset("index_add index_add_ scatter_add scatter_add_".split())
