@@ -191,3 +191,6 @@ def test_a_search_by_picture_with_int8_and_without_what_it_breaks(described, tmp
     found = {variant["id"]: variant for variant in report["variants"]}
     assert found["baseline_fp32"]["parity"]["relative"] < 1e-4
     assert all(found[name]["runtime"]["weight_types"]["i8"] > 0 for name in ("ptq_int8", "found_int8"))
+    left = found["found_int8"]["runtime"]["left_in_float"]
+    assert list(left) == ["module.gem"] and "__module.module.gem/aten::mean/ReduceMean" in left["module.gem"]
+    assert "left_in_float" not in found["ptq_int8"]["runtime"]
