@@ -243,7 +243,7 @@ def told(rows: Sequence[Row], runs: Mapping[str, Row]) -> str:
             f"{name}: {facts['examples']:,} sentences; a share near {LEAST:.0%} is known to ±{width:.1%} (95%). Two"
             " other executions of the model with the file's embeddings, which differ from it in the rounding of float32"
             f" alone, round this share of activations to another level: {'; '.join(grown)} (`levels` in the JSON, of"
-            f" {COUNTED} sentences). Their rows are the floor that an int8 row is to be read against. The embeddings that"
+            f" {COUNTED} sentences). Their rows are the floor that an int8 row is to be read against. Embeddings that"
             " files round cost the rest: with them the torch model itself agrees with the model as it was trained in"
             f" {own:.2%}, where training did not round them."
         )
