@@ -12,12 +12,23 @@ import itertools
 import re
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from kit.long import except_for
 from kit.training import Rows, model
-from transformers import BartConfig, BartForConditionalGeneration, EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import mptrain
 
@@ -317,14 +328,7 @@ def batch_size(trainer, arguments, folder):
 
 @feature("`Seq2SeqTrainer`: `class T(mptrain.Trainer, Seq2SeqTrainer)`, and so its arguments")
 def sequence_to_sequence(trainer, arguments, folder):
-    bases = (transformers.Seq2SeqTrainer,) if trainer is Theirs else (trainer, transformers.Seq2SeqTrainer)
-    kind = type("Both", bases, {})
-    plain = functools.partial if isinstance(arguments, functools.partial) else None
-    own = arguments.func if plain else arguments
-    mixed = (own,) if trainer is not Theirs else ()
-    both = dataclasses.dataclass(type("Arguments", (*mixed, transformers.Seq2SeqTrainingArguments), {}))
-    if plain:
-        both = functools.partial(both, **arguments.keywords)
+    kind, both = mixed(trainer, arguments, transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments)
     torch.manual_seed(1)
     sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
     sizes |= dict(encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=50, max_position_embeddings=32, dropout=0.0)
@@ -339,6 +343,70 @@ def sequence_to_sequence(trainer, arguments, folder):
     more = {"predict_with_generate": True, "generation_max_length": 6}
     t = fit(kind, both, folder, m, {"train_dataset": Pairs(), "eval_dataset": Pairs(8)}, **more)
     return [*logged(t), float(t.predict(Pairs(4), max_length=6).predictions.shape[1]), t.evaluate()["eval_loss"]]
+
+
+@feature("sentence-transformers: `class T(mptrain.Trainer, SentenceTransformerTrainer)`, and so its arguments")
+def sentence_transformers(trainer, arguments, folder):
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.models import Pooling, Transformer
+
+    tiny_encoder(folder / "encoder")
+    encoder = Transformer(str(folder / "encoder"))
+    m = SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu")
+    texts = {"anchor": ["a good film", "bad day", "very long rain", "short sun"] * 16}
+    data = Dataset.from_dict(texts | {"positive": ["good film", "a bad day", "long rain", "sun"] * 16})
+    kind, both = mixed(trainer, arguments, SentenceTransformerTrainer, SentenceTransformerTrainingArguments)
+    given = {"train_dataset": data, "loss": MultipleNegativesRankingLoss(m)}
+    t = fit(kind, both, folder, m, given, per_device_train_batch_size=4, learning_rate=1e-2)
+    t.save_model(str(folder / "saved"))
+    saved = SentenceTransformer(str(folder / "saved"), device="cpu")
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}  # the masters
+    return [*logged(t), *saved.encode(["a good film", "rain"])[:, :4].ravel().tolist()]
+
+
+def tiny_encoder(folder):
+    """A BERT of two layers and its tokenizer, which knows a dozen words."""
+    folder.mkdir(parents=True)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a good film bad very long short day rain sun".split()
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = dict(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(1)
+    sizes |= dict(vocab_size=len(words), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertModel(BertConfig(**sizes)).save_pretrained(folder)
+
+
+def mixed(trainer, arguments, other, its_arguments):
+    """Another package's Trainer and arguments, alone beside transformers' and with ours before them."""
+    if trainer is Theirs:
+        return other, its_arguments
+    plain = functools.partial if isinstance(arguments, functools.partial) else None
+    own = arguments.func if plain else arguments
+    both = dataclasses.dataclass(type("Both", (own, its_arguments), {"__module__": __name__}))
+    globals()["Both"] = both  # saving pickles it by its name
+    return type("T", (trainer, other), {}), functools.partial(both, **arguments.keywords) if plain else both
+
+
+@feature("`hyperparameter_search` with Optuna")
+def search(trainer, arguments, folder):
+    rates = [0.01, 0.1, 0.3]
+    t = fit(trainer, arguments, folder, given={"model_init": lambda trial=None: still(), "eval_dataset": Rows(16)},
+            eval_strategy="steps", eval_steps=STEPS)  # fmt: skip
+    found = t.hyperparameter_search(
+        backend="optuna",
+        n_trials=len(rates),
+        direction="minimize",
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}, seed=0),
+    )
+    return [found.objective, found.hyperparameters["learning_rate"]]
 
 
 @feature("`torch_compile` (Inductor)")
