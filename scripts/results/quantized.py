@@ -1,12 +1,11 @@
-"""int8 files side by side: of sentence encoders with sentence-transformers', of one model in two runtimes. Adapters
-over int4."""
+"""int8 files side by side: of sentence encoders with sentence-transformers', of one model in two runtimes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mptrain.report.words import megabytes
-from scripts.results.drawn import interval, link, load, percent, table, where
+from scripts.results.drawn import interval, link, load, table, where
 
 THEIRS = "sentence-transformers/int8"
 
@@ -72,33 +71,5 @@ def two_runtimes() -> list[str]:
         *table(
             ["", "as in torch", "int8 embeddings", "accuracy", "layers in int8", "size", "ms", "of its fp32"], lines
         ),
-        "",
-    ]
-
-
-def adapters() -> list[str]:
-    found = load("adapters.json")
-    lines = [
-        [
-            row["name"],
-            f"{row['ppl']:.2f}",
-            *(percent(row["over"].get(other)) for other in ("int4/gptq", "adapted")),
-            f"{row['moved']:.2f}" if "moved" in row else "",
-            f"{100 * row['kept']:.0f}%" if "kept" in row else "",
-            *([f"{row['cpu_seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"] if "cpu_seconds" in row else ["", ""]),
-        ]
-        for row in found["rows"]
-    ]
-    heads = ("", "perplexity", "over its int4 base", "over merged", "moved", "kept", "CPU s to make", "peak GB")
-    return [
-        "### Adapters over int4 weights, merged and rounded anew",
-        "",
-        f"SmolLM2-135M, symmetric blocks of 64, adapters of rank 16 trained for {found['windows']} windows of"
-        f" {found['length']} tokens of WikiText-2 over the weights of `int4/gptq`; perplexity of {found['tokens']:,}"
-        " other tokens and paired intervals. fp32 was not trained on that text. Moved: how far the last rounding moved"
-        " the weights, of how far training did; kept: what of training's change is left"
-        f" ({link('adapters.md')}, {where(found)}).",
-        "",
-        *table(heads, lines),
         "",
     ]
