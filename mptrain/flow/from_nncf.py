@@ -112,7 +112,7 @@ def convert(
         stage["teacher"], stage["distill"] = teacher, {"weight": distill[0], "temperature": distill[1]}
     if "prune" in stage and "quantize" in stage:
         found.notes.append(
-            "quantization: begins where what was pruned is cut, which costs less and was measured to be no worse;"
+            "quantization: begins where what was pruned is cut, which costs a little less and was measured to be ahead;"
             " quantize.start: joint has it from the first step on, as NNCF 2 had."
         )
     work.top(top)

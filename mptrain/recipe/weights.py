@@ -77,7 +77,7 @@ class Qat(QuantizeConfig):
     start: Literal["joint", "after_prune"] = Field(
         "after_prune",
         description="after_prune: fake quantizers act from the boundary on, with ranges of the cut model; joint: during"
-        " the pruning warm-up too, which costs more and was measured to be no better: [jpqd.md](jpqd.md)",
+        " the pruning warm-up too, which costs a little more and was measured to be behind: [jpqd.md](jpqd.md)",
     )
     carry: Literal["slice", "recalibrate"] = Field(
         "slice", description="with start: joint, at the boundary: slice the ranges per channel or calibrate anew"
