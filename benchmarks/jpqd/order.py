@@ -106,18 +106,6 @@ MORE = {
 }
 
 
-class Remembered(nn.Module):
-    """A teacher that computed its logits once. table: by the ids of an example without padding."""
-
-    def __init__(self, table: dict[bytes, Tensor]) -> None:
-        super().__init__()
-        self.table = table
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> dict[str, Tensor]:
-        rows = zip(input_ids, attention_mask.bool(), strict=True)
-        return {"logits": torch.stack([self.table[ids[mask].numpy().tobytes()] for ids, mask in rows])}
-
-
 @dataclass
 class Bench:
     """task: the reviews. dense: folder of the dense model. work: for what is kept between commands. steps: of a stage,
@@ -141,7 +129,7 @@ class Bench:
             examples = getattr(self.task, split)
             for i, row in enumerate(torch.from_numpy(values)):
                 table[np.asarray(examples[i]["input_ids"], dtype=np.int64).tobytes()] = row
-        return Distiller(Remembered(table), DISTILL, term=self.task.distillation, targets=self.task.kind.targets)
+        return Distiller(facts.Remembered(table), DISTILL, term=self.task.distillation, targets=self.task.kind.targets)
 
     def margins(self, split: str) -> np.ndarray:
         """Of the teacher."""
