@@ -1,4 +1,4 @@
-"""What order.py looks at beside accuracy: ranges of quantizers, which units stay, the teacher and the distance from it."""
+"""What order.py looks at beside accuracy: ranges of quantizers, which units stay, how far the teacher is."""
 
 from __future__ import annotations
 
