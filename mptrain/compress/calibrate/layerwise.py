@@ -22,16 +22,18 @@ x xᵀ of a batch go to all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank, told
 from mptrain.compress.calibrate.unfolded import geometry, products
 from mptrain.compress.structure.naming import layers_of
 from mptrain.core.errors import ModelError
+from mptrain.core.patch import computing
 from mptrain.core.signature import Batch
 
 
@@ -186,14 +188,19 @@ def _first_call(model: nn.Module, module: nn.Module, batch: Batch) -> list[Any]:
         found.extend((args, kwargs))
         raise _Stop
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    _run_to_stop(model, batch, [module.register_forward_pre_hook(stop, with_kwargs=True)])
+    return found
+
+
+def _run_to_stop(model: nn.Module, batch: Batch, handles: Sequence[RemovableHandle]) -> None:
+    """Run the model until a hook of these raises _Stop, or to its end; the hooks are removed."""
     try:
         model(**batch)
     except _Stop:
         pass
     finally:
-        handle.remove()
-    return found
+        for handle in handles:
+            handle.remove()
 
 
 def _run(model: nn.Module, layer: str, step: list[Any]) -> Any:
@@ -206,13 +213,7 @@ def _run_until(model: nn.Module, layer: str, batch: Batch) -> None:
     def stop(*_: Any) -> None:
         raise _Stop
 
-    handle = model.get_submodule(layer).register_forward_hook(stop)
-    try:
-        model(**batch)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
+    _run_to_stop(model, batch, [model.get_submodule(layer).register_forward_hook(stop)])
 
 
 def _run_before(model: nn.Module, names: set[str], batch: Batch, calls: int | None = None) -> list[Tensor]:
@@ -225,14 +226,7 @@ def _run_before(model: nn.Module, names: set[str], batch: Batch, calls: int | No
         if len(found) == calls:
             raise _Stop
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(stop) for name in names]
-    try:
-        model(**batch)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_to_stop(model, batch, [model.get_submodule(name).register_forward_pre_hook(stop) for name in names])
     return found
 
 
@@ -255,20 +249,10 @@ def _reached(model: nn.Module, layers: list[str], outside: set[str], first: Batc
         return len(given), False
 
 
-@contextmanager
-def _giving(model: nn.Module, layers: list[str], output: Any) -> Iterator[None]:
+def _giving(model: nn.Module, layers: list[str], output: Any) -> AbstractContextManager[None]:
     """Every layer gives this at once; None: what it computes."""
-    modules = [] if output is None else [model.get_submodule(name) for name in layers]
-    own = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, own):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    given = [] if output is None else [model.get_submodule(name) for name in layers]
+    return computing(given, lambda *_, **__: output)
 
 
 def _hidden(output: Any) -> Any:

@@ -34,11 +34,9 @@ def records_from_quantizers(model: nn.Module) -> dict[str, BlockQuantized]:
     Raises ModelError for a weight with a scale on another axis than that of its outputs.
     """
     found: dict[str, BlockQuantized] = {}
-    for _, module in placement.hooks(model):
-        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
-            name = f"{module.weight_of}.weight"
-            transposed = is_transposed(model.get_submodule(module.weight_of))
-            found[name] = _record(name, model.get_parameter(name), module, transposed)
+    for name, quantizer in placement.of_weights(module for _, module in placement.hooks(model)):
+        transposed = is_transposed(model.get_submodule(name.removesuffix(".weight")))
+        found[name] = _record(name, model.get_parameter(name), quantizer, transposed)
     return found
 
 
@@ -88,12 +86,13 @@ def rounded_tables(
     weight. leave: names of embeddings whose tables stay as they are, without records.
     """
     made, rounded = copy.deepcopy(model), set()
-    for names, module in placement.hooks(made):
+    placed = placement.hooks(made)
+    quantized = {id(made.get_parameter(name)) for name, _ in placement.of_weights(module for _, module in placed)}
+    for names, module in placed:
         if isinstance(module, RowQuantizer):
             rounded.add(module.table)
             for name in names:
                 made.get_submodule(HOOKS).set_submodule(name, nn.Identity())
-    quantized = {id(made.get_parameter(name)) for name in records_from_quantizers(made)}
     found: dict[str, BlockQuantized] = {}
     for name, module in made.named_modules():
         if not isinstance(module, nn.Embedding) or name in leave or id(module.weight) in quantized:

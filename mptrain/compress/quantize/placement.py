@@ -139,11 +139,10 @@ def _overflow_fix(bits: int, symmetric: bool) -> OverflowFix | None:
 @torch.no_grad()
 def _reduce(model: nn.Module, bits: int) -> None:
     """Weights of so many bits, in which the scales are those of their values again: they stay so in training."""
-    for _, module in hooks(model):
-        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
-            module.bits = bits
-            if module.symmetric:
-                module.scale.div_(2)
+    for _, quantizer in of_weights(module for _, module in hooks(model)):
+        quantizer.bits = bits
+        if quantizer.symmetric:
+            quantizer.scale.div_(2)
 
 
 def hooked(model: nn.Module, modules: Iterable[tuple[Sequence[str], nn.Module]]) -> nn.Module:
@@ -186,6 +185,13 @@ def hooks(model: nn.Module) -> list[tuple[list[str], nn.Module]]:
     return list(found.values())
 
 
+def of_weights(modules: Iterable[nn.Module]) -> Iterator[tuple[str, FakeQuantizer]]:
+    """Those of hook modules that round a weight, with its name."""
+    for module in modules:
+        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
+            yield f"{module.weight_of}.weight", module
+
+
 def _replace_quantizers(model: nn.Module, record: Record, tables: Collection[str]) -> None:
     """Ours for NNCF's, SmoothQuant's factor beside its quantizer, one quantizer for operations that read one tensor.
     And those of rows."""
@@ -223,8 +229,7 @@ def _of_rows(
     model: nn.Module, record: Record, tables: Collection[str], others: Collection[tuple[list[str], nn.Module]]
 ) -> list[tuple[list[str], nn.Module]]:
     """RowQuantizers of these embeddings, before whatever else stands behind them (others, whose names move up)."""
-    quantized = {m.weight_of for _, m in others if isinstance(m, FakeQuantizer) and m.weight_of is not None}
-    shared = {id(model.get_parameter(f"{name}.weight")) for name in quantized}
+    shared = {id(model.get_parameter(name)) for name, _ in of_weights(module for _, module in others)}
     found: dict[str, list[str]] = {}
     for operation, module in record.modules.items():
         if module not in tables or operation.split("/")[-2] not in _EMBEDDING:

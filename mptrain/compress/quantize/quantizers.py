@@ -230,11 +230,11 @@ def _round_weights(model: nn.Module) -> None:
     """Weights become what their quantizers make of them, which is that once more. One that is also read without its
     quantizer, or through two, stays as it is: those of embeddings and of other layers."""
     read = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor))
-    for _, module in _placement().hooks(model):
-        if isinstance(module, FakeQuantizer) and module.weight_of is not None:
-            weight = model.get_parameter(f"{module.weight_of}.weight")
-            if read[id(weight)] == 1:
-                weight.copy_(module(weight))
+    nncf_side = _placement()
+    for name, quantizer in nncf_side.of_weights(module for _, module in nncf_side.hooks(model)):
+        weight = model.get_parameter(name)
+        if read[id(weight)] == 1:
+            weight.copy_(quantizer(weight))
 
 
 def slice_quantizers(

@@ -20,8 +20,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from mptrain.compress.quantize.operations import Record, recorded
 from mptrain.compress.quantize.units import Unit, units
 from mptrain.compress.structure.scopes import is_operation, resolve, resolve_operations
 from mptrain.core.errors import NotFinite, UserError
+from mptrain.core.patch import computing
 from mptrain.core.progress import progress
 from mptrain.core.signature import by_name, without_cache
 from mptrain.data.tasks.metrics import Score, drop
@@ -198,16 +199,8 @@ def patterns(scopes: Sequence[str], names: Sequence[str], operations: Sequence[s
     return found
 
 
-@contextmanager
-def _in_float(whole: nn.Module, chosen: Sequence[Unit]) -> Iterator[None]:
-    off = {id(q): q for unit in chosen for q in unit.quantizers}.values()
-    try:
-        for quantizer in off:
-            quantizer.forward = _unchanged  # type: ignore[method-assign]
-        yield
-    finally:
-        for quantizer in off:
-            del quantizer.forward
+def _in_float(whole: nn.Module, chosen: Sequence[Unit]) -> AbstractContextManager[None]:
+    return computing({id(q): q for unit in chosen for q in unit.quantizers}.values(), _unchanged)
 
 
 def _unchanged(x: Tensor) -> Tensor:

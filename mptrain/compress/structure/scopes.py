@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mptrain.core.errors import UserError
 
@@ -40,15 +40,7 @@ def resolve(patterns: Sequence[str], names: Iterable[str], field: str) -> set[st
     Raises UserError, naming `field`, for a pattern that matches nothing or is no valid regular expression.
     """
     names = [n for n in names if n]
-    found: set[str] = set()
-    for pattern in patterns:
-        try:
-            hits = {n for n in names if matches(pattern, n)}
-        except re.error as error:
-            raise UserError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
-        if not hits:
-            raise UserError(f"{field}: {pattern!r} matches no module. {_hint(pattern, names)}")
-        found |= hits
+    found = _matched(patterns, names, matches, lambda pattern: f"module. {_hint(pattern, names)}", field)
     return {n for n in names if any(n == f or n.startswith(f + ".") for f in found)}
 
 
@@ -61,14 +53,25 @@ def resolve_operations(patterns: Sequence[str], scopes: Sequence[str], field: st
 
     Raises UserError, naming `field`, for a pattern that matches nothing or is no valid regular expression.
     """
+    return _matched(patterns, scopes, matches_operation, lambda p: f"operation. {_near(p, scopes)}", field)
+
+
+def _matched(
+    patterns: Sequence[str],
+    names: Sequence[str],
+    match: Callable[[str, str], bool],
+    none: Callable[[str], str],
+    field: str,
+) -> set[str]:
+    """The names that some pattern matches. none: what it says of a pattern that matches nothing. Raises UserError."""
     found: set[str] = set()
     for pattern in patterns:
         try:
-            hits = {scope for scope in scopes if matches_operation(pattern, scope)}
+            hits = {name for name in names if match(pattern, name)}
         except re.error as error:
             raise UserError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
         if not hits:
-            raise UserError(f"{field}: {pattern!r} matches no operation. {_near(pattern, scopes)}")
+            raise UserError(f"{field}: {pattern!r} matches no {none(pattern)}")
         found |= hits
     return found
 

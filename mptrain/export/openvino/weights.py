@@ -95,10 +95,7 @@ def store(graph: ov.Model, records: Mapping[str, Record]) -> None:
             continue
         places = list(_places(name, names[id(record)], record, constants))
         if not places:
-            raise ExportError(
-                f"{name} has compressed values, but the converted graph has no constant that holds them, so they"
-                " cannot be stored: report this with the model's config.json"
-            )
+            raise ExportError(_other_values(name))
         for constant, weight, label in places:
             stored = _decompressed(record, tuple(weight.get_output_shape(0)), label, shapes[id(constant)])
             for consumer in weight.output(0).get_target_inputs():
@@ -112,7 +109,7 @@ def _places(
 ) -> Iterator[tuple[ov.Node, ov.Node, str]]:
     """(constant, the node that gives the float weight, its new name) of each constant that holds the record's values.
 
-    names: of the parameter, of which the graph may know any. A constant of other values is none."""
+    names: of the parameter, of which the graph may know any. Raises ExportError for one that has other values."""
     dense, q = record.dense().numpy(), record.q.numpy()
     if record.transposed:
         every = [node for nodes in constants.values() for node in nodes]
@@ -121,11 +118,19 @@ def _places(
     for one in names:
         for node in constants.get(_WEIGHT + one, ()):
             if not np.array_equal(node.data.reshape(dense.shape), dense):
-                continue
+                raise ExportError(_other_values(name))
             yield node, node, _WEIGHT + one
         for node in constants.get(_WEIGHT + one.removesuffix(".weight") + _COMPUTED, ()):
-            if np.array_equal(node.data.reshape(q.shape), q):
-                yield node, _multiplied(node), _WEIGHT + one
+            if not np.array_equal(node.data.reshape(q.shape), q):
+                raise ExportError(_other_values(name))
+            yield node, _multiplied(node), _WEIGHT + one
+
+
+def _other_values(name: str) -> str:
+    return (
+        f"{name} has compressed values, but the converted graph has no constant that holds them, so they"
+        " cannot be stored: report this with the model's config.json"
+    )
 
 
 def _multiplied(q: ov.Node) -> ov.Node:

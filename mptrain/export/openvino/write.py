@@ -58,25 +58,15 @@ def export_openvino(
     folder: Path,
     *,
     precision: Precision,
-    embeddings: str = "fp32",
-    calibration: Sequence[Mapping[str, Tensor]] = (),
-    signature: Signature | None = None,
     processor: Any = None,
     cache: int | None = None,
+    **options: Any,
 ) -> Exported:
-    """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files, as `write` does."""
+    """Write folder/ with openvino_model.xml and .bin, config.json and the processor's files, as `write` does. options:
+    what else that takes."""
     generation = getattr(model, "generation_config", None) if cache is not None else None
     with whole(folder, getattr(model, "config", None), processor, generation) as scratch:
-        done = write(
-            model,
-            example,
-            scratch,
-            precision=precision,
-            embeddings=embeddings,
-            calibration=calibration,
-            signature=signature,
-            cache=cache,
-        )
+        done = write(model, example, scratch, precision=precision, cache=cache, **options)
     return replace(done, folder=folder, xml=folder / XML)
 
 
