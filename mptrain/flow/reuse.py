@@ -42,7 +42,9 @@ def take_stages(folder: Path, identity: dict[str, Any], others: Sequence[Path]) 
         same = all(theirs.get(key) == identity.get(key) for key in _SHARED)
         for stage, inputs in identity["stages"].items() if same else ():
             source, target = other / "stages" / stage, folder / "stages" / stage
-            if given(theirs["stages"].get(stage, {})) != inputs or target.exists() or not source.is_dir():
+            # a field that an older run did not have and that is null here changes nothing
+            changed = any(differences(given(theirs["stages"].get(stage, {})), inputs, ""))
+            if changed or target.exists() or not source.is_dir():
                 continue
             target.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:

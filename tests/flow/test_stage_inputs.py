@@ -140,6 +140,16 @@ def test_a_run_that_did_not_write_its_inputs_is_not_reused(tmp_path, caplog):
     assert "another version of mptrain made it" in caplog.text
 
 
+def test_an_input_that_an_older_version_did_not_have_and_that_is_null_keeps_a_stage(tmp_path):
+    old = identity(recipe(B))
+    nulls = [name for name, value in old["stages"]["b"].items() if value is None]
+    assert nulls  # a field of StageInputs that has come since is such a one
+    for stage in old["stages"].values():
+        for name in nulls:
+            stage.pop(name, None)
+    assert taken(tmp_path, old, identity(recipe(B))) == ["a", "b"]
+
+
 LATENCY = {"id": "b", "prune": FISHER | {"keep": {"latency": 0.5}}}
 PLAIN = {"id": "b", "prune": FISHER | {"keep": {"macs": 0.5}}, "palettize": {"method": "kmeans"}}
 BUDGET = {"id": "b", "palettize": {"method": "kmeans", "size_budget": 3.0}}
