@@ -11,7 +11,13 @@ from mptrain.core.errors import RecipeError
 from mptrain.recipe import Train, file
 from mptrain.recipe.plan import phases, steps_per_epoch, variants
 
-RECIPE = file.read("jpqd-bert", ["stages.jpqd.prune.schedule.end=1", "stages.jpqd.quantize.start=joint"]).recipe
+
+def fisher(*changes):
+    """A bundled recipe that prunes while it trains, with two epochs of that."""
+    return file.read("quickstart", ["stages.jpqd.train.epochs=2", *changes]).recipe
+
+
+RECIPE = fisher("stages.jpqd.prune.schedule.end=1", "stages.jpqd.quantize.start=joint")
 
 
 def train(**kwargs):
@@ -41,20 +47,20 @@ def test_a_pruning_stage_has_two_phases_that_share_one_step_axis():
 
 
 def test_by_default_quantizers_come_after_the_boundary():
-    recipe = file.read("jpqd-bert", []).recipe
+    recipe = fisher()
     first, second = phases(recipe.stage("jpqd"), rows=320)
     assert first.methods == ("prune",) and second.methods == ("quantize",)
 
 
 def test_one_shot_pruning_has_a_phase_without_steps():
-    recipe = file.read("jpqd-bert", ["stages.jpqd.prune.schedule.end=0"]).recipe
+    recipe = fisher("stages.jpqd.prune.schedule.end=0")
     first, second = phases(recipe.stage("jpqd"), rows=320)
     assert (first.name, first.steps) == ("prune", 0)
     assert second.steps == second.total
 
 
 def jpqd_phases(rows, *schedule):
-    stage = file.read("jpqd-bert", [f"stages.jpqd.prune.schedule.{s}" for s in schedule]).recipe.stage("jpqd")
+    stage = fisher(*(f"stages.jpqd.prune.schedule.{s}" for s in schedule)).stage("jpqd")
     return phases(stage, rows)
 
 
@@ -83,11 +89,11 @@ def test_variants_are_named_after_what_they_are():
 
 
 def changed(*stages, of=("dense", "jpqd"), precision=("fp32", "int8"), more=()):
-    """jpqd-bert with more stages, another OpenVINO export, and more exports."""
-    data, _ = file.parse(file.find("jpqd-bert").read_text(), "jpqd-bert")
+    """quickstart with more stages, another OpenVINO export, and more exports."""
+    data, _ = file.parse(file.find("quickstart").read_text(), "quickstart")
     data["stages"] += stages
     data["export"] = [{"id": "ov", "format": "openvino", "of": list(of), "precision": list(precision)}, *more]
-    return file.validate(data, "jpqd-bert")
+    return file.validate(data, "quickstart")
 
 
 TUNED = {"id": "jpqd_pruned", "from": "dense", "train": {"epochs": 1, "lr": 1e-4}}

@@ -29,15 +29,15 @@ def line_of(text, part):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("method: fisher", "method: fischer", ["stages.jpqd.prune.method", "'fischer'", "Did you mean 'fisher'"]),
+        ("method: curvature", "method: curvatur", ["prune.method", "'curvatur'", "Did you mean 'curvature'"]),
         ("keep: {", "kep: {", ["stages.jpqd.prune.kep: unknown field", "Did you mean 'keep'"]),
         ("seed: 42", "seed: 42\nseed: 43", ["'seed' appears twice", "first on line"]),
         ("seed: 42", "seed: off", ["seed", "integer", "'off'"]),
         ("attn: sdpa", "attn: sdp", ["model.attn", "'sdp'", "Did you mean 'sdpa'"]),
-        ("end: 0.75,", "end: 3,", ["stages.jpqd", "prune.schedule.end", "train.epochs"]),
+        ("method: curvature,", "method: fisher, schedule: {end: 3},", ["prune.schedule.end", "train.epochs"]),
         ("    teacher: dense\n", "", ["stages.jpqd", "distill needs a teacher"]),
         ("teacher: dense", "teacher: dense\n    regularisation: 1", ["stages.jpqd.regularisation: unknown field"]),
-        ("encoder_params: 0.45", "encoder_params: 0.45, macs: 0.5", ["stages.jpqd.prune.keep", "exactly one"]),
+        ("encoder_params: 0.33", "encoder_params: 0.33, macs: 0.5", ["stages.jpqd.prune.keep", "exactly one"]),
         ("name: jpqd-bert", "name: ../evil", ["name", "[a-z0-9._-]+"]),
         ("task: text-classification", "task: text-clasification", ["model.task", "Did you mean 'text-classification'"]),
         ("of: [dense, jpqd]", "of: [dense, jqpd]", ["export.ov.of", "'jqpd' is not a stage"]),
