@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command_parser
+from tokenizers.models import WordPiece
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import mptrain
@@ -115,7 +116,7 @@ def furnish(folder: Path) -> Path:
             label2id={"fresh": 0, "rotten": 1},
         )
     )
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.tokenizer(WordPiece)  # the main job cuts rare tokens
     tokenizer.model_max_length = 512
     model.save_pretrained(folder / "my-bert")
     tokenizer.save_pretrained(folder / "my-bert")

@@ -18,9 +18,10 @@ POSITIVE = {"good", "fine", "great"}
 NEGATIVE = {"bad", "poor", "awful"}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(kind: Any = models.WordLevel) -> PreTrainedTokenizerFast:
+    """kind: models.WordPiece gives one whose vocabulary can be cut, of the same tokens."""
     vocabulary = {w: i for i, w in enumerate(SPECIAL + WORDS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner = Tokenizer(kind(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
