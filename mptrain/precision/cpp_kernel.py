@@ -72,8 +72,8 @@ class NativeKernel:
         given = _pointer(segments), _length(segments), kind, ctypes.byref(buffers)
         if flat.coded:
             codes = _Codes(*(flat.state(name).data_ptr() for name in moments8.BUFFERS))
-            turn = ctypes.c_uint32(moments8.turn(rule.step))
-            self.library.mptrain_adam8(*given, ctypes.byref(codes), _pointer(constants), turn, threads)
+            turns = (ctypes.c_uint32(moments8.turn(name, rule.step)) for name in (moments8.FIRST, moments8.SECOND))
+            self.library.mptrain_adam8(*given, ctypes.byref(codes), _pointer(constants), *turns, threads)
             return
         for field, name in zip(("first", "second"), rule.states):
             setattr(buffers, field, flat.state(name).data_ptr())

@@ -288,8 +288,8 @@ class TorchKernel:
         p = join(high, low)
         rule.apply(p, whole, states, scale)
         split(p, high, low)
-        threshold = moments8.thresholds(start, stop, rule.step, flat.device)
         for name, values in zip(rule.states, states, strict=True):
+            threshold = moments8.thresholds(name, start, stop, rule.step, flat.device)
             flat.state(name)[start:stop], exponents[name][blocks] = moments8.encode(name, values, threshold)
 
     def _blocks(self, run: Run) -> Iterator[tuple[int, int, Tensor]]:

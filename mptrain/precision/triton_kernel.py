@@ -74,7 +74,8 @@ class TritonKernel:
 
     @staticmethod
     def _update_coded(run: Run, rule: Rule, factor: float) -> None:
-        flat, pieces, turn = run.flat, _pieces(run), moments8.turn(rule.step)
+        flat, pieces = run.flat, _pieces(run)
+        turns = [moments8.turn(name, rule.step) for name in (moments8.FIRST, moments8.SECOND)]
         _update_int8[(len(pieces),)](
             pieces,
             flat.half,
@@ -82,7 +83,7 @@ class TritonKernel:
             *(flat.state(name) for name in moments8.BUFFERS),
             -factor if rule.maximize else factor,
             *rule.constants,
-            turn - (turn >> 31 << 32),  # one type, so one compilation
+            *(turn - (turn >> 31 << 32) for turn in turns),  # one type, so one compilation
             TYPES[run.gradients[0].dtype],
             BLOCK,
         )
@@ -181,10 +182,10 @@ def _update(
                 tl.store(half + i, p.to(half.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["turn"])
+@triton.jit(do_not_specialize=["turn1", "turn2"])
 def _update_int8(
     pieces, half, low, first, second, first_exponents, second_exponents,
-    factor, l2, decay, take1, beta2, take2, step_size, root_bias, eps, turn,
+    factor, l2, decay, take1, beta2, take2, step_size, root_bias, eps, turn1, turn2,
     TYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
@@ -214,8 +215,8 @@ def _update_int8(
         p = decay * p - step_size * tl.div_rn(m, root_bias * s + eps)
         _split(p, half, low, i, mask)
 
-        threshold = i.to(tl.uint32) * ALONG + turn.to(tl.uint32)
-        above = (threshold >> (32 - DROPPED_FIRST)).to(tl.int32)
+        along = i.to(tl.uint32) * ALONG
+        above = ((along + turn1.to(tl.uint32)) >> (32 - DROPPED_FIRST)).to(tl.int32)
         signed = m.to(tl.int32, bitcast=True)
         bits = signed & 0x7FFFFFFF
         top = tl.maximum(_tops(tl.where(mask & (bits != 0), bits + above, 0), BLOCK), REACH + 1)
@@ -226,7 +227,7 @@ def _update_int8(
         code = ((bits + above) >> DROPPED_FIRST) - (base >> DROPPED_FIRST)
         tl.store(first + i, tl.where(signed < 0, -code, code).to(tl.int8), mask=mask)
         tl.store(first_exponents + block, top.to(tl.uint8), mask=filled)
-        above = (threshold >> (32 - DROPPED_SECOND)).to(tl.int32)
+        above = ((along + turn2.to(tl.uint32)) >> (32 - DROPPED_SECOND)).to(tl.int32)
         bits = s.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         bits = tl.where(mask & (bits != 0), bits + above, 0)
         top = _tops(bits, BLOCK)

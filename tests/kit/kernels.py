@@ -134,8 +134,8 @@ def coded_reference(flat, settings, step, factor):
     m = m + take1 * (g - m)
     v = beta2 * v + take2 * (g * g)
     p = decay * p - size * (m / (root_bias * v.double().sqrt().float() + eps))
-    threshold = moments8.thresholds(0, flat.trained, step, CPU)
     for name, values in ((first, m), (second, v)):
+        threshold = moments8.thresholds(name, 0, flat.trained, step, CPU)
         buffers[name], buffers[moments8.EXPONENTS[name]] = moments8.encode(name, values, threshold)
     return p, buffers
 

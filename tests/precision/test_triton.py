@@ -72,7 +72,7 @@ for half, gradient in [("fp16", tl.float16), ("bf16", tl.bfloat16), ("fp32", tl.
         done += 1
 pointers |= {{"first": "*i8", "second": "*u8", "first_exponents": "*u8", "second_exponents": "*u8"}}
 for gradient in (tl.bfloat16, tl.float32):
-    given = {{**pointers, "half": "*bf16", "turn": "i32"}}
+    given = {{**pointers, "half": "*bf16", "turn1": "i32", "turn2": "i32"}}
     assert compiled(k._update_int8, given, {{"TYPE": gradient, **sizes}})
     done += 1
 print(done)
