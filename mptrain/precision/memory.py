@@ -30,6 +30,7 @@ from mptrain.core.errors import UserError
 from mptrain.precision import moments8
 from mptrain.precision.flat import ALIGN
 from mptrain.precision.policy import Compute, Master, Moments, Policy, kept_in_fp32
+from mptrain.recipe import MixedPrecision
 
 
 class Dtypes(NamedTuple):
@@ -103,8 +104,8 @@ def predict_sharded(model: nn.Module, precision: str, processes: int, keep_fp32:
     Raises ModelError for a pattern of keep_fp32 that matches nothing or everything, UserError for split masters.
     """
     chosen = PRECISIONS[precision]
-    if chosen is not None and chosen.master == "split":
-        raise UserError(f"{precision}: FSDP2 keeps no half of a master in the half weight; use bf16-master")
+    if why := MixedPrecision.model_validate(precision).why_not_sharded():
+        raise UserError(why)
     parameters = {id(p): p for p in model.parameters() if p.is_floating_point()}
     policy = None if chosen is None else _policy(chosen, keep_fp32)
     kept = set(parameters) if policy is None else kept_in_fp32(model, policy).parameters

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mptrain.recipe.method import MethodConfig
+from mptrain.recipe.method import DDP, MethodConfig
 
 
 class Lora(MethodConfig):
@@ -36,7 +36,4 @@ class Lora(MethodConfig):
         return "adapters need train: give epochs and lr"
 
     def why_not_sharded(self) -> str:
-        return (
-            "rank: adapters were not tried on sharded parameters: launch with DDP (mptrain copy accelerate-ddp-2gpu),"
-            " which holds the model on each process"
-        )
+        return f"rank: adapters were not tried on sharded parameters: {DDP}, which holds the model on each process"

@@ -39,6 +39,10 @@ class Weights:
         return self.activations and self.bits > 7
 
 
+DDP = "launch with DDP (mptrain copy accelerate-ddp-2gpu)"
+WHOLE = f"act on whole weight matrices, and FSDP2 shards them: {DDP}"
+
+
 class MethodConfig(Strict):
     """Settings of a method. A subclass has the field that `by` names, a Literal, and below what differs from here."""
 

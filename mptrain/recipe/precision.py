@@ -165,5 +165,14 @@ class MixedPrecision(Strict):
             raise ValueError("keep_fp32 and loss_scale need compute bf16 or fp16; with fp32 drop them")
         return self
 
+    def why_not_sharded(self) -> str:
+        """Field and reason why it cannot train parameters that FSDP2 shards; empty where it can."""
+        if self.master != "split":
+            return ""
+        return (
+            "precision.master: split keeps half of the master in the half weight, which FSDP2 does not keep: use fp32"
+            f" (bf16-master){' and drop moments: int8' if self.moments == 'int8' else ''}"
+        )
+
     def words(self) -> str:
         return ", ".join([self.compute, f"{self.master} masters", f"{self.moments} moments"])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import Fraction, Name, OneOf, Strict
-from mptrain.recipe.method import MethodConfig, Need, Reads
+from mptrain.recipe.method import WHOLE, MethodConfig, Need, Reads
 
 
 class Schedule(Strict):
@@ -126,10 +126,7 @@ class PruneConfig(MethodConfig):
     def why_not_sharded(self) -> str:
         if self.schedule.end == 0:
             return ""
-        return (
-            "schedule: masks act on whole weight matrices, and FSDP2 shards them: launch with DDP (mptrain copy"
-            " accelerate-ddp-2gpu), or prune at once (end: 0)"
-        )
+        return f"schedule: masks {WHOLE}, or prune at once (end: 0)"
 
     def why_not_split(self) -> str:
         if self.schedule.end == 0:

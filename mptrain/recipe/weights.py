@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mptrain.recipe.base import OneOf, Strict
-from mptrain.recipe.method import MethodConfig, Need, Reads, Weights
+from mptrain.recipe.method import WHOLE, MethodConfig, Need, Reads, Weights
 
 KEPT = "modules kept in fp32: names such as encoder.layer.3, or regular expressions after 're:'"
 OPERATIONS = (
@@ -326,10 +326,7 @@ class Palettize(PalettizeConfig):
     def why_not_sharded(self) -> str:
         if self.finetune is None:
             return ""
-        return (
-            "finetune: tables act on whole weight matrices, and FSDP2 shards them: launch with DDP (mptrain copy"
-            " accelerate-ddp-2gpu), or drop finetune"
-        )
+        return f"finetune: tables {WHOLE}, or drop finetune"
 
     def why_not_split(self) -> str:
         if self.finetune is None:

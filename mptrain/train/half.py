@@ -9,10 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mptrain.core.errors import UserError
 from mptrain.precision import MasterWeights, ShardedMasters
 from mptrain.recipe import MixedPrecision
 
@@ -29,16 +27,6 @@ def build(model: nn.Module, optimizer: torch.optim.Optimizer, precision: MixedPr
         loss_scale=precision.loss_scale,
         moments=precision.moments,
     )
-
-
-def check(accelerator: Accelerator) -> None:
-    """Raises UserError when Accelerate would autocast as well; its launcher passes that through the environment."""
-    if accelerator.mixed_precision != "no":
-        raise UserError(
-            f"precision and Accelerate's mixed_precision={accelerator.mixed_precision!r} exclude each other: launch"
-            " with --mixed_precision no, write mixed_precision: 'no' in its config file, or unset"
-            " ACCELERATE_MIXED_PRECISION"
-        )
 
 
 class StepScaler:

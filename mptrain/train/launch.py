@@ -14,13 +14,16 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from mptrain.core.errors import UserError
+from mptrain.recipe import MixedPrecision
 from mptrain.recipe import file as bundled
 
 Sharding = Literal["", "fsdp1", "fsdp2", "deepspeed"]
-DEEPSPEED = (
-    "mptrain does not train under DeepSpeed: launch with FSDP2 (mptrain copy accelerate-fsdp2-2gpu) or DDP"
-    " (accelerate-ddp-2gpu)"
-)
+REFUSED: dict[Sharding, str] = {
+    "deepspeed": "mptrain does not train under DeepSpeed: launch with FSDP2 (mptrain copy accelerate-fsdp2-2gpu) or DDP"
+    " (accelerate-ddp-2gpu)",
+    "fsdp1": "mptrain does not train under FSDP1: write fsdp_version: 2 in the fsdp_config of the launcher's file"
+    " (mptrain copy accelerate-fsdp2-2gpu)",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,28 @@ class Launch:
         name = names.get(self.sharding, self.sharding)
         where = f" on {self.machines} machines" if self.machines > 1 else ""
         return f"{self.processes} processes{where}: {name}" if self.processes > 1 else "one process"
+
+
+def check(launch: Launch, precision: MixedPrecision) -> None:
+    """What neither a recipe nor a Trainer does when launched so. Raises UserError."""
+    if launch.sharding in REFUSED:
+        raise UserError(REFUSED[launch.sharding])
+    if precision.compute != "fp32" and launch.mixed_precision != "no":
+        raise UserError(
+            f"precision and Accelerate's mixed_precision={launch.mixed_precision!r} exclude each other: write"
+            " mixed_precision: 'no' in the launcher's file, launch with --mixed_precision no, or unset"
+            " ACCELERATE_MIXED_PRECISION"
+        )
+    if launch.sharding == "fsdp2" and (why := precision.why_not_sharded()):
+        raise UserError(why)
+
+
+def on_one_process(why: str) -> UserError:
+    """Of fsdp_cpu_ram_efficient_loading, where it does not go: `why`."""
+    return UserError(
+        f"fsdp_cpu_ram_efficient_loading leaves the weights on one process, and {why}: write false in the launcher's"
+        " file"
+    )
 
 
 def current(processes: int) -> Launch:
@@ -86,7 +111,7 @@ def read(name: str) -> Launch:
 def state() -> PartialState:
     """This process among its peers. Raises UserError when fewer or more run than were asked for, or under DeepSpeed."""
     if current(1).sharding == "deepspeed":
-        raise UserError(DEEPSPEED)
+        raise UserError(REFUSED["deepspeed"])
     wanted = asked_processes(_parent_command())
     peers = PartialState(cpu=_cpu_only())
     if wanted is not None and wanted != peers.num_processes:

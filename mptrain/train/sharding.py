@@ -25,7 +25,9 @@ from mptrain.core.pins import warn_untested
 from mptrain.precision import Policy
 from mptrain.precision.memory import blocks
 from mptrain.recipe import LossScale, MixedPrecision
-from mptrain.train.launch import DEEPSPEED
+from mptrain.recipe.method import WHOLE
+from mptrain.train import launch
+from mptrain.train.launch import Launch, Sharding
 
 
 def on_cpu(accelerator: Accelerator, settings: dict[str, Any] | None) -> bool:
@@ -40,32 +42,29 @@ def on_cpu(accelerator: Accelerator, settings: dict[str, Any] | None) -> bool:
     return True
 
 
+def launched(accelerator: Accelerator) -> Launch:
+    """As Accelerate is told, in a Trainer by its arguments too."""
+    kinds: dict[Any, Sharding] = {
+        DistributedType.DEEPSPEED: "deepspeed",
+        DistributedType.FSDP: "fsdp2" if accelerator.is_fsdp2 else "fsdp1",
+    }
+    kind = kinds.get(accelerator.distributed_type, "")
+    return Launch(accelerator.num_processes, sharding=kind, mixed_precision=accelerator.mixed_precision)
+
+
 def check(
     accelerator: Accelerator, precision: MixedPrecision, *, compressors: bool, distiller: bool, args: Any
 ) -> None:
-    """Raises UserError for what does not go with sharded parameters."""
+    """Raises UserError for what does not go with the way the Trainer is launched, sharded parameters above all."""
     half = precision.compute != "fp32"
     if not (half or compressors or distiller):
         return
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise UserError(DEEPSPEED)
-    if accelerator.distributed_type != DistributedType.FSDP:
+    found = launched(accelerator)
+    launch.check(found, precision)
+    if found.sharding != "fsdp2":
         return
-    if not accelerator.is_fsdp2:
-        raise UserError(
-            "precision, compressors and distillation need FSDP2, and this is FSDP1: write fsdp_version: 2 in the"
-            " fsdp_config of the launcher's file (configs/accelerate-fsdp2-2gpu.yaml)"
-        )
     if compressors:
-        raise UserError(
-            "pruning masks and trained tables act on whole weight matrices and cannot run on sharded parameters:"
-            " launch with a DDP config (configs/accelerate-ddp-2gpu.yaml) instead of FSDP"
-        )
-    if precision.master == "split":
-        raise UserError(
-            "precision.master split keeps half of the master in the half weight, which FSDP2 does not keep: use"
-            f" bf16-master{' without moments int8' if precision.moments == 'int8' else ''}"
-        )
+        raise UserError(f"compressors: masks and trained tables {WHOLE}")
     full = [flag for flag in ("fp16_full_eval", "bf16_full_eval") if half and getattr(args, flag)]
     if full:
         raise UserError(f"{full[0]}: under FSDP2 a model with precision evaluates as it trains; drop {full[0]}")
@@ -92,7 +91,8 @@ def begun(
     """
     from torch.distributed.fsdp import FSDPModule
 
-    from mptrain.precision.fully_sharded import Sharding, half_policy
+    from mptrain.precision.fully_sharded import Sharding as Shards
+    from mptrain.precision.fully_sharded import half_policy
 
     if isinstance(model, FSDPModule):
         with replaced_on(accelerator, prepare=lambda *given: given):
@@ -100,12 +100,9 @@ def begun(
         return
     warn_untested(("accelerate",))
     plugin: Any = accelerator.state.fsdp_plugin
-    sharding = Sharding(model, policy)
+    sharding = Shards(model, policy)
     if sharding.kept and plugin.cpu_ram_efficient_loading:
-        raise UserError(
-            "fsdp_cpu_ram_efficient_loading leaves the model on one process, and what is kept in fp32 is sharded on"
-            " all: write fsdp_cpu_ram_efficient_loading: false, or keep nothing in fp32"
-        )
+        raise launch.on_one_process("what is kept in fp32 is sharded on all")
     if policy is not None:
         plugin.mixed_precision_policy = half_policy(policy)
     plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sorted(

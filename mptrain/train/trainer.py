@@ -64,8 +64,6 @@ class Trainer(Saving):
         if distiller is not None and self.compute_loss_func is not None:
             raise UserError("give a distiller or a compute_loss_func, not both: a distiller mixes the model's own loss")
         self.precision: MixedPrecision = parse(getattr(self.args, "precision", None) or "fp32")
-        if self.precision.compute != "fp32":
-            half.check(self.accelerator)
         self.compressors = list(compressors)
         self.distiller = distiller
         self._sharding: Any = None

@@ -116,7 +116,7 @@ def worker(rank, ranks, port, folder, modes, others):
     one_rank_makes_all_skip(folder, rank, ranks)
     for path, masters in others:
         goes_on_from(path, masters, folder, ranks)
-    with pytest.raises(UserError, match="master split"):
+    with pytest.raises(UserError, match="master: split keeps half"):
         trainer(folder, "bf16-split", ranks)
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
