@@ -157,10 +157,17 @@ class Recipe(Strict):
             start = self.start_of(stage)
             before = self.stage(start)
             merged = any(m.freezes for m in stage.methods)  # into weights that are stored anew
-            if any(m.last and not ((m.again or merged) and getattr(stage, m.field)) for m in before.methods):
+            stored = [m for m in before.methods if m.last and not ((m.again or merged) and getattr(stage, m.field))]
+            if stored:
+                way_out = f", or give this stage {stored[0].field} too, which acts after the merge" if merged else ""
                 raise ValueError(
                     f"{where}.from: {start!r} holds compressed weights, which nothing may change after:"
-                    " start from the stage before it"
+                    f" start from the stage before it{way_out}"
+                )
+            if merged and (quantized := next((one.id for one in self.chain(start) if one.quantizes), None)):
+                raise ValueError(
+                    f"{where}.from: {quantized!r} leaves quantizers of activations on the very layers that adapters"
+                    " are put beside: train adapters first, and quantize in a stage that starts from theirs"
                 )
             self._check_teacher(f"{where}.teacher", stage, seen)
             if stage.teacher == "self" and index == 0 and stage.start is None:

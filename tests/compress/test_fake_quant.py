@@ -9,6 +9,7 @@ from nncf.torch.quantization.reference import torch_executor
 from mptrain.compress.quantize import fake_quant
 from mptrain.compress.quantize.fake_quant import FakeQuantizer, fake_quantize
 from mptrain.core import native
+from mptrain.core.errors import ModelError
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -200,3 +201,14 @@ def test_without_a_compiler_it_runs_in_torch_and_says_so_once(tmp_path, monkeypa
     finally:
         native.load.cache_clear()
     assert len(caplog.records) == 1 and "runs on torch operations" in caplog.text
+
+
+@pytest.mark.parametrize("given", [(4, 7), (7,), (3, 5, 4)])
+def test_a_tensor_of_another_shape_is_refused(path, given):
+    """The kernels would write beyond their sums, and torch would broadcast [1, n] to as many rows as there are ranges:
+    a model to which adapters were added hands a layer's quantizer the weights of another."""
+    made = quantizer(shape=(7, 1))
+    with pytest.raises(ModelError, match=r"a quantizer has ranges of shape \[7, 1\] and is given \["):
+        made(torch.zeros(given))
+    made(torch.zeros(7, 3)).sum().backward()
+    quantizer()(torch.zeros(given))

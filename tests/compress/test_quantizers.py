@@ -16,6 +16,8 @@ from nncf.quantization.algorithms.smooth_quant.algorithm import SmoothQuant
 from nncf.torch.quantization import extensions
 from torch import nn
 
+from mptrain.compress.adapters.methods import LowRankAdapters
+from mptrain.compress.base import Tools
 from mptrain.compress.quantize import placement, quantizers
 from mptrain.compress.quantize.fake_quant import FakeQuantizer
 from mptrain.compress.structure.find import find_structure
@@ -24,6 +26,7 @@ from mptrain.core.errors import ModelError, UserError
 from mptrain.core.hooks import HOOKS
 from mptrain.core.silence import silenced
 from mptrain.recipe import Ptq, Qat
+from mptrain.recipe.adapters import Lora
 
 
 def qat(**options):
@@ -213,6 +216,18 @@ def test_a_quantized_model_is_not_quantized_again():
     _, q = quantized()
     with pytest.raises(UserError, match="quantized already"):
         quantizers.quantize(q, qat(), [inputs("bert")])
+
+
+def test_adapters_around_quantized_layers_are_refused():
+    """NNCF numbers a module's calls, so that the matrices of adapters would take the quantizers of later layers."""
+    import peft
+
+    _, q = quantized()
+    with pytest.raises(UserError, match="train adapters first, and quantize then"):
+        LowRankAdapters(Lora()).prepare(q, Tools())
+    wrapped = peft.get_peft_model(q, peft.LoraConfig(r=4, target_modules=["query", "key", "value"]))
+    with pytest.raises(ModelError, match=r"the quantizer of .* layers were added to or taken from the model"):
+        wrapped(**inputs("bert"))
 
 
 # -- training

@@ -65,3 +65,21 @@ def test_targets_are_names_of_linears(recipe, tmp_path):
     recipe["stages"][2]["adapters"]["targets"] = ["LayerNorm"]
     said = " ".join(run(tiny.write(recipe, tmp_path / "recipe.yaml"), "--dry-run", check=2).stderr.split())
     assert "adapters.targets: no Linear is among them" in said
+
+
+@pytest.mark.parametrize("mode", ["qat", "ptq"])
+def test_quantizers_of_activations_come_after_adapters(recipe, tmp_path, mode):
+    recipe["stages"][1] = {"id": "int8", "quantize": {"mode": mode}}
+    recipe["stages"][1] |= {"train": recipe["stages"][2]["train"]} if mode == "qat" else {}
+    del recipe["stages"][2]["quantize"]
+    said = " ".join(run(tiny.write(recipe, tmp_path / "recipe.yaml"), "--dry-run", check=2).stderr.split())
+    assert "stages.tuned.from: 'int8' leaves quantizers of activations on the very layers" in said
+    recipe["stages"][1:] = [{**recipe["stages"][2], "from": "dense"}, {**recipe["stages"][1], "from": "tuned"}]
+    recipe["export"][0] |= {"of": ["dense", "int8"], "precision": ["fp32", "int8"]}
+    run(tiny.write(recipe, tmp_path / "recipe.yaml"), "--dry-run")
+
+
+def test_over_stored_integers_the_stage_has_to_round_anew(recipe, tmp_path):
+    del recipe["stages"][2]["quantize"]
+    said = " ".join(run(tiny.write(recipe, tmp_path / "recipe.yaml"), "--dry-run", check=2).stderr.split())
+    assert "'int4' holds compressed weights" in said and "or give this stage quantize too, which acts after" in said

@@ -26,6 +26,7 @@ from mptrain.compress.weights import records
 from mptrain.compress.weights.layers import LINEAR
 from mptrain.core.embeddings import name_in, output_embedding
 from mptrain.core.errors import UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.recipe.adapters import Lora
 
 FOLDER = "adapter"
@@ -41,6 +42,11 @@ class LowRankAdapters(Method[Lora]):
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         import peft
 
+        if is_quantized(model):
+            raise UserError(
+                "adapters: the model carries quantizers of activations on the very layers that adapters are put beside:"
+                " train adapters first, and quantize then"
+            )
         records.forget(model)  # integers of the weights before, which the merge changes
         names = _adapted(self.config, model)
         self._settings = peft.LoraConfig(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.core import native
+from mptrain.core.errors import ModelError
 
 _BLOCK = 16384  # BLOCK of the C file
 _TINY = 1e-12  # a range that training drove to zero still divides
@@ -172,7 +173,20 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():  # NNCF's mode would step into every operation here
             step, zero = self.grid()
+            self._check_fits(x)
             return fake_quantize(x, step, zero, *self.levels, low=None if self.symmetric else self.low)
+
+    def _check_fits(self, x: Tensor) -> None:
+        """NNCF knows an operation by its module and its turn there, so that a layer that was added takes the quantizer
+        of another; and the kernels trust the shape."""
+        shape = self.shape
+        aligned = zip(reversed(shape), reversed(x.shape), strict=False)
+        if shape.numel() > 1 and (len(shape) > x.dim() or any(n not in (1, size) for n, size in aligned)):
+            name = f"the quantizer of {self.weight_of}" if self.weight_of else "a quantizer"
+            raise ModelError(
+                f"{name} has ranges of shape {list(shape)} and is given {list(x.shape)}: layers were added to or"
+                " taken from the model after it was quantized, adapters perhaps; merge these first, then quantize"
+            )
 
     def frozen(self) -> FrozenQuantizer:
         """The same quantizer as one torch operation with constants, for tracing."""
