@@ -6,8 +6,8 @@ r"""LoRA over int4 weights of SmolLM2-135M (QLoRA), merged and rounded anew: wha
 Runs of mptrain, each in a process of its own, one thread; --folder keeps them, and a repeated command goes on:
 
     int4     weights in int4, symmetric blocks of 64, by GPTQ on 64 windows of the training text; embedding in int8
-    tuned    over these (taken over from that run) adapters of rank 16 in all Linears of the layers, 300 steps of 2 x 128
-             tokens of the training text, no teacher; merged; rounded anew as before
+    tuned    over these (taken over from that run) adapters of rank 16 in all Linears of the layers, 300 steps of
+             2 x 128 tokens of the training text, no teacher; merged; rounded anew as before
     plain    the same adapters over the float32 model; merged; a second stage rounds as above
 
 Rows:
@@ -23,8 +23,8 @@ Rows:
 
     ppl            of the first 6,080 tokens of the test text, windows of 256 tokens, stride 128; exported files by our
                    OpenVINO runner with float32 activations, the others by torch in float32
-    over           {other row: [difference of the mean loss in nats a token, low, high]}, paired over runs of 128 tokens,
-                   95%
+    over           {other row: [difference of the mean loss in nats a token, low, high]}, paired over runs of 128
+                   tokens, 95%
     rounded        of rows rounded anew: how far rounding moved the adapted weights, of how far training did; in `tuned`
                    as the report has it
     kept           of them: the share of training's change that is left, along that change

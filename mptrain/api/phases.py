@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -229,13 +230,18 @@ def stage_of(
     try:
         return Stage.model_validate({"id": "stage"} | fields)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'methods'}: {_said(e['msg'])}" for e in error.errors())
+        said = "; ".join(": ".join([*filter(None, [_place(e["loc"])]), _said(e["msg"])]) for e in error.errors())
         raise UserError(f"methods: {said}") from None
 
 
 def _said(message: str) -> str:
     """In words of this call: a stage's `train` is its trainer_args."""
-    return message.removeprefix("Value error, ").replace("needs train", "needs trainer_args")
+    message = message.removeprefix("Value error, ")
+    return re.sub(r"\b(needs?) train\b(: give epochs and lr)?", r"\1 trainer_args", message)
+
+
+def _place(location: Iterable[Any]) -> str:
+    return ".".join(map(str, location))
 
 
 def _field(settings: Any) -> str:

@@ -34,6 +34,7 @@ from transformers.dynamic_module_utils import (
     get_relative_import_files,
 )
 
+from mptrain.compress.adapters.unmerged import MERGE, unmerged
 from mptrain.compress.structure import saved
 from mptrain.compress.weights import records
 from mptrain.core.disk import Code
@@ -70,13 +71,16 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
     - Units: files take bytes x elements, packed weights bits / 8 to each, and their scales.
     - Source: safetensors in the layout of transformers; what is added stands at the top of this file.
     - Raises UserError when the folder holds something else, ModelError when the model's class
-      cannot be saved or a compressed weight was changed, MptrainError when writing fails.
+      cannot be saved, it has adapters beside its weights or a compressed weight was changed, MptrainError when writing
+      fails.
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
             f"only transformers models can be saved, got {type(model).__name__}; unwrap it first, or"
             " make one of your own with mptrain.build"
         )
+    if layer := unmerged(model):
+        raise ModelError(f"{layer} has adapters of peft, which no model folder holds: {MERGE}, or save them by peft")
     tensors, aliases = unique_tensors(model)
     quantizers = _quantizer_config(model)
     compressed = records.distinct(records.of(model))

@@ -247,3 +247,14 @@ def test_a_budget_against_a_stage_needs_the_recipe(net, batches):
         mptrain.Compression(net, {"prune": prune}, batches)
     with pytest.raises(UserError, match=r"speedup: \[2\.0, 3\.0\] is a family of stages, which a recipe makes"):
         mptrain.Compression(net, {"prune": prune | {"keep": {"speedup": [2.0, 3.0]}}}, batches)
+
+
+def test_adapters_want_a_training_and_bare_layers(net, batches, tmp_path):
+    import peft
+
+    asked, settings = {"adapters": {"rank": 2}}, peft.LoraConfig(r=2, target_modules=["up"])
+    with pytest.raises(UserError, match=r"^methods: adapters need trainer_args$"):
+        mptrain.Compression(net, asked, batches)
+    arguments = mptrain.TrainingArguments(str(tmp_path), max_steps=1, report_to=[])
+    with pytest.raises(UserError, match=r"^adapters: .*up has adapters of peft already: merge these"):
+        mptrain.Compression(peft.get_peft_model(net, settings), asked, batches, trainer_args=arguments)

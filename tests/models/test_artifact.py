@@ -455,3 +455,20 @@ def test_not_a_folder(tmp_path):
 
 def test_public_names():
     assert mptrain.load is artifact.load and mptrain.save is artifact.save
+
+
+def test_adapters_beside_the_weights_are_not_saved_as_if_they_were_the_model(tmp_path):
+    """A folder with them would be written, and fit no model when it is read."""
+    import peft
+
+    model = tiny("bert")
+    settings = peft.LoraConfig(r=2, target_modules=["query", "value"])
+    model.add_adapter(settings)
+    with pytest.raises(
+        ModelError, match=r"layer\.0\.attention\.self\.query has adapters of peft, which no model folder"
+    ):
+        mptrain.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    merged = peft.get_peft_model(tiny("bert"), peft.LoraConfig(r=2, target_modules=["query"])).merge_and_unload()
+    mptrain.save(merged, tmp_path / "model")
+    assert torch.equal(logits(mptrain.load(tmp_path / "model"), inputs("bert")), logits(merged.eval(), inputs("bert")))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mptrain.compress import base
+from mptrain.compress.adapters.unmerged import MERGE, unmerged
 from mptrain.compress.base import Method, Site, Tools
 from mptrain.compress.structure.scopes import resolve
 from mptrain.compress.weights import records
@@ -37,16 +38,13 @@ class LowRankAdapters(Method[Lora]):
 
     @classmethod
     def check(cls, config: Lora, skeleton: nn.Module, site: Site) -> None:
+        _check_bare(skeleton)
         _adapted(config, skeleton)
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
         import peft
 
-        if is_quantized(model):
-            raise UserError(
-                "adapters: the model carries quantizers of activations on the very layers that adapters are put beside:"
-                " train adapters first, and quantize then"
-            )
+        _check_bare(model)
         records.forget(model)  # integers of the weights before, which the merge changes
         names = _adapted(self.config, model)
         self._settings = peft.LoraConfig(
@@ -90,6 +88,17 @@ class LowRankAdapters(Method[Lora]):
             "parameters": self._parameters,
             "rounded": (moved / trained) ** 0.5 if moved and trained else None,
         }
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Raises UserError where something else stands on the layers already."""
+    if is_quantized(model):
+        raise UserError(
+            "adapters: the model carries quantizers of activations on the very layers that adapters are put beside:"
+            " train adapters first, and quantize then"
+        )
+    if layer := unmerged(model):
+        raise UserError(f"adapters: {layer} has adapters of peft already: {MERGE}, then give it new ones")
 
 
 def _adapted(config: Lora, model: nn.Module) -> list[str]:
