@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mptrain.recipe.method import DDP, MethodConfig
+from mptrain.recipe.method import MethodConfig
 
 
 class Lora(MethodConfig):
@@ -34,6 +34,3 @@ class Lora(MethodConfig):
 
     def why_train(self) -> str:
         return "adapters need train: give epochs and lr"
-
-    def why_not_sharded(self) -> str:
-        return f"rank: adapters were not tried on sharded parameters: {DDP}, which holds the model on each process"

@@ -39,8 +39,7 @@ class Weights:
         return self.activations and self.bits > 7
 
 
-DDP = "launch with DDP (mptrain copy accelerate-ddp-2gpu)"
-WHOLE = f"act on whole weight matrices, and FSDP2 shards them: {DDP}"
+WHOLE = "act on whole weight matrices, and FSDP2 shards them: launch with DDP (mptrain copy accelerate-ddp-2gpu)"
 
 
 class MethodConfig(Strict):

@@ -13,12 +13,14 @@ import pytest
 import torch
 import yaml
 from kit import processes, tiny
+from safetensors.torch import load_file
 
 from mptrain.compress.weights import records
 from mptrain.models import artifact
 from mptrain.recipe import file
 
 CONFIGS = file.folder("configs")
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
 def launch(*words, timeout=400, config="gloo-2cpu"):
@@ -133,6 +135,32 @@ def test_quantizers_and_a_teacher_under_fsdp2_train_as_one_process(tmp_path, pre
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-2, atol=5e-3)  # ten steps of the learning rate are 2e-2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bf16-master", "fp32"])
+def test_adapters_under_fsdp2_train_as_one_process(tmp_path, precision):
+    """Over rounded weights; merged when the model is whole again, and rounded anew."""
+    block = {"mode": "weight_only", "method": "rtn", "block_size": 16}
+    for name, count, accumulation, environment in (("one", 1, 2, {}), ("two", 2, 1, processes.FSDP2)):
+        described = yaml.safe_load(recipe(tmp_path, name).read_text()) | {"precision": precision}
+        train = {"epochs": 1, "lr": 3e-3, "batch_size": 8, "accumulation": accumulation, "log_steps": 1}
+        described["stages"] = [
+            {"id": "int4", "from": "model", "quantize": block},
+            {"id": "tuned", "adapters": {"rank": 4}, "train": train, "quantize": block},
+        ]
+        described["export"] = [{"id": "ov", "format": "openvino", "of": ["tuned"], "precision": ["compressed"]}]
+        done = forked(count, tiny.write(described, tmp_path / f"{name}.yaml"), **environment)
+        assert done.status == 0, done.stderr[-4000:]
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two")]
+    losses = [[r["loss"] for r in report["history"] if "loss" in r] for report in reports]
+    assert len(losses[0]) > 5 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    facts = [report["methods"]["tuned"]["facts"]["adapters"] for report in reports]
+    assert facts[0]["rounded"] > 0 and facts[1] == {**facts[0], "rounded": pytest.approx(facts[0]["rounded"], rel=1e-3)}
+    one, two = (load_file(tmp_path / n / phase_model(tmp_path / n, "tuned") / ADAPTER) for n in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 20
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_what_fsdp2_does_not_do_is_said_before_training(tmp_path):
