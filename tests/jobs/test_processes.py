@@ -138,11 +138,13 @@ def test_quantizers_and_a_teacher_under_fsdp2_train_as_one_process(tmp_path, pre
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("precision", ["bf16-master", "fp32"])
-def test_adapters_under_fsdp2_train_as_one_process(tmp_path, precision):
-    """Over rounded weights; merged when the model is whole again, and rounded anew."""
+@pytest.mark.parametrize(
+    ("precision", "shared"), [("bf16-master", processes.FSDP2), ("fp32", processes.FSDP2), ("bf16-master", {})]
+)
+def test_adapters_of_two_processes_train_as_of_one(tmp_path, precision, shared):
+    """Over rounded weights; merged when the model is whole again, and rounded anew. Under FSDP2 and DDP."""
     block = {"mode": "weight_only", "method": "rtn", "block_size": 16}
-    for name, count, accumulation, environment in (("one", 1, 2, {}), ("two", 2, 1, processes.FSDP2)):
+    for name, count, accumulation, environment in (("one", 1, 2, {}), ("two", 2, 1, shared)):
         described = yaml.safe_load(recipe(tmp_path, name).read_text()) | {"precision": precision}
         train = {"epochs": 1, "lr": 3e-3, "batch_size": 8, "accumulation": accumulation, "log_steps": 1}
         described["stages"] = [
