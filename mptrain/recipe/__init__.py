@@ -16,7 +16,16 @@ from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, P
 from mptrain.recipe.recipe import Evaluate, Gates, Generation, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import METHODS, Distill, Stage
 from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
-from mptrain.recipe.weights import Palettize, PalettizeConfig, Ptq, Qat, QuantizeConfig, TableTraining, WeightOnly
+from mptrain.recipe.weights import (
+    Palettize,
+    PalettizeConfig,
+    Ptq,
+    Qat,
+    QuantizeConfig,
+    RoundedTraining,
+    TableTraining,
+    WeightOnly,
+)
 
 __all__ = [
     "EXPORTS",
@@ -57,6 +66,7 @@ __all__ = [
     "Qat",
     "QuantizeConfig",
     "Recipe",
+    "RoundedTraining",
     "Schedule",
     "ShortPrecision",
     "Split",

@@ -97,8 +97,17 @@ class MethodConfig(Strict):
         """In a stage that prunes: whether it acts from the start of the stage on, or from the boundary on."""
         return False
 
+    def why_alone(self) -> str:
+        """How it is said that it goes in a stage without train and prune; empty where it does not."""
+        return "goes in a stage of its own, without train and prune" if self.alone else ""
+
     def why_train(self) -> str:
         """Why it needs `train`, and the way out; empty where it does without."""
+        return ""
+
+    def why_not_widths(self, multiple: int) -> str:
+        """Why it cannot act on layers whose widths pruning in the same stage leaves at multiples of so many, and the
+        way out; empty where it can."""
         return ""
 
     def why_not_sharded(self) -> str:

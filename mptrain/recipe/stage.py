@@ -81,10 +81,11 @@ class Stage(Strict):
         for method in self.methods:
             if not self.train and (reason := method.why_train()):
                 raise ValueError(reason)
-            if method.alone and (self.prune or (self.train and not (adapters and method.last))):
-                raise ValueError(
-                    f"{method.field} {method.by} {method.name} goes in a stage of its own, without train and prune"
-                )
+            alone = method.why_alone()
+            if alone and (self.prune or (self.train and not (adapters and method.last))):
+                raise ValueError(f"{method.field} {method.by} {method.name} {alone}")
+            if self.prune and (reason := method.why_not_widths(self.prune.round_ffn)):
+                raise ValueError(reason)
             others = [f"{o.field} {o.by} {o.name}" for o in self.methods if o is not method and o.why_train()]
             if method.freezes and others:
                 raise ValueError(

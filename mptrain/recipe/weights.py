@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -163,8 +164,19 @@ class WeightOverride(Strict):
     symmetric: bool | None = None
 
 
+class RoundedTraining(Strict):
+    """Integers train with all else of the stage, through their rounding; scales stay, the last step is kept."""
+
+    inside: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.45,
+        description="of a scale: how far from the level of its first integer a weight may start, towards what it was"
+        " before it was rounded; 0: on the level, where it takes longer to leave it",
+    )
+
+
 class WeightOnly(QuantizeConfig):
-    """int4 or int8 weights, float activations; no training. Exports store these very integers."""
+    """int4 or int8 weights, float activations; without training, or trained through their rounding. Exports store these
+    very integers."""
 
     alone = True
     last = True
@@ -196,11 +208,48 @@ class WeightOnly(QuantizeConfig):
     overrides: dict[str, WeightOverride] = Field({}, description="by module pattern; a later one wins")
     ignore: list[str] = Field([], description=KEPT)
     allow_partial: bool = Field(False, description=PARTIAL)
+    finetune: RoundedTraining | None = Field(
+        None,
+        description="train the integers, from those of `method` on; needs `train`. Embeddings stand still once they are"
+        " rounded",
+    )
 
     def words(self) -> str:
         size = "up to 64" if self.block_size == "auto" else self.block_size
         unit = f"block of {size}" if self.granularity == "block" else self.granularity
-        return f"int{self.bits} weights ({self.method}, per {unit})"
+        return f"int{self.bits} weights ({self.method}, per {unit}{', trained' * (self.finetune is not None)})"
+
+    def why_alone(self) -> str:
+        if self.finetune is not None:
+            return ""
+        return f"{super().why_alone()}, or trains with its stage: add finetune: {{}}"
+
+    def why_train(self) -> str:
+        return "" if self.finetune is None else "quantize.finetune needs train: give epochs and lr, or drop finetune"
+
+    def why_not_widths(self, multiple: int) -> str:
+        if self.granularity != "block" or self.block_size == "auto" or multiple % self.block_size == 0:
+            return ""
+        return (
+            f"quantize.block_size: blocks of {self.block_size} do not divide FFN widths that prune.round_ffn leaves at"
+            f" multiples of {multiple}: give prune.round_ffn {math.lcm(self.block_size, multiple)}, or block_size: auto"
+        )
+
+    def why_not_sharded(self) -> str:
+        if self.finetune is None:
+            return ""
+        return (
+            "finetune: blocks are of whole weight matrices, and FSDP2 shards them: launch with DDP (mptrain copy"
+            " accelerate-ddp-2gpu), or drop finetune"
+        )
+
+    def why_not_split(self) -> str:
+        if self.finetune is None:
+            return ""
+        return (
+            "finetune: rounded weights stand in the compute weights, and with precision.master split those are half of"
+            " the master: use precision.master fp32"
+        )
 
     def leaves(self) -> Iterator[tuple[str, Weights]]:
         per: dict[str, Literal["tensor", "row", "block"]] = {"tensor": "tensor", "channel": "row", "block": "block"}

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "weight_only": {"quantize": {"mode": "weight_only", "block_size": 16}},
     "weight_only, rounded": {"quantize": {"mode": "weight_only", "method": "rtn", "bits": 8, "granularity": "channel"}},
     "weight_only, budget": {"quantize": {"mode": "weight_only", "block_size": 16, "size_budget": 7.0}},
+    "weight_only, trained": {"quantize": {"mode": "weight_only", "block_size": 16, "finetune": {}}},
     "kmeans": {"palettize": {"method": "kmeans", "bits": 3, "granularity": "tensor"}},
     "kmeans, trained": {"palettize": {"method": "kmeans", "bits": 3, "granularity": "tensor", "finetune": {}}},
     "skm": {"palettize": {"method": "skm", "bits": 2, "granularity": "tensor"}},
@@ -46,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"adapters": {"rank": 4}},
 }
 TOKENS = tiny("bert").config.vocab_size
-TRAINED = {"movement", "fisher in training", "qat", "kmeans, trained", "lora"}
+TRAINED = {"movement", "fisher in training", "qat", "weight_only, trained", "kmeans, trained", "lora"}
 TAGS = {"pruning", "quantization", "palettization", "vocabulary pruning", "low-rank adapters"}
 STEPS = 4
 

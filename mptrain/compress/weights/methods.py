@@ -15,6 +15,7 @@ from mptrain.compress.weights.coverage import coverage
 from mptrain.compress.weights.grid import AUTO
 from mptrain.compress.weights.layers import CONVOLUTIONS, LINEAR
 from mptrain.compress.weights.records import Palettized
+from mptrain.compress.weights.rounded_training import RoundedTrainer
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.compress.weights.times import predicted_seconds
 from mptrain.recipe.weights import Palettize, WeightOnly
@@ -61,7 +62,35 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
     def seconds(cls, config: WeightOnly, skeleton: nn.Module, tokens: int, macs_per_second: float) -> float:
         return predicted_seconds(skeleton, config, tokens, macs_per_second)
 
+    def still(self, model: nn.Module) -> list[nn.Parameter]:
+        """Embeddings that are rounded, tied heads with them, while layers train through their rounding."""
+        return [] if self.config.finetune is None else [model.get_parameter(name) for name in self._tables(model)]
+
+    def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
+        self._trainer: RoundedTrainer | None = None
+        if self.config.finetune is not None and tools.steps:
+            names = weight_only.choices(model, self.config)
+            dense = {name: model.get_parameter(name).detach().clone() for name in names}
+            self._compress(model, tools)
+            found = records.distinct(records.of(model))
+            records.forget(model)
+            self._stored = {name: found.pop(name) for name in self._tables(model)}
+            self._trainer = RoundedTrainer(found, dense, self.config.finetune)
+            self._trainer.prepare(model)
+        return model
+
+    def training(self) -> TrainingMethod | None:
+        return self._trainer
+
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
+        if self._trainer is None:
+            self._compress(model, tools)
+        else:
+            records.attach(model, {**self._trainer.records(), **self._stored})
+        self._describe(model)
+        return model.to("cpu")
+
+    def _compress(self, model: nn.Module, tools: Tools) -> None:
         needs = self.config.needs()
         weight_only.compress(
             model.to(tools.device),
@@ -71,8 +100,11 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
             tools.ranks,
             tools.loss,
         )
-        self._describe(model)
-        return model.to("cpu")
+
+    def _tables(self, model: nn.Module) -> list[str]:
+        """The names of weights that it rounds and that an embedding looks up."""
+        looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        return [n for n in weight_only.choices(model, self.config) if id(model.get_parameter(n)) in looked_up]
 
 
 def _share_of_convolutions(skeleton: nn.Module) -> float:

@@ -20,28 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.base import MasterView
-from mptrain.compress.prune.masked import MaskedWeights
 from mptrain.compress.weights.palettize import as_half
 from mptrain.compress.weights.records import Palettized, matrix
+from mptrain.compress.weights.shown import ShownWeights
 from mptrain.recipe import TableTraining
-
-
-class _TableWeights(MaskedWeights):
-    """The model's parameters show the values of tables instead of W ⊙ M."""
-
-    @torch.no_grad()
-    def gradients_ready(self) -> None:
-        for name, dense in self.dense.items():
-            self._write(name, dense)
-        self._masked = False
-
-    @torch.no_grad()
-    def apply(self, masks: Mapping[str, Tensor]) -> None:
-        """p ← Ŵ, by name."""
-        for name, values in masks.items():
-            self._write(name, values.view_as(self.dense[name]))
-        self.masks = dict(masks)
-        self._masked = True
 
 
 class TableTrainer:
@@ -59,7 +41,7 @@ class TableTrainer:
         self._moved = 0.0
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        self.weights = _TableWeights({name: model.get_parameter(name) for name in self._start})
+        self.weights = ShownWeights({name: model.get_parameter(name) for name in self._start}, self._shown)
         device = {name: weight.device for name, weight in self.weights.dense.items()}
         self.tables = {name: nn.Parameter(r.lut.to(device[name], copy=True)) for name, r in self._start.items()}
         self.indices = {name: r.indices.to(device[name], copy=True) for name, r in self._start.items()}
@@ -67,7 +49,7 @@ class TableTrainer:
             name: None if r.per_channel_scale is None else r.per_channel_scale.to(device[name])
             for name, r in self._start.items()
         }
-        self._show()
+        self.weights.show()
         return model
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -88,7 +70,7 @@ class TableTrainer:
         self.weights.take_update()
         if self.config.refresh and step % self.config.refresh == 0:
             self._reassign()
-        self._show()
+        self.weights.show()
 
     def records(self) -> dict[str, Palettized]:
         """Of the weights as they are trained now, tables in fp16 numbers; `records.attach` puts them on the model."""
@@ -126,25 +108,17 @@ class TableTrainer:
             self.tables[name].copy_(state[f"table.{name}"])
             self.indices[name].copy_(state[f"index.{name}"])
         self.weights.load_dense({name: state[f"dense.{name}"] for name in self.tables})
-        self._show()
+        self.weights.show()
 
     # -- one weight
 
-    @torch.no_grad()
-    def _show(self) -> None:
-        self.weights.apply(
-            {
-                name: Palettized(
-                    self.indices[name],
-                    table.detach(),
-                    self._start[name].rows_per_group,
-                    self.scales[name],
-                    self._start[name].bits,
-                    self._start[name].transposed,
-                ).weight()
-                for name, table in self.tables.items()
-            }
-        )
+    def _shown(self, name: str) -> Tensor:
+        """Of the table and indices as they are now."""
+        start = self._start[name]
+        table = self.tables[name].detach()
+        return Palettized(
+            self.indices[name], table, start.rows_per_group, self.scales[name], start.bits, start.transposed
+        ).weight()
 
     def _table_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """dL/dlut, [groups, 2^bits, dim], from dL/dŴ; summed in float64."""
