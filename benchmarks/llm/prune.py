@@ -21,7 +21,8 @@ same steps, tokens and rate.
     ppl, over     perplexity; difference of the mean loss from whole/gptq in nats a token [mean, low, high], paired over
                   runs of 128 tokens, 95%
     tpot_ms       a token after the first, a prompt of 64: medians of rounds in which all files take turns
-    cpu_minutes   of the process that made the row, with calibration, export and checks; trained_tokens
+    cpu_minutes   of the process that made a row that trains: GPTQ, training, export and checks; not the pruning, which
+                  the row before it did
 """
 
 from __future__ import annotations
@@ -261,7 +262,8 @@ def compared(options: argparse.Namespace) -> None:
     for row in options.only or ROWS:
         if row not in rows:
             minutes = made(row, folder)
-            rows[row] = {"name": row, "cpu_minutes": minutes, **facts(row, folder)}
+            spent = {"cpu_minutes": minutes} if row.endswith("/trained") else {}
+            rows[row] = {"name": row, **spent, **facts(row, folder)}
             kept.write_text(json.dumps(rows))
         if "ppl" not in rows[row]:
             with closing(opened(exported(row, folder))) as runner:

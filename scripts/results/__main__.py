@@ -29,6 +29,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     exports.kmeans,
     exports.opt,
     exports.language_model,
+    quantized.pruned_language_model,
     quantized.sentence_vectors,
     quantized.two_runtimes,
     exports.exports,

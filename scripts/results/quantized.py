@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mptrain.report.words import megabytes
-from scripts.results.drawn import interval, link, load, table, where
+from scripts.results.drawn import interval, link, load, percent, table, where
 
 THEIRS = "sentence-transformers/int8"
 
@@ -71,5 +71,35 @@ def two_runtimes() -> list[str]:
         *table(
             ["", "as in torch", "int8 embeddings", "accuracy", "layers in int8", "size", "ms", "of its fp32"], lines
         ),
+        "",
+    ]
+
+
+def pruned_language_model() -> list[str]:
+    found = load("llm_prune.json")
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['kept']:.0f}%",
+            megabytes(row["size_bytes"]),
+            f"{row['ppl']:.2f}",
+            percent(row["over"]),
+            f"{row['tpot_ms']:.1f}",
+            f"{row['trained_tokens']:,}" if "trained_tokens" in row else "",
+        ]
+        for row in found["rows"]
+    ]
+    missed = [bar["bar"] for bar in found["bars"] if not bar["met"]]
+    told = f" Missed: {'; '.join(missed)}." if missed else ""
+    return [
+        "### A language model pruned, in int4 and trained",
+        "",
+        "SmolLM2-135M on OpenVINO with its cache, int4 in blocks of 64, the embedding in int8. `pruned`: by curvature,"
+        " to so many percent of the blocks; `shallow`: as many as whole layers; `trained`: through the rounding, with"
+        f" the float model as teacher, {found['steps']} steps of {found['batch'] * found['length']} tokens, which is"
+        " little, of the kind of text that is tested. Perplexity and how far it is above or below that of the whole"
+        f" model in int4, paired ({link('llm_prune.md')}, {where(found)}).{told}",
+        "",
+        *table(["", "of the blocks", "size", "perplexity", "over whole/gptq", "ms a token", "tokens trained"], lines),
         "",
     ]
