@@ -101,7 +101,8 @@ class Site:
     field: of the stage, for errors. length: tokens of an input; None where inputs are not tokens. exact: whether the
     skeleton has the shapes that the method will meet; False after a stage that prunes. causal: whether the task is that
     of a language model. example: an input, where one is at hand; for models of transformers it can be made up. bytes:
-    of a weight of a layer and of an embedding, as the target stores them; None, not known yet.
+    of a weight of a layer and of an embedding, as the target stores them; None, not known yet. quantized: whether the
+    model then carries quantizers of activations, by this stage or one before it.
     """
 
     field: str
@@ -110,6 +111,7 @@ class Site:
     causal: bool = False
     example: Batch | None = None
     bytes: tuple[float, float] | None = None
+    quantized: bool = False
 
 
 @dataclass(frozen=True)

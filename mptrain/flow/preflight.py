@@ -155,7 +155,10 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
             length = recipe.data.max_length if text else None
             stored = target(recipe, stage).bytes if "bytes" in method.reads() else None
             causal = recipe.model.kind.causal
-            site = Site(method.field, length, exact=dense and shapes, causal=causal, bytes=stored)
+            first = [*before, *(other for other in stage.methods if other is not method and other.early())]
+            quantized = any(weights.activations for other in first for _, weights in other.leaves())
+            exact = dense and shapes
+            site = Site(method.field, length, exact=exact, causal=causal, bytes=stored, quantized=quantized)
             with _in_stage(stage.id, method.field):
                 method_class(method).check(method, model, site)
 

@@ -91,6 +91,16 @@ class PruneConfig(MethodConfig):
         [], description="modules left alone: names such as encoder.layer.3, or regular expressions after 're:'"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drops(cls, data):
+        if isinstance(data, dict) and "drop" in data and "drop" not in cls.model_fields:
+            raise ValueError(
+                "drop: is for method curvature, which alone measures what a model loses without a whole block; write"
+                " method: curvature, or take drop out"
+            )
+        return data
+
     def budget(self) -> Keep | None:
         """What to keep; None where training alone decides."""
         return getattr(self, "keep", None)
@@ -185,6 +195,11 @@ class Curvature(PruneConfig):
     keep: Keep
     damping: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="of the covariances, in parts of their mean diagonal; more for few calibration examples"
+    )
+    drop: bool | None = Field(
+        None,
+        description="true: whole attentions and FFNs may go, where that costs least; what they gave on average stays as a"
+        " bias. Default: of each at least min_heads and min_ffn stay",
     )
 
     @model_validator(mode="after")

@@ -70,7 +70,7 @@ class Pruner:
     structure: of the model that `prepare` gets. phase_steps: optimizer steps of the phase;
     the warm-up ends with it at the latest. steps_per_epoch: optimizer steps. lr: the
     stage's. length: tokens or `costs.Extent`s for keep.macs. whole: what the exported model
-    costs, for keep.latency and keep.size.
+    costs, for keep.latency and keep.size. drop: names of blocks that may be left out whole.
     """
 
     name: ClassVar[str]
@@ -85,6 +85,7 @@ class Pruner:
         lr: float = 0.0,
         length: costs.Length = 128,
         whole: costs.Whole | None = None,
+        drop: frozenset[str] = frozenset(),
     ) -> None:
         if not structure.prunable():
             raise UserError("prune.ignore leaves no attention and no FFN to prune: make its patterns narrower")
@@ -100,6 +101,7 @@ class Pruner:
             round_ffn=config.round_ffn,
             length=length,
             whole=whole,
+            drop=drop,
         )
         self.masked: MaskedWeights
         self._step = 0

@@ -7,8 +7,9 @@ For a projection W that reads the units of a block (attention output, fc_out), t
 with H the covariance of its inputs and G the Gram of the gradients at its outputs (calibrate/curvature.py). Units go
 greedily by that loss *with* the best update of the weights that stay (removal.py), so a channel that others can stand
 in for is cheap even when it is large; the Fisher search (fisher.py) prices it as if nothing could. Losses are
-absolute: a knapsack (structure/budget.py) spreads any budget over the blocks. At the boundary the weights that stay
-are those of the ridge regression at the chosen size, and the bias takes up the mean of what left.
+absolute: a knapsack (structure/budget.py) spreads any budget over the blocks, and the loss without a block is one size
+more (`drop`). At the boundary the weights that stay are those of the ridge regression at the chosen size, and the bias
+takes up the mean of what left.
 
 At once, without labels. The method for one projection is that of optimal brain surgeon (Hassibi and Stork 1993), for
 whole units that of ZipLM (Kurtic et al. 2023, arXiv 2302.04089), which weighs all outputs alike (G = I); the Kronecker
@@ -29,6 +30,7 @@ from mptrain.compress.calibrate.ranks import ALONE, Ranks
 from mptrain.compress.prune.base import Pruner
 from mptrain.compress.prune.removal import Reader, Removal, refit, removal
 from mptrain.compress.structure.blocks import Block, Kept, Structure
+from mptrain.compress.structure.dropped import add_bias
 from mptrain.compress.structure.consumers import Consumer, consumers
 from mptrain.core.errors import ModelError
 from mptrain.core.progress import track
@@ -117,13 +119,15 @@ class CurvaturePruner(Pruner):
 
     @torch.no_grad()
     def refit(self, model: nn.Module, kept: Kept) -> None:
-        """The best weights on the units that stay; the bias, where there is one, takes up the mean of the others."""
+        """The best weights on the units that stay; the bias, where there is one, takes up the mean of the others. That of
+        a block of which nothing stays is made, where there was none: it is all that the block then gives."""
         for block in track([b for b in self.structure.prunable() if kept.cuts(b)], "refitting weights"):
             units = kept.of(block)
             for consumer, covariance, mean in self._moments[block.name]:
                 columns = consumer.columns[units].flatten().to(covariance.device)
                 weight = consumer.matrix(model)
-                bias = getattr(model.get_submodule(consumer.module), "bias", None)
+                reader = model.get_submodule(consumer.module)
+                bias = add_bias(reader) if kept.drops(block) else getattr(reader, "bias", None)
                 second = covariance if bias is not None else covariance + torch.outer(mean, mean)
                 new = refit(weight.detach(), second, columns, damping=self._damping)
                 if bias is not None:
@@ -131,10 +135,11 @@ class CurvaturePruner(Pruner):
                 weight[:, columns] = new.to(weight.dtype)
 
     def facts(self) -> dict[str, Any]:
-        """tokens: real ones that the curvature was taken on. loss: the predicted rise, summed over the blocks."""
+        """tokens: real ones that the curvature was taken on. loss: the predicted rise, summed over the blocks. dropped: the
+        blocks of which nothing is left."""
         counts = {b.name: self.kept().count(b) for b in self.structure.prunable()}
         loss = sum(float(r.loss[len(r.order) - counts[name]]) for name, r in self._removals.items())
-        return {"tokens": self.tokens, "loss": loss}
+        return {"tokens": self.tokens, "loss": loss, "dropped": [name for name, count in counts.items() if not count]}
 
     @property
     def _damping(self) -> float:

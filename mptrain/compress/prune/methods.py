@@ -5,6 +5,7 @@ The subclasses say which pruner the settings of a recipe belong to; what a prune
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,9 +23,17 @@ from mptrain.compress.prune.movement import MovementPruner
 from mptrain.compress.structure import costs
 from mptrain.compress.structure.blocks import Structure
 from mptrain.compress.structure.budget import Budget, Widths
-from mptrain.compress.structure.find import find_structure
+from mptrain.compress.structure.find import droppable, find_structure
 from mptrain.core.errors import UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.recipe.prune import Keep, PruneConfig
+
+log = logging.getLogger(__name__)
+
+DROP_QUANTIZED = (
+    "prune.drop: a model that carries quantizers cannot lose whole blocks, for these are counted by its operations: prune"
+    " first and quantize in a later stage (or with quantize.start: after_prune)"
+)
 
 
 class Pruning(Method[PruneConfig]):
@@ -47,8 +56,16 @@ class Pruning(Method[PruneConfig]):
             return
         whole = None if site.bytes is None else measured.from_bytes(skeleton, structure, site.bytes)
         if site.exact:
+            drop = cls.droppable(config, skeleton, structure, site.example)
             floors = {name: getattr(config, name) for name in ("min_heads", "min_ffn", "round_ffn")}
-            Budget(structure, keep, length=site.length or 1, whole=whole, **floors)
+            Budget(structure, keep, length=site.length or 1, whole=whole, drop=drop, **floors)
+
+    @classmethod
+    def droppable(
+        cls, config: PruneConfig, model: nn.Module, structure: Structure, example: Batch | None
+    ) -> frozenset[str]:
+        """Names of the blocks that may be left out whole."""
+        return frozenset()
 
     @classmethod
     def check_steps(cls, config: PruneConfig, steps: int, steps_per_epoch: int) -> None:
@@ -78,6 +95,7 @@ class Pruning(Method[PruneConfig]):
                 lr=tools.lr,
                 length=extents,
                 whole=whole,
+                drop=self.droppable(config, model, structure, example),
             )
         self.pruner.prepare(model)
         self.collect(model, tools)
@@ -161,6 +179,26 @@ class CurvaturePruning(Pruning):
         super().check(config, skeleton, site)
         structure = find_structure(skeleton, site.example, ignore=config.ignore)
         check_readers(skeleton, structure, f"{site.field}.ignore")
+        if config.drop and site.quantized:  # type: ignore[attr-defined]
+            raise UserError(DROP_QUANTIZED)
+
+    @classmethod
+    def droppable(
+        cls, config: PruneConfig, model: nn.Module, structure: Structure, example: Batch | None
+    ) -> frozenset[str]:
+        """Warns of blocks that keep their floors. Raises UserError where that is all of them, and for a model that
+        carries quantizers."""
+        if not config.drop:  # type: ignore[attr-defined]
+            return frozenset()
+        if is_quantized(model):
+            raise UserError(DROP_QUANTIZED)
+        names, refused = droppable(model, structure, example)
+        said = "; ".join(f"{one.what}: {one.reason}" for one in refused[:5]) + (" …" if len(refused) > 5 else "")
+        if not names:
+            raise UserError(f"prune.drop: no block can be left out whole, so take it out ({said})")
+        if refused:
+            log.warning("prune.drop: %d blocks keep at least their floors (%s)", len(refused), said)
+        return frozenset(names)
 
     def collect(self, model: nn.Module, tools: Tools) -> None:
         self.pruner.look(model, tools.inputs(), seed=tools.seed, ranks=tools.ranks)

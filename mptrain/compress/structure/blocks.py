@@ -122,6 +122,11 @@ class Block:
         return sum(axis.per_unit * axis.weights // axis.parts for axis in self.axes)
 
     @property
+    def empty_params(self) -> int:
+        """Parameters that stay when all units go: the constant that each sink's layer is then (dropped.py)."""
+        return sum(axis.weights for axis in self.sinks)
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(axis.parameter for axis in self.axes))
 
@@ -169,7 +174,8 @@ class Structure:
 
 @dataclass
 class Kept:
-    """Units that stay, by name of the block; a block that is not named stays whole."""
+    """Units that stay, by name of the block; a block that is not named stays whole, one with none is left out of the
+    model (dropped.py)."""
 
     units: dict[str, list[int]] = field(default_factory=dict)
 
@@ -184,17 +190,23 @@ class Kept:
     def cuts(self, block: Block) -> bool:
         return self.count(block) < block.units
 
+    def drops(self, block: Block) -> bool:
+        """Whether none of its units stays."""
+        return self.count(block) == 0
+
     def check(self, structure: Structure) -> None:
-        """Raises ModelError unless every entry names existing units, ascending, at least one and whole steps each."""
+        """Raises ModelError unless every entry names existing units, ascending and whole steps, and a block is left."""
+        if all(self.drops(block) for block in structure):
+            raise ModelError("kept units leave no block at all; keep some of one")
         blocks = {block.name: block for block in structure}
         for name, units in self.units.items():
             if name not in blocks:
                 raise ModelError(f"kept units name the block {name!r}, but the model has {', '.join(blocks)}")
             limit = blocks[name].units
-            if not units or sorted(set(units)) != units or units[0] < 0 or units[-1] >= limit:
+            if units and (sorted(set(units)) != units or units[0] < 0 or units[-1] >= limit):
                 raise ModelError(
-                    f"kept units of {name} must be ascending, without repeats, between 0 and {limit - 1}, at least"
-                    f" one; got {short(units)}"
+                    f"kept units of {name} must be ascending, without repeats, between 0 and {limit - 1};"
+                    f" got {short(units)}"
                 )
             if len(units) % blocks[name].step and len(units) < limit:
                 raise ModelError(

@@ -8,7 +8,8 @@ Every block picks how many units n it keeps; with n it keeps its n most importan
 Solved by dynamic programming over the cost. Whole-number costs with few distinct sums are
 exact; others are rounded up to `CELLS` cells (so the budget always holds) and what rounding
 left over is then filled greedily. n is at least the floor of the recipe, and an FFN width is
-a multiple of `round_ffn` (and of what the target is fast at) or the full width.
+a multiple of `round_ffn` (and of what the target is fast at) or the full width; a block that
+may be left out whole (dropped.py) may have n = 0 too, as long as not all of them have.
 
 A budget of the whole exported model has a constant besides the blocks, which pruning does not
 touch; it is part of both sides. `correct` takes what the target then measured into account.
@@ -54,23 +55,29 @@ class _Choice:
 
 @dataclass(frozen=True)
 class Widths:
-    """How many units of a block may stay: floors, and what an FFN width is a multiple of."""
+    """How many units of a block may stay: floors, and what an FFN width is a multiple of. drop: names of the blocks that
+    may also be left out."""
 
     min_heads: int = 1
     min_ffn: int = 1
     round_ffn: int = 1
     step: Callable[[Block], int] = lambda block: 1
+    drop: frozenset[str] = frozenset()
 
     def allowed(self, block: Block) -> np.ndarray:
         """Ascending, int64; all units are the last."""
+        some = self._some(block)
+        return np.array([0, *some] if block.name in self.drop else some, dtype=np.int64)
+
+    def _some(self, block: Block) -> list[int]:
         floor, step = (self.min_heads, 1) if block.kind == "heads" else (self.min_ffn, self.round_ffn)
         step = math.lcm(step, block.step, self.step(block))
         first = math.ceil(min(floor, block.units) / step) * step
-        return np.array([*range(first, block.units, step), block.units], dtype=np.int64)
+        return [*range(first, block.units, step), block.units]
 
     def least(self, structure: Structure) -> Kept:
-        """As little of every block that may be cut as may stay."""
-        return Kept({block.name: list(range(int(self.allowed(block)[0]))) for block in structure.prunable()})
+        """As little of every block that may be cut as may stay of one that is not left out."""
+        return Kept({block.name: list(range(self._some(block)[0])) for block in structure.prunable()})
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,11 @@ class _Limit:
 
     @property
     def least(self) -> float:
-        return self.cost({choice.block.name: int(choice.counts[0]) for choice in self.choices}) / self.total
+        """The least share that can stay; where all blocks may be left out, of the cheapest one its least units do."""
+        least = self.cost({choice.block.name: int(choice.counts[0]) for choice in self.choices})
+        if len(self.choices) == len(self.blocks) and not any(choice.counts[0] for choice in self.choices):
+            least += min(float(choice.cost[1] - choice.cost[0]) for choice in self.choices)
+        return least / self.total
 
     @property
     def of_blocks(self) -> float:
@@ -120,7 +131,7 @@ class Budget:
     """The budget of a recipe on a structure.
 
     length: sequence length or extents, for MACs. whole: what the exported model costs, needed
-    for keep.latency and keep.size. Raises UserError when not even the floors fit the budget.
+    for keep.latency and keep.size. drop: names of blocks that may be left out. Raises UserError when not even the floors fit the budget.
     """
 
     def __init__(
@@ -133,9 +144,10 @@ class Budget:
         round_ffn: int = 1,
         length: costs.Length = 128,
         whole: costs.Whole | None = None,
+        drop: frozenset[str] = frozenset(),
     ) -> None:
         self.structure = structure
-        self.widths = Widths(min_heads, min_ffn, round_ffn)
+        self.widths = Widths(min_heads, min_ffn, round_ffn, drop=drop)
         if whole is not None:
             self.widths = replace(self.widths, step=whole.step)
         if keep.heads is not None and keep.ffn is not None:
@@ -243,6 +255,8 @@ class Budget:
         kernels = f", kernels that take {step} channels at once" if step > 1 else ""
         rest = limit.constant / limit.total
         outside = f" ({rest:.2g} of it embeddings, norms and head, which are not pruned)" if rest >= 0.01 else ""
+        if widths.drop:
+            outside += ", though blocks may be left out: less would leave no block at all"
         raise UserError(
             f"prune.keep.{limit.name}: {limit.keep:g} cannot be reached: with min_heads {widths.min_heads}, min_ffn"
             f" {widths.min_ffn}, round_ffn {widths.round_ffn}{kernels} and the ignored layers at least"

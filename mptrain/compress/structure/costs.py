@@ -1,6 +1,6 @@
 """What a block costs when n of its units stay: parameters, multiply-adds (MACs), latency.
 
-With u units, T tokens and K keys that a token looks at:
+With u units, T tokens and K keys that a token looks at (and none at all for u = 0, but the constants of dropped.py):
 
     parameters   fixed (the bias of a sink) + u · (elements of every axis to a unit)
     MACs         u · (T · elements of sources and sinks to a unit, plus for heads 2 · T · K · columns of a sink)
@@ -93,7 +93,7 @@ def measure_extents(model: nn.Module, structure: Structure, example: Mapping[str
 
 
 def params(block: Block, units: int) -> int:
-    return block.fixed_params + units * block.unit_params
+    return block.fixed_params + units * block.unit_params if units else block.empty_params
 
 
 def macs(block: Block, units: int, length: Length) -> int:
@@ -112,7 +112,10 @@ def macs_of(block: Block, axis: Axis, length: Length) -> float:
 
 
 def latency(block: Block, units: int, table: LatencyTable) -> float:
-    """Seconds, interpolated; never less for more units, however the clock jittered."""
+    """Seconds, interpolated; never less for more units, however the clock jittered. Without a unit there is nothing to
+    compute."""
+    if not units:
+        return 0.0
     points = sorted((int(n), seconds) for n, seconds in table[kind(block)].items())
     seconds = np.maximum.accumulate([s for _, s in points])
     return float(np.interp(units, [n for n, _ in points], seconds))

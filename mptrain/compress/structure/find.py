@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from mptrain.compress.structure import fingerprint
+from mptrain.compress.structure import dropped, fingerprint
 from mptrain.compress.structure.blocks import Block, Refusal, Structure
 from mptrain.compress.structure.dataflow import finder
 from mptrain.compress.structure.scopes import resolve
@@ -44,6 +44,24 @@ def find_structure(
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     free = tuple(replace(block, prunable=_free(block, ignored)) for block in blocks)
     return Structure(name if given is None else type(model).__name__, free, tuple(refused))
+
+
+def droppable(
+    model: nn.Module, structure: Structure, example: Mapping[str, Tensor] | None = None
+) -> tuple[list[str], list[Refusal]]:
+    """Names of the blocks of `structure` that may be left out whole, proved, and of the other prunable ones why not.
+
+    model, example: of `find_structure`.
+    """
+    blocks, refused = [], []
+    for block in structure.prunable():
+        if reason := dropped.why_not(model, block):
+            refused.append(Refusal(block.name, reason))
+        else:
+            blocks.append(block)
+    faults = finder.faults_without(model, blocks, example) if blocks else {}
+    refused += [Refusal(name, fault) for name, fault in faults.items()]
+    return [block.name for block in blocks if block.name not in faults], refused
 
 
 def _by_dataflow(model: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[list[Block], list[Refusal]]:

@@ -6,7 +6,13 @@
      "attributes": {"bert.encoder.layer.0.attention.self": {"num_attention_heads": 3, "all_head_size": 96}, …}}
 
 `tensors` has the shape of each parameter and buffer that is smaller than the config builds it, `attributes` the
-integers of modules that count units. Version 1 named the units of each layer of a known family: version1.py.
+integers of modules that count units. Where blocks are left out whole (`units` 0) the version is 3, and
+
+     "modules": {"bert.encoder.layer.0.attention.self.query": {"kind": "zeros", "size": 32},
+                 "bert.encoder.layer.0.attention.output.dense": {"kind": "constant", "size": 384}, …}
+
+has what stands in the places of their layers (dropped.py). Version 1 named the units of each layer of a known family:
+version1.py.
 """
 
 from __future__ import annotations
@@ -17,11 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mptrain.compress.structure import attributes, version1
+from mptrain.compress.structure import attributes, dropped, version1
 from mptrain.compress.structure.blocks import Edit, Kept, Structure, short
 from mptrain.core.errors import ModelError
 
-VERSION = 2
+VERSION, WITH_MODULES = 2, 3
 KEY = "mptrain_structure"
 WHERE = f"config.json: {KEY}"
 
@@ -32,9 +38,12 @@ def of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def remember(model: nn.Module, structure: Structure, kept: Kept, names: Iterable[str], edits: Iterable[Edit]) -> None:
-    """Describe a model after a cut of the tensors `names` and `edits`; what an earlier cut changed stays named."""
+    """Describe a model after a cut of the tensors `names` and `edits`; what an earlier cut changed stays named, unless a
+    constant stands there now."""
     before = of(model) or {"blocks": {}, "tensors": {}, "attributes": {}}
-    blocks: dict[str, Any] = {
+    modules = dropped.described(model)
+    blocks: dict[str, Any] = {name: one for name, one in before["blocks"].items() if not one["units"]}
+    blocks |= {
         block.name: {
             "kind": block.kind,
             "units": kept.count(block),
@@ -43,15 +52,21 @@ def remember(model: nn.Module, structure: Structure, kept: Kept, names: Iterable
         for block in structure
     }
     tensors = {
-        name: list(attributes.tensor(model, name).shape) for name in {**before["tensors"], **dict.fromkeys(names)}
+        name: list(attributes.tensor(model, name).shape)
+        for name in {**before["tensors"], **dict.fromkeys(names)}
+        if name.rpartition(".")[0] not in modules
     }
     changed = {(module, name): None for module, names in before["attributes"].items() for name in names}
     changed |= {(edit.module, edit.attribute): None for edit in edits}
     found: dict[str, dict[str, Any]] = {}
     for module, name in changed:
+        if module in modules:
+            continue
         value = attributes.read(model.get_submodule(module), name)
         found.setdefault(module, {})[name] = value if isinstance(value, int) else list(value)
     description = {"version": VERSION, "blocks": blocks, "tensors": tensors, "attributes": found}
+    if modules:
+        description |= {"version": WITH_MODULES, "modules": modules}
     setattr(_holder(model), KEY, description)
 
 
@@ -63,12 +78,18 @@ def apply(model: nn.Module, data: Any) -> None:
     """
     if isinstance(data, Mapping) and data.get("version") == 1:
         data = version1.upgraded(model, data)
-    if not isinstance(data, Mapping) or data.get("version") != VERSION:
+    if not isinstance(data, Mapping) or data.get("version") not in (VERSION, WITH_MODULES):
         found = data.get("version") if isinstance(data, Mapping) else type(data).__name__
-        raise ModelError(f"{WHERE} must be an object of version {VERSION}, got {found!r}; load it with a newer mptrain")
-    for key in ("blocks", "tensors", "attributes"):
+        raise ModelError(
+            f"{WHERE} must be an object of version {VERSION} or {WITH_MODULES}, got {found!r}; load it with a newer"
+            " mptrain"
+        )
+    also = ("modules",) if data["version"] == WITH_MODULES else ()
+    for key in ("blocks", "tensors", "attributes", *also):
         if not isinstance(data.get(key), Mapping):
             raise ModelError(f"{WHERE}.{key} must be an object, got {short(data.get(key))}")
+    for key in also:
+        _replace(model, data[key])
     for name, shape in data["tensors"].items():
         try:
             old = attributes.tensor(model, name)
@@ -81,6 +102,15 @@ def apply(model: nn.Module, data: Any) -> None:
     for path, values in data["attributes"].items():
         _set(model, path, values)
     setattr(_holder(model), KEY, dict(data))
+
+
+def _replace(model: nn.Module, modules: Mapping[str, Any]) -> None:
+    """Constants take the places of Linears: nothing else can be put there."""
+    for name, one in modules.items():
+        try:
+            model.set_submodule(name, dropped.build(model.get_submodule(name), **one))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(f"{WHERE}.modules.{name} does not fit {type(model).__name__}: {error}") from None
 
 
 def _set(model: nn.Module, path: str, values: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.structure import attributes, saved
+from mptrain.compress.structure import attributes, dropped, saved
 from mptrain.compress.structure.blocks import Block, Edit, Kept, Structure
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import is_quantized
@@ -23,7 +23,7 @@ def slices_of(structure: Structure, kept: Kept) -> Slices:
     found: dict[str, dict[int, np.ndarray]] = {}
     for block in structure:
         for axis in block.axes if kept.cuts(block) else ():
-            stays, by_dim = axis.kept(kept.of(block)), found.setdefault(axis.parameter, {})
+            stays, by_dim = axis.kept(dropped.shapes(kept, block)), found.setdefault(axis.parameter, {})
             # blocks may own different columns of one parameter
             by_dim[axis.dim] = np.intersect1d(by_dim[axis.dim], stays) if axis.dim in by_dim else stays
     return {name: {dim: torch.from_numpy(stays) for dim, stays in by.items()} for name, by in found.items()}
@@ -33,19 +33,23 @@ def slices_of(structure: Structure, kept: Kept) -> Slices:
 def shrink(model: nn.Module, structure: Structure, kept: Kept) -> nn.Module:
     """Cut everything that is not kept, in place, and return the model.
 
-    Modules stay the same objects, cut parameters are new ones in every module that shares them.
+    Modules stay the same objects, cut parameters are new ones in every module that shares them; layers of blocks that
+    keep nothing are replaced by constants (dropped.py).
     `config.mptrain_structure` then says what shapes and attributes differ from what the config builds (saved.py).
     Shrinking a shrunk model again is fine.
-    Raises ModelError when `kept` does not fit, a cut weight is tied to another module, or the model carries NNCF
-    quantizers, whose per-channel ranges have the old shapes.
+    Raises ModelError when `kept` does not fit, a cut weight is tied to another module, a block cannot be left out, or
+    the model carries NNCF quantizers, whose per-channel ranges have the old shapes.
     """
     if is_quantized(model):
         raise ModelError("a quantized model cannot be shrunk: detach the quantizers first, then attach the sliced ones")
     slices = slices_of(structure, kept)
-    check_not_shared(model, [block for block in structure if kept.cuts(block)])
+    smaller, empty = ([b for b in structure if chosen(b)] for chosen in (kept.cuts, kept.drops))
+    check_not_shared(model, smaller)
+    dropped.check(model, empty)
     cut(model, slices)
-    edits = [(edit, block.units - kept.count(block)) for block in structure if kept.cuts(block) for edit in block.edits]
+    edits = [(edit, b.units - len(dropped.shapes(kept, b))) for b in smaller for edit in b.edits]
     edit(model, edits)
+    dropped.replace(model, empty)
     saved.remember(model, structure, kept, slices, [edit for edit, _ in edits])
     return model
 

@@ -15,7 +15,8 @@ a fixed width (nn.MultiheadAttention).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -50,8 +51,7 @@ def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
     Raises ModelError for a model that does not run on it.
     """
     with stand_in(model) as slots:
-        given = [examples.made_up(model)] if example is None or _is_empty(example) else examples.given(example)
-        inputs, flow, reads, results = _flow(model, slots, given)
+        inputs, flow, reads, results = _flow(model, slots, _inputs(model, example))
         groups = group(flow, _single(model, flow))
         refused = list(groups.lost)
         pairs = []
@@ -70,20 +70,42 @@ def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
         return _proved(bench, model, blocks, reads, refused)
 
 
+def faults_without(
+    model: nn.Module, blocks: Sequence[Block], example: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """By name, what is wrong when blocks are left out whole; those that are not named can all go together.
+
+    blocks: of `find`, or written down. Raises ModelError for a model that does not run on the example.
+    """
+    with stand_in(model) as slots:
+        inputs, results = _ran(model, _inputs(model, example), nullcontext)
+        bench = proof.Bench(model, slots, ways(model, slots, inputs, results))
+        if bench.fault_without(blocks) is None:
+            return {}
+        faults = {block.name: bench.fault_without([block]) for block in blocks}
+        right = [block for block in blocks if faults[block.name] is None]
+        if right and (fault := bench.fault_without(right)) is not None:
+            faults |= {block.name: f"it can go alone, but not with all others: {fault}" for block in right}
+        return {name: fault for name, fault in faults.items() if fault is not None}
+
+
+def _inputs(model: nn.Module, example: Mapping[str, Any] | None) -> list[examples.Inputs]:
+    return [examples.made_up(model)] if example is None or _is_empty(example) else examples.given(example)
+
+
 def _is_empty(example: Mapping[str, Any]) -> bool:
     """Whether it has shapes only, of a model without weights."""
     return any(isinstance(value, Tensor) and value.is_meta for value in example.values())
 
 
-def _flow(
-    model: nn.Module, slots: Slots, given: Sequence[examples.Inputs]
-) -> tuple[examples.Inputs, Flow, set[tuple[str, str]], Sequence[Tensor]]:
-    """The first of the inputs that the model takes; labels, the attributes that were read, and the outputs."""
+def _ran(
+    model: nn.Module, given: Sequence[examples.Inputs], noting: Callable[[], AbstractContextManager[Any]]
+) -> tuple[examples.Inputs, Sequence[Tensor]]:
+    """The first of the inputs that the model takes, and its outputs. noting: around each try."""
     for last, inputs in enumerate(given, 1 - len(given)):
-        reads, recorder = Reads(model), Recorder(model)
         try:
-            with reads, recorder:
-                results = run(model, inputs)
+            with noting():
+                return inputs, run(model, inputs)
         except Exception as error:
             if last < 0:
                 continue
@@ -91,7 +113,23 @@ def _flow(
                 f"{type(model).__name__} does not run on the example ({', '.join(inputs)}), so its blocks cannot be"
                 f" found: {type(error).__name__}: {error}"
             ) from error
-        break
+    raise AssertionError("there are inputs")
+
+
+def _flow(
+    model: nn.Module, slots: Slots, given: Sequence[examples.Inputs]
+) -> tuple[examples.Inputs, Flow, set[tuple[str, str]], Sequence[Tensor]]:
+    """The first of the inputs that the model takes; labels, the attributes that were read, and the outputs."""
+    noted: list[tuple[Reads, Recorder]] = []
+
+    @contextmanager
+    def noting() -> Iterator[None]:
+        noted.append((Reads(model), Recorder(model)))
+        with noted[-1][0], noted[-1][1]:
+            yield
+
+    inputs, results = _ran(model, given, noting)
+    reads, recorder = noted[-1]
     named = {name: slots.now(name) for name in slots.tensors}
     # a single number has no index that could leave
     floating = {name: t for name, t in named.items() if t.is_floating_point() and t.dim() and t.numel()}

@@ -5,7 +5,8 @@ masked, and not what it computed before.
     shrunk   the units' indices taken out of every axis, attributes edited
 
 on random values, and in every way of ways.py with another half. Both are made by hanging other tensors into the modules
-and taking them out again; no copy of the model is made.
+and taking them out again; no copy of the model is made. Of a block that is left out whole (dropped.py) the same is
+proved of none of its units.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mptrain.compress.structure import attributes
+from mptrain.compress.structure import attributes, dropped
 from mptrain.compress.structure.blocks import Block, Edit
 from mptrain.compress.structure.dataflow.stand_in import Slots
 from mptrain.compress.structure.dataflow.ways import Way
@@ -56,6 +57,24 @@ class Bench:
                 return f"{where}the smaller model does not run ({type(error).__name__}: {_first_line(error)})"
             if not same(found, expected, TOLERANCE):
                 return f"{where}the smaller model computes something else than the masked one"
+        return None
+
+    def fault_without(self, blocks: Sequence[Block]) -> str | None:
+        """What is wrong when all `blocks` are left out whole; None: nothing is."""
+        none = {block.name: [] for block in blocks}
+        seen = {block.name: dropped.least(block) for block in blocks}
+        for way in self._ways:
+            where = f"{way.name}, " if way.name else ""
+            with self._slots.swapped(self._masked(blocks, none)):
+                expected = way.run()
+            try:
+                small = self._slots.swapped(self._shrunk(blocks, seen))
+                with small, edited(self._model, blocks, seen), dropped.replaced(self._model, blocks):
+                    found = way.run()
+            except Exception as error:
+                return f"{where}the model does not run without it ({type(error).__name__}: {_first_line(error)})"
+            if not same(found, expected, TOLERANCE):
+                return f"{where}the model without it computes something else than with all of it masked"
         return None
 
     def _masked(self, blocks: Sequence[Block], kept: Mapping[str, list[int]]) -> dict[str, Tensor]:
