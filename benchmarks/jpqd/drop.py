@@ -1,12 +1,12 @@
-"""Whether it helps to let whole attentions and FFNs go (`prune: {method: curvature, drop: true}`): pruned at once, without
-training, to the same budgets with and without it.
+"""Whether it helps to let whole attentions and FFNs go (`prune: {method: curvature, drop: true}`): pruned at once,
+without training, to the same budgets with and without it.
 
     python -m benchmarks.jpqd.drop --json benchmarks/results/drop.json --dense FOLDER
 
-The dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) and its curvature on 1,024 training
-reviews are the same for all rows; a row is a budget, spent on heads and channels alone (`whole` False) or with whole
-blocks among what may go. Budgets: parameters of the encoder, and latency of the whole fp32 model in OpenVINO, batch 1,
-128 tokens, one thread, as `keep.latency` holds it. Scored are the torch models on the validation and the test split,
+The dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) and its curvature on 1,024
+training reviews are the same for all rows; a row is a budget, spent on heads and channels alone (`whole` False) or
+with whole blocks among what may go. Budgets: parameters of the encoder, and latency of the whole fp32 model in
+OpenVINO, batch 1, 128 tokens, one thread, as `keep.latency` holds it. Scored are the torch models on the validation and the test split,
 which pruning does not see; `ahead` is the accuracy with dropping less that without, paired. `share` is the time of the
 exported fp32 model against the dense one's, in alternating rounds.
 """
@@ -119,10 +119,11 @@ def table(result: dict[str, Any]) -> str:
     dense = result["dense"]
     lines = [
         "Dense: " + ", ".join(f"{100 * dense[s]['accuracy']:.1f}% on {dense[s]['n']:,} {s} reviews" for s in SPLITS)
-        + ". Pruned at once by curvature, without training; paired intervals, 95%; time of the fp32 file in OpenVINO.",
+        + ". Pruned at once by curvature, without training; paired intervals, 95%; time of the fp32 file in"
+        " OpenVINO.",
         "",
-        "| budget | whole blocks | encoder kept | of the time | predicted loss | left out | validation | ahead by | test |"
-        " ahead by |",
+        "| budget | whole blocks | encoder kept | of the time | predicted loss | left out | validation | ahead by |"
+        " test | ahead by |",
         "|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
     ]  # fmt: skip
     for r in result["rows"]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from mptrain.commands.advice import advice
 from mptrain.compress.quantize import quantizers
+from mptrain.compress.structure import saved
 from mptrain.compress.structure.blocks import Block
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError, UserError
@@ -180,13 +181,20 @@ def _structure(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
     try:
         found = find_structure(model, inputs.batches[0])
     except ModelError as error:
-        return {"family": None, "blocks": [], "refused": [], "error": str(error)}
+        return {"family": None, "blocks": [], "refused": [], "dropped": _dropped(model), "error": str(error)}
     return {
         "family": found.name,
         "blocks": [_block(block) for block in found],
         "refused": [asdict(refusal) for refusal in found.refused],
+        "dropped": _dropped(model),
         "error": None,
     }
+
+
+def _dropped(model: PreTrainedModel) -> list[str]:
+    """Names of the blocks that an earlier pruning left out whole."""
+    described = saved.of(model) or {"blocks": {}}
+    return [name for name, block in described["blocks"].items() if block.get("units") == 0]
 
 
 def _block(block: Block) -> dict[str, Any]:

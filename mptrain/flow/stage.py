@@ -181,14 +181,21 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
         device=context.peers.device,
         ranks=context.ranks,
         once=lambda name, make: _once(context, context.folder / phase.folder / f"{name}.json", make),
+        shared=lambda name, make: _kept(context.folder / "stages" / f"{name}.json", make),
     )
 
 
 def _once(context: Context, path: Path, make: Callable[[], Any]) -> Any:
     """Measured by one process and kept: a resumed run and every rank must see the same numbers."""
-    if context.peers.is_main_process and not path.is_file():
-        write_json(path, make())
+    if context.peers.is_main_process:
+        _kept(path, make)
     context.peers.wait_for_everyone()
+    return read_json(path)
+
+
+def _kept(path: Path, make: Callable[[], Any]) -> Any:
+    if not path.is_file():
+        write_json(path, make())
     return read_json(path)
 
 

@@ -2,9 +2,13 @@
 
     jpqd  ──►  jpqd-2x, from where jpqd starts  ──►  jpqd-3x, from jpqd-2x  ──►  jpqd-4x, from jpqd-3x
 
-Each has the whole of the stage's settings, its `train` too, which is the recovery of the point. Speed-ups count against
-where the family starts, so that misses do not add up. Exports of the stage are exports of all its points; a teacher
-`self` is where the family starts. From there on the recipe is one of ordinary stages.
+Each has the stage's settings. The first trains as long as the stage says; the others, of which each begins with a
+model that is trained already, `recovery` of that, the pruning's own schedule with it. Speed-ups count against where the
+family starts, so that misses do not add up. Exports of the stage are exports of all its points; a teacher `self` is
+where the family starts. From there on the recipe is one of ordinary stages.
+
+Curvature and other statistics are those of the model as it is at each point; the times of blocks are measured once in a
+run (compress/prune/measured.py).
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from typing import Any
 from mptrain.core.errors import RecipeError
 
 Lines = dict[tuple[str | int, ...], int]
+
+RECOVERY = 0.25
+"""of `train.epochs`, where `recovery` is not given"""
 
 
 def expanded(data: Any, source: str, lines: Lines) -> tuple[Any, Lines]:
@@ -54,18 +61,41 @@ def _stages(stage: dict[str, Any], before: str, source: str, members: dict[str, 
             f"{source}: stages.{name}.prune.keep.speedup: a family is ascending numbers above 1, each pruned from the"
             f" last, got {points}; write e.g. [2, 3, 4]."
         )
-    start = stage.get("from", before)
+    start, recovery = stage.get("from", before), _recovery(stage, source)
     found: list[dict[str, Any]] = []
     for point in points:
         one = copy.deepcopy(stage)
         one["id"] = f"{name}-{point:g}x"
         one["from"] = start if not found else found[-1]["id"]
         one["prune"]["keep"] = {**one["prune"]["keep"], "speedup": float(point), "against": start}
+        one["prune"]["keep"].pop("recovery", None)
+        if found:
+            _shorten(one, recovery)
         if one.get("teacher") == "self":
             one["teacher"] = start
         found.append(one)
     members[name] = [one["id"] for one in found]
     return found
+
+
+def _recovery(stage: dict[str, Any], source: str) -> float:
+    """Raises RecipeError for what is no share."""
+    value = stage["prune"]["keep"].get("recovery", RECOVERY)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RecipeError(
+            f"{source}: stages.{stage.get('id')}.prune.keep.recovery: the share of train.epochs that each point after"
+            f" the first trains is above 0 and at most 1, got {value!r}; default {RECOVERY}."
+        )
+    return value
+
+
+def _shorten(stage: dict[str, Any], share: float) -> None:
+    """Epochs of the training and of the pruning's warm-up; what is no number is said later."""
+    schedule = stage["prune"].get("schedule")
+    for settings, names in ((stage.get("train"), ("epochs",)), (schedule, ("start", "end"))):
+        for name in names if isinstance(settings, dict) else ():
+            if isinstance(settings.get(name), int | float) and not isinstance(settings[name], bool):
+                settings[name] = round(settings[name] * share, 6)
 
 
 def _exports(exports: Any, members: dict[str, list[str]]) -> Any:

@@ -43,6 +43,11 @@ class Keep(Strict):
         description="the same as a factor: 2 is latency 0.5. A list, such as [2, 3, 4], is a family: a stage `ID-2x`,"
         " `ID-3x`, … for each, one after the other, each from the last",
     )
+    recovery: Fraction | None = Field(
+        None,
+        description="of a family: what each point after the first trains, as a share of the stage's `train.epochs`;"
+        " default 0.25",
+    )
     size: Fraction | None = Field(None, description="of the bytes of the exported model, embeddings included")
     against: Name | None = Field(
         None,
@@ -62,6 +67,8 @@ class Keep(Strict):
             )
         if self.against is not None and self.of_export() is None:
             raise ValueError("against: is for latency, speedup and size; drop it")
+        if self.recovery is not None:
+            raise ValueError("recovery: is of a family, such as speedup: [2, 3, 4]; of one point give train.epochs")
         if isinstance(self.speedup, list):
             raise ValueError(f"speedup: {self.speedup} is a family of stages, which a recipe makes; give one number")
         return self
@@ -198,8 +205,8 @@ class Curvature(PruneConfig):
     )
     drop: bool | None = Field(
         None,
-        description="true: whole attentions and FFNs may go, where that costs least; what they gave on average stays as a"
-        " bias. Default: of each at least min_heads and min_ffn stay",
+        description="true: whole attentions and FFNs may go, where that costs least; what they gave on average stays as"
+        " a bias. Default: of each at least min_heads and min_ffn stay",
     )
 
     @model_validator(mode="after")
@@ -212,6 +219,9 @@ class Curvature(PruneConfig):
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"})
+
+    def words(self) -> str:
+        return f"{super().words()}, whole blocks too" if self.drop else super().words()
 
 
 PRUNE: dict[str, type[PruneConfig]] = {

@@ -17,6 +17,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.joint,
     pruning.order,
     pruning.one_shot,
+    pruning.dropped,
     pruning.seed_jpqd,
     pruning.latency_budget,
     lambda: ["## Training in half precision", ""],

@@ -80,6 +80,33 @@ def one_shot() -> list[str]:
     ]
 
 
+def dropped() -> list[str]:
+    found = load("drop.json")
+    lines = []
+    for r in found["rows"]:
+        whole = r["whole"]
+        cells = [f"{r['budget'].replace('_', ' ')} {r['asked']:g}", str(len(r["dropped"])) if whole else ""]
+        cells += [f"{100 * r['encoder']:.1f}%", f"{r['share']:.2f}"]
+        for split in ("validation", "test"):
+            cells += [f"{100 * r[split]['accuracy']:.1f}%", interval(r[split]["ahead"]) if whole else ""]
+        lines.append(cells)
+    dense = found["dense"]
+    heads = ["budget", "blocks left out", "encoder kept", "of the time", "validation", "ahead by", "test", "ahead by"]
+    return [
+        "## Whole blocks left out",
+        "",
+        "The same dense model and the same curvature, pruned at once to the same budgets with heads and channels alone,"
+        " and below it with `drop: true`, where whole attentions and FFNs may go too: how many went, and how far it is"
+        f" ahead, paired, in points. Dense: {100 * dense['validation']['accuracy']:.1f}% of"
+        f" {dense['validation']['n']:,} validation and {100 * dense['test']['accuracy']:.1f}% of"
+        f" {dense['test']['n']:,} test reviews. Time: of the fp32 file in OpenVINO against the dense one's, batch 1,"
+        f" 128 tokens, one thread ({link('drop.md')}, {where(found)}).",
+        "",
+        *table(heads, lines),
+        "",
+    ]
+
+
 def seed_jpqd() -> list[str]:
     found = load("seed_jpqd.json")
     dense = found["rows"][0]["dense"]

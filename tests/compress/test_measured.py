@@ -183,3 +183,35 @@ def test_a_call_that_waits_counts_what_it_computed(monkeypatch):
     monkeypatch.setattr("time.process_time", lambda: next(cpu))
     assert seconds(lambda: None) == 2.0  # one thread, which waited
     assert seconds(lambda: None) == 1.0  # four threads
+
+
+def test_blocks_alike_are_timed_once_in_a_run():
+    """By all stages of one target; not those of another, nor blocks with more units than were timed."""
+    kept: dict[str, str] = {}
+
+    def shared(name, make):
+        return json.loads(kept.setdefault(name, json.dumps(make())))
+
+    def whole(model, target):
+        structure = find_structure(model)
+        before = target.count
+        found = measured.measure(
+            model, structure, inputs("bert", batch=1), target, budget="latency", extents=9, widths=Widths(1, 1, 1),
+            shared=shared,
+        )  # fmt: skip
+        return found, target.count - before
+
+    dense, target = tiny("bert"), Clock()
+    first, exported = whole(dense, target)
+    assert exported > 2 and len(kept) == 1
+    less = method_class(CUT)(CUT)
+    smaller = less.finalize(less.prepare(tiny("bert"), Tools(example=lambda: inputs("bert", batch=1))), Tools())
+    second, exported = whole(smaller, target)
+    assert exported == 2 and second.table == first.table and len(kept) == 1  # as it is, and with the least
+    other = Clock()
+    other.words = "another clock"
+    assert whole(smaller, other)[1] > 2 and len(kept) == 2
+    assert whole(dense, other)[1] > 2  # the smaller one's blocks had too few units
+
+
+CUT = Magnitude(method="magnitude", keep=Keep(encoder_params=0.5), min_ffn=1, round_ffn=1)

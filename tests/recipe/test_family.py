@@ -9,6 +9,7 @@ from kit.bare import TRAIN
 from mptrain.core.errors import RecipeError
 from mptrain.flow.stage_inputs import inputs_of
 from mptrain.recipe import file
+from mptrain.recipe.family import RECOVERY
 from mptrain.recipe.plan import variants
 
 FAMILY = {
@@ -85,3 +86,29 @@ def test_against_is_an_earlier_stage():
         recipe({**FAMILY, "prune": {"method": "magnitude", "keep": keep}})
     with pytest.raises(RecipeError, match="against: is for latency, speedup and size"):
         recipe({**FAMILY, "prune": {"method": "magnitude", "keep": {"macs": 0.5, "against": "a"}}})
+
+
+def test_points_after_the_first_train_a_share_of_what_the_first_does():
+    warm = {"method": "fisher", "schedule": {"start": 0.5, "end": 1}, "keep": {"speedup": [2, 3, 4]}}
+    stage = {**FAMILY, "train": TRAIN | {"epochs": 2}, "prune": warm}
+    found = recipe(stage)
+    assert [one.train.epochs for one in found.stages[1:]] == [2, 2 * RECOVERY, 2 * RECOVERY]
+    ends = [(one.prune.schedule.start, one.prune.schedule.end) for one in found.stages[1:]]
+    assert ends == [(0.5, 1), (0.5 * RECOVERY, RECOVERY), (0.5 * RECOVERY, RECOVERY)]
+    warm["keep"]["recovery"] = 1
+    assert [one.train.epochs for one in recipe(stage).stages[1:]] == [2, 2, 2]
+    assert all(one.prune.keep.recovery is None for one in recipe(stage).stages[1:])
+    untrained = {"id": "p", "prune": {"method": "curvature", "keep": {"speedup": [2, 3], "recovery": 0.5}}}
+    assert [one.train for one in recipe(untrained).stages[1:]] == [None, None]
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "all", True, None])
+def test_a_recovery_that_is_no_share_is_refused(share):
+    keep = {"speedup": [2, 3], "recovery": share}
+    with pytest.raises(RecipeError, match=r"stages\.p\.prune\.keep\.recovery: the share of train\.epochs"):
+        recipe({**FAMILY, "prune": {"method": "magnitude", "keep": keep}})
+
+
+def test_a_single_point_has_no_recovery():
+    with pytest.raises(RecipeError, match=r"recovery: is of a family.*give train\.epochs"):
+        recipe({**FAMILY, "prune": {"method": "magnitude", "keep": {"speedup": 2.0, "recovery": 0.5}}})

@@ -30,8 +30,8 @@ from mptrain.compress.calibrate.ranks import ALONE, Ranks
 from mptrain.compress.prune.base import Pruner
 from mptrain.compress.prune.removal import Reader, Removal, refit, removal
 from mptrain.compress.structure.blocks import Block, Kept, Structure
-from mptrain.compress.structure.dropped import add_bias
 from mptrain.compress.structure.consumers import Consumer, consumers
+from mptrain.compress.structure.dropped import add_bias
 from mptrain.core.errors import ModelError
 from mptrain.core.progress import track
 from mptrain.core.signature import Batch
@@ -119,8 +119,8 @@ class CurvaturePruner(Pruner):
 
     @torch.no_grad()
     def refit(self, model: nn.Module, kept: Kept) -> None:
-        """The best weights on the units that stay; the bias, where there is one, takes up the mean of the others. That of
-        a block of which nothing stays is made, where there was none: it is all that the block then gives."""
+        """The best weights on the units that stay; the bias, where there is one, takes up the mean of the others. That
+        of a block of which nothing stays is made, where there was none: it is all that the block then gives."""
         for block in track([b for b in self.structure.prunable() if kept.cuts(b)], "refitting weights"):
             units = kept.of(block)
             for consumer, covariance, mean in self._moments[block.name]:
@@ -135,8 +135,8 @@ class CurvaturePruner(Pruner):
                 weight[:, columns] = new.to(weight.dtype)
 
     def facts(self) -> dict[str, Any]:
-        """tokens: real ones that the curvature was taken on. loss: the predicted rise, summed over the blocks. dropped: the
-        blocks of which nothing is left."""
+        """tokens: real ones that the curvature was taken on. loss: the predicted rise, summed over the blocks. dropped:
+        the blocks of which nothing is left."""
         counts = {b.name: self.kept().count(b) for b in self.structure.prunable()}
         loss = sum(float(r.loss[len(r.order) - counts[name]]) for name, r in self._removals.items())
         return {"tokens": self.tokens, "loss": loss, "dropped": [name for name, count in counts.items() if not count]}

@@ -13,6 +13,8 @@ The weights of what is exported are those at hand; neither time nor size depends
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -50,14 +52,34 @@ READ: dict[str, Callable[[Compiled, Compiled], float]] = {
 """by budget: what a model costs against the dense one"""
 
 
-def _timed_blocks(structure: Structure, extents: costs.Length, runtime: Runtime, widths: Widths) -> dict[str, Any]:
-    table, steps = measure_latency(structure, extents, runtime, round_ffn=widths.round_ffn)
-    return {"table": table, "steps": steps}
+Shared = Callable[[str, Callable[[], Any]], Any]
+"""shared(name, make): of `Tools`"""
 
 
-BLOCKS: dict[str, Callable[[Structure, costs.Length, Runtime, Widths], dict[str, Any]]] = {
+def _timed_blocks(
+    structure: Structure, extents: costs.Length, runtime: Runtime, widths: Widths, shared: Shared
+) -> dict[str, Any]:
+    """Of blocks alike that were timed before, with as many units or more, no time is taken again."""
+
+    def make() -> dict[str, Any]:
+        table, steps = measure_latency(structure, extents, runtime, round_ffn=widths.round_ffn)
+        return {"table": table, "steps": steps}
+
+    units: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {}
+    for block in structure:
+        name, one = costs.kind(block), costs.extent(extents, block)
+        units[name] = max(units.get(name, 0), block.units)
+        sizes[name] = [one.tokens, one.keys]
+    depends = json.dumps([runtime.words, widths.round_ffn, sizes], sort_keys=True)
+    found = shared(f"block-times-{hashlib.sha256(depends.encode()).hexdigest()[:16]}", make)
+    covers = all(max(map(int, found["table"][name])) >= most for name, most in units.items())
+    return found if covers else make()
+
+
+BLOCKS: dict[str, Callable[[Structure, costs.Length, Runtime, Widths, Shared], dict[str, Any]]] = {
     "latency": _timed_blocks,
-    "size": lambda structure, extents, runtime, widths: {},
+    "size": lambda structure, extents, runtime, widths, shared: {},
 }
 """by budget: what is measured of blocks alone"""
 
@@ -71,10 +93,11 @@ def measure(
     budget: str,
     extents: costs.Length,
     widths: Widths,
+    shared: Shared = lambda name, make: make(),
 ) -> costs.Whole:
     """What the model costs by what stays of its blocks. budget: "latency" or "size". extents: tokens, or of every
-    block. Raises UserError for blocks that cannot be timed."""
-    blocks = BLOCKS[budget](structure, extents, runtime, widths)
+    block. shared: of `Tools`. Raises UserError for blocks that cannot be timed."""
+    blocks = BLOCKS[budget](structure, extents, runtime, widths, shared)
     least = widths.least(structure)
     with Beside(model, structure, example, runtime, budget) as beside:
         part = beside.share(least)

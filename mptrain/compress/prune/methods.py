@@ -31,8 +31,8 @@ from mptrain.recipe.prune import Keep, PruneConfig
 log = logging.getLogger(__name__)
 
 DROP_QUANTIZED = (
-    "prune.drop: a model that carries quantizers cannot lose whole blocks, for these are counted by its operations: prune"
-    " first and quantize in a later stage (or with quantize.start: after_prune)"
+    "prune.drop: a model that carries quantizers cannot lose whole blocks, for these are counted by its operations:"
+    " prune first and quantize in a later stage (or with quantize.start: after_prune)"
 )
 
 
@@ -148,7 +148,14 @@ class Pruning(Method[PruneConfig]):
         def make() -> dict[str, Any]:
             widths = Widths(config.min_heads, config.min_ffn, config.round_ffn)
             found = measured.measure(
-                model, structure, tools.example(), tools.runtime(), budget=name, extents=extents, widths=widths
+                model,
+                structure,
+                tools.example(),
+                tools.runtime(),
+                budget=name,
+                extents=extents,
+                widths=widths,
+                shared=tools.shared,
             )
             return measured.as_json(found)
 

@@ -55,8 +55,8 @@ class _Choice:
 
 @dataclass(frozen=True)
 class Widths:
-    """How many units of a block may stay: floors, and what an FFN width is a multiple of. drop: names of the blocks that
-    may also be left out."""
+    """How many units of a block may stay: floors, and what an FFN width is a multiple of. drop: names of the blocks
+    that may also be left out."""
 
     min_heads: int = 1
     min_ffn: int = 1
@@ -131,7 +131,8 @@ class Budget:
     """The budget of a recipe on a structure.
 
     length: sequence length or extents, for MACs. whole: what the exported model costs, needed
-    for keep.latency and keep.size. drop: names of blocks that may be left out. Raises UserError when not even the floors fit the budget.
+    for keep.latency and keep.size. drop: names of blocks that may be left out. Raises UserError
+    when not even the floors fit the budget.
     """
 
     def __init__(

@@ -105,7 +105,13 @@ def build(module: nn.Module, kind: str, size: int) -> nn.Module:
     Raises ValueError for a size or kind that cannot stand there.
     """
     outputs = _outputs(module)
-    if outputs is None or kind not in KINDS or type(size) is not int or not 1 <= size <= outputs or (kind == "constant" and size != outputs):
+    if (
+        outputs is None
+        or kind not in KINDS
+        or type(size) is not int
+        or not 1 <= size <= outputs
+        or (kind == "constant" and size != outputs)
+    ):
         raise ValueError(f"{kind} of {size} cannot stand in the place of {type(module).__name__} of {outputs}")
     return Zeros(size) if kind == "zeros" else Constant(nn.Parameter(_bias(module)))
 

@@ -38,8 +38,8 @@ def of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def remember(model: nn.Module, structure: Structure, kept: Kept, names: Iterable[str], edits: Iterable[Edit]) -> None:
-    """Describe a model after a cut of the tensors `names` and `edits`; what an earlier cut changed stays named, unless a
-    constant stands there now."""
+    """Describe a model after a cut of the tensors `names` and `edits`; what an earlier cut changed stays named, unless
+    a constant stands there now."""
     before = of(model) or {"blocks": {}, "tensors": {}, "attributes": {}}
     modules = dropped.described(model)
     blocks: dict[str, Any] = {name: one for name, one in before["blocks"].items() if not one["units"]}

@@ -48,9 +48,11 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
 
 
 def structure(found: dict[str, Any]) -> list[RenderableType]:
-    """Blocks that can be cut, alike ones of numbered layers in one row; what cannot, with the reason."""
+    """Blocks that can be cut, alike ones of numbered layers in one row; what cannot, with the reason; what is gone."""
+    gone = fold(found.get("dropped", []))  # not in facts of before
+    said: list[RenderableType] = [line("–", f"Left out whole by an earlier pruning: {', '.join(gone)}")] if gone else []
     if found["error"] is not None:
-        return [line("!", found["error"], "yellow")]
+        return [*said, line("!", found["error"], "yellow")]
     alike: dict[tuple[Any, ...], list[str]] = {}
     for block in found["blocks"]:
         roles = (_owners(block, "source"), _owners(block, "sink"), _owners(block, "side"))
@@ -81,6 +83,7 @@ def structure(found: dict[str, Any]) -> list[RenderableType]:
     for one in found["refused"]:
         whys.setdefault(one["reason"], []).append(one["what"])
     left = [[Cell(what), Cell(reason)] for reason, names in whys.items() for what in fold(names)]
+    parts += said
     return [*parts, draw(Table("What stays whole", ["What", "Because"], left, text_columns=2))] if left else parts
 
 

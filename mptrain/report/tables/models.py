@@ -15,6 +15,9 @@ def structure(report: Row) -> Table | None:
     if not layers:
         return None
     note = f"Stage {facts['stage']}, family {facts['family']}. Removed physically: the exported model is dense."
+    gone = [block["name"] for block in blocks if not block["kept"]]
+    if gone:
+        note += f" Left out whole, a constant stands for each: {', '.join(words.fold(gone))}."
     several = len({(block["layer"], block["kind"] == "heads") for block in blocks}) < len(blocks)
     if several:
         return Table("Structure kept", ["Block", "Kind", "Units", "Parameters"], _blocks(blocks), note, text_columns=2)
