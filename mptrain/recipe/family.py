@@ -93,7 +93,9 @@ def _shorten(stage: dict[str, Any], share: float) -> None:
     """Epochs of the training and of the pruning's warm-up; what is no number is said later."""
     schedule = stage["prune"].get("schedule")
     for settings, names in ((stage.get("train"), ("epochs",)), (schedule, ("start", "end"))):
-        for name in names if isinstance(settings, dict) else ():
+        if not isinstance(settings, dict):
+            continue
+        for name in names:
             if isinstance(settings.get(name), int | float) and not isinstance(settings[name], bool):
                 settings[name] = round(settings[name] * share, 6)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from mptrain.compress.weights import palettize, records, weight_only
 from mptrain.compress.weights.coverage import coverage
 from mptrain.compress.weights.grid import AUTO
 from mptrain.compress.weights.layers import CONVOLUTIONS, LINEAR
-from mptrain.compress.weights.records import Palettized
+from mptrain.compress.weights.records import BlockQuantized, Palettized
 from mptrain.compress.weights.rounded_training import RoundedTrainer
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.compress.weights.times import predicted_seconds
@@ -75,7 +75,8 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
             found = records.distinct(records.of(model))
             records.forget(model)
             self._stored = {name: found.pop(name) for name in self._tables(model)}
-            self._trainer = RoundedTrainer(found, dense, self.config.finetune)
+            integers = cast(dict[str, BlockQuantized], found)  # no table is left where this method rounds
+            self._trainer = RoundedTrainer(integers, dense, self.config.finetune)
             self._trainer.prepare(model)
         return model
 

@@ -50,7 +50,9 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
 def structure(found: dict[str, Any]) -> list[RenderableType]:
     """Blocks that can be cut, alike ones of numbered layers in one row; what cannot, with the reason; what is gone."""
     gone = fold(found.get("dropped", []))  # not in facts of before
-    said: list[RenderableType] = [line("–", f"Left out whole by an earlier pruning: {', '.join(gone)}")] if gone else []
+    said: list[RenderableType] = []
+    if gone:
+        said.append(line("–", f"Left out whole by an earlier pruning: {', '.join(gone)}", "dim"))
     if found["error"] is not None:
         return [*said, line("!", found["error"], "yellow")]
     alike: dict[tuple[Any, ...], list[str]] = {}

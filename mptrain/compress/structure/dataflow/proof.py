@@ -61,7 +61,7 @@ class Bench:
 
     def fault_without(self, blocks: Sequence[Block]) -> str | None:
         """What is wrong when all `blocks` are left out whole; None: nothing is."""
-        none = {block.name: [] for block in blocks}
+        none: dict[str, list[int]] = {block.name: [] for block in blocks}
         seen = {block.name: dropped.least(block) for block in blocks}
         for way in self._ways:
             where = f"{way.name}, " if way.name else ""
