@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mptrain.recipe.adapters import Lora
 from mptrain.recipe.method import MethodConfig
 from mptrain.recipe.prune import Curvature, Fisher, Magnitude, Movement
+from mptrain.recipe.tables import Palettize
 from mptrain.recipe.vocabulary import Vocabulary
-from mptrain.recipe.weights import Palettize, Ptq, Qat, WeightOnly
+from mptrain.recipe.weights import Ptq, Qat, WeightOnly
 
 if TYPE_CHECKING:
     from torch import nn

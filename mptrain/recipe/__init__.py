@@ -15,17 +15,9 @@ from mptrain.recipe.precision import LossScale, MixedPrecision, ShortPrecision
 from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, PruneConfig, Schedule
 from mptrain.recipe.recipe import Evaluate, Gates, Generation, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import METHODS, Distill, Stage
+from mptrain.recipe.tables import Palettize, PalettizeConfig, TableTraining
 from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
-from mptrain.recipe.weights import (
-    Palettize,
-    PalettizeConfig,
-    Ptq,
-    Qat,
-    QuantizeConfig,
-    RoundedTraining,
-    TableTraining,
-    WeightOnly,
-)
+from mptrain.recipe.weights import Ptq, Qat, QuantizeConfig, RoundedTraining, WeightOnly
 
 __all__ = [
     "EXPORTS",

@@ -12,8 +12,9 @@ from mptrain.recipe.base import Name, PathText, Strict
 from mptrain.recipe.data import Train
 from mptrain.recipe.method import MethodConfig, Weights
 from mptrain.recipe.prune import PRUNE, Prune
+from mptrain.recipe.tables import PALETTIZE, PaletteChoice
 from mptrain.recipe.vocabulary import Vocabulary
-from mptrain.recipe.weights import PALETTIZE, QUANTIZE, PaletteChoice, Quantize
+from mptrain.recipe.weights import QUANTIZE, Quantize
 
 
 class Distill(Strict):

@@ -18,7 +18,8 @@ from mptrain.compress.weights.records import BlockQuantized, Palettized
 from mptrain.compress.weights.rounded_training import RoundedTrainer
 from mptrain.compress.weights.table_training import TableTrainer
 from mptrain.compress.weights.times import predicted_seconds
-from mptrain.recipe.weights import Palettize, WeightOnly
+from mptrain.recipe.tables import Palettize
+from mptrain.recipe.weights import WeightOnly
 
 
 class _Recording(Method[Config], Generic[Config]):
