@@ -1,22 +1,27 @@
 """One whole optimizer step on GPT-2, half gradients to half weights, ours against the peers.
 
     .venv-bench/bin/python -m benchmarks.precision.step --json benchmarks/results/step.json
-    … --rows ours_split ours_int8 bitsandbytes_8bit --json benchmarks/results/step_int8.json
+    … --rows ours_split ours_int8 bitsandbytes_8bit torchao_8bit torchao_8bit_eager --rounds 5 \
+        --json benchmarks/results/step_int8.json
 
 Every row does the same work: are all gradients finite, their norm, unscale and clip to norm 1, AdamW on
 fp32 weights, half weights. (torchao's optimizer has no fp32 weights: it rounds bf16 stochastically.)
 ratio: time over one in-place pass that moves 30 bytes per parameter (15 read, 15 written), and for optimizers whose
 moments have 8 bits 14 bytes: what an update reads and writes of a bf16 weight, its remainder, gradient and moments.
 Their peers train bf16 weights with no fp32 ones; torchao rounds them stochastically, bitsandbytes to the nearest.
+torchao compiles its step for every shape of a parameter; `eager` is the same without torch.compile. first_s: wall
+seconds of the first step, in which that happens.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +124,16 @@ def torchao_8bit(dtype: str) -> Case:
     return half_weights(dtype, lambda weights: AdamW8bit(weights, **SETTINGS, bf16_stochastic_round=True))
 
 
+def torchao_8bit_eager(dtype: str) -> Case:
+    step, before = torchao_8bit(dtype)
+
+    def eager() -> None:
+        with mock.patch.object(torch, "compile", lambda function, **options: function):
+            step()
+
+    return eager, before
+
+
 def bitsandbytes_8bit(dtype: str) -> Case:
     from bitsandbytes.optim import AdamW8bit
 
@@ -154,9 +169,10 @@ ROWS: dict[str, tuple[tuple[str, ...], Callable[[str], Case]]] = {
     "deepspeed_cpu_adam": (("fp16", "bf16"), deepspeed_cpu_adam),
     "torchao_bf16_stochastic_round": (("bf16",), torchao_stochastic_rounding),
     "torchao_8bit": (("bf16",), torchao_8bit),
+    "torchao_8bit_eager": (("bf16",), torchao_8bit_eager),
     "bitsandbytes_8bit": (("bf16",), bitsandbytes_8bit),
 }
-EIGHT = ("ours_int8", "bitsandbytes_8bit", "torchao_8bit")
+EIGHT = ("ours_int8", "bitsandbytes_8bit", "torchao_8bit", "torchao_8bit_eager")
 """rows whose moments have 8 bits, compared with a pass of 14 bytes a parameter; the others with one of 30"""
 
 
@@ -182,8 +198,13 @@ def main() -> None:
             work, before = build(dtype)
             size = 14 if name in EIGHT else 30
             stream = streams[size]
+            if before is not None:
+                before()
+            begun = time.perf_counter()
+            work()
+            first = time.perf_counter() - begun
             rows.append(compare(f"gpt2/{dtype}/{name}", work, lambda s=stream: s.mul_(1.0000001), rounds, before))
-            rows[-1] |= {"elements": elements, "stream": size}
+            rows[-1] |= {"elements": elements, "stream": size, "first_s": first}
             del work, before
     ratio = {r["name"]: r["ratio"] for r in rows}
 
@@ -210,6 +231,8 @@ def main() -> None:
             ),
         ]
     columns = {"name": "row", "ratio": "× one pass", "stream": "of bytes a parameter", "ms": "ms"}
+    if set(options.rows) & set(EIGHT):
+        columns["first_s"] = "first step, s"
     write(options.json, rows, bars, markdown(rows, columns))
 
 

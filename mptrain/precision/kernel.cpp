@@ -145,7 +145,16 @@ Half narrow(Vec x, F16) {
 
 #endif
 
-Vec widen(Half x, BF16) { return (Vec)(__builtin_convertvector(x, Bits) << 16); }
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__)
+// GCC takes five instructions for what is one.
+Bits wide(Half x) { return (Bits)_mm256_cvtepu16_epi32((__m128i)x); }
+Bits wide(Low x) { return (Bits)_mm256_cvtepi16_epi32((__m128i)x); }
+#else
+Bits wide(Half x) { return __builtin_convertvector(x, Bits); }
+Bits wide(Low x) { return (Bits)__builtin_convertvector(x, Signed); }
+#endif
+
+Vec widen(Half x, BF16) { return (Vec)(wide(x) << 16); }
 
 Half narrow(Vec x, BF16) {
   const Bits u = (Bits)x;
@@ -155,7 +164,7 @@ Half narrow(Vec x, BF16) {
 }
 
 Vec join(Half high, Low low) {
-  return (Vec)((__builtin_convertvector(high, Bits) << 16) + (Bits)__builtin_convertvector(low, Signed));
+  return (Vec)((wide(high) << 16) + wide(low));
 }
 
 void split(Vec x, Half& high, Low& low) {
@@ -427,6 +436,10 @@ struct Pending {
   uint32_t first_exponent, second_exponent;
 };
 
+// What a step with codes costs is its instructions: in AVX2 93 for eight parameters, or 4.9 cycles a parameter on a Zen 3
+// whose cores are all busy, and one pass over the 14 bytes 1.5. Of the cycles rounding takes 1.1, root and division 0.7,
+// the codes of m 0.5, what is largest in a block 0.5 (found by leaving them out).
+
 // The step of one block. threshold: of m for its first elements, those of a first vector of a pair; apart: how much
 // larger that of sqrt(v) is.
 template <class G>
@@ -451,7 +464,7 @@ __attribute__((noinline)) void step_block(const Adam& rule, const typename G::St
       const Vec stepped = rule.step(p, g, m, s);
       const Bits at = threshold + k * 4 * ALONG;
       top1 = larger(top1, ((Bits)m & ~SIGN) + (at >> (32 - DROPPED1)));
-      const Bits root = ((Bits)s & ~SIGN) + ((at + apart) >> (32 - DROPPED2));  // of 0: below the first code
+      const Bits root = (Bits)s + ((at + apart) >> (32 - DROPPED2));  // of 0: below the first code
       top2 = larger(top2, root);
       out.m[j + k] = m;
       out.s[j + k] = root;

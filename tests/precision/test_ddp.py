@@ -1,6 +1,7 @@
 """DDP over gloo with 2 and 4 processes: sums in fp32, one decision for all ranks, no hang."""
 
 import contextlib
+import copy
 from datetime import timedelta
 
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.core.errors import TrainingError, UserError
-from mptrain.precision import LossScale, MasterWeights
+from mptrain.precision import LossScale, MasterWeights, moments8
 
-MODES = [("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "split")]
+CODED = "split, moments of 8 bits"
+MODES = [("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "split"), ("bf16", CODED)]
 MICRO = 4  # micro-steps of one optimizer step, over all ranks
 STEPS = 5
 
@@ -37,6 +39,8 @@ def loss_of(model, i):
 
 def build(dtype, master, wrap=True, attach=True, bucket_view=False, seed=0, **options):
     model = Net(seed)
+    if master == CODED:
+        master, options["moments"] = "split", "int8"
     mw = MasterWeights(model, torch.optim.AdamW(model.parameters(), lr=1e-2), dtype, master, **options)
     if not wrap:
         return model, mw
@@ -55,9 +59,9 @@ def same(a, b):
     return all(torch.equal(a[n], b[n]) for n in a)
 
 
-def train(model, mw, micro_steps, rank, ranks):
+def train(model, mw, micro_steps, rank, ranks, steps=range(STEPS)):
     """Optimizer steps of MICRO micro-batches, dealt out to the ranks; the mean over all is the step's loss."""
-    for i in range(STEPS):
+    for i in steps:
         own = range(MICRO * i + rank, MICRO * (i + 1), ranks)
         assert len(own) == micro_steps
         for j in own:
@@ -76,6 +80,30 @@ def equal_to_one_rank(rank, ranks):
             out[dtype, master, keep] = masters(mw)
             assert not mw.state.get(mw.masters.by_name["unused.weight"][1].master)
     return out
+
+
+def codes(mw):
+    return {
+        (i, name): state[name] for i, state in mw.optimizer.state_dict()["state"].items() for name in moments8.BUFFERS
+    }
+
+
+def resumed_with_codes(rank, ranks):
+    """What rank 0 saves goes on as if nothing had happened; (the state, where training ended) for one process."""
+    ddp, mw = build("bf16", CODED)
+    train(ddp, mw, MICRO // ranks, rank, ranks, range(3))
+    saved = [copy.deepcopy(mw.state_dict()) if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    again, other = build("bf16", CODED, seed=rank + 1)
+    other.load_state_dict(copy.deepcopy(saved[0]))
+    for model, wrapped in ((ddp, mw), (again, other)):
+        train(model, wrapped, MICRO // ranks, rank, ranks, range(3, STEPS))
+    assert same(masters(mw), masters(other)) and same(codes(mw), codes(other))
+    everyone = [None] * ranks
+    dist.all_gather_object(everyone, codes(mw))
+    assert all(same(codes(mw), found) for found in everyone)
+    assert {tensor.dtype for tensor in codes(mw).values()} == {torch.int8, torch.uint8}
+    return saved[0], masters(mw)
 
 
 def plain_ddp_keeps_ranks_equal(rank, ranks):
@@ -186,6 +214,7 @@ def worker(rank, ranks, folder):
         check(rank, ranks)
         dist.barrier()
     torch.save(equal_to_one_rank(rank, ranks), f"{folder}/masters-{rank}.pt")
+    torch.save(resumed_with_codes(rank, ranks), f"{folder}/resumed-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -208,3 +237,9 @@ def test_ranks(ranks, one_rank, tmp_path):
         for mode, actual in torch.load(tmp_path / f"masters-{rank}.pt", weights_only=True).items():
             for name, expected in one_rank[mode].items():
                 torch.testing.assert_close(actual[name], expected, rtol=1e-5, atol=1e-6)
+    state, ended = torch.load(tmp_path / "resumed-0.pt", weights_only=True)
+    model, mw = build("bf16", CODED, wrap=False, seed=7)
+    mw.load_state_dict(state)
+    train(model, mw, MICRO, 0, 1, range(3, STEPS))
+    for name, found in masters(mw).items():
+        torch.testing.assert_close(found, ended[name], rtol=1e-5, atol=1e-6)
