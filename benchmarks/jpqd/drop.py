@@ -6,9 +6,9 @@ without training, to the same budgets with and without it.
 The dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) and its curvature on 1,024
 training reviews are the same for all rows; a row is a budget, spent on heads and channels alone (`whole` False) or
 with whole blocks among what may go. Budgets: parameters of the encoder, and latency of the whole fp32 model in
-OpenVINO, batch 1, 128 tokens, one thread, as `keep.latency` holds it. Scored: the torch models on validation and test,
-which pruning does not see; `ahead` is the accuracy with dropping less that without, paired. `share` is the time of the
-exported fp32 model against the dense one's, in alternating rounds.
+OpenVINO, batch 1, 128 tokens, one thread, as `keep.latency` holds it. Scored are the torch models on the validation and
+the test split, which pruning does not see; `ahead` is the accuracy with dropping less that without, paired. `share` is
+the time of the exported fp32 model against the dense one's, in alternating rounds.
 """
 
 from __future__ import annotations

@@ -91,11 +91,10 @@ def _recovery(stage: dict[str, Any], source: str) -> float:
 
 def _shorten(stage: dict[str, Any], share: float) -> None:
     """Epochs of the training and of the pruning's warm-up; what is no number is said later."""
-    schedule = stage["prune"].get("schedule")
-    for settings, names in ((stage.get("train"), ("epochs",)), (schedule, ("start", "end"))):
-        if not isinstance(settings, dict):
-            continue
-        for name in names:
+    parts: list[tuple[Any, tuple[str, ...]]] = [(stage.get("train"), ("epochs",))]
+    parts.append((stage["prune"].get("schedule"), ("start", "end")))
+    for settings, names in parts:
+        for name in names if isinstance(settings, dict) else ():
             if isinstance(settings.get(name), int | float) and not isinstance(settings[name], bool):
                 settings[name] = round(settings[name] * share, 6)
 

@@ -223,10 +223,10 @@ def test_a_recipe_gives_the_data(overflowing, tmp_path):
     assert facts["export"] is None and facts["training"] == {} and facts["speed"]["rows"] == []
 
 
-def test_a_pruned_and_quantized_model_of_a_run(tmp_path):
+def test_a_pruned_and_quantized_model_of_a_run(tmp_path, capsys):
     model = tiny_models.tiny("bert")
     structure = find_structure(model)
-    shrink(model, structure, keep(structure, {0: [1]}, {1: list(range(0, 48, 2))}))
+    shrink(model, structure, keep(structure, {0: [1]}, {0: [], 1: list(range(0, 48, 2))}))
     pruned = sum(p.numel() for p in model.parameters())
     mptrain.save(quantizers.quantize(model, Ptq(mode="ptq"), [tiny_models.inputs("bert")]), tmp_path / "model")
     out = tmp_path / "facts.json"
@@ -235,6 +235,8 @@ def test_a_pruned_and_quantized_model_of_a_run(tmp_path):
     facts = json.loads(out.read_text())
     assert facts["parameters"] == pruned and facts["memory"][0]["parameters"] == pruned
     assert facts["training"]["fp16"]["after"]["right"] and facts["export"]["after"]["right"]
+    assert facts["structure"]["dropped"] == ["bert.encoder.layer.0.ffn"]
+    assert "Left out whole by an earlier pruning: bert.encoder.layer.0.ffn" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_can_be_cut_and_what_stays_whole(tmp_path, capsys):

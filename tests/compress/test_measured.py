@@ -190,7 +190,9 @@ def test_blocks_alike_are_timed_once_in_a_run():
     kept: dict[str, str] = {}
 
     def shared(name, make):
-        return json.loads(kept.setdefault(name, json.dumps(make())))
+        if name not in kept:
+            kept[name] = json.dumps(make())
+        return json.loads(kept[name])
 
     def whole(model, target):
         structure = find_structure(model)

@@ -127,7 +127,6 @@ def test_shared_weights_are_refused():
 @pytest.mark.parametrize(
     ("block", "units"),
     [
-        ("bert.encoder.layer.0.attention", []),
         ("bert.encoder.layer.0.attention", [4]),
         ("bert.encoder.layer.0.attention", [-1]),
         ("bert.encoder.layer.0.attention", [1, 0]),

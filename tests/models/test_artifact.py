@@ -363,6 +363,7 @@ def edit(path, change):
         lambda c: c.update(mptrain_structure=None),
         lambda c: c.update(mptrain_structure="x"),
         lambda c: c["mptrain_structure"].update(version=3),
+        lambda c: c["mptrain_structure"].update(version=4),
         lambda c: c["mptrain_structure"].pop("tensors"),
         lambda c: c["mptrain_structure"]["tensors"].pop(QUERY),
         lambda c: c["mptrain_structure"]["tensors"].update({QUERY: [16, 32]}),

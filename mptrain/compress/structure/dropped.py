@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +138,10 @@ def shapes(kept: Kept, block: Block) -> list[int]:
 
 def add_bias(module: nn.Module) -> Tensor:
     """The bias of a Linear or Conv1D, zeros where it had none."""
-    bias = getattr(module, "bias", None)
+    bias: Any = getattr(module, "bias", None)
     if bias is None:
         bias = module.bias = nn.Parameter(_bias(module))
-    return cast(Tensor, bias)
+    return bias
 
 
 def _replacements(model: nn.Module, blocks: Iterable[Block]) -> dict[str, nn.Module]:

@@ -50,9 +50,8 @@ def inspection(facts: dict[str, Any]) -> RenderableType:
 def structure(found: dict[str, Any]) -> list[RenderableType]:
     """Blocks that can be cut, alike ones of numbered layers in one row; what cannot, with the reason; what is gone."""
     gone = fold(found.get("dropped", []))  # not in facts of before
-    said: list[RenderableType] = []
-    if gone:
-        said.append(line("–", f"Left out whole by an earlier pruning: {', '.join(gone)}", "dim"))
+    text = f"Left out whole by an earlier pruning: {', '.join(gone)}"
+    said: list[RenderableType] = [line("–", text, "dim")] if gone else []
     if found["error"] is not None:
         return [*said, line("!", found["error"], "yellow")]
     alike: dict[tuple[Any, ...], list[str]] = {}
