@@ -93,8 +93,8 @@ def eight_bits() -> list[str]:
         "bf16_split": "`bf16-split`",
         "bf16_split_int8": "`bf16-split-int8`",
         "bf16_split_int8_other": "`bf16-split-int8`, rounded otherwise",
-        "bitsandbytes_fp32_8bit": "bitsandbytes, AdamW8bit, fp32 weights",
-        "torchao_fp32_8bit": "torchao, AdamW8bit, fp32 weights",
+        "bitsandbytes_fp32_8bit": "bitsandbytes, AdamW8bit, fp32 weights, small tensors too",
+        "torchao_fp32_8bit": "torchao, AdamW8bit, fp32 weights, small tensors too",
     }
     for row in found["rows"]:
         name, steps, kind = row["name"].split("/")
