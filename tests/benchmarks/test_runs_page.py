@@ -10,7 +10,7 @@ from scripts.results import runs
 
 def report(**quantize):
     recipe = file.read("jpqd-bert", []).recipe.model_dump(mode="json")
-    recipe["stages"][1]["quantize"] |= quantize
+    recipe["stages"][-1]["quantize"] |= quantize
     return {"name": "jpqd-bert", "recipe": recipe}
 
 
@@ -25,6 +25,6 @@ def test_settings_that_the_recipe_does_not_have_are_said():
 
 def test_settings_that_say_nothing_there_are_not():
     without = copy.deepcopy(report(start="joint"))
-    without["recipe"]["stages"][1]["prune"] = None
+    without["recipe"]["stages"][-1]["prune"] = None
     assert runs.otherwise(without) == []
     assert runs.otherwise(report(start="joint") | {"name": "a recipe of my own"}) == []

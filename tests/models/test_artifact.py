@@ -223,6 +223,7 @@ def test_remote_code_stands_alone(tmp_path):
     assert "@" not in code.replace("@classmethod", "")
     assert [line for line in code.splitlines() if line.startswith(("import", "from"))] == [
         "import os",
+        "import torch",
         "from torch import nn",
         "from transformers import BertForSequenceClassification as Base",
     ]

@@ -40,6 +40,8 @@ class _Recording(Method[Config], Generic[Config]):
 
 
 class WeightOnlyQuantization(_Recording[WeightOnly]):
+    _trainer: RoundedTrainer | None = None
+
     @classmethod
     def check(cls, config: WeightOnly, skeleton: nn.Module, site: Site) -> None:
         names = [name for name, _ in skeleton.named_modules()]
@@ -68,7 +70,6 @@ class WeightOnlyQuantization(_Recording[WeightOnly]):
         return [] if self.config.finetune is None else [model.get_parameter(name) for name in self._tables(model)]
 
     def prepare(self, model: nn.Module, tools: Tools) -> nn.Module:
-        self._trainer: RoundedTrainer | None = None
         if self.config.finetune is not None and tools.steps:
             names = weight_only.choices(model, self.config)
             dense = {name: model.get_parameter(name).detach().clone() for name in names}
