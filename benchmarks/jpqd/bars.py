@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.jpqd.family import SPEEDUPS
 from mptrain.core.disk import write_json
+from mptrain.recipe.family import RECOVERY
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SETTING = "b1_s128_t1"
@@ -69,6 +71,18 @@ def budgets() -> Iterator[Row]:
             yield at_most(f"latency of {asked:g} asked for in {precision}, missed by", value, 0.05, source)
 
 
+def family() -> Iterator[Row]:
+    """Of the default recovery."""
+    source = "family.json"
+    row = next((row for row in load(source).get("rows", []) if row["recovery"] == RECOVERY), {})
+    points = row.get("points", [])
+    many = len(points) or len(SPEEDUPS)
+    yield at_most(f"a family of {many} speed-ups: CPU time of that of as many runs", row.get("ratio"), 0.5, source)
+    value, low, high = min((p["ahead"] for p in points), default=(None, None, None))
+    name = "a family: accuracy of its points against runs of their own, the worst"
+    yield at_least(name, value, -0.01, source, (low, high))
+
+
 def runs() -> Iterator[Row]:
     for recipe, size, speed, drop in (
         ("jpqd-bert", 11.0, 6.0, 0.01),
@@ -106,7 +120,7 @@ def seed() -> Iterator[Row]:
 
 
 def bars() -> dict[str, Any]:
-    return {"rows": [*one_shot(), *budgets(), *runs(), *seed()]}
+    return {"rows": [*one_shot(), *budgets(), *family(), *runs(), *seed()]}
 
 
 def main() -> int:

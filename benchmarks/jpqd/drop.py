@@ -126,15 +126,21 @@ def table(result: dict[str, Any]) -> str:
         " test | ahead by |",
         "|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
     ]  # fmt: skip
-    for r in result["rows"]:
+    for r, before in zip(result["rows"], [None, *result["rows"]]):
         cells = [f"{r['budget']} {r['asked']:g}", "may go" if r["whole"] else "", f"{100 * r['encoder']:.1f}%"]
         cells += [f"{r['share']:.3f}", f"{r['loss']:.4g}", ", ".join(map(short, r["dropped"]))]
         for split in SPLITS:
             ahead = [100 * x for x in r[split].get("ahead", [])]
             cells.append(f"{100 * r[split]['accuracy']:.1f}%")
             cells.append(f"{ahead[0]:+.1f} ({ahead[1]:+.1f} … {ahead[2]:+.1f})" if ahead else "")
+            cells[-1] = "the same model" if before is not None and same(r, before) else cells[-1]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def same(row: dict[str, Any], without: dict[str, Any]) -> bool:
+    """Whether a row with whole blocks among what may go keeps the same units as the one before it, without."""
+    return row["whole"] and row["counts"] == without["counts"]
 
 
 def short(block: str) -> str:

@@ -20,6 +20,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.dropped,
     pruning.seed_jpqd,
     pruning.latency_budget,
+    pruning.family,
     lambda: ["## Training in half precision", ""],
     precision.step,
     precision.half_model,

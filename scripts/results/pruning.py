@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.jpqd import order_table
+from benchmarks.jpqd import drop, order_table
 from benchmarks.jpqd import summary as jpqd
+from mptrain.recipe.family import RECOVERY
 from scripts.results.drawn import cores, interval, link, load, signed, table, times, where
 
 
@@ -83,12 +84,13 @@ def one_shot() -> list[str]:
 def dropped() -> list[str]:
     found = load("drop.json")
     lines = []
-    for r in found["rows"]:
-        whole = r["whole"]
+    for r, before in zip(found["rows"], [None, *found["rows"]]):
+        whole, same = r["whole"], before is not None and drop.same(r, before)
         cells = [f"{r['budget'].replace('_', ' ')} {r['asked']:g}", str(len(r["dropped"])) if whole else ""]
         cells += [f"{100 * r['encoder']:.1f}%", f"{r['share']:.2f}"]
         for split in ("validation", "test"):
-            cells += [f"{100 * r[split]['accuracy']:.1f}%", interval(r[split]["ahead"]) if whole else ""]
+            ahead = "the same model" if same else interval(r[split]["ahead"]) if whole else ""
+            cells += [f"{100 * r[split]['accuracy']:.1f}%", ahead]
         lines.append(cells)
     dense = found["dense"]
     heads = ["budget", "blocks left out", "encoder kept", "of the time", "validation", "ahead by", "test", "ahead by"]
@@ -135,6 +137,44 @@ def seed_jpqd() -> list[str]:
         "",
         *table(heads, lines),
         "",
+    ]
+
+
+def family() -> list[str]:
+    found = load("family.json")
+    text = []
+    for row in found["rows"]:
+        mine, its = row["cpu_s"]
+        text += [
+            f"Points after the first trained {row['recovery']:g} of an epoch"
+            f"{', the default' * (row['recovery'] == RECOVERY)}: {mine / 60:.0f} CPU minutes in one run,"
+            f" {its / 60:.0f} in {len(row['points'])}, {100 * row['ratio']:.0f}% of that.",
+            "",
+            *table(
+                ["speed-up asked for", "in the family", "accuracy", "in a run of its own", "accuracy", "ahead by"],
+                [
+                    [
+                        f"{p['speedup']}×",
+                        times(p["measured"][0]),
+                        f"{100 * p['family'][0]:.1f}%",
+                        times(p["measured"][1]),
+                        f"{100 * p['run'][0]:.1f}%",
+                        interval(p["ahead"]),
+                    ]
+                    for p in row["points"]
+                ],
+            ),
+            "",
+        ]
+    return [
+        "## A family of speed-ups in one run",
+        "",
+        "`keep: {speedup: [2, 3, …]}` of one dense MiniLM: each point from the last, against a run to each from the dense"
+        " model, all with curvature, one epoch of distillation in the runs and at the first point, and the fp32 export,"
+        f" on one thread. Accuracy on {found['rows'][0]['points'][0]['n']:,} test reviews, the family ahead by, paired,"
+        f" in points; speed-ups as the stages measured them ({link('family.md')}, {where(found)}).",
+        "",
+        *text,
     ]
 
 

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "magnitude": {"prune": {"method": "magnitude", "keep": HALF}},
     "magnitude, size": {"prune": {"method": "magnitude", "keep": {"size": 0.6}}},
     "curvature": {"prune": {"method": "curvature", "keep": HALF}},
+    "curvature, whole blocks": {"prune": {"method": "curvature", "keep": {"encoder_params": 0.1}, "drop": True}},
     "qat": {"quantize": {"mode": "qat"}},
     "ptq": {"quantize": {"mode": "ptq", "bits": {"bert.encoder.layer.0.intermediate.dense": 4}}},
     "weight_only": {"quantize": {"mode": "weight_only", "block_size": 16}},
