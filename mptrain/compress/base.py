@@ -71,8 +71,9 @@ class Tools:
     steps of the phase; 0, it does not train. lr: of the phase. widths: bits of the tables that all targets store; None,
     any. runtime: the runtime and precision that the model is compressed for, for budgets in time and bytes. whole: the
     model that such budgets count against; None, the one that the phase begins with. once(name, make): what `make`
-    measured, made by one process only, once for all attempts at the phase. shared(name, make): what it measured of this
-    host, once for all stages of the run; the name says all that it depends on. Only within `make` of `once`.
+    measured, made by one process only, once for all attempts at the phase. shared(name, make): the same
+    once for all stages of the run, where the name says all that it depends on; within `make` of `once` alone. counted:
+    names the model that budgets count against among those of the run.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing
@@ -94,6 +95,7 @@ class Tools:
     ranks: Ranks = ALONE
     once: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
     shared: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
+    counted: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ model that is trained already, `recovery` of that, the pruning's own schedule wi
 family starts, so that misses do not add up. Exports of the stage are exports of all its points; a teacher `self` is
 where the family starts. From there on the recipe is one of ordinary stages.
 
-Curvature and other statistics are those of the model as it is at each point; the times of blocks are measured once in a
-run (compress/prune/measured.py).
+Curvature and other statistics are those of the model as it is at each point; what its blocks cost is measured once
+(compress/prune/measured.py).
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ def test_a_call_that_waits_counts_what_it_computed(monkeypatch):
     assert seconds(lambda: None) == 1.0  # four threads
 
 
-def test_blocks_alike_are_timed_once_in_a_run():
-    """By all stages of one target; not those of another, nor blocks with more units than were timed."""
+def test_a_family_measures_its_blocks_once():
+    """A later point takes the times of the first, in parts of where it starts itself; another model's it does not."""
     kept: dict[str, str] = {}
 
     def shared(name, make):
@@ -194,26 +194,26 @@ def test_blocks_alike_are_timed_once_in_a_run():
             kept[name] = json.dumps(make())
         return json.loads(kept[name])
 
-    def whole(model, target):
-        structure = find_structure(model)
+    def point(keep, target, model, whole=None, counted="dense"):
         before = target.count
-        found = measured.measure(
-            model, structure, inputs("bert", batch=1), target, budget="latency", extents=9, widths=Widths(1, 1, 1),
-            shared=shared,
+        config = Magnitude(method="magnitude", keep=Keep(**keep), min_ffn=1, round_ffn=1)
+        method = method_class(config)(config)
+        tools = Tools(
+            example=lambda: inputs("bert", batch=1), runtime=lambda: target, shared=shared, counted=counted,
+            whole=None if whole is None else lambda: whole,
         )  # fmt: skip
-        return found, target.count - before
+        made = method.finalize(method.prepare(model, tools), tools)
+        return made, method.facts()["budget"], target.count - before
 
-    dense, target = tiny("bert"), Clock()
-    first, exported = whole(dense, target)
-    assert exported > 2 and len(kept) == 1
-    less = method_class(CUT)(CUT)
-    smaller = less.finalize(less.prepare(tiny("bert"), Tools(example=lambda: inputs("bert", batch=1))), Tools())
-    second, exported = whole(smaller, target)
-    assert exported == 2 and second.table == first.table and len(kept) == 1  # as it is, and with the least
-    other = Clock()
-    other.words = "another clock"
-    assert whole(smaller, other)[1] > 2 and len(kept) == 2
-    assert whole(dense, other)[1] > 2  # the smaller one's blocks had too few units
-
-
-CUT = Magnitude(method="magnitude", keep=Keep(encoder_params=0.5), min_ffn=1, round_ffn=1)
+    target = Clock(rest=0.1 * ALL)
+    half, _, exported = point({"speedup": 2.0}, target, tiny("bert"))
+    assert exported > 10 and len(kept) == 1
+    for counted, times in (("dense", 1), ("another", 2)):
+        third, facts, exported = point({"speedup": 3.0}, target, copy.deepcopy(half), tiny("bert"), counted)
+        assert len(kept) == times
+        # start and whole, then the choice beside the start; of another model its blocks too
+        assert (exported == 4) == (counted == "dense")
+        left = sum(p.numel() for n, p in third.named_parameters() if "encoder" in n)
+        found = (left + 0.1 * ALL) / (1.1 * ALL)
+        assert found == pytest.approx(facts["measured"]) == pytest.approx(1 / 3, abs=0.01)
+        assert facts["predicted"] == pytest.approx(found, abs=1e-6) and facts["corrected"] is None

@@ -3,7 +3,8 @@
     dense, least     the model as it is, and with as little of every block as may stay, are exported; least costs the
                      share r of dense (seconds: the median of alternating rounds; bytes: of the files)
     predicted        constant + scale · Σ of the blocks' times alone (or parameters), through these two points: the
-                     constant is what pruning does not touch
+                     constant is what pruning does not touch. Stages that count against the same model, as
+                     those of a family, share times and scale; of each the constant is that of where it starts
     measured         what was chosen is exported too, beside the dense one, and where it misses the budget by more than
                      2% the blocks' part of the budget is scaled once (`Budget.correct`) and the choice made anew
 
@@ -13,8 +14,6 @@ The weights of what is exported are those at hand; neither time nor size depends
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -52,34 +51,14 @@ READ: dict[str, Callable[[Compiled, Compiled], float]] = {
 """by budget: what a model costs against the dense one"""
 
 
-Shared = Callable[[str, Callable[[], Any]], Any]
-"""shared(name, make): of `Tools`"""
+def _timed_blocks(structure: Structure, extents: costs.Length, runtime: Runtime, widths: Widths) -> dict[str, Any]:
+    table, steps = measure_latency(structure, extents, runtime, round_ffn=widths.round_ffn)
+    return {"table": table, "steps": steps}
 
 
-def _timed_blocks(
-    structure: Structure, extents: costs.Length, runtime: Runtime, widths: Widths, shared: Shared
-) -> dict[str, Any]:
-    """Of blocks alike that were timed before, with as many units or more, no time is taken again."""
-
-    def make() -> dict[str, Any]:
-        table, steps = measure_latency(structure, extents, runtime, round_ffn=widths.round_ffn)
-        return {"table": table, "steps": steps}
-
-    units: dict[str, int] = {}
-    sizes: dict[str, list[int]] = {}
-    for block in structure:
-        name, one = costs.kind(block), costs.extent(extents, block)
-        units[name] = max(units.get(name, 0), block.units)
-        sizes[name] = [one.tokens, one.keys]
-    depends = json.dumps([runtime.words, widths.round_ffn, sizes], sort_keys=True)
-    found = shared(f"block-times-{hashlib.sha256(depends.encode()).hexdigest()[:16]}", make)
-    covers = all(max(map(int, found["table"][name])) >= most for name, most in units.items())
-    return found if covers else make()
-
-
-BLOCKS: dict[str, Callable[[Structure, costs.Length, Runtime, Widths, Shared], dict[str, Any]]] = {
+BLOCKS: dict[str, Callable[[Structure, costs.Length, Runtime, Widths], dict[str, Any]]] = {
     "latency": _timed_blocks,
-    "size": lambda structure, extents, runtime, widths, shared: {},
+    "size": lambda structure, extents, runtime, widths: {},
 }
 """by budget: what is measured of blocks alone"""
 
@@ -93,11 +72,10 @@ def measure(
     budget: str,
     extents: costs.Length,
     widths: Widths,
-    shared: Shared = lambda name, make: make(),
 ) -> costs.Whole:
     """What the model costs by what stays of its blocks. budget: "latency" or "size". extents: tokens, or of every
-    block. shared: of `Tools`. Raises UserError for blocks that cannot be timed."""
-    blocks = BLOCKS[budget](structure, extents, runtime, widths, shared)
+    block. Raises UserError for blocks that cannot be timed."""
+    blocks = BLOCKS[budget](structure, extents, runtime, widths)
     least = widths.least(structure)
     with Beside(model, structure, example, runtime, budget) as beside:
         part = beside.share(least)

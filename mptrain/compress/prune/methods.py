@@ -5,6 +5,8 @@ The subclasses say which pruner the settings of a recipe belong to; what a prune
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,8 +86,8 @@ class Pruning(Method[PruneConfig]):
         if keep is not None and (keep.macs or keep.latency or keep.speedup):
             extents = costs.measure_extents(model, structure, example)
         self._asked = None if keep is None else keep.of_export()
-        whole = None if self._asked is None else self._whole(model, structure, extents, tools)
         given = config if self._asked is None else config.model_copy(update={"keep": self._of_start(model, tools)})
+        whole = None if self._asked is None else self._whole(model, structure, extents, tools)
         with self._counting_from_start():
             self.pruner = self.kind(
                 given,  # type: ignore[arg-type]  # each pruner takes the settings of its own kind
@@ -142,24 +144,30 @@ class Pruning(Method[PruneConfig]):
         return Keep.model_validate({name: min(1.0, share / self._start)})
 
     def _whole(self, model: nn.Module, structure: Structure, extents: costs.Length, tools: Tools) -> costs.Whole:
+        """What the model costs that the phase begins with, in parts of it."""
         assert self._asked is not None
         name, config = self._asked[0], self.config
 
         def make() -> dict[str, Any]:
+            counted = model if tools.whole is None else tools.whole()
+            whole, lengths = structure, extents
+            if counted is not model:
+                whole = find_structure(counted, tools.example(), ignore=config.ignore)
+                if not isinstance(extents, int):
+                    lengths = costs.measure_extents(counted, whole, tools.example())
             widths = Widths(config.min_heads, config.min_ffn, config.round_ffn)
             found = measured.measure(
-                model,
-                structure,
-                tools.example(),
-                tools.runtime(),
-                budget=name,
-                extents=extents,
-                widths=widths,
-                shared=tools.shared,
+                counted, whole, tools.example(), tools.runtime(), budget=name, extents=lengths, widths=widths
             )
             return measured.as_json(found)
 
-        return costs.Whole(**tools.once(name, make))
+        def seen() -> dict[str, Any]:
+            settings = json.dumps([config.min_heads, config.min_ffn, config.round_ffn, config.ignore])
+            depends = f"{tools.counted} {tools.runtime().words} {settings}"
+            found = tools.shared(f"{name}-{hashlib.sha256(depends.encode()).hexdigest()[:16]}", make)
+            return measured.as_json(costs.Whole(**found).seen_from(structure, self._start))
+
+        return costs.Whole(**tools.once(name, seen))
 
 
 class MovementPruning(Pruning):

@@ -14,7 +14,7 @@ MACs leave out biases, norms, softmax and activations, as is usual.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,12 @@ class Whole:
         """dense, least: sums over the blocks of the uncut model, and of one that costs `share` of it."""
         scale = max(0.0, 1.0 - share) / (dense - least) if dense > least else 0.0  # nothing can go
         return cls(scale, 1.0 - scale * dense, **more)
+
+    def seen_from(self, structure: Structure, start: float) -> Whole:
+        """The same in parts of a smaller model's cost, which is `start` of this one's. structure: of the smaller."""
+        dense = replace(self, scale=1.0).blocks(structure, Kept())
+        scale = min(self.scale / start, 1.0 / dense) if dense > 0 else 0.0
+        return replace(self, scale=scale, constant=1.0 - scale * dense)
 
     def of(self, block: Block, units: int) -> float:
         return self.scale * (latency(block, units, self.table) if self.table else params(block, units))
