@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from scripts.results import exports, precision, pruning, quantized, runs
 from scripts.results.drawn import ROOT
@@ -53,7 +54,16 @@ def page() -> str:
         " [benchmarks/README.md](../benchmarks/README.md). What the numbers do not say: [limits.md](limits.md).",
         "",
     ]
-    return "\n".join([*text, *(line for section in SECTIONS for line in section())]).rstrip() + "\n"
+    return "\n".join([*text, *(line for section in SECTIONS for line in drawn(section))]).rstrip() + "\n"
+
+
+def drawn(section: Callable[[], list[str]]) -> list[str]:
+    """The lines of a section; none, and said so, where its benchmark has not been run yet."""
+    try:
+        return section()
+    except FileNotFoundError as error:
+        print(f"{Path(error.filename).name} has not been made: its section is left out", file=sys.stderr)
+        return []
 
 
 def readme() -> str:
