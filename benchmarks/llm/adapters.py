@@ -28,7 +28,8 @@ Rows:
     rounded        of rows rounded anew: how far rounding moved the adapted weights, of how far training did; in `tuned`
                    as the report has it
     kept           of them: the share of training's change that is left, along that change
-    cpu_seconds, peak_bytes    of the run, all that it loads, exports and checks included
+    cpu_seconds, peak_bytes    of the run, all that it loads, exports and checks included; no CPU time of one that was
+                   stopped and went on, for then the process has a part of it
 
 The weights of this model come from a file of 4 bits in asymmetric blocks of 32; these blocks are symmetric.
 """
@@ -106,16 +107,18 @@ def make(folder: Path, name: str) -> dict[str, Any]:
 
 
 def made(folder: Path) -> dict[str, dict[str, Any]]:
-    """Facts of each run; those that are there are not made again. A run that was killed has the CPU time of its last
-    process."""
+    """Facts of each run; those that are there are not made again."""
     kept = folder / "runs.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in RUNS:
         if name not in known:
             command = [sys.executable, "-m", "benchmarks.llm.adapters", "--make", name, "--folder", str(folder)]
+            went_on = (folder / name / "run.json").is_file()
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             known[name] = json.loads(done.stdout.splitlines()[-1])
+            if went_on:
+                del known[name]["cpu_seconds"]
             kept.write_text(json.dumps(known))
             print(name, json.dumps(known[name]), flush=True)
     return known

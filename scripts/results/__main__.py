@@ -33,6 +33,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     exports.opt,
     exports.language_model,
     quantized.pruned_language_model,
+    quantized.adapters,
     quantized.sentence_vectors,
     quantized.two_runtimes,
     exports.exports,

@@ -1,4 +1,5 @@
-"""int8 files side by side: of sentence encoders with sentence-transformers', of one model in two runtimes."""
+"""Quantized models side by side: sentence encoders with sentence-transformers' files, one model in two runtimes, a pruned
+language model, int4 before and after adapters."""
 
 from __future__ import annotations
 
@@ -101,5 +102,46 @@ def pruned_language_model() -> list[str]:
         f" model in int4, paired ({link('llm_prune.md')}, {where(found)}).{told}",
         "",
         *table(["", "of the blocks", "size", "perplexity", "over whole/gptq", "ms a token", "tokens trained"], lines),
+        "",
+    ]
+
+
+_ADAPTED = {
+    "fp32": "as it comes, fp32",
+    "int4": "int4, the file",
+    "int4+adapter": "int4 with the adapter beside it, by peft",
+    "merged": "merged, fp32",
+    "merged/nearest": "merged, rounded anew to nearest",
+    "tuned": "merged, rounded anew by GPTQ, the file",
+    "lora": "adapters over fp32, merged, fp32",
+    "plain": "the same, rounded by GPTQ, the file",
+}
+
+
+def adapters() -> list[str]:
+    found = load("adapters.json")
+    lines = [
+        [
+            _ADAPTED[row["name"]],
+            f"{row['ppl']:.2f}",
+            *(percent(row["over"].get(other)) for other in ("int4", "plain")),
+            *(f"{100 * row[key]:.0f}%" if key in row else "" for key in ("rounded", "kept")),
+            f"{row['cpu_seconds'] / 60:.0f}" if "cpu_seconds" in row else "",
+            f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "",
+        ]
+        for row in found["rows"]
+    ]
+    steps = found["windows"] // found["train"]["batch_size"]
+    return [
+        "### Adapters over int4 weights",
+        "",
+        f"SmolLM2-135M, int4 in blocks of 64, adapters of rank {found['adapters']['rank']} in {found['layers']} layers"
+        f" ({100 * found['trained'] / found['parameters']:.1f}% as many parameters), {steps} steps of"
+        f" {found['train']['batch_size']} x {found['length']} tokens of WikiText-2's validation text; perplexity on"
+        f" {found['tokens']:,} tokens of its test text, paired intervals. Rounded: how far rounding anew moved the"
+        " weights, of how far training did; kept: the share of training's change that is left. Time and memory are of"
+        f" the whole run with its export ({link('adapters.md')}, {where(found)}).",
+        "",
+        *table(["", "perplexity", "to int4", "to the last row", "rounded", "kept", "CPU min", "peak GB"], lines),
         "",
     ]
