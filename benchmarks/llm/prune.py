@@ -45,7 +45,7 @@ from benchmarks.kit.paired import markdown, write
 from benchmarks.llm_openvino import CACHE, MODEL, losses, opened, paired, time_all
 
 LENGTH, SAMPLES, BATCH = 256, 64, 2
-STEPS, LR = 100, 3e-4
+STEPS, LR = 240, 3e-4
 HELD = 0.12
 BASE = "whole/gptq"
 ROWS = [

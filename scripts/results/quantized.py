@@ -1,5 +1,5 @@
-"""Quantized models side by side: sentence encoders with sentence-transformers' files, one model in two runtimes, a pruned
-language model, int4 before and after adapters."""
+"""Quantized models side by side: sentence encoders with sentence-transformers' files, one model in two runtimes, a
+pruned language model, int4 before and after adapters."""
 
 from __future__ import annotations
 
