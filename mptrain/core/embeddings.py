@@ -8,6 +8,16 @@ from torch import nn
 
 
 def token_embedding(model: nn.Module) -> nn.Module | None:
+    """What looks up the rows of tokens; None where the model has none, or does not say.
+
+    Where the model says a module with a table inside, such as a product of a narrow one, it is that table.
+    """
+    said = said_embedding(model)
+    tables = [module for module in said.modules() if isinstance(module, nn.Embedding)] if said is not None else []
+    return tables[0] if len(tables) == 1 else said
+
+
+def said_embedding(model: nn.Module) -> nn.Module | None:
     """What turns ids of tokens into vectors; None where the model has none, or does not say."""
     return _said(model, "get_input_embeddings")
 

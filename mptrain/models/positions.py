@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mptrain.core.embeddings import token_embedding
+
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe", "pos_embeddings", "embed_position")
 
 
@@ -54,9 +56,5 @@ def _positions(table: nn.Embedding) -> Positions:
 
 def token_rows(model: nn.Module) -> int | None:
     """Rows of the embedding that input ids index; None where there is none."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        table = get() if get is not None else None
-    except NotImplementedError:
-        return None
+    table = token_embedding(model)
     return table.num_embeddings if isinstance(table, nn.Embedding) else None

@@ -25,11 +25,15 @@ class Vocabulary(MethodConfig):
         description="used: the tokens of the training split; a number: the commonest of them. Special tokens and what"
         " others are spelled with stay beside these",
     )
+    rank: Annotated[int, Field(gt=0, multiple_of=16)] | None = Field(
+        None,
+        description="the embedding becomes a product: so many numbers to a token, and a layer that widens them. They"
+        " are the directions in which the tokens that are read differ most. A table that has no more stays as it is",
+    )
 
     def words(self) -> str:
-        return (
-            "vocabulary cut to the tokens in use" if self.keep == "used" else f"vocabulary cut to {self.keep:,} tokens"
-        )
+        kept = "the tokens in use" if self.keep == "used" else f"{self.keep:,} tokens"
+        return f"vocabulary cut to {kept}{f', their embedding of rank {self.rank}' if self.rank else ''}"
 
     def needs(self) -> frozenset[Need]:
         return frozenset({"inputs"})

@@ -106,6 +106,14 @@ def _cut(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
     return [
         f"{stage}: {facts['kept']:,} of {facts['of']:,} tokens stay; {100 * facts['changed']:.1f}% of the test inputs"
         " are spelled with others than before."
+        + (
+            ""
+            if "rank" not in facts
+            else f" Their embedding has no more than {facts['rank']} numbers to a token, so it stays as it is."
+            if facts["explained"] is None
+            else f" Their embedding is a product of rank {facts['rank']}, which held {100 * facts['explained']:.1f}% of"
+            " what its rows differ by before training."
+        )
         for stage, found in methods.items()
         if (facts := found.get("vocabulary")) is not None
     ]

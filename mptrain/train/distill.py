@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import ModelError
 from mptrain.core.signature import TOKENS
 from mptrain.data.tasks.divergence import of_logits
@@ -113,7 +114,8 @@ class Distiller:
         """What the teacher gives, of the student's tokens alone where it gives something of each."""
         if self.ids is None:
             return self.teacher(**inputs, **self.extra_outputs())
-        table: nn.Embedding = self.teacher.get_input_embeddings()  # type: ignore[operator]
+        table = token_embedding(self.teacher)
+        assert isinstance(table, nn.Embedding)
         self.ids = self.ids.to(table.weight.device)
         inputs = {k: self.ids[v] if k in TOKENS else v for k, v in inputs.items()}
         found = self.teacher(**inputs, **self.extra_outputs())

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kmeans, trained": {"palettize": {"method": "kmeans", "bits": 3, "granularity": "tensor", "finetune": {}}},
     "skm": {"palettize": {"method": "skm", "bits": 2, "granularity": "tensor"}},
     "cut": {"vocabulary": {"keep": 40}},
+    "cut, of a rank": {"vocabulary": {"keep": 40, "rank": 16}},
     "lora": {"adapters": {"rank": 4}},
 }
 TOKENS = tiny("bert").config.vocab_size

@@ -66,6 +66,26 @@ def test_what_comes_after_reads_the_texts_anew(described, tmp_path):
     assert model.get_input_embeddings().num_embeddings == facts["kept"]
 
 
+@pytest.mark.long
+def test_an_embedding_of_low_rank_is_trained_and_exported(described, tmp_path):
+    described["stages"][1]["vocabulary"]["rank"] = 16
+    described["stages"][2]["quantize"] |= {"embeddings": "int4"}
+    formats: dict[str, list[str]] = {"openvino": ["fp32", "int8_emb4"], "onnx": ["fp32", "int8"], "coreai": ["fp32"]}
+    formats |= {"coreml": ["fp32", "fp16"]}
+    described["export"] = [
+        {"id": f, "format": f, "of": ["fewer", "jpqd"], "precision": found} for f, found in formats.items()
+    ]
+    described["export"][-1]["shapes"] = {"length": [8, 32]}
+    described["stages"][2]["quantize"]["reduce_range"] = True
+    run(tiny.write(described, tmp_path / "recipe.yaml"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    facts = report["methods"]["fewer"]["facts"]["vocabulary"]
+    assert facts["rank"] == 16 and 0.5 < facts["explained"] < 1
+    assert any("a product of rank 16, which held" in note for note in report["notes"])
+    model = mptrain.load(tmp_path / "run" / report["checkpoints"]["jpqd"])
+    assert model.get_input_embeddings().table.weight.shape == (facts["kept"], 16)
+
+
 def test_it_is_refused_for_what_has_nothing_to_cut(tmp_path):
     found = tiny.jpqd(tmp_path)
     found["stages"].insert(1, {"id": "fewer", "vocabulary": {"keep": "used"}})

@@ -31,6 +31,13 @@ class Zeros(nn.Module):
         super().__init__()
         self.size = size
 
+    @classmethod
+    def in_place_of(cls, module: nn.Module, size: int) -> Zeros:
+        outputs = _outputs(module)
+        if outputs is None or not 1 <= size <= outputs:
+            raise ValueError(f"zeros of {size} cannot stand in the place of {type(module).__name__} of {outputs}")
+        return cls(size)
+
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros((*x.shape[:-1], self.size))
 
@@ -49,15 +56,18 @@ class Constant(nn.Module):
     def size(self) -> int:
         return len(self.bias)
 
+    @classmethod
+    def in_place_of(cls, module: nn.Module, size: int) -> Constant:
+        outputs = _outputs(module)
+        if outputs is None or size != outputs:
+            raise ValueError(f"a constant of {size} cannot stand in the place of {type(module).__name__} of {outputs}")
+        return cls(nn.Parameter(_bias(module)))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.bias.to(x.dtype).expand((*x.shape[:-1], self.size))
 
     def extra_repr(self) -> str:
         return str(self.size)
-
-
-KINDS: dict[str, type[nn.Module]] = {"zeros": Zeros, "constant": Constant}
-"""as config.json names them (saved.py)"""
 
 
 def why_not(model: nn.Module, block: Block) -> str:
@@ -97,33 +107,6 @@ def replaced(model: nn.Module, blocks: Iterable[Block]) -> Iterator[None]:
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
-
-
-def build(module: nn.Module, kind: str, size: int) -> nn.Module:
-    """What stands in the place of a Linear in a model that is loaded; its values are to be loaded then.
-
-    Raises ValueError for a size or kind that cannot stand there.
-    """
-    outputs = _outputs(module)
-    if (
-        outputs is None
-        or kind not in KINDS
-        or type(size) is not int
-        or not 1 <= size <= outputs
-        or (kind == "constant" and size != outputs)
-    ):
-        raise ValueError(f"{kind} of {size} cannot stand in the place of {type(module).__name__} of {outputs}")
-    return Zeros(size) if kind == "zeros" else Constant(nn.Parameter(_bias(module)))
-
-
-def described(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The constants of a model, by the names of the layers whose places they are in: {"kind", "size"}."""
-    found = {}
-    for name, module in model.named_modules():
-        kind = next((kind for kind, cls in KINDS.items() if type(module) is cls), None)
-        if kind is not None:
-            found[name] = {"kind": kind, "size": module.size}
-    return found
 
 
 def least(block: Block) -> list[int]:

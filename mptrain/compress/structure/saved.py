@@ -6,13 +6,14 @@
      "attributes": {"bert.encoder.layer.0.attention.self": {"num_attention_heads": 3, "all_head_size": 96}, …}}
 
 `tensors` has the shape of each parameter and buffer that is smaller than the config builds it, `attributes` the
-integers of modules that count units. Where blocks are left out whole (`units` 0) the version is 3, and
+integers of modules that count units. Where modules stand in the places of others (stand_ins.py) the version is 3, and
 
-     "modules": {"bert.encoder.layer.0.attention.self.query": {"kind": "zeros", "size": 32},
+     "modules": {"bert.embeddings.word_embeddings": {"kind": "low_rank", "size": 128},
+                 "bert.encoder.layer.0.attention.self.query": {"kind": "zeros", "size": 32},
                  "bert.encoder.layer.0.attention.output.dense": {"kind": "constant", "size": 384}, …}
 
-has what stands in the places of their layers (dropped.py). Version 1 named the units of each layer of a known family:
-version1.py.
+has them: of blocks that are left out whole (`units` 0), and of an embedding that is a product. Version 1 named the
+units of each layer of a known family: version1.py.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mptrain.compress.structure import attributes, dropped, version1
+from mptrain.compress.structure import attributes, stand_ins, version1
 from mptrain.compress.structure.blocks import Edit, Kept, Structure, short
 from mptrain.core.errors import ModelError
 
 VERSION, WITH_MODULES = 2, 3
 KEY = "mptrain_structure"
 WHERE = f"config.json: {KEY}"
+_NOTHING: dict[str, Any] = {"blocks": {}, "tensors": {}, "attributes": {}}
 
 
 def of(model: nn.Module) -> dict[str, Any] | None:
@@ -40,8 +42,8 @@ def of(model: nn.Module) -> dict[str, Any] | None:
 def remember(model: nn.Module, structure: Structure, kept: Kept, names: Iterable[str], edits: Iterable[Edit]) -> None:
     """Describe a model after a cut of the tensors `names` and `edits`; what an earlier cut changed stays named, unless
     a constant stands there now."""
-    before = of(model) or {"blocks": {}, "tensors": {}, "attributes": {}}
-    modules = dropped.described(model)
+    before = of(model) or _NOTHING
+    modules = stand_ins.described(model)
     blocks: dict[str, Any] = {name: one for name, one in before["blocks"].items() if not one["units"]}
     blocks |= {
         block.name: {
@@ -67,6 +69,12 @@ def remember(model: nn.Module, structure: Structure, kept: Kept, names: Iterable
     description = {"version": VERSION, "blocks": blocks, "tensors": tensors, "attributes": found}
     if modules:
         description |= {"version": WITH_MODULES, "modules": modules}
+    setattr(_holder(model), KEY, description)
+
+
+def remember_modules(model: nn.Module) -> None:
+    """Describe a model in which a module was put in the place of another, and nothing else was changed."""
+    description = {**(of(model) or _NOTHING), "version": WITH_MODULES, "modules": stand_ins.described(model)}
     setattr(_holder(model), KEY, description)
 
 
@@ -105,10 +113,10 @@ def apply(model: nn.Module, data: Any) -> None:
 
 
 def _replace(model: nn.Module, modules: Mapping[str, Any]) -> None:
-    """Constants take the places of Linears: nothing else can be put there."""
+    """Stand-ins take the places of modules that they fit: nothing else can be put there."""
     for name, one in modules.items():
         try:
-            model.set_submodule(name, dropped.build(model.get_submodule(name), **one))
+            model.set_submodule(name, stand_ins.build(model.get_submodule(name), **one))
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(f"{WHERE}.modules.{name} does not fit {type(model).__name__}: {error}") from None
 

@@ -9,8 +9,10 @@ from torch import nn
 
 from mptrain.compress import base
 from mptrain.compress.base import Method, Site, Sizes, Tools
+from mptrain.compress.structure import low_rank, saved
 from mptrain.compress.vocabulary import tokenizer
 from mptrain.compress.vocabulary.cut import cut
+from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import UserError
 from mptrain.recipe.vocabulary import Vocabulary
 
@@ -27,13 +29,20 @@ class VocabularyCut(Method[Vocabulary]):
                 "vocabulary: the perplexity of a language model is of its tokens, and of others it is another measure;"
                 " drop the stage, or cut the vocabulary of a model for another task"
             )
+        if config.rank is not None:
+            low_rank.check(skeleton, "vocabulary.rank")
 
     @classmethod
     def outlook(cls, config: Vocabulary, skeleton: nn.Module, sizes: Sizes) -> Sizes:
         if config.keep == "used":
             return replace(sizes, known=False)
-        table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
-        return replace(sizes, embeddings=sizes.embeddings - table[config.keep :].numel())
+        table = token_embedding(skeleton)
+        assert isinstance(table, nn.Embedding)
+        kept = min(config.keep, table.num_embeddings)
+        width = min(config.rank or table.embedding_dim, table.embedding_dim)
+        widen = (width + 1) * table.embedding_dim if width < table.embedding_dim else 0
+        less = table.weight.numel() - kept * width
+        return replace(sizes, embeddings=sizes.embeddings - less, other=sizes.other + widen)
 
     @classmethod
     def check_processor(cls, config: Vocabulary, processor: Any) -> None:
@@ -42,13 +51,23 @@ class VocabularyCut(Method[Vocabulary]):
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         counts = tools.counts()
         kept = tokenizer.choose(tools.processor, counts, self.config.keep)
-        self._facts = {"kept": len(kept), "of": len(counts), "used": int((counts > 0).sum())}
+        self._facts: dict[str, Any] = {"kept": len(kept), "of": len(counts), "used": int((counts > 0).sum())}
         self._made = tokenizer.cut(tools.processor, kept)
-        return cut(model, kept, tools.inputs()[0])
+        model = cut(model, kept, tools.inputs()[0])
+        if self.config.rank is not None:
+            read = counts[kept]
+            if self._made.pad_token_id is not None:
+                read[self._made.pad_token_id] = 0  # half of a batch may be padding, which the mask hides
+            explained = low_rank.factorize(model, self.config.rank, read)
+            self._facts |= {"rank": self.config.rank, "explained": explained}
+            if explained is not None:
+                saved.remember_modules(model)
+        return model
 
     def processor(self) -> Any:
         return self._made
 
     def facts(self) -> dict[str, Any]:
-        """kept: tokens, of so many; used: by the training split."""
+        """kept: tokens, of so many; used: by the training split. rank: of the embedding, where it became a product;
+        explained: the share of what the rows that are read differ by that it holds; None, they had no more numbers."""
         return self._facts
