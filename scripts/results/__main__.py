@@ -19,6 +19,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.order,
     pruning.one_shot,
     pruning.dropped,
+    pruning.embedding_rank,
     pruning.seed_jpqd,
     pruning.latency_budget,
     pruning.family,
