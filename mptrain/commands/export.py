@@ -28,9 +28,10 @@ from mptrain.export.formats import format_of
 from mptrain.export.torch import heads
 from mptrain.export.torch.cached_decoder import check_decoder, check_length, padded_right
 from mptrain.measure.memory import give_back
-from mptrain.models.artifact import QUANTIZERS, code_of
+from mptrain.models.artifact import QUANTIZERS
 from mptrain.models.load import load_model
 from mptrain.models.samples import Loaded, load_with_inputs, tokens_read
+from mptrain.models.saved_class import code_of
 from mptrain.recipe import EXPORTS, Export, ExportSpec, Stage
 from mptrain.recipe.exports import spec_of
 from mptrain.recipe.exports.heads import misfit

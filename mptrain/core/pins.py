@@ -161,9 +161,9 @@ PINS: dict[str, Pin] = {
             "transformers:Wav2Vec2Model@_requires_grad": "compress/quantize/placement.py",
             "transformers.cache_utils:StaticLayer": "export/torch/cached_decoder.py",
             "transformers.cache_utils:DynamicLayer": "export/torch/decoding.py",
-            "transformers.dynamic_module_utils:custom_object_save": "models/artifact.py",
-            "transformers.dynamic_module_utils:get_class_from_dynamic_module": "models/artifact.py",
-            "transformers.dynamic_module_utils:get_relative_import_files": "models/artifact.py",
+            "transformers.dynamic_module_utils:custom_object_save": "models/saved_class.py",
+            "transformers.dynamic_module_utils:get_class_from_dynamic_module": "models/saved_class.py",
+            "transformers.dynamic_module_utils:get_relative_import_files": "models/saved_class.py",
             "transformers.masking_utils:create_causal_mask": "data/sources/modeling_aquila.py",
             **_in(
                 "export/torch/traceable.py",

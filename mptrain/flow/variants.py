@@ -34,7 +34,7 @@ from mptrain.export.torch import heads
 from mptrain.flow.stage import Context
 from mptrain.measure import generation, memory, throughput
 from mptrain.measure import latency as measure
-from mptrain.models import artifact
+from mptrain.models import artifact, saved_class
 from mptrain.recipe import ExportSpec, Recipe
 from mptrain.recipe.exports.heads import keep_score
 from mptrain.recipe.plan import Planned, variants
@@ -86,7 +86,7 @@ class Variants:
         source, data = self._source(planned), self._data(variant)
         folder, config = self.folder / variant, getattr(source.model, "config", None)
         generation = getattr(source.model, "generation_config", None) if planned.export.cache is not None else None
-        code = artifact.code_of(source.model, self.recipe.model.kind.head)
+        code = saved_class.code_of(source.model, self.recipe.model.kind.head)
         with progress(f"export {variant}"), whole(folder, config, data.processor, generation, code) as scratch:
             written = self._format(variant).write(source, scratch)
         facts = {

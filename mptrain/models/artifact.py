@@ -13,7 +13,6 @@ it. Nothing is unpickled, and no code of a folder runs unless the caller allows 
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -23,35 +22,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.dynamic_module_utils import (
-    custom_object_save,
-    get_class_from_dynamic_module,
-    get_relative_import_files,
-)
 
 from mptrain.compress.adapters.unmerged import MERGE, unmerged
 from mptrain.compress.structure import saved
 from mptrain.compress.weights import records
-from mptrain.core.disk import Code
 from mptrain.core.errors import ModelError, MptrainError, UserError
 from mptrain.core.hooks import is_quantized
 from mptrain.models import saved_with
 from mptrain.models.head import drop_pooler
-from mptrain.models.own import class_at
+from mptrain.models.saved_class import CODE, CONFIG, auto_classes, base_of, class_of, remote_code, save_code
 
 VERSION = 1
-CONFIG = "config.json"
 PLAIN_WEIGHTS = "model.safetensors"
 WEIGHTS = "mptrain.safetensors"
 COMPRESSED = "compressed.safetensors"
 QUANTIZERS = "quantizers.json"
 GENERATION = "generation_config.json"
-CODE = "modeling_mptrain.py"
 
 # transformers takes this for a file name and quotes it in the error that it raises
 HOW_TO_LOAD = (
@@ -92,17 +82,17 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None) -> None:
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["mptrain"] = {"version": VERSION, "attn": model.config._attn_implementation}
     with _replaced(Path(folder)) as new:
-        base = _base(type(model))
+        base = base_of(type(model))
         if base is None:
-            config["mptrain"]["code"] = _save_code(model, new)
+            config["mptrain"]["code"] = save_code(model, new)
             config["architectures"] = [type(model).__name__]
         else:
             config["architectures"] = [base.__name__]
         if special:
             config["transformers_weights"] = HOW_TO_LOAD
             if base is not None:
-                config["auto_map"] = {auto: f"{Path(CODE).stem}.Shrunk{base.__name__}" for auto in _auto_classes(model)}
-                (new / CODE).write_text(_remote_code(base, bool(quantizers or compressed)), encoding="utf-8")
+                config["auto_map"] = {auto: f"{Path(CODE).stem}.Shrunk{base.__name__}" for auto in auto_classes(model)}
+                (new / CODE).write_text(remote_code(base, WEIGHTS, bool(quantizers or compressed)), encoding="utf-8")
         if quantizers is not None:
             _write_json(new / QUANTIZERS, quantizers)
         if model.can_generate():
@@ -148,7 +138,7 @@ def load(folder: str | Path, *, allow_code: bool = False) -> PreTrainedModel:
     if special:
         config.pop("auto_map", None)
     config.pop("transformers_weights", None)
-    cls = _class(folder, config, ours, allow_code)
+    cls = class_of(folder, config, ours, allow_code)
     try:
         model = _build(cls, config, ours.get("attn"))
     except Exception as error:  # whatever a config made up by hand sets off in transformers
@@ -187,86 +177,7 @@ def _fill(
     records.attach(model, compressed)
 
 
-# -- model class
-
-
-def _base(cls: type) -> type | None:
-    """The class of transformers that a model is an instance of; None for other code."""
-    cls = getattr(cls, "mptrain_base", cls)
-    inside = cls.__module__.startswith("transformers.") and getattr(transformers, cls.__name__, None) is cls
-    return cls if inside else None
-
-
-def _class(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any], allow_code: bool) -> type:
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise ModelError(f"{folder}/{CONFIG}: `architectures` must be one class name, got {names!r}")
-    if "code" not in ours:
-        cls = getattr(transformers, names[0], None) if names[0].isidentifier() else None
-        if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel) or _base(cls) is None:
-            raise ModelError(
-                f"{folder}/{CONFIG}: {names[0]!r} is no model class of transformers {transformers.__version__};"
-                " install the version that the model was made with"
-            )
-        return cls
-    if not allow_code:
-        raise ModelError(
-            f"{folder}: the class {names[0]} is not part of transformers, its code is in the folder and would be run."
-            " If you trust it, load with allow_code=True (--allow-code on the command line)."
-        )
-    if ":" in ours["code"]:
-        return class_at(folder, ours["code"])
-    return get_class_from_dynamic_module(ours["code"], str(folder.absolute()))
-
-
-def _save_code(model: PreTrainedModel, folder: Path) -> str:
-    cls = type(model)
-    if (keep := getattr(model, "keep_code", None)) is not None:
-        return keep(folder)
-    if not custom_object_save(model, folder):
-        raise ModelError(
-            f"the class {cls.__name__} is defined in {cls.__module__}, whose code cannot be saved with the model:"
-            " move it to a .py file of its own"
-        )
-    return f"{Path(inspect.getfile(cls)).stem}.{cls.__name__}"  # the copy has the name of the file, not of the module
-
-
-def code_of(model: nn.Module, auto: str | None) -> Code | None:
-    """The code of a model whose class is not of transformers, to ship with what it is exported to; None for others.
-
-    auto: name of the Auto class that stands for what it does.
-    """
-    if not isinstance(model, PreTrainedModel) or _base(type(model)) is not None or hasattr(model, "keep_code"):
-        return None
-    classes = {"AutoConfig": type(model.config)} | ({auto: type(model)} if auto else {})
-    own = {name: cls for name, cls in classes.items() if not cls.__module__.startswith("transformers.")}
-    try:
-        places = {name: Path(inspect.getfile(cls)) for name, cls in own.items()}
-    except (OSError, TypeError):  # made in a session, in no file
-        return None
-    files = dict.fromkeys(places.values())
-    files |= dict.fromkeys(Path(other) for file in list(files) for other in get_relative_import_files(file))
-    return Code(tuple(files), {name: f"{places[name].stem}.{cls.__name__}" for name, cls in own.items()})
-
-
-def _auto_classes(model: PreTrainedModel) -> list[str]:
-    """Names of the Auto classes that give the model's class for its config."""
-    base, found = _base(type(model)), []
-    for name, auto in vars(transformers.models.auto.modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if isinstance(auto, type) and mapping is not None and type(model.config) in mapping:
-            classes = mapping[type(model.config)]
-            if base in (classes if isinstance(classes, tuple | list) else (classes,)):
-                found.append(name)
-    return found
-
-
-def _remote_code(base: type, quantized: bool) -> str:
-    text = Path(__file__).with_name(f"{CODE}.txt").read_text(encoding="utf-8")
-    values = {"BASE": base.__name__, "WEIGHTS": WEIGHTS, "QUANTIZED": repr(quantized)}
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return text
+# -- model
 
 
 def _build(cls: Any, config: dict[str, Any], attn: Any) -> PreTrainedModel:
