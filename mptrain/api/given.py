@@ -23,7 +23,7 @@ from mptrain.core.errors import DataError, ModelError, UserError
 from mptrain.core.signature import Batch, rows_of
 from mptrain.models.samples import BATCH, Loaded, Samples, guess_task, made_up, readable, tokens_read
 from mptrain.recipe import TASKS, TaskSpec, tasks
-from mptrain.recipe.tasks import NO_TASK
+from mptrain.recipe.task import NO_TASK
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 

@@ -27,7 +27,7 @@ from mptrain.models.own import OwnConfig
 from mptrain.models.positions import positions_of
 from mptrain.models.processor import load_processor
 from mptrain.recipe import TASKS, Checkpoint, Model, TaskSpec
-from mptrain.recipe.tasks import NO_TASK
+from mptrain.recipe.task import NO_TASK
 
 BATCH = 8
 _OUTPUTS = 32 * 2**20  # bytes that the logits of a batch of a language model may take; at least 2 examples

@@ -16,7 +16,8 @@ from mptrain.recipe.prune import Curvature, Fisher, Keep, Magnitude, Movement, P
 from mptrain.recipe.recipe import Evaluate, Gates, Generation, Latency, Output, Planning, Recipe
 from mptrain.recipe.stage import METHODS, Distill, Stage
 from mptrain.recipe.tables import Palettize, PalettizeConfig, TableTraining
-from mptrain.recipe.tasks import TASKS, ColumnField, TaskSpec
+from mptrain.recipe.task import ColumnField, TaskSpec
+from mptrain.recipe.tasks import TASKS
 from mptrain.recipe.weights import Ptq, Qat, QuantizeConfig, RoundedTraining, WeightOnly
 
 __all__ = [

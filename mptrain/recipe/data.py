@@ -9,7 +9,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mptrain.recipe import tasks
 from mptrain.recipe.base import PathText, Strict
-from mptrain.recipe.tasks import TASKS, TaskSpec
+from mptrain.recipe.task import TaskSpec
+from mptrain.recipe.tasks import TASKS
 
 
 def _known(task: str) -> str:

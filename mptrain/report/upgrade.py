@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from mptrain.recipe import METHODS, TASKS, Stage
-from mptrain.recipe.tasks import TaskSpec
+from mptrain.recipe.task import TaskSpec
 from mptrain.report.row import Row
 
 _FRACTIONS = ("accuracy", "f1", "exact_match", "acc", "acc_norm")

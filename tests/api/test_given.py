@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from mptrain.api.given import given, inputs_of
 from mptrain.core.errors import DataError, UserError
 from mptrain.recipe import TASKS
-from mptrain.recipe.tasks import NO_TASK
+from mptrain.recipe.task import NO_TASK
 
 
 class Rows(Dataset):

@@ -6,7 +6,7 @@ from torch import nn
 
 from mptrain.core.errors import NotFinite
 from mptrain.core.signature import probed
-from mptrain.data.tasks.base import finite
+from mptrain.data.tasks.arrays import finite
 from mptrain.export.base import Source
 from mptrain.flow.variants import _broken
 from mptrain.report import notes

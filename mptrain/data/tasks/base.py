@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mptrain.core.errors import DataError, MptrainError, NotFinite
+from mptrain.core.errors import DataError
 from mptrain.core.progress import progress as said
 from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature, by_name, without_cache
 from mptrain.data.sources.splits import SPLITS, sample
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import agreement, divergence
+from mptrain.data.tasks.arrays import finite, stack
 from mptrain.data.tasks.content import GROUP, IDENTITY, Content
 from mptrain.data.tasks.divergence import IGNORED
 from mptrain.data.tasks.metrics import Measure, Score
@@ -343,28 +344,3 @@ class Task(ABC):
         """The longest training examples, repeated when there are fewer than `count`."""
         order = sorted(range(len(self.train)), key=lambda i: (-self.train.lengths[i], i))
         return [self.train[order[i % len(order)]] for i in range(count)]
-
-
-def finite(outputs: Outputs, name: str = "logits") -> np.ndarray:
-    """One output as a float32 array. Raises MptrainError when it is missing, NotFinite."""
-    if name not in outputs:
-        raise MptrainError(f"The model has no output {name!r}, which its task needs; it has {', '.join(outputs)}.")
-    value = outputs[name]
-    array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value, np.float32)
-    if not np.isfinite(array).all():
-        raise NotFinite(
-            f"The model's {name} hold {(~np.isfinite(array)).sum()} values of {array.size} that are not finite in one"
-            " batch, so it cannot be scored. Weights that diverged in training (lower the lr) or a precision that"
-            " overflows are the usual causes."
-        )
-    return array
-
-
-def stack(arrays: Iterable[Any], fill: float, length: int | None = None) -> Tensor:
-    """Arrays [s_i, ...] as one tensor [b, s, ...], padded with `fill` (or cut) to `length` or to the longest."""
-    arrays = [np.asarray(a) for a in arrays]
-    size = max(len(a) for a in arrays) if length is None else length
-    whole = np.full((len(arrays), size, *arrays[0].shape[1:]), fill, dtype=arrays[0].dtype)
-    for row, array in zip(whole, arrays):
-        row[: len(array)] = array[:size]
-    return torch.from_numpy(whole)

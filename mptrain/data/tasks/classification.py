@@ -8,7 +8,8 @@ import numpy as np
 
 from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.base import Batch, Outputs, Task, finite
+from mptrain.data.tasks.arrays import finite
+from mptrain.data.tasks.base import Batch, Outputs, Task
 from mptrain.data.tasks.divergence import IGNORED
 from mptrain.data.tasks.labels import Column, classes_of
 from mptrain.data.tasks.metrics import MEAN, RATIO, Score

@@ -24,7 +24,7 @@ from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Batch, Outputs, Port
 from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.base import finite
+from mptrain.data.tasks.arrays import finite
 from mptrain.data.tasks.divergence import bernoulli
 from mptrain.data.tasks.floor import tfidf_labels
 from mptrain.data.tasks.metrics import MEAN, Measure, Score

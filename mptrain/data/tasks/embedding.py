@@ -32,7 +32,8 @@ from mptrain.core.signature import BATCH, MASK, Batch, Outputs, Port, counted_pl
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import groups
 from mptrain.data.tasks.agreement import array, decisions
-from mptrain.data.tasks.base import Example, Examples, Task, finite
+from mptrain.data.tasks.arrays import finite
+from mptrain.data.tasks.base import Example, Examples, Task
 from mptrain.data.tasks.floor import vectorizer
 from mptrain.data.tasks.metrics import Score
 from mptrain.data.tasks.numbers import CORRELATIONS, correlations, number

@@ -6,7 +6,8 @@ import torch
 
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import pictures
-from mptrain.data.tasks.base import Batch, Example, Examples, stack
+from mptrain.data.tasks.arrays import stack
+from mptrain.data.tasks.base import Batch, Example, Examples
 from mptrain.data.tasks.classification import Classification
 from mptrain.recipe import TASKS
 

@@ -17,7 +17,8 @@ from mptrain.core.signature import BATCH, Batch, Outputs, Port
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import groups, pictures
 from mptrain.data.tasks.agreement import array
-from mptrain.data.tasks.base import Example, Examples, Task, finite, stack
+from mptrain.data.tasks.arrays import finite, stack
+from mptrain.data.tasks.base import Example, Examples, Task
 from mptrain.data.tasks.metrics import Score
 from mptrain.recipe import TASKS
 

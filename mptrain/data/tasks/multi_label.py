@@ -31,7 +31,8 @@ from mptrain.core.signature import BATCH, Batch, Outputs, Port
 from mptrain.data.sources.quoting import listed, shown
 from mptrain.data.sources.tables import Table, check_unicode
 from mptrain.data.tasks.agreement import array
-from mptrain.data.tasks.base import Example, finite
+from mptrain.data.tasks.arrays import finite
+from mptrain.data.tasks.base import Example
 from mptrain.data.tasks.divergence import bernoulli
 from mptrain.data.tasks.floor import tfidf_labels
 from mptrain.data.tasks.metrics import F1, MEAN, Measure, Score

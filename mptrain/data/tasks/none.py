@@ -7,7 +7,7 @@ import numpy as np
 from mptrain.core.signature import MASK, Batch, Outputs
 from mptrain.data.tasks import agreement
 from mptrain.data.tasks.base import Task
-from mptrain.recipe.tasks import NO_TASK
+from mptrain.recipe.task import NO_TASK
 
 
 class NoTask(Task):

@@ -24,7 +24,8 @@ from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.splits import SPLITS
 from mptrain.data.sources.tables import Table
-from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, Task, finite
+from mptrain.data.tasks.arrays import finite
+from mptrain.data.tasks.base import Batch, Example, Examples, Outputs, Task
 from mptrain.data.tasks.metrics import MEAN, Score, answer_scores
 from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
 from mptrain.data.tasks.vocabulary import note_unknown

@@ -21,7 +21,7 @@ from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Batch, Outputs, Port
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks.agreement import array, closeness
-from mptrain.data.tasks.base import finite
+from mptrain.data.tasks.arrays import finite
 from mptrain.data.tasks.divergence import same_shape
 from mptrain.data.tasks.floor import tfidf_numbers
 from mptrain.data.tasks.metrics import MEAN, Score

@@ -27,7 +27,8 @@ from mptrain.core.errors import DataError, ModelError, MptrainError, UserError
 from mptrain.core.signature import BATCH, Batch, Outputs, Port, Signature, counted_places
 from mptrain.data.sources.tables import Table
 from mptrain.data.tasks import agreement
-from mptrain.data.tasks.base import IGNORED, Example, Examples, Task, stack
+from mptrain.data.tasks.arrays import stack
+from mptrain.data.tasks.base import IGNORED, Example, Examples, Task
 from mptrain.data.tasks.metrics import MEAN, RATIO, Score
 from mptrain.data.tasks.text import check_length, examples_of, pad, texts_of, tokenize
 from mptrain.data.tasks.vocabulary import note_unknown

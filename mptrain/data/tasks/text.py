@@ -14,7 +14,8 @@ from torch import Tensor
 from mptrain.core.errors import DataError
 from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table, check_unicode
-from mptrain.data.tasks.base import IGNORED, Batch, Example, stack
+from mptrain.data.tasks.arrays import stack
+from mptrain.data.tasks.base import IGNORED, Batch, Example
 
 _PADDING = {"attention_mask": 0, "special_tokens_mask": 1, "labels": IGNORED}
 

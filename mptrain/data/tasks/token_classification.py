@@ -17,7 +17,8 @@ from mptrain.core.errors import DataError
 from mptrain.core.signature import BATCH, Port
 from mptrain.data.sources.quoting import shown
 from mptrain.data.sources.tables import Table, check_unicode
-from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, Task, finite
+from mptrain.data.tasks.arrays import finite
+from mptrain.data.tasks.base import IGNORED, Batch, Example, Examples, Outputs, Task
 from mptrain.data.tasks.labels import Column, classes_of
 from mptrain.data.tasks.metrics import F1, RATIO, Score, span_counts
 from mptrain.data.tasks.text import check_length, examples_of, pad, tokenize

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from mptrain.recipe.base import Strict
-from mptrain.recipe.tasks import TaskSpec
+from mptrain.recipe.task import TaskSpec
 
 OF: dict[str | None, tuple[str, ...]] = {
     "classes": ("softmax", "topk", "argmax"),
