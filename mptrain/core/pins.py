@@ -184,6 +184,7 @@ PINS: dict[str, Pin] = {
             "torch._ops:OpOverload@_schema": "verify/programs/aten.py",
             "torch:UntypedStorage._cdata": "compress/structure/counting.py",
             "torch.utils._python_dispatch:TorchDispatchMode": "verify/programs/aten.py",
+            "torch:Tensor._base": "verify/programs/aten.py",
             **_in("verify/programs/exported.py", "torch.utils._pytree", "tree_leaves", "tree_map", "tree_map_only"),
             "torch:_foreach_mul_": "precision/sharded.py",
             **_in("precision/step.py", "torch", "_foreach_copy_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_"),

@@ -25,29 +25,24 @@ from mptrain.core.host import thread_count
 from mptrain.core.progress import progress
 from mptrain.core.signature import Forward
 from mptrain.data.lm_eval.questions import MultipleChoice
-from mptrain.data.tasks.base import Batch, Task
 from mptrain.data.tasks.metrics import Measure, Score
-from mptrain.export.base import Embeddings, Format, Runner, Source, Streaming
+from mptrain.export.base import Source, Streaming
 from mptrain.export.facts import Facts
-from mptrain.export.formats import format_of
 from mptrain.export.torch import heads
+from mptrain.flow.sources import Sources
 from mptrain.flow.stage import Context
 from mptrain.measure import generation, memory, throughput
 from mptrain.measure import latency as measure
-from mptrain.models import artifact, saved_class
+from mptrain.models import saved_class
 from mptrain.recipe import ExportSpec, Recipe
 from mptrain.recipe.exports.heads import keep_score
-from mptrain.recipe.plan import Planned, variants
-from mptrain.recipe.weights import stored_embeddings
+from mptrain.recipe.plan import Planned
 from mptrain.report.build import Variant
-from mptrain.train import peaks
-from mptrain.verify import overflow, parity
+from mptrain.verify import parity
 
 log = logging.getLogger(__name__)
 
 PARITY_EXAMPLES = 64  # of the validation split, which no calibration, search or training has seen
-CALIBRATION_EXAMPLES = 64  # of the training split, for fp16 searches
-TRACED_LENGTH = 16  # of the example for the converter, in tokens, or for sound in frames
 
 
 @contextmanager
@@ -71,7 +66,8 @@ class Variants:
         self.questions = questions
         self.data = context.data
         self.folder = context.folder / "export"
-        self._planned = {planned.id: planned for planned in variants(self.recipe)}
+        self.sources = Sources(context, recipe)
+        self._planned = self.sources.planned
         self._seconds: dict[str, float] = {}
 
     def wanted(self) -> list[Planned]:
@@ -83,12 +79,12 @@ class Variants:
         if self._facts_file(variant).is_file():
             return variant
         begun = _begun()
-        source, data = self._source(planned), self._data(variant)
+        source, data = self.sources.of(planned), self.sources.data(variant)
         folder, config = self.folder / variant, getattr(source.model, "config", None)
         generation = getattr(source.model, "generation_config", None) if planned.export.cache is not None else None
         code = saved_class.code_of(source.model, self.recipe.model.kind.head)
         with progress(f"export {variant}"), whole(folder, config, data.processor, generation, code) as scratch:
-            written = self._format(variant).write(source, scratch)
+            written = self.sources.format(variant).write(source, scratch)
         facts = {
             "id": variant,
             "stage": stage,
@@ -107,9 +103,9 @@ class Variants:
         if "parity" in facts:
             return variant
         begun = _begun()
-        source, data = self._source(self._planned[variant], facts), self._data(variant)
+        source, data = self.sources.of(self._planned[variant], facts), self.sources.data(variant)
         batches = data.held_out(PARITY_EXAMPLES, data.batch_size("validation", 16))
-        with progress(f"verify {variant}"), closing(self._open(source, facts)) as runner:
+        with progress(f"verify {variant}"), closing(self.sources.open(source, facts)) as runner:
             known = runner.facts() | source.written
             facts |= {"parity": None, "runtime": known.as_json()}
             with _broken(source, facts):
@@ -135,10 +131,12 @@ class Variants:
         if not keep_score(after, kind):
             log.info("%s: not scored, for its heads do not keep what scores are made of", variant)
             return self._keep(facts, "evaluate", begun)
-        source = self._source(self._planned[variant], facts)
-        with closing(self._open(source, facts)) as runner, _broken(source, facts):
+        source = self.sources.of(self._planned[variant], facts)
+        with closing(self.sources.open(source, facts)) as runner, _broken(source, facts):
             forward: Forward = (lambda batch: heads.restored(runner(batch), batch)) if after else runner
-            scores = self._data(variant).evaluate(forward, "test", self.recipe.evaluate.batch_size, f"test {variant}")
+            scores = self.sources.data(variant).evaluate(
+                forward, "test", self.recipe.evaluate.batch_size, f"test {variant}"
+            )
             facts["scores"] = [score.kept() for score in scores]
             log.info("%s: test %s %.4f, %.1f MB", variant, scores[0].name, scores[0].value, facts["size_bytes"] / 1e6)
             for task in self.questions:
@@ -159,7 +157,7 @@ class Variants:
                 written = generation.greedy(decoder, prompt, how.tokens)
             with closing(self._decoder(variant, facts)) as decoder:
                 cached = generation.cached(decoder, texts)
-            model = self._source(self._planned[variant], facts).model
+            model = self.sources.of(self._planned[variant], facts).model
             wanted = generation.greedy(generation.TorchDecoder(model), prompt, how.tokens)
         facts["generation"] = {
             "prompt": prompt.shape[1],
@@ -180,8 +178,8 @@ class Variants:
             timed = [i for i in ids if self._planned[i].export.timed]
             found = measure.latency(
                 timed,
-                lambda variant, threads: self._runner(variant, facts[variant], threads),
-                self._read_by_all(ids).example,
+                lambda variant, threads: self.sources.runner(variant, facts[variant], threads),
+                self.sources.read_by_all(ids).example,
                 self.recipe.evaluate.latency,
                 has_length=self.recipe.model.kind.unit is not None,
             )
@@ -208,14 +206,14 @@ class Variants:
 
     def _throughput(self, ids: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         def stream(variant: str, threads: int) -> throughput.Stream:
-            kind = cast(Streaming, self._format(variant))
-            source = self._source(self._planned[variant], facts[variant])
+            kind = cast(Streaming, self.sources.format(variant))
+            source = self.sources.of(self._planned[variant], facts[variant])
             return kind.stream(self.context.folder / facts[variant]["path"], source, threads)
 
         return throughput.throughput(
             [variant for variant in ids if self._planned[variant].export.streams],
             stream,
-            self._read_by_all(ids).example,
+            self.sources.read_by_all(ids).example,
             self.recipe.evaluate.latency,
             has_length=self.recipe.model.kind.unit is not None,
         )
@@ -236,15 +234,6 @@ class Variants:
         for i in ids:
             facts[i]["generation"] |= known["found"][i]
 
-    def _data(self, variant: str) -> Task:
-        """As the variant's model reads them."""
-        return self.context.task(self._planned[variant].stage)
-
-    def _read_by_all(self, ids: Sequence[str]) -> Task:
-        """Data whose inputs every one of the variants can read: those with the fewest tokens."""
-        found = {id(data): data for data in map(self._data, ids)}
-        return min(found.values(), key=lambda data: len(data.processor)) if len(found) > 1 else self.data
-
     def _generates(self, variant: str) -> bool:
         export = self._planned[variant].export
         return export.generates and export.cache is not None and not export.heads
@@ -257,7 +246,7 @@ class Variants:
 
     def _decoder(self, variant: str, facts: Mapping[str, Any], threads: int | None = None) -> Any:
         """The runner, which is a `generation.Decoder`."""
-        return self._runner(variant, facts, threads)
+        return self.sources.runner(variant, facts, threads)
 
     def wall_s(self) -> dict[str, float]:
         return {k: round(v, 3) for k, v in self._seconds.items()}
@@ -271,51 +260,8 @@ class Variants:
         write_json(self._facts_file(facts["id"]), facts)
         return facts["id"]
 
-    def _calibration(self, stage: str, parameters: int) -> list[Batch]:
-        """Training examples: some drawn, and those with the largest activations that training saw."""
-        data = self.context.task(stage)
-        size = data.batch_size("train", 16)
-        tokens = self.recipe.data.max_length if self.recipe.model.kind.unit == "tokens" else 1
-        count = overflow.enough(parameters, tokens, CALIBRATION_EXAMPLES)
-        return data.calibration(count, size) + peaks.batches(self.context.phase_folders(stage), data.secret)
-
     def _facts_file(self, variant: str) -> Path:
         return self.folder / f"{variant}.json"
-
-    def _format(self, variant: str) -> Format:
-        return format_of(self._planned[variant].export)
-
-    def _source(self, planned: Planned, facts: Mapping[str, Any] | None = None) -> Source:
-        """facts: of the variant, once it is written."""
-        stage = self.recipe.stage(planned.stage)
-        embeddings: Embeddings = stored_embeddings(stage.quantize)
-        kept = {} if facts is None else facts["runtime"] if "runtime" in facts else facts["written"]
-
-        sizes: list[int] = []  # not the source itself: in a circle with it, its model would outlive it
-
-        def load() -> nn.Module:
-            model = artifact.load(self.context.model_folder(planned.stage), allow_code=self.context.allow_code)
-            sizes.append(sum(p.numel() for p in model.parameters()))
-            return self._format(planned.id).torch(model, planned.precision, embeddings).eval()
-
-        data = self._data(planned.id)
-        signature = heads.signature_with(data.signature(), planned.export.heads, self.recipe.model.kind)
-        return Source(
-            load,
-            signature,
-            data.example(2, TRACED_LENGTH * data.min_length),
-            planned.precision,
-            embeddings,
-            stage.quantizes,
-            lambda: self._calibration(planned.stage, max(sizes, default=0)),
-            Facts.from_json(kept),
-        )
-
-    def _open(self, source: Source, facts: Mapping[str, Any], threads: int | None = None) -> Runner:
-        return self._format(facts["id"]).open(self.context.folder / facts["path"], source, threads)
-
-    def _runner(self, variant: str, facts: Mapping[str, Any], threads: int | None = None) -> Runner:
-        return self._open(self._source(self._planned[variant], facts), facts, threads)
 
 
 def _heads(export: ExportSpec) -> Facts:
