@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 from contextlib import closing
 from dataclasses import replace
@@ -143,16 +144,25 @@ def test_a_picture_keeps_its_size(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_quantized_weights_are_stored_and_what_is_dropped_is_said(name):
+def test_quantized_weights_are_stored_once_copied_and_what_is_dropped_is_said(name, monkeypatch):
     plain, batch = tiny("bert"), inputs("bert")
     model = quantizers.quantize(plain, Qat(mode="qat"), [batch])
     spec = spec_of(name)
     stage = Stage.model_validate({"id": "q", "quantize": {"mode": "qat"}, "train": {"epochs": 1, "lr": 1e-3}})
     precision = "int8" if "int8" in spec.precisions(stage) else "fp32"
     kind = format_of(spec)
-    taken = kind.torch(model, precision, "int8")
-    source = replace(source_of(taken, batch, precision, quantized=True), embeddings="int8")
-    kind, found, _ = written(name, source)
+    copied, deepcopy = [], copy.deepcopy
+
+    def counted(x, *arguments):
+        copied.extend([x] if isinstance(x, type(model)) else [])
+        return deepcopy(x, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(copy, "deepcopy", counted)
+        taken = kind.torch(model, precision, "int8")
+        source = replace(source_of(taken, batch, precision, quantized=True), embeddings="int8")
+        kind, found, _ = written(name, source)
+    assert len(copied) == 1, "one more copy of a large model decides whether it fits"
     with closing(kind.open(found.path, source)) as runner:
         facts = runner.facts() | found.facts
         assert parity.compare(taken, runner, [batch])["agreement"] == 1

@@ -75,32 +75,40 @@ def activations_only(
     return frozen
 
 
-@torch.no_grad()
 def rounded_tables(
     model: Model, *, embeddings: Literal["fp32", "int8"] = "fp32", leave: Collection[str] = ()
 ) -> tuple[Model, dict[str, BlockQuantized]]:
-    """A copy whose tables have the values that RowQuantizers give their rows, in place of these; and the records of the
+    """What `round_tables` makes of a copy, and the records."""
+    made = copy.deepcopy(model)
+    return made, round_tables(made, embeddings=embeddings, leave=leave)
+
+
+@torch.no_grad()
+def round_tables(
+    model: nn.Module, *, embeddings: Literal["fp32", "int8"] = "fp32", leave: Collection[str] = ()
+) -> dict[str, BlockQuantized]:
+    """Give the tables of the model the values that RowQuantizers give their rows, in place of these; the records of the
     tables by weight name, none for "fp32".
 
     embeddings: "int8" rounds each row of those without a RowQuantizer too, but for a table that is tied to a quantized
     weight. leave: names of embeddings whose tables stay as they are, without records.
     """
-    made, rounded = copy.deepcopy(model), set()
-    placed = placement.hooks(made)
-    quantized = {id(made.get_parameter(name)) for name, _ in placement.of_weights(module for _, module in placed)}
+    rounded = set()
+    placed = placement.hooks(model)
+    quantized = {id(model.get_parameter(name)) for name, _ in placement.of_weights(module for _, module in placed)}
     for names, module in placed:
         if isinstance(module, RowQuantizer):
             rounded.add(module.table)
             for name in names:
-                made.get_submodule(HOOKS).set_submodule(name, nn.Identity())
+                model.get_submodule(HOOKS).set_submodule(name, nn.Identity())
     found: dict[str, BlockQuantized] = {}
-    for name, module in made.named_modules():
+    for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or name in leave or id(module.weight) in quantized:
             continue
         if embeddings == "int8" or name in rounded:
             found[f"{name}.weight"] = record = blockwise.round_to_nearest(module.weight, GRID)
             module.weight.copy_(record.dense())
-    return made, found if embeddings == "int8" else {}
+    return found if embeddings == "int8" else {}
 
 
 class _Scaled:

@@ -209,20 +209,28 @@ def plain(model: Model) -> Model:
 
 
 def frozen(model: Model) -> Model:
-    """A copy to trace, not to train: its quantizers are single operations with constants, its weights and tables are
+    """A copy as `freeze` makes it; a model that is frozen already, and one without quantizers, is returned as it is."""
+    if not any(isinstance(module, FakeQuantizer | RowQuantizer) for module in model.modules()):
+        return model
+    copied = copy.deepcopy(model)
+    freeze(copied)
+    return copied
+
+
+def freeze(model: nn.Module) -> None:
+    """To trace, not to train: its quantizers become single operations with constants, its weights and tables are
     rounded. A converter that divides by a scale, where the model multiplies by its inverse, would else round weights in
     the middle between two levels otherwise, and one such weight is in every activation behind it."""
     nncf_side = _placement()
-    from mptrain.compress.quantize.integers import rounded_tables
+    from mptrain.compress.quantize.integers import round_tables
 
-    frozen_copy, _ = rounded_tables(model)
-    _round_weights(frozen_copy)
-    for names, module in nncf_side.hooks(frozen_copy):
+    round_tables(model)
+    _round_weights(model)
+    for names, module in nncf_side.hooks(model):
         if isinstance(module, FakeQuantizer):
             constant = module.frozen()
             for name in names:
-                frozen_copy.get_submodule(HOOKS).set_submodule(name, constant)
-    return frozen_copy
+                model.get_submodule(HOOKS).set_submodule(name, constant)
 
 
 @torch.no_grad()

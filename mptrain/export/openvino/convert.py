@@ -32,8 +32,7 @@ _WRAPPED = "__module.model."  # scope of everything inside Positional
 def convert(model: nn.Module, example: Mapping[str, Tensor], signature: Signature, *, cached: bool = False) -> ov.Model:
     """The IR in memory; inputs and outputs carry the names that the torch model has, operations its module names.
     cached: with keys and values as its state, and inputs of its own (cached.py)."""
-    if quantizers.is_quantized(model):
-        model = quantizers.frozen(model)
+    model = quantizers.frozen(model)
     model = single(model)  # OpenVINO's frontend reads bf16 constants with the bits of f16
     training = model.training
     shown = partial(signature.call, model, example)

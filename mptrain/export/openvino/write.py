@@ -131,6 +131,7 @@ def _stored(
     token = {_token_embedding(model)} if precision == "int8_emb4" else set()
     kept: Literal["fp32", "int8"] = "int8" if token or embeddings == "int8" else "fp32"
     model, tables = integers.rounded_tables(model, embeddings=kept, leave=token)
+    quantizers.freeze(model)  # here, for `convert` would do it to one more copy
     graph = convert(model, example, signature, cached=cached)
     for name in token:
         width = model.get_parameter(f"{name}.weight").shape[1]
