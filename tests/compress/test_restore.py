@@ -102,7 +102,7 @@ def test_what_loses_nothing_stays_whole():
 def test_the_order_is_that_of_the_errors():
     model = Chain({3})
     whole = quantizers.quantize(model, config(ignore=[]), batches())
-    ranked = restore.rank(model, whole, batches())
+    ranked = restore.rank(whole, batches(), restore.outputs(model, batches()))
     assert ranked[0].scopes == ("layers.3",) and len(ranked) == LAYERS
     before = scored({3})(whole).value
     assert before < 1 and scored({3})(whole).value == before, "everything is quantized again"
@@ -150,7 +150,7 @@ def test_of_a_convolutional_scheme_the_pooling_that_int8_breaks_is_found():
     inputs = [{"pixel_values": torch.randn(16, 3, 12, 12) * 3} for _ in range(2)]
     config = Ptq.model_validate({"mode": "ptq", "scheme": "convolutional"})
     quantized = quantizers.quantize(model, config, inputs)
-    first = restore.rank(model, quantized, inputs)[0]
+    first = restore.rank(quantized, inputs, restore.outputs(model, inputs))[0]
     assert first.scopes == ("gem",)
     plain = quantizers.quantize(model, Ptq(mode="ptq"), inputs)
     assert "gem" not in {name for unit in units(plain, inputs[0]) for name in unit.scopes}
@@ -242,6 +242,28 @@ def test_of_a_layer_with_several_operations_the_fewest_are_found():
     quantized = {scope for unit in units(q, batches()[0]) for part in unit.parts for scope in part.scopes}
     assert quantized == {"first", "last", "pool/pow/0", "pool/pow/1", "pool/pow/2", "pool/mul/0"}
     assert quantizers.left_in_float(q) == {"modules": [], "operations": {"pool/pow/3": 4}}
+
+
+def test_the_float_model_is_run_once_on_what_units_are_ranked_by():
+    """Layers are ranked, then the operations in them; calibration and the names of operations do not count."""
+    model, inputs, calls = repeated(), batches(), []
+
+    def quantized(ignore):
+        hook.remove()
+        try:
+            return quantizers.quantize(model, CONVOLUTIONAL.model_copy(update={"ignore": ignore}), inputs)
+        finally:
+            count()
+
+    def count():
+        nonlocal hook
+        hook = model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs["x"]), with_kwargs=True)
+
+    hook = model.register_forward_pre_hook(lambda *_: None)
+    found = restore.search(model, quantized, inputs, near, 0.05)
+    hook.remove()
+    assert found["ignore"] == ["pool/pow/3"]
+    assert sum(x is inputs[1]["x"] for x in calls) == 1
 
 
 def test_what_was_left_in_float_is_saved_with_the_quantizers():

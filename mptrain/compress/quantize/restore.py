@@ -38,6 +38,8 @@ from mptrain.data.tasks.metrics import Score, drop
 
 log = logging.getLogger(__name__)
 
+Outputs = Mapping[str, Tensor]
+
 
 def search(
     model: nn.Module,
@@ -73,9 +75,11 @@ def search(
     found, ignore, ranked = lost(whole), list[str](), list[Unit]()
     first = tried[0]
     if not found <= max_drop:
-        ranked = rank(model, whole, batches)
+        expected = outputs(model, batches)
+        ranked = rank(whole, batches, expected)
         layers = _fewest(ranked, meets)
-        chosen = _inside(model, whole, batches, layers, meets)
+        chosen = _inside(whole, batches, expected, layers, meets)
+        del expected  # of a language model larger than the model
         kept = {id(q) for unit in chosen for q in unit.quantizers}
         parts = [part for unit in layers for part in unit.parts if id(part.quantizers[0]) not in kept]
         rest = [*parts, *(unit for unit in ranked if unit not in layers)]
@@ -97,23 +101,28 @@ def search(
 
 
 @torch.no_grad()
-def rank(model: nn.Module, whole: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Unit]:
-    """The units of a quantized copy of the model, those first whose return to float helps its outputs most."""
-    found = units(whole, batches[0])
-    return _ranked(model, whole, batches, found, lambda unit: [unit], 1)
+def outputs(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Outputs]:
+    """What a model gives for each batch: its outputs of floating point by name, in float32."""
+    return [_outputs(model, batch) for batch in batches]
+
+
+@torch.no_grad()
+def rank(whole: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Outputs]) -> list[Unit]:
+    """The units of a quantized copy of a model, those first whose return to float helps its outputs most. expected: the
+    model's own `outputs`."""
+    return _ranked(whole, batches, expected, units(whole, batches[0]), lambda unit: [unit], 1)
 
 
 @torch.no_grad()
 def _ranked(
-    model: nn.Module,
     whole: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
+    expected: Sequence[Outputs],
     found: Sequence[Unit],
     floats: Callable[[Unit], Sequence[Unit]],
     sign: int,
 ) -> list[Unit]:
     """By the error with `floats(unit)` in float; sign: 1, the smallest first, or -1, the largest."""
-    expected = [_outputs(model, batch) for batch in batches]
     errors = []
     with progress("rank layers", len(found)) as bar:
         for unit in found:
@@ -125,9 +134,9 @@ def _ranked(
 
 
 def _inside(
-    model: nn.Module,
     whole: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
+    expected: Sequence[Outputs],
     layers: list[Unit],
     meets: Callable[[Sequence[Unit]], bool],
 ) -> list[Unit]:
@@ -136,7 +145,7 @@ def _inside(
     parts = [part for unit in layers for part in (unit.parts if len(unit.parts) > 1 else (unit,))]
     if len(parts) == len(layers):
         return layers
-    ranked = _ranked(model, whole, batches, parts, lambda one: [part for part in parts if part is not one], -1)
+    ranked = _ranked(whole, batches, expected, parts, lambda one: [part for part in parts if part is not one], -1)
     needed = _fewest(ranked, meets)
     chosen: list[Unit] = []
     for unit in layers:
@@ -207,14 +216,12 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
     with without_cache(model):
         return {name: value.float() for name, value in by_name(model(**batch)).items() if value.is_floating_point()}
 
 
-def _error(
-    whole: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Mapping[str, Tensor]]
-) -> float:
+def _error(whole: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Outputs]) -> float:
     """Σ|a − b|² / Σ|b|² of each output, summed over outputs; infinite where it is not finite."""
     apart: dict[str, float] = {}
     sizes: dict[str, float] = {}
