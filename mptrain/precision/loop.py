@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.core.errors import UserError
 from mptrain.precision import accumulate
-from mptrain.precision.optimizer import KernelChoice, MasterOptimizer
+from mptrain.precision.kernels import KernelChoice
+from mptrain.precision.optimizer import MasterOptimizer
 from mptrain.precision.policy import Compute, LossScale, Master, Moments, Policy
 from mptrain.precision.scaler import LossScaler
 from mptrain.precision.step import Run, checked_max_norm, clip_factor, collect

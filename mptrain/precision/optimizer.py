@@ -9,11 +9,10 @@ for other optimizers it is the update.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,19 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from mptrain.core.errors import ResumeError, UserError
 from mptrain.precision import accumulate, moments, moments8, rounded
 from mptrain.precision.casting import Casts
-from mptrain.precision.cpp_kernel import native_kernel
 from mptrain.precision.flat import Flat
+from mptrain.precision.kernels import KernelChoice, kernel_for
 from mptrain.precision.link import Link
 from mptrain.precision.master import Changed, Masters
 from mptrain.precision.policy import Policy
-from mptrain.precision.step import AdamRule, Kernel, Run, TorchKernel, rule_of
+from mptrain.precision.step import AdamRule, Kernel, Run, rule_of
 from mptrain.precision.whole import Whole, answer_for, forget, refuse_tracing
 
 log = logging.getLogger(__name__)
 
 FORMAT = "mptrain.masters/v1"
-
-KernelChoice = Literal["auto", "native", "torch"]
 
 
 class MasterOptimizer(torch.optim.Optimizer):
@@ -243,21 +240,8 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def _kernel(self, flat: Flat) -> Kernel:
         if flat.device not in self._kernels:
-            self._kernels[flat.device] = self._choose_kernel(flat.device)
+            self._kernels[flat.device] = kernel_for(flat.device, self._kernel_choice)
         return self._kernels[flat.device]
-
-    def _choose_kernel(self, device: torch.device) -> Kernel:
-        if device.type == "cpu" and self._kernel_choice != "torch":
-            kernel = native_kernel()
-            if kernel is not None:
-                return kernel
-            if self._kernel_choice == "native":
-                raise UserError("kernel='native', but it could not be built here (see the log); use kernel='auto'")
-        if device.type == "cuda" and self._kernel_choice == "auto" and importlib.util.find_spec("triton"):
-            from mptrain.precision.triton_kernel import TritonKernel
-
-            return TritonKernel()
-        return TorchKernel(device)
 
     def _sum_of_squares(self, runs: Sequence[Run]) -> float:
         sums: dict[torch.device, Any] = {}
