@@ -1,7 +1,8 @@
 """C and C++ kernels that sit beside their Python module, compiled at first use where there is a compiler.
 
 A kernel file has a plain C ABI: it compiles in a second or two, without Python or torch
-headers. The library is kept in the user's cache under a hash of source, flags, compiler and
+headers. Headers of ours are in a folder with its name: kernel/*.h beside kernel.cpp. The
+library is kept in the user's cache under a hash of source, headers, flags, compiler and
 processor, so that machines which share a cache, or a changed source, never load a wrong one.
 It is compiled under a temporary name and moved: of processes that build at once, one does and
 the others wait for it.
@@ -67,7 +68,7 @@ def build(source: Path, flags: Sequence[str], *, link: Sequence[str] = (), folde
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
         said = (shlex.join([*compiler, *flags, *link]), platform.platform(), _processor())
-        key = hashlib.sha256(b"\0".join([source.read_bytes(), version, *(s.encode() for s in said)])).hexdigest()
+        key = hashlib.sha256(b"\0".join([_text(source), version, *(s.encode() for s in said)])).hexdigest()
         folder = (folder or cache_folder()) / "kernels"
         library = folder / f"{source.stem}-{key[:16]}.so"
         if library.is_file():
@@ -83,6 +84,11 @@ def build(source: Path, flags: Sequence[str], *, link: Sequence[str] = (), folde
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(str(error)) from error
     return library
+
+
+def _text(source: Path) -> bytes:
+    """With the headers that belong to it."""
+    return b"".join(path.read_bytes() for path in [source, *sorted(source.with_suffix("").glob("*.h"))])
 
 
 def _compile(compiler: list[str], source: Path, flags: Sequence[str], link: Sequence[str], library: Path) -> None:

@@ -1,4 +1,4 @@
-"""The compiled kernel: kernel.cpp behind a C ABI, built at first use and cached (mptrain.core.native).
+"""The compiled kernel: kernel.cpp and kernel/*.h behind a C ABI, built at first use and cached (mptrain.core.native).
 
 The library is built for the vector width of this CPU: AVX-512, AVX2 or what the architecture always has.
 """

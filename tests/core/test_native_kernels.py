@@ -39,6 +39,16 @@ def test_changed_source_and_changed_flags_are_other_libraries(source, tmp_path, 
     assert [answer(library) for library in libraries] == [1, 2, 11]
 
 
+def test_a_changed_header_makes_another_library(source, tmp_path):
+    path, header = source('#include "kernel/n.h"\nint answer(void) { return N; }'), tmp_path / "kernel" / "n.h"
+    header.parent.mkdir()
+    libraries = []
+    for n in (1, 2):
+        header.write_text(f"#define N {n}\n")
+        libraries.append(build(path, (), folder=tmp_path))
+    assert [answer(library) for library in libraries] == [1, 2]
+
+
 def test_without_a_compiler_the_message_says_so(source, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
