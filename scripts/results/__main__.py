@@ -1,4 +1,4 @@
-"""Both pages, written or compared."""
+"""The pages, written or compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.results import exports, precision, pruning, quantized, runs
+from scripts.results import exports, jpqd_page, precision, pruning, quantized, runs
 from scripts.results.drawn import ROOT
 
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
@@ -75,7 +75,7 @@ def readme() -> str:
 
 
 def main() -> int:
-    wanted = {PAGE: page(), README: readme()}
+    wanted = {PAGE: page(), README: readme(), jpqd_page.PAGE: jpqd_page.page()}
     if "--check" in sys.argv:
         stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
         print("".join(f"{name} is stale: run `python -m scripts.results`\n" for name in stale), end="", file=sys.stderr)
