@@ -153,9 +153,9 @@ def test_quantized_weights_are_stored_once_copied_and_what_is_dropped_is_said(na
     kind = format_of(spec)
     copied, deepcopy = [], copy.deepcopy
 
-    def counted(x, *arguments):
-        copied.extend([x] if isinstance(x, type(model)) else [])
-        return deepcopy(x, *arguments)
+    def counted(x, *memo):  # with a memo it is a part of one that is copied already, as a bound method's model is
+        copied.extend([x] if isinstance(x, type(model)) and not memo else [])
+        return deepcopy(x, *memo)
 
     with monkeypatch.context() as patched:
         patched.setattr(copy, "deepcopy", counted)
