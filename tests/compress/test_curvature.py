@@ -51,7 +51,7 @@ def error(model, dense, found):
     return total / len(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_a_model_pruned_to_half_stays_closer_than_by_fisher_with_refit(family):
     data = batches(family)
     dense = tiny(family)

@@ -11,10 +11,11 @@ from mptrain.compress.calibrate.ranks import Ranks
 from mptrain.core.errors import ModelError, UserError
 
 NAMES = ["bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.1.output.dense"]
+CONV1D = "transformer.h.0.mlp.c_proj"  # [inputs, outputs]
 
 
-def collected(model, batches, **options) -> dict[str, Curvature]:
-    return {k: v for group in curvatures(model, NAMES, batches, **options) for k, v in group.items()}
+def collected(model, batches, names=NAMES, **options) -> dict[str, Curvature]:
+    return {k: v for group in curvatures(model, names, batches, **options) for k, v in group.items()}
 
 
 def by_hand(model, batches, name):
@@ -36,12 +37,12 @@ def by_hand(model, batches, name):
     return torch.cat(xs), torch.cat(gs)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_sums_are_those_of_autograd_without_padding(name):
-    model, batches = tiny("bert"), [inputs("bert", seed=s) for s in range(3)]
+@pytest.mark.parametrize(("family", "name"), [*(("bert", name) for name in NAMES), ("gpt2", CONV1D)])
+def test_the_sums_are_those_of_autograd_without_padding(family, name):
+    model, batches = tiny(family), [inputs(family, seed=s) for s in range(3)]
     x, g = by_hand(model, batches, name)
     model.zero_grad()
-    found = collected(model, batches)[name]
+    found = collected(model, batches, [name])[name]
     assert found.tokens == len(x) == 3 * 24 and found.examples == 9
     w = g.square().sum(1)
     h, mean = found.covariance(rho=0.25)

@@ -31,7 +31,7 @@ from mptrain.models import artifact
 from mptrain.precision.half import in_half
 from mptrain.recipe import Curvature, Keep, Magnitude, Ptq
 
-ALL = [family for family in FAMILIES if family != "swin"]  # its attention has a table to each head
+ALL = [*(family for family in FAMILIES if family != "swin"), "gpt2"]  # swin's attention has a table to each head
 
 
 def empty(structure, heads, ffn):
@@ -276,7 +276,7 @@ def test_blocks_that_give_a_constant_leave_first_and_nothing_changes():
         torch.testing.assert_close(logits(model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_the_loss_without_a_block_and_the_constant_are_those_of_its_moments(family):
     """llama's layers have no bias: it gets one."""
     model, data = tiny(family), plain(family)

@@ -27,6 +27,7 @@ from scipy.linalg import helmert
 from torch import Tensor, nn
 
 from mptrain.compress.calibrate.ranks import ALONE, Ranks, from_rank
+from mptrain.compress.structure.fields import output_dim
 from mptrain.core.errors import ModelError, UserError
 from mptrain.core.progress import Progress, progress
 from mptrain.core.signature import Batch
@@ -174,9 +175,10 @@ def _groups(model: nn.Module, names: Sequence[str], memory: int) -> Iterator[lis
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:
-    """Inputs and outputs of a Linear."""
-    outputs, inputs = model.get_parameter(f"{name}.weight").shape
-    return inputs, outputs
+    """Inputs and outputs of a Linear, or of transformers' Conv1D."""
+    sizes = model.get_parameter(f"{name}.weight").shape
+    made = output_dim(model.get_submodule(name)) or 0
+    return sizes[1 - made], sizes[made]
 
 
 def _pass(
