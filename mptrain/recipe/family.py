@@ -4,8 +4,8 @@
 
 Each has the stage's settings. The first trains as long as the stage says; the others, of which each begins with a
 model that is trained already, `recovery` of that, the pruning's own schedule with it. Speed-ups count against where the
-family starts, so that misses do not add up. Exports of the stage are exports of all its points; a teacher `self` is
-where the family starts. From there on the recipe is one of ordinary stages.
+family starts, or `against`, so that misses do not add up. Exports of the stage are exports of all its points; a teacher
+`self` is where the family starts. From there on the recipe is one of ordinary stages.
 
 Curvature and other statistics are those of the model as it is at each point; what its blocks cost is measured once
 (compress/prune/measured.py).
@@ -54,20 +54,26 @@ def _points(stage: Any) -> list[Any] | None:
 
 
 def _stages(stage: dict[str, Any], before: str, source: str, members: dict[str, list[str]]) -> list[dict[str, Any]]:
-    points, name = _points(stage) or [], str(stage.get("id"))
+    points, name, keep = _points(stage) or [], stage.get("id"), stage["prune"]["keep"]
+    if not isinstance(name, str):
+        raise RecipeError(
+            f"{source}: stages: the family of speedup {points} needs an id, of which those of its stages are made, got"
+            f" {name!r}; write e.g. id: small."
+        )
     numbers = [p for p in points if isinstance(p, int | float) and not isinstance(p, bool) and p > 1]
     if len(numbers) < len(points) or sorted(set(numbers)) != numbers:
         raise RecipeError(
             f"{source}: stages.{name}.prune.keep.speedup: a family is ascending numbers above 1, each pruned from the"
             f" last, got {points}; write e.g. [2, 3, 4]."
         )
-    start, recovery = stage.get("from", before), _recovery(stage, source)
+    start, recovery = stage.get("from") or before, _recovery(stage, source)
+    against = start if keep.get("against") is None else keep["against"]
     found: list[dict[str, Any]] = []
     for point in points:
         one = copy.deepcopy(stage)
         one["id"] = f"{name}-{point:g}x"
         one["from"] = start if not found else found[-1]["id"]
-        one["prune"]["keep"] = {**one["prune"]["keep"], "speedup": float(point), "against": start}
+        one["prune"]["keep"] = {**keep, "speedup": float(point), "against": against}
         one["prune"]["keep"].pop("recovery", None)
         if found:
             _shorten(one, recovery)
@@ -79,11 +85,16 @@ def _stages(stage: dict[str, Any], before: str, source: str, members: dict[str, 
 
 
 def _recovery(stage: dict[str, Any], source: str) -> float:
-    """Raises RecipeError for what is no share."""
+    """Raises RecipeError for what is no share, and for one of no training."""
     value = stage["prune"]["keep"].get("recovery", RECOVERY)
+    if "recovery" in stage["prune"]["keep"] and stage.get("train") is None:
+        raise RecipeError(
+            f"{source}: stages.{stage['id']}.prune.keep.recovery: {value!r} is a share of train.epochs, and the stage"
+            " has no train: give train, or drop recovery."
+        )
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise RecipeError(
-            f"{source}: stages.{stage.get('id')}.prune.keep.recovery: the share of train.epochs that each point after"
+            f"{source}: stages.{stage['id']}.prune.keep.recovery: the share of train.epochs that each point after"
             f" the first trains is above 0 and at most 1, got {value!r}; default {RECOVERY}."
         )
     return value
@@ -107,15 +118,22 @@ def _exports(exports: Any, members: dict[str, list[str]]) -> Any:
     for export in exports:
         of = export.get("of") if isinstance(export, dict) else None
         if isinstance(of, list):
-            export = {**export, "of": [each for name in of for each in members.get(name, [name])]}
+            export = {**export, "of": [each for name in of for each in _members(name, members)]}
         found.append(export)
     return found
 
 
+def _members(name: Any, members: dict[str, list[str]]) -> list[Any]:
+    """Of a family; what is no name is said later."""
+    return members.get(name, [name]) if isinstance(name, str) else [name]
+
+
 def _check_names(data: dict[str, Any], members: dict[str, list[str]], source: str) -> None:
     for stage in data["stages"]:
-        for field in ("from", "teacher"):
-            name = stage.get(field) if isinstance(stage, dict) else None
+        for field in ("from", "teacher", "prune.keep.against"):
+            name = stage
+            for key in field.split("."):
+                name = name.get(key) if isinstance(name, dict) else None
             if isinstance(name, str) and name in members:
                 raise RecipeError(
                     f"{source}: stages.{stage.get('id')}.{field}: {name!r} is a family; give one of its stages,"

@@ -27,7 +27,7 @@ from mptrain.core.errors import ModelError
 from mptrain.core.signature import TOKENS
 from mptrain.data.tasks.divergence import of_logits
 from mptrain.recipe import Distill
-from mptrain.train.relations import Layers, divergence, projections, recorded
+from mptrain.train.relations import Layers, divergence, paired, recorded
 
 TARGETS = ("labels", "start_positions", "end_positions")
 Term = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Tensor], float], Tensor]
@@ -77,9 +77,7 @@ class Distiller:
             return
         if self._layers is None:
             plain = {k: v for k, v in inputs.items() if k not in self.targets}
-            layers, known = projections(self.teacher, plain), dict(student.named_modules())
-            own = layers if all(name in known for layer in layers for name in layer) else projections(student, plain)
-            self._layers = own, layers
+            self._layers = paired(student, self.teacher, plain)
         with recorded(student, self._layers[0]) as found:
             yield
         self._related = found()

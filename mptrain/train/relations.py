@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mptrain.compress.structure import dropped
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError
 
@@ -39,6 +40,24 @@ def projections(model: nn.Module, example: Mapping[str, Tensor] | None = None) -
             " hidden instead."
         )
     return found
+
+
+def paired(
+    student: nn.Module, teacher: nn.Module, example: Mapping[str, Tensor] | None = None
+) -> tuple[Layers, Layers]:
+    """Of the student and of the teacher what is compared: the attentions that both have, where one is made of the
+    other, and else all. Raises ModelError where there are none."""
+    layers, known = projections(teacher, example), dict(student.named_modules())
+    if not all(name in known for layer in layers for name in layer):
+        return projections(student, example), layers
+    gone = dropped.described(student)  # constants, which relate nothing and learn nothing
+    left = [layer for layer in layers if gone.keys().isdisjoint(layer)]
+    if not left:
+        raise ModelError(
+            "distill.relations: pruning has left no attention of the teacher's in the student; use hidden instead, or"
+            " drop relations."
+        )
+    return left, left
 
 
 @contextmanager

@@ -129,8 +129,54 @@ def test_a_folder_whose_constants_do_not_fit(change, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("block", [5, {}, {"kind": "heads"}, {"kind": "heads", "units": "0"}, {"units": 0}])
+def test_a_folder_whose_blocks_are_not_described(block, tmp_path):
+    artifact.save(without(tiny("bert")), tmp_path / "m")
+    file = tmp_path / "m/config.json"
+    config = json.loads(file.read_text())
+    config["mptrain_structure"]["blocks"]["x"] = block
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"mptrain_structure\.blocks\.x must be an object with kind and units"):
+        artifact.load(tmp_path / "m")
+
+
 QUERY = "bert.encoder.layer.0.attention.self.query"
 SINK = "bert.encoder.layer.0.attention.output.dense"
+
+
+def test_poolers_stay_whole_when_all_attentions_are_gone():
+    model = tiny("bert")
+    structure = find_structure(model)
+    assert "poolers" in structure.refused[0].reason
+    shrink(model, structure, Kept({block.name: [] for block in structure.of_kind("heads")}))
+    found = find_structure(model)
+    assert [block.name for block in found] == [block.name for block in structure.of_kind("ffn")]
+    assert found.refused == structure.refused
+
+
+class Adds(nn.Module):
+    """Falcon's parallel layer: what an FFN gave is added to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Reads.Layer(False), Reads.Layer(False)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            y = layer.down(torch.relu(layer.up(x)))
+            y += x
+            x = y
+        return x
+
+
+def test_what_a_constant_gives_may_be_written_to():
+    model, x = Adds(), torch.randn(3, 8)
+    structure = find_structure(model, {"x": x})
+    assert droppable(model, structure, {"x": x}) == (["layers.0.ffn", "layers.1.ffn"], [])
+    shrink(model, structure, Kept({"layers.0.ffn": []}))
+    model.train()(x).sum().backward()
+    assert torch.equal(model.layers[0].down.bias.grad.isfinite(), torch.ones(8, dtype=torch.bool))
+    torch.testing.assert_close(model.layers[0].down(x), model.layers[0].down.bias.detach().expand(3, 8))
 
 
 # -- what cannot leave

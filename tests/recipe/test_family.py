@@ -88,6 +88,31 @@ def test_against_is_an_earlier_stage():
         recipe({**FAMILY, "prune": {"method": "magnitude", "keep": {"macs": 0.5, "against": "a"}}})
 
 
+@pytest.mark.parametrize(("given", "counted"), [("model", "model"), ("a", "a"), (None, "a"), ("b", "b")])
+def test_a_family_counts_against_what_it_is_told_to(given, counted):
+    keep = {"speedup": [2, 3], "against": given}
+    found = recipe({"id": "b", "train": TRAIN}, {**FAMILY, "from": "a", "prune": {"method": "magnitude", "keep": keep}})
+    assert [stage.prune.against() for stage in found.stages[2:]] == [counted] * 2
+
+
+def test_what_a_budget_counts_against_is_one_stage():
+    later = {"id": "b", "from": "p-2x", "prune": {"method": "magnitude", "keep": {"speedup": 5, "against": "p"}}}
+    with pytest.raises(RecipeError, match=r"stages\.b\.prune\.keep\.against: 'p' is a family; give one of its stages"):
+        recipe(FAMILY, later)
+
+
+@pytest.mark.parametrize("of", [["a", ["p"]], ["a", {"p": 1}], ["a", 5, "p"]])
+def test_exports_of_what_is_no_name_are_said_to_be_none(of):
+    with pytest.raises(RecipeError, match=r"export\.ov\.of.*: input should be a valid string"):
+        recipe(FAMILY, of=of)
+
+
+@pytest.mark.parametrize("id", [None, 5, ["p"]])
+def test_a_family_has_a_name(id):
+    with pytest.raises(RecipeError, match=r"the family of speedup \[2, 3, 4\.5\] needs an id"):
+        recipe({**FAMILY, "id": id})
+
+
 def test_points_after_the_first_train_a_share_of_what_the_first_does():
     warm = {"method": "fisher", "schedule": {"start": 0.5, "end": 1}, "keep": {"speedup": [2, 3, 4]}}
     stage = {**FAMILY, "train": TRAIN | {"epochs": 2}, "prune": warm}
@@ -98,8 +123,11 @@ def test_points_after_the_first_train_a_share_of_what_the_first_does():
     warm["keep"]["recovery"] = 1
     assert [one.train.epochs for one in recipe(stage).stages[1:]] == [2, 2, 2]
     assert all(one.prune.keep.recovery is None for one in recipe(stage).stages[1:])
-    untrained = {"id": "p", "prune": {"method": "curvature", "keep": {"speedup": [2, 3], "recovery": 0.5}}}
+    untrained = {"id": "p", "prune": {"method": "curvature", "keep": {"speedup": [2, 3]}}}
     assert [one.train for one in recipe(untrained).stages[1:]] == [None, None]
+    untrained["prune"]["keep"]["recovery"] = 0.5
+    with pytest.raises(RecipeError, match=r"stages\.p\.prune\.keep\.recovery: 0\.5 .* no train: give train, or drop"):
+        recipe(untrained)
 
 
 @pytest.mark.parametrize("share", [0, 1.5, "all", True, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kit import tiny
+from kit.dropped import without
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -13,7 +14,7 @@ from mptrain.recipe import Distill
 from mptrain.recipe.file import read
 from mptrain.run import run
 from mptrain.train.distill import Distiller
-from mptrain.train.relations import divergence, projections
+from mptrain.train.relations import divergence, paired, projections, recorded
 
 torch.manual_seed(0)
 
@@ -67,6 +68,27 @@ def test_a_student_with_other_heads_and_fewer_layers_learns_it():
         outputs = student(**batch)
     with pytest.raises(ModelError, match="the student's attention has 3 projections, the teacher's 1"):
         fused({"input_ids": batch["input_ids"]}, {"logits": torch.zeros(2, 7, 40)}, torch.zeros(()))
+
+
+def test_attentions_that_pruning_left_out_are_not_compared():
+    teacher, student = bert(4), bert(4)
+    student.load_state_dict(teacher.state_dict())
+    without(student, heads=0, ffn=None)
+    batch = {"input_ids": torch.randint(40, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    distiller = Distiller(teacher, Distill(weight=0.0, relations=1.0))
+    with distiller.watching(student, batch):
+        outputs = student(**batch)
+    found = distiller(batch, outputs, torch.zeros(())).total
+    names, modules = projections(teacher)[1], {"student": student, "teacher": teacher}
+    made = {}
+    for name, model in modules.items():
+        with recorded(model, [names]) as kept:
+            model(**batch)
+        (made[name],) = kept()
+    torch.testing.assert_close(found, divergence(made["student"], made["teacher"], batch["attention_mask"]))
+    without(student, heads=0, ffn=None)  # the one that was left
+    with pytest.raises(ModelError, match=r"distill\.relations: pruning has left no attention"):
+        paired(student, teacher, batch)
 
 
 @pytest.mark.long

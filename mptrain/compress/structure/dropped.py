@@ -64,7 +64,8 @@ class Constant(nn.Module):
         return cls(nn.Parameter(_bias(module)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bias.to(x.dtype).expand((*x.shape[:-1], self.size))
+        # memory of its own, which a model may write to, as it may to what a Linear gives
+        return self.bias.to(x.dtype).expand((*x.shape[:-1], self.size)).clone()
 
     def extra_repr(self) -> str:
         return str(self.size)

@@ -96,6 +96,9 @@ def apply(model: nn.Module, data: Any) -> None:
     for key in ("blocks", "tensors", "attributes", *also):
         if not isinstance(data.get(key), Mapping):
             raise ModelError(f"{WHERE}.{key} must be an object, got {short(data.get(key))}")
+    for name, one in data["blocks"].items():
+        if not isinstance(one, Mapping) or type(one.get("units")) is not int or not isinstance(one.get("kind"), str):
+            raise ModelError(f"{WHERE}.blocks.{name} must be an object with kind and units, got {short(one)}")
     for key in also:
         _replace(model, data[key])
     for name, shape in data["tensors"].items():

@@ -62,7 +62,7 @@ def find(model: nn.Module, example: Mapping[str, Any] | None = None) -> tuple[li
                 pairs.append((found, block))
             else:
                 refused.append(Refusal(block.name, reason))
-        attention = bool(groups.lost) or any(found.kind == "heads" for found in groups.found)
+        attention = bool(groups.lost) or any(found.kind == "heads" for found in groups.found) or _had_attention(model)
         blocks, left = _offered(model, flow, pairs, attention)
         refused += left
         blocks = _shared(_ordered(model, blocks))
@@ -242,7 +242,7 @@ def _fixed(model: nn.Module, block: Block) -> str | None:
 def _offered(
     model: nn.Module, flow: Flow, pairs: Iterable[tuple[Group, Block]], attention: bool
 ) -> tuple[list[Block], list[Refusal]]:
-    """attention: whether the model has any."""
+    """attention: whether the model has any, or had before it was pruned."""
     bent = flow.marks.of_classes(flow.marks.bent, flow.labels.roots())
     kept, left = [], []
     for found, block in pairs:
@@ -258,6 +258,11 @@ def _offered(
         else:
             left.append(Refusal(_modules(block), reason))
     return kept, left
+
+
+def _had_attention(model: nn.Module) -> bool:
+    """Whether an earlier cut left out attentions whole, all of them perhaps."""
+    return any(block["kind"] == "heads" for block in (saved.of(model) or {"blocks": {}})["blocks"].values())
 
 
 def _in_a_layer(model: nn.Module, block: Block) -> bool:
