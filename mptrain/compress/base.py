@@ -73,7 +73,7 @@ class Tools:
     model that such budgets count against; None, the one that the phase begins with. once(name, make): what `make`
     measured, made by one process only, once for all attempts at the phase. shared(name, make): the same
     once for all stages of the run, where the name says all that it depends on; within `make` of `once` alone. counted:
-    names the model that budgets count against among those of the run.
+    names the model that budgets count against, and what it is exported as, among those of the run.
     """
 
     inputs: Callable[[], list[Batch]] = _nothing

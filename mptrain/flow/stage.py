@@ -182,7 +182,7 @@ def _tools(context: Context, inputs: StageInputs, phase: Phase) -> Tools:
         ranks=context.ranks,
         once=lambda name, make: _once(context, context.folder / phase.folder / f"{name}.json", make),
         shared=lambda name, make: _kept(context.folder / "stages" / f"{name}.json", make),
-        counted=inputs.against or inputs.start,
+        counted=inputs.counted(),
     )
 
 

@@ -43,6 +43,10 @@ class StageInputs:
         Stages of one key, on the same data, model files, versions and processes, give one model."""
         return given({field.name: json.loads(json.dumps(_plain(getattr(self, field.name)))) for field in fields(self)})
 
+    def counted(self) -> str:
+        """Names what a budget of the whole exported model counts against: the model, and the variant it becomes."""
+        return f"{self.against or self.start} {json.dumps(_plain(self.target), sort_keys=True)}"
+
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.key(), sort_keys=True).encode()).hexdigest()
 

@@ -364,6 +364,10 @@ def test_quantized_models_and_models_without_such_blocks_are_refused():
     swin = tiny("swin")
     with pytest.raises(UserError, match=r"prune\.drop: no block can be left out whole.*relative_position_bias_table"):
         method.droppable(only, swin, find_structure(swin, ignore=["intermediate"]), None)
+    for keep_ in ({"speedup": 2.0}, {"latency": 0.5, "against": "model"}, {"macs": 0.5}):
+        found = only.model_copy(update={"keep": Keep.model_validate(keep_), "ignore": ["intermediate"]})
+        with pytest.raises(UserError, match=r"prune\.drop: no block can be left out whole"):
+            method.check(found, swin, Site("prune", exact=False))  # whatever the budget is, before any training
 
 
 def test_the_method_drops_and_says_what_it_dropped(tmp_path):

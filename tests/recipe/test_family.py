@@ -45,6 +45,17 @@ def test_what_a_family_counts_against_is_in_its_key():
     assert inputs["p-2x"].target.export.format == "openvino"
 
 
+def test_what_is_measured_of_blocks_is_shared_by_what_is_exported_alike():
+    """Points of a family are; a stage from the same start with other quantizers is another file."""
+    qat = {"mode": "qat", "weights": "symmetric"}
+    points = {**FAMILY, "quantize": qat}
+    other = {**FAMILY, "id": "q", "from": "a", "quantize": qat | {"ignore": ["classifier"]}}
+    export = [{"id": "ov", "format": "openvino", "of": ["a", "p", "q"], "precision": ["fp32", "int8"]}]
+    found = {name: stage.counted() for name, stage in inputs_of(recipe(points, other, export=export)).items()}
+    assert found["p-2x"] == found["p-3x"] == found["p-4.5x"] != found["q-2x"] == found["q-3x"]
+    assert found["p-2x"].startswith("a ") and "classifier" in found["q-2x"]
+
+
 def test_a_number_is_no_family():
     found = recipe({**FAMILY, "prune": {"method": "magnitude", "keep": {"speedup": 2.0}}})
     assert [stage.id for stage in found.stages] == ["a", "p"] and found.stage("p").prune.against() is None

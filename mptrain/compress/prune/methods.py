@@ -47,6 +47,7 @@ class Pruning(Method[PruneConfig]):
     @classmethod
     def check(cls, config: PruneConfig, skeleton: nn.Module, site: Site) -> None:
         structure = find_structure(skeleton, site.example, ignore=config.ignore)
+        drop = cls.droppable(config, skeleton, structure, site.example)
         keep = config.budget()
         in_time = keep is not None and (keep.of_export() or ("",))[0] == "latency"
         for block in structure if in_time else ():
@@ -58,7 +59,6 @@ class Pruning(Method[PruneConfig]):
             return
         whole = None if site.bytes is None else measured.from_bytes(skeleton, structure, site.bytes)
         if site.exact:
-            drop = cls.droppable(config, skeleton, structure, site.example)
             floors = {name: getattr(config, name) for name in ("min_heads", "min_ffn", "round_ffn")}
             Budget(structure, keep, length=site.length or 1, whole=whole, drop=drop, **floors)
 
