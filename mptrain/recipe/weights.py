@@ -210,8 +210,8 @@ class WeightOnly(QuantizeConfig):
     allow_partial: bool = Field(False, description=PARTIAL)
     finetune: RoundedTraining | None = Field(
         None,
-        description="train the integers, from those of `method` on; needs `train`. Embeddings that are rounded stand still"
-        " in the whole stage",
+        description="train the integers, from those of `method` on; needs `train`. Embeddings that are rounded stand"
+        " still in the whole stage",
     )
 
     def words(self) -> str:
