@@ -11,6 +11,7 @@ from mptrain.compress.base import Tools
 from mptrain.compress.methods import method_class
 from mptrain.compress.weights import records, weight_only
 from mptrain.compress.weights.rounded_training import RoundedTrainer
+from mptrain.core.errors import ModelError
 from mptrain.recipe import RoundedTraining, WeightOnly
 
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -107,6 +108,21 @@ def test_weights_stay_within_half_a_level_of_the_outermost_ones():
     model.get_parameter(GATE).data -= 1.2 * scale  # and turn at once
     ours.updated(2)
     assert (ours.records()[GATE].q == 6).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_the_last_step_broke_are_no_integers(bad):
+    """Infinite ones are put back into reach; NaN has no level."""
+    model = tiny("llama")
+    ours, _, _ = trainer(model)
+    ours.gradients(True)
+    model.get_parameter(GATE).data[3, 5] = bad
+    ours.updated(1)
+    if bad == float("inf"):
+        assert ours.records()[GATE].q[3, 5] == 7
+        return
+    with pytest.raises(ModelError, match=rf"{GATE}: 1 of {model.get_parameter(GATE).numel()} weights are NaN"):
+        ours.records()
 
 
 def test_a_stopped_training_continues_bit_for_bit():

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mptrain.compress.base import MasterView
-from mptrain.compress.weights.grid import Grid, to_levels
+from mptrain.compress.weights.grid import Grid, check_finite, to_levels
 from mptrain.compress.weights.records import BlockQuantized, matrix
 from mptrain.compress.weights.shown import ShownWeights
+from mptrain.core.errors import ModelError
 from mptrain.recipe import RoundedTraining
 
 
@@ -76,16 +77,18 @@ class RoundedTrainer:
 
     @torch.no_grad()
     def records(self) -> dict[str, BlockQuantized]:
-        """Of the weights as they are trained now; `records.attach` puts them on the model."""
-        found = {}
-        for name, start in self._start.items():
-            q = self._units[name].levels(self.weights.dense[name])
-            found[name] = replace(start, q=q.flatten(1).to("cpu", start.q.dtype).reshape(start.shape).contiguous())
-        return found
+        """Of the weights as they are trained now; `records.attach` puts them on the model. Raises ModelError for those
+        that are not finite, as the last step may leave them: no loss says so any more."""
+        for name, weight in self.weights.dense.items():
+            try:
+                check_finite(weight)
+            except ModelError as error:
+                raise ModelError(f"{name}: {error}") from None
+        return {name: replace(start, q=self._integers(name)) for name, start in self._start.items()}
 
     def logs(self) -> dict[str, float]:
         """The share of integers that are no longer those of the start."""
-        pairs = [(made.q, self._start[name].q) for name, made in self.records().items()]
+        pairs = [(self._integers(name), start.q) for name, start in self._start.items()]
         moved = sum(int((now != before).sum()) for now, before in pairs)
         return {"compress/moved": moved / max(1, sum(now.numel() for now, _ in pairs))}
 
@@ -96,6 +99,12 @@ class RoundedTrainer:
         """Continue exactly: also puts the rounded values into the model's parameters."""
         self.weights.load_dense({name: state[f"dense.{name}"] for name in self.weights.dense})
         self.weights.show()
+
+    @torch.no_grad()
+    def _integers(self, name: str) -> Tensor:
+        """As a record holds them."""
+        start, q = self._start[name], self._units[name].levels(self.weights.dense[name])
+        return q.flatten(1).to("cpu", start.q.dtype).reshape(start.shape).contiguous()
 
     def _shown(self, name: str) -> Tensor:
         return self._units[name].rounded(self.weights.dense[name])
