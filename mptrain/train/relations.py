@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mptrain.compress.structure import dropped
+from mptrain.compress.structure import stand_ins
 from mptrain.compress.structure.find import find_structure
 from mptrain.core.errors import ModelError
 
@@ -50,7 +50,7 @@ def paired(
     layers, known = projections(teacher, example), dict(student.named_modules())
     if not all(name in known for layer in layers for name in layer):
         return projections(student, example), layers
-    gone = dropped.described(student)  # constants, which relate nothing and learn nothing
+    gone = stand_ins.described(student)  # what stands in its place relates nothing
     left = [layer for layer in layers if gone.keys().isdisjoint(layer)]
     if not left:
         raise ModelError(
