@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from mptrain.commands.compressions import WORDS
 from mptrain.compress.base import Batch, Method, Site, Tools, TrainingMethod
 from mptrain.compress.methods import acting, finalized, methods_of, prepared, stand_still
 from mptrain.core.errors import UserError
+from mptrain.core.hooks import is_quantized
 from mptrain.core.pins import warn_untested
 from mptrain.data.tasks import divergence
 from mptrain.export.target import opened
@@ -150,7 +151,8 @@ class Compression:
             config, field = method.config, method.config.field
             if config.needs() and self._data is None:
                 raise UserError(f"data: {config.words()} calibrates on real inputs; give batches or a data set")
-            method.check(config, self.model, Site(field, length=_tokens(example), example=example))
+            site = Site.beside(config, self.stage.methods, length=_tokens(example), example=example)
+            method.check(config, self.model, replace(site, quantized=site.quantized or is_quantized(self.model)))
             for phase in self.phases:
                 if field in phase.methods and phase.steps:
                     method.check_steps(config, phase.steps, phase.steps_per_epoch)

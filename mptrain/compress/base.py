@@ -19,7 +19,7 @@ What the settings say without a model (words for the report, needs, when it acts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -116,6 +116,17 @@ class Site:
     example: Batch | None = None
     bytes: tuple[float, float] | None = None
     quantized: bool = False
+
+    @classmethod
+    def beside(
+        cls, method: MethodConfig, stage: Iterable[MethodConfig], before: Iterable[MethodConfig] = (), **more: Any
+    ) -> Site:
+        """Of a method among those of its stage, after those `before`, which say what shapes and quantizers it meets."""
+        before, others = list(before), [other for other in stage if other is not method]
+        first = [*before, *(other for other in others if other.early())]
+        quantized = any(weights.activations for other in first for _, weights in other.leaves())
+        exact = not any(other.reshapes for other in [*before, *others])
+        return cls(**{"field": method.field, "exact": exact, "quantized": quantized, **more})
 
 
 @dataclass(frozen=True)

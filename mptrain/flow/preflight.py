@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
@@ -151,14 +152,11 @@ def check_model(recipe: Recipe, model: PreTrainedModel) -> None:
     for stage in recipe.stages:
         before = [method for earlier in recipe.chain(stage.id)[1:] for method in earlier.methods]
         for method in stage.methods:
-            shapes = not any(other.reshapes for other in [*before, *stage.methods] if other is not method)
             length = recipe.data.max_length if text else None
             stored = target(recipe, stage).bytes if "bytes" in method.reads() else None
             causal = recipe.model.kind.causal
-            first = [*before, *(other for other in stage.methods if other is not method and other.early())]
-            quantized = any(weights.activations for other in first for _, weights in other.leaves())
-            exact = dense and shapes
-            site = Site(method.field, length, exact=exact, causal=causal, bytes=stored, quantized=quantized)
+            site = Site.beside(method, stage.methods, before, length=length, causal=causal, bytes=stored)
+            site = site if dense else replace(site, exact=False)
             with _in_stage(stage.id, method.field):
                 method_class(method).check(method, model, site)
 

@@ -249,6 +249,15 @@ def test_a_budget_against_a_stage_needs_the_recipe(net, batches):
         mptrain.Compression(net, {"prune": prune | {"keep": {"speedup": [2.0, 3.0]}}}, batches)
 
 
+def test_whole_blocks_are_refused_beside_quantizers_before_anything_is_calibrated(net, batches, tmp_path):
+    drop = {"method": "curvature", "keep": {"encoder_params": 0.5}, "drop": True, "round_ffn": 4}
+    methods = {"prune": drop, "quantize": {"mode": "qat", "start": "joint"}}
+    before, arguments = copy.deepcopy(net), mptrain.TrainingArguments(str(tmp_path), max_steps=8, report_to=[])
+    with pytest.raises(UserError, match=r"^prune\.drop: a model that carries quantizers cannot lose whole blocks"):
+        mptrain.Compression(net, methods, batches, trainer_args=arguments)
+    assert same(net, before)
+
+
 def test_adapters_want_a_training_and_bare_layers(net, batches, tmp_path):
     import peft
 
