@@ -175,6 +175,10 @@ class Recipe(Strict):
             against = stage.prune and stage.prune.against()
             if against is not None and against not in ["model", *seen]:
                 raise ValueError(f"{where}.prune.keep.against: {against!r} is not 'model' or an earlier stage {seen}")
+            pruned = [earlier.prune.round_ffn for earlier in self.chain(start) if earlier.prune is not None]
+            for method in stage.methods:
+                if reason := next(filter(None, map(method.why_not_widths, pruned)), ""):
+                    raise ValueError(f"{where}.{reason}")
             for method in stage.methods if self.precision.master == "split" else ():
                 if reason := method.why_not_split():
                     raise ValueError(f"{where}.{method.field}.{reason}")

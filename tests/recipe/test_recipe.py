@@ -228,3 +228,17 @@ def test_the_output_folder_may_be_in_the_home(tmp_path, monkeypatch):
 def test_every_field_of_gates_and_output_is_described():
     for model in (Gates, Output):
         assert all(field.description for field in model.model_fields.values())
+
+
+def test_blocks_that_do_not_divide_what_an_earlier_stage_left_are_refused():
+    found = yaml.safe_load((file.folder("recipes") / "prune-once.yaml").read_text(encoding="utf-8"))
+    once = next(stage for stage in found["stages"] if "prune" in stage)
+    once["prune"]["round_ffn"] = 48
+    int4 = {"id": "int4", "quantize": {"mode": "weight_only", "block_size": 32}}
+    found["stages"] = [once, int4]
+    found["export"] = [{"id": "ov", "format": "openvino", "of": ["int4"], "precision": ["compressed"]}]
+    found["gates"] = {}
+    with pytest.raises(RecipeError, match=r"stages\.int4\.quantize\.block_size: blocks of 32 do not divide FFN widths"):
+        file.validate(found, "x")
+    once["prune"]["round_ffn"] = 96
+    file.validate(found, "x")
