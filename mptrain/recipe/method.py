@@ -110,6 +110,10 @@ class MethodConfig(Strict):
         way out; empty where it can."""
         return ""
 
+    def empties(self) -> bool:
+        """Whether it may leave an attention or FFN no units at all."""
+        return False
+
     def why_not_sharded(self) -> str:
         """Field and reason why it cannot act in training on parameters that FSDP2 shards; empty where it can."""
         return ""

@@ -223,6 +223,9 @@ class Curvature(PruneConfig):
     def words(self) -> str:
         return f"{super().words()}, whole blocks too" if self.drop else super().words()
 
+    def empties(self) -> bool:
+        return bool(self.drop)
+
 
 PRUNE: dict[str, type[PruneConfig]] = {
     "movement": Movement,

@@ -242,3 +242,15 @@ def test_blocks_that_do_not_divide_what_an_earlier_stage_left_are_refused():
         file.validate(found, "x")
     once["prune"]["round_ffn"] = 96
     file.validate(found, "x")
+
+
+def test_maps_of_attentions_that_may_be_gone_are_not_compared():
+    found = yaml.safe_load((file.folder("recipes") / "jpqd-bert.yaml").read_text(encoding="utf-8"))
+    jpqd = found["stages"][-1]
+    jpqd["prune"]["drop"] = True
+    found["model"]["attn"] = "eager"
+    jpqd["distill"] |= {"attention": 1.0}
+    with pytest.raises(RecipeError, match=r"stages\.jpqd\.distill\.attention: stage 'jpqd' may leave out whole"):
+        file.validate(found, "x")
+    jpqd["distill"] |= {"attention": 0.0}
+    file.validate(found, "x")
