@@ -178,8 +178,8 @@ class Recipe(Strict):
             empty = next((one.id for one in self.chain(stage.id) if any(m.empties() for m in one.methods)), None)
             if empty is not None and stage.distill is not None and stage.distill.attention:
                 raise ValueError(
-                    f"{where}.distill.attention: stage {empty!r} may leave out whole attentions (drop), which then have no"
-                    " map to compare; use relations or hidden"
+                    f"{where}.distill.attention: stage {empty!r} may leave out whole attentions (drop), which then have"
+                    " no map to compare; use relations or hidden"
                 )
             pruned = [earlier.prune.round_ffn for earlier in self.chain(start) if earlier.prune is not None]
             for method in stage.methods:
