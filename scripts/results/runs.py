@@ -58,7 +58,7 @@ def _signed(unit: str, value: float, digits: int) -> str:
     return signed(100 * value, digits) if unit == "fraction" else words.signed(unit, value)
 
 
-METHODS = ("prune", "quantize", "palettize", "distill")
+METHODS = ("vocabulary", "prune", "quantize", "palettize", "distill")
 OF_A_CUT = ("quantize.start", "quantize.carry")
 """settings of quantizers that say nothing where nothing is pruned"""
 
@@ -103,7 +103,7 @@ def runs() -> list[str]:
         scored = report["variants"][0]["metrics"].get(report["metric"]["name"])
         n = f"{scored['n']:,} test examples" if scored else "not scored"
         text += [
-            f"### {report['name']}",
+            f"### {path.stem}",  # of a bundled recipe, or of one with other settings, which then are named
             "",
             f"{report['recipe']['description'][:1].upper()}{report['recipe']['description'][1:]}. {n};"
             f" {cores(report)} of {where(report)}; {words.duration(report['wall_s']['total'])} in all"
