@@ -1,6 +1,6 @@
 """Core tests on the lowest and the newest versions that pyproject.toml allows, on every Python that is installed.
 
-    python -m scripts.lanes [--json FILE] [--venvs FOLDER] [--only NAME…] [TEST…]
+    python -m scripts.lanes [--json FILE] [--venvs FOLDER] [--only NAME…] [--tests TEST…]
 
 A lane is a Python and `lowest` or `newest`: an environment of its own, filled by pip, and the core tests in it. Before
 them every extra is resolved by itself, without being installed: an extra that holds another package back is seen there.
@@ -107,13 +107,17 @@ def lane(name: str, version: str, path: str, venvs: Path, tests: list[str]) -> d
     report = folder / "tests.xml"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not long", f"--junitxml={report}"]
-    subprocess.run([*command, *tests], cwd=ROOT, env=environment)
+    report.unlink(missing_ok=True)
+    status = subprocess.run([*command, *tests], cwd=ROOT, env=environment).returncode
+    found = _results(report)
+    if status > 1:  # no test failed, but pytest did
+        found["failed"].append(f"pytest ended with status {status}")
     return {
         "lane": name,
         "python": version,
         "extras": list(extras),
         "versions": _versions(python),
-        **_results(report),
+        **found,
         "tests": tests,
         "seconds": round(time.monotonic() - begun),
     }
@@ -150,11 +154,14 @@ def main() -> int:
     today = datetime.date.today().isoformat()
     parser.add_argument("--json", type=Path, default=ROOT / f"benchmarks/results/lanes-{today}.json")
     parser.add_argument("--venvs", type=Path, default=ROOT / "build/lanes", help="where the environments are")
-    parser.add_argument("--only", action="append", metavar="NAME", help="lanes such as 3.12-newest; default: all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="lanes such as 3.12-newest; default: all")
     parser.add_argument("--resolve", action="store_true", help="resolve the extras and run no tests")
-    parser.add_argument("tests", nargs="*", default=list(TESTS))
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="default: the core tests")
     options = parser.parse_args()
     found = list(interpreters())
+    known = [f"{version}-{kind}" for version, _ in found for kind in EXTRAS]
+    if unknown := set(options.only or ()) - set(known):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.is_file() else {}
     facts = {"date": today, "pythons": [version for version, _ in found], "extras": kept.get("extras", [])}
     lanes = {row["lane"]: row for row in kept.get("lanes", [])}
@@ -162,7 +169,7 @@ def main() -> int:
         extras = [name for name in project()["optional-dependencies"] if name != "dev"]
         facts["extras"] = [resolved(Path(sys.executable), extra) for extra in extras]
     for version, path in found:
-        for name in (f"{version}-lowest", f"{version}-newest"):
+        for name in (f"{version}-{kind}" for kind in EXTRAS):
             if options.resolve or (options.only and name not in options.only):
                 continue
             try:
