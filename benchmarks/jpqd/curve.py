@@ -23,7 +23,10 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mptrain.data.load import Task
 
 KEPT = (60, 50, 40, 33, 25)
 SEEDS = (0, 1, 2)
@@ -135,6 +138,23 @@ def dense_run(seed: str, data: Path | None, work: Path) -> Path:
     described["output"]["dir"] = str(folder)
     run(recipe_file.validate(described, "dense"))
     return folder
+
+
+def add_dense(parser: argparse.ArgumentParser) -> None:
+    """What `dense_of` reads."""
+    parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run")
+
+
+def dense_of(options: argparse.Namespace) -> tuple[Path, Task]:
+    """The folder of the dense model of the film reviews, seed 0, and its task."""
+    from mptrain.data.load import load_data
+    from mptrain.models.processor import load_processor
+    from mptrain.recipe import file as recipe_file
+
+    spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
+    folder = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
+    return folder, load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

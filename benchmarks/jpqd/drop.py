@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.jpqd.curve import dense_run, recipe
+from benchmarks.jpqd.curve import add_dense, dense_of
 from benchmarks.jpqd.one_shot import SAMPLES, like, scored
 from mptrain.compress import runtime
 from mptrain.compress.base import Tools
@@ -35,14 +35,12 @@ from mptrain.compress.structure.budget import Budget, Widths
 from mptrain.compress.structure.find import droppable, find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.host import host
-from mptrain.data.load import Task, load_data
+from mptrain.data.load import Task
 from mptrain.export.target import opened
 from mptrain.flow.identity import versions
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.models import artifact
-from mptrain.models.processor import load_processor
 from mptrain.recipe import Curvature, Keep
-from mptrain.recipe import file as recipe_file
 from mptrain.recipe.target import stand_in
 
 PARAMETERS = (0.5, 0.33, 0.25, 0.15, 0.1, 0.05)
@@ -152,13 +150,10 @@ def short(block: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run")
+    add_dense(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
-    folder = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
-    task = load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
+    folder, task = dense_of(options)
     bench = Bench(artifact.load(folder), task)
     result: dict[str, Any] = {"host": host(), "versions": versions(), "calibration": SAMPLES.samples, "rounds": ROUNDS}
     result["dense"] = {split: {"accuracy": score.value, "n": score.n} for split, score in bench.scores.items()}

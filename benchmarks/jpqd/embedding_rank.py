@@ -19,16 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.jpqd.curve import dense_run, recipe
+from benchmarks.jpqd.curve import add_dense, dense_of
 from benchmarks.jpqd.one_shot import scored
 from benchmarks.kit.paired import markdown, write
 from mptrain.compress.structure.low_rank import factorize
-from mptrain.data.load import load_data
 from mptrain.flow import vocabulary
 from mptrain.measure.intervals import paired_difference
 from mptrain.models import artifact
-from mptrain.models.processor import load_processor
-from mptrain.recipe import file as recipe_file
 
 RANKS = (192, 128, 96, 64, 32)
 ALIKE = (128, 64)
@@ -42,13 +39,10 @@ def percent(change: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run")
+    add_dense(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
-    folder = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
-    task = load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
+    folder, task = dense_of(options)
     dense = artifact.load(folder)
     counts = vocabulary.counts(task)
     counts[task.processor.pad_token_id] = 0

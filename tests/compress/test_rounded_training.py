@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from kit.tiny_models import inputs, tiny
+from kit.training import OfInputs, arguments
 
-from mptrain import Trainer, TrainingArguments
+from mptrain import Trainer
 from mptrain.compress.base import Tools
 from mptrain.compress.methods import method_class
 from mptrain.compress.weights import records, weight_only
@@ -182,29 +183,11 @@ def test_embeddings_stand_still_as_they_were_rounded(tied):
 
 
 def test_half_precision_training_follows_that_in_fp32(tmp_path):
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 24
-
-        def __getitem__(self, i):
-            return {name: value[0] for name, value in inputs("llama", batch=1, labels=True, seed=i).items()}
-
     def trained(precision):
         model = tiny("llama")
         ours, _, _ = trainer(model)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=6,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            precision=precision,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        run = Trainer(model, arguments, train_dataset=Rows(), compressors=[ours])
+        asked = arguments(tmp_path, max_steps=6, per_device_train_batch_size=4, precision=precision)
+        run = Trainer(model, asked, train_dataset=OfInputs("llama"), compressors=[ours])
         run.train()
         run.release()
         records.attach(model, ours.records())

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from kit.tiny_models import inputs, tiny, train
+from kit.training import OfInputs, arguments
 
-from mptrain import Trainer, TrainingArguments
+from mptrain import Trainer
 from mptrain.compress.weights import records
 from mptrain.compress.weights.palettize import palettize
 from mptrain.compress.weights.records import Palettized
@@ -144,30 +145,12 @@ def test_a_tied_weight_trains_one_table():
 
 @pytest.mark.parametrize("refresh", [0, 2])
 def test_half_precision_training_follows_that_in_fp32(tmp_path, refresh):
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 24
-
-        def __getitem__(self, i):
-            return {name: value[0] for name, value in inputs("bert", batch=1, labels=True, seed=i).items()}
-
     def tables(precision):
         model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         ours = trainer(model, refresh, lr=1e-3)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=6,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            precision=precision,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        run = Trainer(model, arguments, train_dataset=Rows(), compressors=[ours])
+        asked = arguments(tmp_path, max_steps=6, per_device_train_batch_size=4, precision=precision)
+        run = Trainer(model, asked, train_dataset=OfInputs("bert"), compressors=[ours])
         run.train()
         run.release()
         records.attach(model, ours.records())

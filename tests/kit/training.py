@@ -4,6 +4,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
+from kit.tiny_models import inputs
 from mptrain import TrainingArguments
 
 
@@ -19,6 +20,19 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return {"input_ids": self.ids[i], "labels": self.labels[i]}
+
+
+class OfInputs(torch.utils.data.Dataset):
+    """Labelled inputs of a model of kit.tiny_models."""
+
+    def __init__(self, name, n=24):
+        self.name, self.n = name, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return {name: value[0] for name, value in inputs(self.name, batch=1, labels=True, seed=i).items()}
 
 
 def model(seed=1, **config):
