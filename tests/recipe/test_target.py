@@ -11,7 +11,7 @@ from mptrain.recipe.target import target
 
 PRUNED = {"id": "p", "train": TRAIN, "prune": {"method": "magnitude", "keep": {"latency": 0.5}}}
 PTQ = {"id": "q", "quantize": {"mode": "ptq"}}
-INT4 = {"id": "w", "quantize": {"mode": "weight_only", "method": "rtn"}}
+INT4 = {"id": "w", "quantize": {"mode": "weight_only", "method": "rtn", "block_size": "auto"}}
 
 
 def recipe(*stages, export=("openvino", "p"), **changes):
