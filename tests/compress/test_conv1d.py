@@ -167,7 +167,7 @@ def test_fused_experts_are_refused_by_name():
 
 def test_the_command_line_may_allow_it(tmp_path):
     described = tiny_recipe(tmp_path)
-    described["stages"].append({"id": "q", "quantize": {"mode": "weight_only"}})
+    described["stages"].append({"id": "q", "quantize": {"mode": "weight_only", "block_size": "auto"}})
     described["stages"].append({"id": "p", "from": "dense", "palettize": {"method": "kmeans"}})
     recipe = recipe_file.validate(described, "test")
     allowed = recipe.allowing_partial()
