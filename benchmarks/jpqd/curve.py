@@ -143,7 +143,9 @@ def dense_run(seed: str, data: Path | None, work: Path) -> Path:
 def add_dense(parser: argparse.ArgumentParser) -> None:
     """What `dense_of` reads."""
     parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run, and other models"
+    )
 
 
 def dense_of(options: argparse.Namespace) -> tuple[Path, Task]:

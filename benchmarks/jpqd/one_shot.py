@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.jpqd.curve import dense_run, recipe
+from benchmarks.jpqd.curve import add_dense, dense_run, recipe
 from mptrain.compress.boundary import cut
 from mptrain.compress.prune.base import Pruner
 from mptrain.compress.prune.curvature import CurvaturePruner
@@ -129,8 +129,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="folder for the dense run")
+    add_dense(parser)
     parser.add_argument("--peers", action="store_true", help="also torch-pruning and gradnas")
     options = parser.parse_args()
     torch.set_num_threads(1)

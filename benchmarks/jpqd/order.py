@@ -31,19 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.jpqd import order_facts as facts
-from benchmarks.jpqd.curve import dense_run, recipe
+from benchmarks.jpqd.curve import add_dense, dense_of
 from benchmarks.jpqd.order_table import markdown, packed, setting, unpacked
 from mptrain.compress.base import Method, Tools, TrainingMethod
 from mptrain.compress.methods import acting, finalized, methods_of, prepared
 from mptrain.compress.quantize import quantizers
 from mptrain.core.hooks import HOOKS, is_quantized
 from mptrain.core.host import host
-from mptrain.data.load import Task, load_data
+from mptrain.data.load import Task
 from mptrain.flow.identity import versions
 from mptrain.models import artifact
-from mptrain.models.processor import load_processor
 from mptrain.recipe import Calibration, Curvature, Distill, Fisher, Qat
-from mptrain.recipe import file as recipe_file
 from mptrain.train.distill import Distiller
 from mptrain.train.phase import learning_rate
 from mptrain.train.sampler import LengthGroupedSampler
@@ -290,17 +288,14 @@ def plan() -> list[tuple[str, Arm, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-jpqd"), help="for the dense run and cut models")
+    add_dense(parser)
     parser.add_argument("--steps", type=int, default=128, help="of a stage, at most an epoch")
     parser.add_argument("--only", default="*", help="pattern of ARM/SEED, e.g. 'fisher/*/0'")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm after so many minutes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.monotonic()
-    dense = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
-    spec = recipe_file.validate(recipe("dense/-/100/0", None, options.work), "dense")
-    task = load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
+    dense, task = dense_of(options)
     chosen = setting(options.steps)
     bench = Bench(task, dense, options.work / "order", chosen["steps"], chosen["warmup"], chosen["late"])
     if options.steps * BATCH > len(task.train):

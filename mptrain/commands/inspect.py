@@ -193,8 +193,7 @@ def _structure(model: PreTrainedModel, inputs: Samples) -> dict[str, Any]:
 
 def _dropped(model: PreTrainedModel) -> list[str]:
     """Names of the blocks that an earlier pruning left out whole."""
-    described = saved.of(model) or {"blocks": {}}
-    return [name for name, block in described["blocks"].items() if block.get("units") == 0]
+    return [name for name, block in saved.blocks(model).items() if block.get("units") == 0]
 
 
 def _block(block: Block) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Site:
         first = [*before, *(other for other in others if other.early())]
         quantized = any(weights.activations for other in first for _, weights in other.leaves())
         exact = not any(other.reshapes for other in [*before, *others])
-        return cls(**{"field": method.field, "exact": exact, "quantized": quantized, **more})
+        return cls(method.field, exact=exact, quantized=quantized, **more)
 
 
 @dataclass(frozen=True)

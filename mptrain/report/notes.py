@@ -105,18 +105,23 @@ def _cut(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """Stages that cut the vocabulary."""
     return [
         f"{stage}: {facts['kept']:,} of {facts['of']:,} tokens stay; {100 * facts['changed']:.1f}% of the test inputs"
-        " are spelled with others than before."
-        + (
-            ""
-            if "rank" not in facts
-            else f" Their embedding has no more than {facts['rank']} numbers to a token, so it stays as it is."
-            if facts["explained"] is None
-            else f" Their embedding is a product of rank {facts['rank']}, which held {100 * facts['explained']:.1f}% of"
-            " what its rows differ by before training."
-        )
+        " are spelled with others than before." + _product(facts)
         for stage, found in methods.items()
         if (facts := found.get("vocabulary")) is not None
     ]
+
+
+def _product(facts: Row) -> str:
+    """Of the embedding of tokens that are kept, where it was asked to be one; with a space before it."""
+    if "rank" not in facts:
+        return ""
+    if facts["explained"] is None:
+        return f" Their embedding has no more than {facts['rank']} numbers to a token, so it stays as it is."
+    held = f"{100 * facts['explained']:.1f}%"
+    return (
+        f" Their embedding is a product of rank {facts['rank']}, which held {held} of what its rows differ by before"
+        " training."
+    )
 
 
 def _adapted(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:

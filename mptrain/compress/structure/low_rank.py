@@ -55,7 +55,7 @@ def check(model: nn.Module, asked: str) -> None:
     table = token_embedding(model)
     if type(table) is not nn.Embedding or table.max_norm is not None:
         raise ModelError(f"{asked}: the token embedding of {type(model).__name__} is no plain table; set it to null")
-    if name_in(model, table) != name_in(model, said_embedding(model)):
+    if table is not said_embedding(model):
         raise ModelError(f"{asked}: the token embedding is a product already; set it to null")
     users = [
         name for name, m in model.named_modules(remove_duplicate=False) if getattr(m, "weight", None) is table.weight

@@ -39,6 +39,11 @@ def of(model: nn.Module) -> dict[str, Any] | None:
     return getattr(_holder(model), KEY, None)
 
 
+def blocks(model: nn.Module) -> dict[str, Any]:
+    """What is said of the blocks of a shrunk model, by their names; nothing of a dense one."""
+    return (of(model) or _NOTHING)["blocks"]
+
+
 def remember(model: nn.Module, structure: Structure, kept: Kept, names: Iterable[str], edits: Iterable[Edit]) -> None:
     """Describe a model after a cut of the tensors `names` and `edits`; what an earlier cut changed stays named, unless
     a constant stands there now."""

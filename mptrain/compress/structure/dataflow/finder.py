@@ -142,8 +142,7 @@ def _flow(
 
 def _single(model: nn.Module, flow: Flow) -> Single:
     """Blocks of which an earlier cut left one unit; by itself it looks like channels that are entangled."""
-    described = saved.of(model) or {"blocks": {}}
-    left = {name for name, one in described["blocks"].items() if one.get("units") == 1}
+    left = {name for name, one in saved.blocks(model).items() if one.get("units") == 1}
 
     def known(kind: Kind, parameters: Collection[int]) -> bool:
         owners = [flow.labels.names[parameter].rpartition(".")[0] for parameter in parameters]
@@ -262,7 +261,7 @@ def _offered(
 
 def _had_attention(model: nn.Module) -> bool:
     """Whether an earlier cut left out attentions whole, all of them perhaps."""
-    return any(block["kind"] == "heads" for block in (saved.of(model) or {"blocks": {}})["blocks"].values())
+    return any(block["kind"] == "heads" for block in saved.blocks(model).values())
 
 
 def _in_a_layer(model: nn.Module, block: Block) -> bool:
