@@ -51,12 +51,14 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def lowest(extras: tuple[str, ...]) -> list[str]:
-    """The least versions of what mptrain and the extras require, as pip reads them."""
+def lowest(extras: tuple[str, ...], version: str) -> list[str]:
+    """The least versions of what mptrain and the extras require on a Python, as pip reads them."""
     found = project()
     named = [*found["dependencies"], *(one for extra in extras for one in found["optional-dependencies"][extra])]
     pinned = []
     for requirement in map(Requirement, named):
+        if requirement.marker and not requirement.marker.evaluate({"python_version": version}):
+            continue
         least = [spec.version for spec in requirement.specifier if spec.operator in (">=", "==")]
         if least:
             pinned.append(f"{requirement.name}=={least[0]}{'.*' if least[0].count('.') == 1 else ''}")
@@ -98,7 +100,7 @@ def lane(name: str, version: str, path: str, venvs: Path, tests: list[str]) -> d
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     kind = name.rpartition("-")[2]
     extras = EXTRAS[kind]
-    pins = lowest(extras) if kind == "lowest" else []
+    pins = lowest(extras, version) if kind == "lowest" else []
     index = ["--index-url", url] if (url := os.environ.get("TORCH_INDEX")) else []
     torch = next((pin for pin in pins if pin.startswith("torch==")), "torch")
     subprocess.run([*install, *index, torch], check=True)

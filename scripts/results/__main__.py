@@ -20,6 +20,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.one_shot,
     pruning.dropped,
     pruning.embedding_rank,
+    pruning.seeds,
     pruning.seed_jpqd,
     pruning.latency_budget,
     pruning.family,

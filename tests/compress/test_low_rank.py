@@ -99,6 +99,16 @@ def test_tokens_are_cut_after_it_too():
     assert token_embedding(done).weight.shape == (len(kept), RANK) and done.config.vocab_size == len(kept)
 
 
+def test_code_that_reads_the_weight_of_its_embedding_reads_the_whole_table():
+    model, _, _ = made("bert")
+    table = model.get_input_embeddings()
+    assert table.weight.shape == (table.num_embeddings, table.embedding_dim)
+    torch.testing.assert_close(table.weight, table(torch.arange(table.num_embeddings)))
+    table.weight[3].sum().backward()
+    assert table.table.weight.grad[3].any() and table.widen.weight.grad.any()
+    assert "weight" not in dict(table.named_parameters())
+
+
 def test_int4_rounds_the_narrow_table():
     model = made("bert")[0]
     assert table_of(model) is model.get_input_embeddings().table

@@ -38,6 +38,11 @@ class LowRank(nn.Module):
     def embedding_dim(self) -> int:
         return self.widen.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """[tokens, width]: what a model's own code may read of it. Computed, with a gradient; no parameter."""
+        return self.widen(self.table.weight)
+
     @classmethod
     def in_place_of(cls, module: nn.Module, size: int) -> LowRank:
         """Of another's tokens and width; its values are to be loaded then. Raises ValueError for what is no embedding,
