@@ -76,11 +76,13 @@ def test_no_variant_always_goes_first(clock):
     assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab"]
 
 
-def test_short_calls_follow_an_untimed_one(clock):
+def test_calls_are_timed_as_one_of_a_stream(clock):
     cfg = Latency(batch=[1], length=[4], threads=[1], runs=5)
-    found = latency.latency(["a", "b"], clock.runner(a=0.01, b=1.0), example, cfg, budget_s=1e6)
+    cost = {"tiny": 0.0001, "small": 0.01, "a": 0.03, "b": 1.0}
+    found = latency.latency([*cost], clock.runner(**cost), example, cfg, budget_s=1e6)
     calls = [variant for variant, _, _ in clock.calls]
-    assert calls.count("a") == 2 + 2 * 5 and calls.count("b") == 2 + 5
+    untimed = {"tiny": 10, "small": 3, "a": 1, "b": 0}  # 25 ms of calls, at most ten of them
+    assert {variant: calls.count(variant) for variant in cost} == {v: 2 + (n + 1) * 5 for v, n in untimed.items()}
     assert found["a"]["b1_s4_t1"]["runs"] == found["b"]["b1_s4_t1"]["runs"] == 5
 
 
