@@ -21,6 +21,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.dropped,
     pruning.embedding_rank,
     pruning.seeds,
+    pruning.distilled,
     pruning.seed_jpqd,
     pruning.latency_budget,
     pruning.family,
