@@ -32,6 +32,7 @@ from benchmarks.kit.paired import markdown, write
 from mptrain.compress.base import Tools
 from mptrain.compress.methods import method_class
 from mptrain.compress.quantize import quantizers
+from mptrain.core.stream import calls_to_warm
 from mptrain.data.sources import packaged
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.openvino.write import export_openvino
@@ -83,16 +84,22 @@ def exported(model: nn.Module, precision: Any, folder: Path) -> CompiledIr:
 
 
 def timed(one: CompiledIr, whole: CompiledIr, rounds: int) -> tuple[list[float], list[float]]:
-    """CPU seconds of calls, each after an untimed one of the same model."""
+    """CPU seconds of calls, each one of a stream of calls."""
     batch, found = example(1), ([], [])  # type: ignore[var-annotated]
+    untimed = {id(runner): calls_to_warm(min(_timed(runner, batch) for _ in range(3))) for runner in (one, whole)}
     for number in range(rounds):
         pair = [(one, found[0]), (whole, found[1])]
         for runner, times in pair if number % 2 else reversed(pair):
-            runner(batch)
-            begun = time.process_time()
-            runner(batch)
-            times.append(time.process_time() - begun)
+            for _ in range(untimed[id(runner)]):
+                runner(batch)
+            times.append(_timed(runner, batch))
     return found
+
+
+def _timed(runner: CompiledIr, batch: dict[str, torch.Tensor]) -> float:
+    begun = time.process_time()
+    runner(batch)
+    return time.process_time() - begun
 
 
 def row(share: float, precision: str, kept: dict[str, Any], whole: CompiledIr, rounds: int, folder: Path) -> dict:

@@ -17,6 +17,7 @@ from torch import nn
 
 from mptrain.core.progress import track
 from mptrain.core.signature import Batch
+from mptrain.core.stream import calls_to_warm
 
 
 class Compiled(Protocol):
@@ -92,15 +93,16 @@ def count(threads: int) -> str:
 def in_turns(compiled: Sequence[Compiled], rounds: int, what: str, *, warm: bool = True) -> list[list[float]]:
     """Seconds of each call, by model and round, in alternating rounds that begin with another model each.
 
-    warm: an untimed call before each timed one, for the model before left the caches full of its weights.
+    warm: untimed calls before each timed one, which is then one of a stream of calls (core/stream.py).
     """
     times: list[list[float]] = [[] for _ in compiled]
     for one in compiled:
-        one.seconds()
+        one.seconds()  # the first call allocates
+    untimed = [calls_to_warm(one.seconds()) if warm else 0 for one in compiled]
     for number in track(range(rounds), what):
         first = number % len(compiled)
         for index in [*range(first, len(compiled)), *range(first)]:
-            if warm:
+            for _ in range(untimed[index]):
                 compiled[index].seconds()
             times[index].append(compiled[index].seconds())
     return times

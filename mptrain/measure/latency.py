@@ -4,18 +4,12 @@ Machines drift: they heat up, share caches and get neighbours. So the variants t
 for every setting (batch, length, threads) a round times each variant once, and the order
 rotates from round to round, so that no variant always goes first. The median over the
 rounds is reported, and a ratio of two medians compares times of the same minutes.
-
-A call is one of a stream of calls, as OpenVINO's benchmark_app and MLPerf's single stream
-time it: what a turn finds in the caches is the weights of the variant before it, which a
-service of one model never meets. So calls are made untimed before the timed one. Their
-number was measured on a Zen 4 core after a model of 86 MB: 5.4, 4.7, 4.55, 4.5, then 4.48
-milliseconds of every later call of one of 5 MB; 11.0, 10.6, then 10.5 of one of 22 MB.
+A call is one of a stream of calls (core/stream.py).
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +19,11 @@ import numpy as np
 
 from mptrain.core.host import thread_count
 from mptrain.core.progress import Progress, progress
+from mptrain.core.stream import calls_to_warm
 from mptrain.recipe import Latency
 
 Timed = Callable[[dict[str, np.ndarray]], Any]
 MIN_ROUNDS = 5
-# Seconds, and calls at most, that warm the caches before a timed one. A longer call is its own warm-up: none.
-_WARM_S, _WARM_CALLS, _LONG_CALL_S = 0.025, 10, 0.1
 
 
 def latency(
@@ -107,7 +100,7 @@ def rounds(
                 break
             first = done % len(order)
             for variant in order[first:] + order[:first]:
-                for _ in range(_calls_to_warm(warm[variant])):
+                for _ in range(calls_to_warm(warm[variant])):
                     forwards[variant](inputs)
                 times[variant].append(_timed(forwards[variant], inputs))
             bar.update()
@@ -115,11 +108,6 @@ def rounds(
         if collecting:
             gc.enable()
     return times
-
-
-def _calls_to_warm(seconds: float) -> int:
-    """Untimed calls before a timed one that takes so long."""
-    return 0 if seconds >= _LONG_CALL_S else min(_WARM_CALLS, math.ceil(_WARM_S / max(seconds, 1e-6)))
 
 
 def _timed(forward: Timed, inputs: dict[str, np.ndarray]) -> float:

@@ -175,6 +175,10 @@ def test_times_are_taken_in_turns():
     assert in_turns([a, b], 2, "", warm=False) == [[1.0, 1.0], [2.0, 2.0]]
     assert calls == [1.0, 2.0, 1.0, 2.0, 2.0, 1.0]
     assert share(b, a, 3, "") == 2.0
+    calls.clear()
+    small = Told(0.01, 0)
+    assert in_turns([small, b], 2, "") == [[0.01, 0.01], [2.0, 2.0]]
+    assert calls.count(0.01) == 2 + 2 * (3 + 1) and calls.count(2.0) == 2 + 2  # 25 ms of untimed calls, and none
 
 
 def test_a_call_that_waits_counts_what_it_computed(monkeypatch):
