@@ -36,6 +36,7 @@ from mptrain.train.peaks import Peaks
 from mptrain.train.progress import TrainingProgress
 from mptrain.train.sampler import LengthGroupedSampler
 from mptrain.train.trainer import Trainer
+from mptrain.train.untouched import Untouched
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class PhaseTrainer(Trainer):
             compressors=compressors,
             distiller=distiller,
         )
+        self.add_callback(Untouched(f"{phase.stage}/{phase.name}"))
         self.add_callback(Checkpoints(train.checkpoint_steps, stop, self.restore_unlogged, peaks))
         self.model_accepts_loss_kwargs = False
         self._quiet()
