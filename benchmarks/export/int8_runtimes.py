@@ -124,9 +124,10 @@ def compared(run: Path, rounds: int) -> tuple[list[Row], Row]:
     if not stages:
         raise UserError(f"{run}: none of its stages has quantize mode qat; give a run of jpqd-bert")
     stage, quantize = stages[0]
-    processor = load_processor(recipe.model)
+    trained = run / report["checkpoints"][stage.id]  # whose tokenizer may have been cut
+    processor = load_processor(recipe.model.model_copy(update={"path": str(trained)}))
     task = load_data(recipe.data, recipe.model.task, processor, seed=recipe.seed)
-    model = artifact.load(run / report["checkpoints"][stage.id]).eval()
+    model = artifact.load(trained).eval()
     plain = quantizers.plain(model).eval()
     stored = rounded_tables(model, embeddings=stored_embeddings(quantize))[0].eval()
     others = {"float64": in_float64(stored), "shifted": shifted(stored)}
