@@ -19,10 +19,11 @@ class Untouched(TrainerCallback):
     def __init__(self, label: str) -> None:
         self.label, self.seen = label, False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.seen:
             return
         self.seen = True
+        model: nn.Module = kwargs["model"]
         training = {name: p for name, p in model.named_parameters() if p.requires_grad}
         idle = {name: p.numel() for name, p in training.items() if p.grad is None}
         share = sum(idle.values()) / max(1, sum(p.numel() for p in training.values()))
