@@ -33,9 +33,9 @@ MISSED_GATE = 3
 Row = dict[str, Any]
 
 
-def ran(name: str, seed: int, folder: Path, changes: list[str]) -> Path:
-    """The folder of the recipe's run with that seed."""
-    command = [sys.executable, "-m", "mptrain", "recipe", name]
+def ran(name: str, seed: int, folder: Path, changes: list[str], reuse: Path | None) -> Path:
+    """The folder of the recipe's run with that seed. reuse: a run whose stages are taken over where they are equal."""
+    command = [sys.executable, "-m", "mptrain", "recipe", name, *(["--reuse", str(reuse)] if reuse else [])]
     for change in (f"seed={seed}", f"output.dir={folder}", *changes):
         command += ["--set", change]
     done = subprocess.run(command)
@@ -98,11 +98,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-seeds"), help="folder for the runs")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
+    parser.add_argument("--reuse", metavar="RECIPE", help="whose runs are in --work: dense models of equal seeds")
     options = parser.parse_args()
     made = []
     for seed in options.seeds:
         folder = options.work / f"{options.recipe}-{seed}"
-        made.append(row(seed, ran(options.recipe, seed, folder, options.changes)))
+        reuse = options.work / f"{options.reuse}-{seed}" if options.reuse else None
+        made.append(row(seed, ran(options.recipe, seed, folder, options.changes, reuse)))
     rows, variants, dense = map(list, zip(*made))
     result = {"recipe": options.recipe, "set": options.changes, "host": host(), "versions": versions()}
     result["rows"] = [*rows, mean(rows, variants, dense)]

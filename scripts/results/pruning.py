@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.jpqd import drop, order_table
 from benchmarks.jpqd import summary as jpqd
 from mptrain.recipe.family import RECOVERY
-from scripts.results.drawn import cores, interval, link, load, signed, table, times, where
+from scripts.results.drawn import RESULTS, cores, interval, link, load, signed, table, times, where
 
 
 def joint() -> list[str]:
@@ -207,23 +207,24 @@ def family() -> list[str]:
 
 
 def seeds() -> list[str]:
-    found = load("jpqd_seeds.json")
-    lines = [
-        [r["name"], times(r["size_ratio"]), times(r["speedup"]), times(r["speedup_fp32"]), interval(r["delta"])]
-        for r in found["rows"]
-    ]
-    changed = f" Made with {', '.join(f'`{change}`' for change in found['set'])}." if found["set"] else ""
-    return [
-        "## The smallest preset with several seeds",
-        "",
-        f"`mptrain recipe {found['recipe']}` {len(lines) - 1} times, each with a dense model of its own seed: the"
-        f" smallest int8 model, and the pruned one in fp32, against it. Accuracy on {found['rows'][-1]['n']:,} test"
-        " reviews, paired, in points; the mean's interval is over reviews, not over seeds. Batch 1, 128 tokens, one"
-        f" thread ({link('jpqd_seeds.md')}, {where(found)}).{changed}",
-        "",
-        *table(["run", "size", "speed", "speed in fp32", "accuracy"], lines),
-        "",
-    ]
+    text = ["## Presets with several seeds", ""]
+    for path in sorted(RESULTS.glob("jpqd_seeds*.json")):
+        name, found = path.stem, load(path.name)
+        lines = [
+            [r["name"], times(r["size_ratio"]), times(r["speedup"]), times(r["speedup_fp32"]), interval(r["delta"])]
+            for r in found["rows"]
+        ]
+        changed = f" Made with {', '.join(f'`{change}`' for change in found['set'])}." if found["set"] else ""
+        text += [
+            f"`mptrain recipe {found['recipe']}` {len(lines) - 1} times, each with a dense model of its own seed: the"
+            f" smallest int8 model, and the pruned one in fp32, against it. Accuracy on {found['rows'][-1]['n']:,} test"
+            " reviews, paired, in points; the mean's interval is over reviews, not over seeds. Batch 1, 128 tokens, one"
+            f" thread ({link(f'{name}.md')}, {where(found)}).{changed}",
+            "",
+            *table(["run", "size", "speed", "speed in fp32", "accuracy"], lines),
+            "",
+        ]
+    return text
 
 
 def distilled() -> list[str]:
