@@ -5,8 +5,8 @@
 The dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) is pruned by curvature to a
 quarter of its encoder, once for all arms, and is their teacher. Each arm trains one pass over the 8,912 training
 reviews, with the same order, rate and number of steps; the `few` arms have the labels of every fourth review only:
-`few/alone` sees those reviews four times, `few/unlabelled` sees them once and all others without labels. Terms were
-chosen by the validation split (`validation`); `test` judges them: the accuracy of the fp32 export, `ahead` that less
+`few/alone` sees those reviews four times, `few/unlabelled` sees them once and all others without labels. `validation`
+is what a default may be chosen by, `test` judges it: the accuracy of the fp32 export, `ahead` that less
 that of `logits`, paired over the reviews and seeds, in [value, low, high]. Arms that are in the file are kept.
 """
 

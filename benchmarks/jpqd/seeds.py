@@ -13,7 +13,6 @@ again. A CPU without VNNI takes --set stages.jpqd.quantize.reduce_range=true.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +107,7 @@ def main() -> int:
     rows, variants, dense = map(list, zip(*made))
     result = {"recipe": options.recipe, "set": options.changes, "host": host(), "versions": versions()}
     result["rows"] = [*rows, mean(rows, variants, dense)]
-    write_json(options.json, json.loads(json.dumps(result)))
+    write_json(options.json, result)
     options.json.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
     return 0

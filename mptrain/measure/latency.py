@@ -90,7 +90,7 @@ def rounds(
     order = list(forwards)
     times: dict[str, list[float]] = {variant: [] for variant in order}
     # Twice: the first call at a new shape allocates and picks kernels.
-    warm = {variant: [_timed(forwards[variant], inputs) for _ in range(2)][-1] for variant in order}
+    untimed = {v: calls_to_warm([_timed(forwards[v], inputs) for _ in range(2)][-1]) for v in order}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -100,7 +100,7 @@ def rounds(
                 break
             first = done % len(order)
             for variant in order[first:] + order[:first]:
-                for _ in range(calls_to_warm(warm[variant])):
+                for _ in range(untimed[variant]):
                     forwards[variant](inputs)
                 times[variant].append(_timed(forwards[variant], inputs))
             bar.update()

@@ -40,22 +40,23 @@ def by_steps(model: nn.Module, example: Mapping[str, Tensor], signature: Signatu
 
     A shorter one may take fewer for what it holds: attention without a mask, where no token of it is padding.
     """
-    shorter, longer = _others(example, signature) or (None, None)
+    others = _others(example, signature)
+    if not others:
+        return False
+    shorter, longer = others
     counts = [_operations(model, batch, signature) for batch in (shorter, dict(example), longer)]
     taken = [count for count in counts if count is not None]
     return len(taken) > 1 and taken[-1] > taken[-2]
 
 
-def _operations(model: nn.Module, batch: Batch | None, signature: Signature) -> int | None:
+def _operations(model: nn.Module, batch: Batch, signature: Signature) -> int | None:
     """None for a length that the model does not take."""
     with _Counted() as mode:
         try:
-            if batch is not None:
-                signature.call(model, batch)
-                return mode.count
+            signature.call(model, batch)
         except Exception:
             return None
-    return None
+    return mode.count
 
 
 @torch.no_grad()
