@@ -134,7 +134,7 @@ def held_at_once(lock: Path) -> Iterator[None]:
 
     Raises Busy when another process has it, OSError when the folder cannot be written.
     """
-    waiting, holder = FileLock(lock, timeout=0), lock.with_name(f".{lock.name}-holder")
+    waiting, holder = _waiting(lock), lock.with_name(f".{lock.name}-holder")
     try:
         waiting.acquire()
     except Timeout:
@@ -155,12 +155,17 @@ def is_held(lock: Path) -> bool:
     if not lock.is_file():
         return False
     try:
-        with FileLock(lock, timeout=0):
+        with _waiting(lock):
             return False
     except Timeout:
         return True
     except OSError:
         return False
+
+
+def _waiting(lock: Path) -> FileLock:
+    """Gives up in a moment, not at once: whoever only asks whether a lock is held has it for an instant."""
+    return FileLock(lock, timeout=0.5, poll_interval=0.02)
 
 
 def _text(file: Path) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+from filelock import FileLock
 
 from mptrain.core.disk import write_json
 from mptrain.core.errors import ResumeError, UserError
-from mptrain.flow.run_folder import check_identity, clear, locked
+from mptrain.flow.run_folder import check_identity, clear, is_live, locked
 
 IDENTITY = {
     "format": 2,
@@ -39,6 +41,20 @@ def test_a_second_live_run_is_refused_and_a_dead_ones_lock_taken_over(tmp_path):
         holder.stdout.close()
     with locked(tmp_path):
         assert (tmp_path / ".lock-holder").read_text() == f"{os.getpid()}\n"
+
+
+def test_who_asks_whether_a_run_is_live_is_not_taken_for_one(tmp_path):
+    """Two runs that are started together with the same --reuse ask at the same moment."""
+    with locked(tmp_path):
+        assert is_live(tmp_path)
+    asking = FileLock(tmp_path / "lock", thread_local=False)
+    asking.acquire()
+    threading.Timer(0.1, asking.release).start()
+    assert not is_live(tmp_path)
+    asking.acquire()
+    threading.Timer(0.1, asking.release).start()
+    with locked(tmp_path):
+        pass
 
 
 def test_the_identity_names_what_changed(tmp_path):
