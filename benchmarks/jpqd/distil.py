@@ -67,7 +67,7 @@ def _write(table: Table, to: Path) -> None:
     pd.DataFrame({name: table[name] for name in ("text", "label")}).to_csv(to, index=False)
 
 
-def _described(model: Path, data: dict[str, Any], stage: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
+def described(model: Path, data: dict[str, Any], stage: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     return {
         "schema": "mptrain/v1",
         "name": "bench",
@@ -85,22 +85,22 @@ def _described(model: Path, data: dict[str, Any], stage: dict[str, Any], seed: i
 def pruned(dense: Path, data: Path, folder: Path) -> dict[str, Any]:
     """The recipe of what all arms start from."""
     prune = {"method": "curvature", "keep": {"encoder_params": KEPT}, "round_ffn": 16}
-    return _described(dense, _files(data, "train"), {"id": "small", "prune": prune}, 0, folder)
+    return described(dense, places(data, "train"), {"id": "small", "prune": prune}, 0, folder)
 
 
 def recipe(arm: str, seed: int, dense: Path, small: Path, data: Path, folder: Path) -> dict[str, Any]:
     """The recipe of an arm: one stage, from the pruned model on."""
-    read = _files(data, "few" if arm.startswith("few/") else "train")
+    read = places(data, "few" if arm.startswith("few/") else "train")
     if arm == "few/unlabelled":
         read["unlabelled"] = str(data / "others.csv")
     epochs = FEW if arm == "few/alone" else 1
     stage: dict[str, Any] = {"id": "taught", "train": {"epochs": epochs, "lr": 1e-4, "batch_size": 32}}
     if terms := ARMS[arm]:
         stage |= {"teacher": str(dense), "distill": terms}
-    return _described(small, read, stage, seed, folder)
+    return described(small, read, stage, seed, folder)
 
 
-def _files(data: Path, train: str) -> dict[str, Any]:
+def places(data: Path, train: str) -> dict[str, Any]:
     return {"train": str(data / f"{train}.csv"), **{n: str(data / f"{n}.csv") for n in ("validation", "test")}}
 
 

@@ -1,0 +1,201 @@
+"""What training gives back after pruning at once, method by method, and with how many steps.
+
+    .venv-bench/bin/python -m benchmarks.jpqd.recovery --json benchmarks/results/recovery.json --peers
+    python -m benchmarks.jpqd.recovery --json benchmarks/results/recovery.json
+
+The dense MiniLM of the film reviews (2 epochs; one to a seed, trained here unless --dense names them) is cut by each
+method from the same 1,024 training reviews (one_shot.py), and the small model learns from the dense one: distillation
+of logits and hidden states, in float, from the same reviews, with the same budget for all methods: a quarter of an
+epoch (70 steps of 32 reviews) or a whole one. Each method has the learning rate, of two, that is best for it on the
+validation split in the mean of the seeds; `test` judges it. A row has the accuracy of the fp32 export in the mean of
+the seeds, `against_dense` and `curvature_ahead` as [value, low, high], paired over the reviews. `--peers` prunes with
+torch-pruning and ModelOpt's gradnas (`make setup-bench`) and leaves the models in --work, which the second command
+trains like the others. Arms that are in the file are kept, so both can be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.jpqd.curve import dense_run
+from benchmarks.jpqd.distil import described, files, places, ran
+from benchmarks.jpqd.one_shot import PEERS, pruned, pruned_by_peer, scored
+from mptrain.core.disk import read_json, write_json
+from mptrain.core.host import host
+from mptrain.data.load import Task, load_data
+from mptrain.data.tasks.metrics import MEAN, Score
+from mptrain.flow.identity import versions
+from mptrain.measure.intervals import paired_difference
+from mptrain.models import artifact
+from mptrain.models.processor import load_processor
+from mptrain.recipe import file as recipe_file
+
+Row = dict[str, Any]
+OURS = "curvature"
+METHODS = (OURS, "fisher", *PEERS)
+KEPT = (0.25, 0.15)
+EPOCHS = (1, 0.25)
+RATES = (1e-4, 3e-5)
+SEEDS = (42, 43, 44)
+
+
+def arms() -> list[tuple[str, float, float, float, int]]:
+    """(method, kept, epochs, rate, seed), seed by seed."""
+    return [(m, k, e, lr, s) for s in SEEDS for e in EPOCHS for k in KEPT for m in METHODS for lr in RATES]
+
+
+def name_of(method: str, kept: float, epochs: float, rate: float, seed: int) -> str:
+    return f"{method}/{kept:g}/{epochs:g}/{rate:g}/{seed}"
+
+
+def recipe(arm: tuple[str, float, float, float, int], dense: Path, start: Path, data: Path, folder: Path) -> Row:
+    """Of an arm: one stage, from the pruned model in `start` on."""
+    _, _, epochs, rate, seed = arm
+    stage = {
+        "id": "taught",
+        "teacher": str(dense),
+        "train": {"epochs": epochs, "lr": rate, "batch_size": 32},
+        "distill": {"weight": 0.9, "hidden": 3.0},
+    }
+    return described(start, places(data, "train"), stage, seed, folder)
+
+
+def small(method: str, kept: float, dense: Path, seed: int, task: Task | None, work: Path) -> Path:
+    """The folder of the model that a method leaves of the dense one, made here where `task` is given."""
+    folder = work / f"{method}-{kept:g}-{seed}"
+    if not folder.is_dir():
+        if task is None:
+            raise SystemExit(f"{folder} is missing: run .venv-bench/bin/python -m {__spec__.name} --peers first.")
+        left = (
+            pruned_by_peer(dense, method, kept, task)
+            if method in PEERS
+            else pruned(artifact.load(dense), method, kept, task)
+        )
+        artifact.save(left.eval(), folder, task.processor)
+    return folder
+
+
+def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
+    """A row to each method, size and budget that all rates and seeds have; then the mean over sizes."""
+    rows, chosen = [], {}
+    for kept in KEPT:
+        for epochs in EPOCHS:
+            for method in METHODS:
+                names = {lr: [name_of(method, kept, epochs, lr, s) for s in SEEDS] for lr in RATES}
+                if any(name not in made for group in names.values() for name in group):
+                    continue
+                validation = {lr: np.mean([made[name]["validation"] for name in group]) for lr, group in names.items()}
+                rate = max(RATES, key=lambda lr: validation[lr])
+                chosen[method, kept, epochs] = [made[name] for name in names[rate]]
+                rows.append({"method": method, "keep": kept, "epochs": epochs, "lr": rate})
+    sizes = [*KEPT, None]
+    rows += [{"method": m, "keep": None, "epochs": e} for e in EPOCHS for m in METHODS]
+    base = [dense[str(seed)] for seed in SEEDS]
+    done = []
+    for r in sorted(rows, key=lambda r: (sizes.index(r["keep"]), EPOCHS.index(r["epochs"]))):
+        of = KEPT if r["keep"] is None else (r["keep"],)
+        mine, ours = ([chosen.get((m, k, r["epochs"])) for k in of] for m in (r["method"], OURS))
+        if None in mine or None in ours:
+            continue
+        score, best = (_mean([one["correct"] for group in groups for one in group or ()]) for groups in (mine, ours))
+        facts = {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": (mine[0] or [{}])[0].get("steps")}
+        facts["against_dense"] = _change(score, _mean(base))
+        if r["method"] != OURS:
+            facts["curvature_ahead"] = _change(best, score)
+        done.append(r | facts)
+    return done
+
+
+def _mean(runs: list[str]) -> Score:
+    return Score("accuracy", np.mean([[float(bit) for bit in run] for run in runs], axis=0)[:, None], MEAN)
+
+
+def _change(a: Score, b: Score) -> list[float]:
+    found = paired_difference(a, b)
+    return [found.value, found.low, found.high]
+
+
+def table(result: Row) -> str:
+    lines = [
+        "| kept | steps | method | rate | test | against dense | curvature is ahead by |",
+        "|--:|--:|---|--:|--:|---|---|",
+    ]
+    for r in result["rows"]:
+        kept = "mean" if r["keep"] is None else f"{100 * r['keep']:.0f}%"
+        against, ahead = (_percent(r.get(key)) for key in ("against_dense", "curvature_ahead"))
+        rate = f"{r['lr']:.0e}" if "lr" in r else ""
+        lines.append(
+            f"| {kept} | {r['steps']} | {r['method']} | {rate} | {100 * r['test']:.1f}% | {against} | {ahead} |"
+        )
+    n = result["rows"][0]["n"] if result["rows"] else 0
+    return "\n".join([*lines, "", f"n = {n:,}, {len(SEEDS)} seeds; {result['host']['cpu']}.", ""])
+
+
+def _percent(change: list[float] | None) -> str:
+    return "" if change is None else "{:+.1f} ({:+.1f} … {:+.1f})".format(*(100 * x for x in change))
+
+
+def right(dense: Path, task: Task) -> str:
+    """Which test reviews the dense model gets right."""
+    return "".join(str(int(row[0])) for row in scored(artifact.load(dense), task, "test").stats)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--dense", type=Path, nargs=len(SEEDS), help="folders of the trained dense models, by seed")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-recovery"), help="folder for models and runs")
+    parser.add_argument("--peers", action="store_true", help="only prune with the peers")
+    options = parser.parse_args()
+    work = options.work.absolute()
+    dense = options.dense or [dense_run(str(s), None, work) / "stages/dense/0-train/model" for s in SEEDS]
+    dense = dict(zip(SEEDS, (folder.absolute() for folder in dense)))
+    data = work / "splits"
+    if not data.is_dir():
+        files(data)
+    if options.peers:
+        for seed in SEEDS:
+            task = _task(dense[seed], data)
+            for kept in KEPT:
+                for peer in PEERS:
+                    print(small(peer, kept, dense[seed], seed, task, work), flush=True)
+        return 0
+    result: Row = read_json(options.json) if options.json.is_file() else {"arms": {}, "dense": {}}
+    result |= {"host": host(), "versions": versions()}
+    for arm in arms():
+        method, kept, _, _, seed = arm
+        if (name := name_of(*arm)) in result["arms"]:
+            continue
+        if str(seed) not in result["dense"]:
+            result["dense"][str(seed)] = right(dense[seed], _task(dense[seed], data))
+        start = small(method, kept, dense[seed], seed, None if method in PEERS else _task(dense[seed], data), work)
+        report, correct = ran(recipe(arm, dense[seed], start, data, work / "runs" / name.replace("/", "-")))
+        scores = [row["eval/accuracy"] for row in report["history"] if "eval/accuracy" in row]
+        steps = report["training"][-1]["steps"]
+        result["arms"][name] = {"correct": correct, "validation": max(scores), "steps": steps}
+        print(name, max(scores), flush=True)
+        result["rows"] = summary(result["arms"], result["dense"])
+        write_json(options.json, result)
+    result["rows"] = summary(result["arms"], result["dense"])
+    write_json(options.json, result)
+    options.json.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+def _task(dense: Path, data: Path) -> Task:
+    stage = {"id": "taught", "train": {"epochs": 1, "lr": 1e-4}}
+    spec = recipe_file.validate(described(dense, places(data, "train"), stage, 0, data), "bench")
+    return load_data(spec.data, spec.model.task, load_processor(spec.model), seed=spec.seed)
+
+
+if __name__ == "__main__":
+    from mptrain.core.console import quiet_libraries
+
+    quiet_libraries()
+    sys.exit(main())
