@@ -72,7 +72,7 @@ def described(model: Path, data: dict[str, Any], stage: dict[str, Any], seed: in
         "schema": "mptrain/v1",
         "name": "bench",
         "seed": seed,
-        "model": {"path": str(model), "task": "text-classification", "dropout": 0.0},
+        "model": {"path": str(model), "task": "text-classification"},
         "data": {"max_length": 128, "calibration": {"samples": 1024, "batch_size": 32}, **data},
         "stages": [stage],
         "export": [{"id": "ov", "format": "openvino", "of": [stage["id"]], "precision": ["fp32"]}],
