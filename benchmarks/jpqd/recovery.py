@@ -6,17 +6,19 @@
 The dense MiniLM of the film reviews (2 epochs; one to a seed, trained here unless --dense names them) is cut by each
 method from the same 1,024 training reviews (one_shot.py), and the small model learns from the dense one: distillation
 of logits and hidden states, in float, from the same reviews, with the same budget for all methods: a quarter of an
-epoch (70 steps of 32 reviews) or a whole one. Each method has the learning rate, of two, that is best for it on the
-validation split in the mean of the seeds; `test` judges it. A row has the accuracy of the fp32 export in the mean of
-the seeds, `against_dense` and `curvature_ahead` as [value, low, high], paired over the reviews. `--peers` prunes with
-torch-pruning and ModelOpt's gradnas (`make setup-bench`) and leaves the models in --work, which the second command
-trains like the others. Arms that are in the file are kept, so both can be stopped and repeated.
+epoch (70 steps of 32 reviews) or a whole one. Each method, size and budget has the learning rate, of two, that is best
+for it on the validation split with the first seed; `test` judges it. A row has the accuracy of the fp32 export in the
+mean of the seeds, `against_dense` and `curvature_ahead` as [value, low, high], paired over the reviews. `--peers`
+prunes with torch-pruning and ModelOpt's gradnas (`make setup-bench`) and leaves the models in --work, which the second
+command trains like the others. Arms that are in the file are kept, so both can be stopped and repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +44,28 @@ KEPT = (0.25, 0.15)
 EPOCHS = (1, 0.25)
 RATES = (1e-4, 3e-5)
 SEEDS = (42, 43, 44)
+Arm = tuple[str, float, float, float, int]
+"""method, kept, epochs, rate, seed"""
 
 
-def arms() -> list[tuple[str, float, float, float, int]]:
-    """(method, kept, epochs, rate, seed), seed by seed."""
-    return [(m, k, e, lr, s) for s in SEEDS for e in EPOCHS for k in KEPT for m in METHODS for lr in RATES]
+def arms(made: dict[str, Row]) -> Iterator[Arm]:
+    """The first seed with all rates, then the others with the chosen ones: `made` has to grow with what is yielded."""
+    first, *others = SEEDS
+    for epochs, kept, method, lr in itertools.product(EPOCHS, KEPT, METHODS, RATES):
+        yield method, kept, epochs, lr, first
+    for seed, epochs, kept, method in itertools.product(others, EPOCHS, KEPT, METHODS):
+        yield method, kept, epochs, chosen_rate(made, method, kept, epochs), seed
+
+
+def chosen_rate(made: dict[str, Row], method: str, kept: float, epochs: float) -> float:
+    return max(RATES, key=lambda lr: made[name_of(method, kept, epochs, lr, SEEDS[0])]["validation"])
 
 
 def name_of(method: str, kept: float, epochs: float, rate: float, seed: int) -> str:
     return f"{method}/{kept:g}/{epochs:g}/{rate:g}/{seed}"
 
 
-def recipe(arm: tuple[str, float, float, float, int], dense: Path, start: Path, data: Path, folder: Path) -> Row:
+def recipe(arm: Arm, dense: Path, start: Path, data: Path, folder: Path) -> Row:
     """Of an arm: one stage, from the pruned model in `start` on."""
     _, _, epochs, rate, seed = arm
     stage = {
@@ -81,21 +93,22 @@ def small(method: str, kept: float, dense: Path, seed: int, task: Task | None, w
 
 
 def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
-    """A row to each method, size and budget that all rates and seeds have; then the mean over sizes."""
-    rows, chosen = [], {}
-    for kept in KEPT:
-        for epochs in EPOCHS:
-            for method in METHODS:
-                names = {lr: [name_of(method, kept, epochs, lr, s) for s in SEEDS] for lr in RATES}
-                if any(name not in made for group in names.values() for name in group):
-                    continue
-                validation = {lr: np.mean([made[name]["validation"] for name in group]) for lr, group in names.items()}
-                rate = max(RATES, key=lambda lr: validation[lr])
-                chosen[method, kept, epochs] = [made[name] for name in names[rate]]
-                rows.append({"method": method, "keep": kept, "epochs": epochs, "lr": rate})
-    sizes = [*KEPT, None]
+    """A row to each method, size and budget that all seeds have; then the mean over sizes."""
+    if any(str(seed) not in dense for seed in SEEDS):
+        return []
+    base = _mean([dense[str(seed)] for seed in SEEDS])
+    chosen: dict[tuple[str, float, float], list[Row]] = {}
+    rows: list[Row] = []
+    for kept, epochs, method in itertools.product(KEPT, EPOCHS, METHODS):
+        if any(name_of(method, kept, epochs, lr, SEEDS[0]) not in made for lr in RATES):
+            continue
+        rate = chosen_rate(made, method, kept, epochs)
+        names = [name_of(method, kept, epochs, rate, seed) for seed in SEEDS]
+        if all(name in made for name in names):
+            chosen[method, kept, epochs] = [made[name] for name in names]
+            rows.append({"method": method, "keep": kept, "epochs": epochs, "lr": rate})
+    sizes: list[float | None] = [*KEPT, None]
     rows += [{"method": m, "keep": None, "epochs": e} for e in EPOCHS for m in METHODS]
-    base = [dense[str(seed)] for seed in SEEDS]
     done = []
     for r in sorted(rows, key=lambda r: (sizes.index(r["keep"]), EPOCHS.index(r["epochs"]))):
         of = KEPT if r["keep"] is None else (r["keep"],)
@@ -104,7 +117,7 @@ def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
             continue
         score, best = (_mean([one["correct"] for group in groups for one in group or ()]) for groups in (mine, ours))
         facts = {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": (mine[0] or [{}])[0].get("steps")}
-        facts["against_dense"] = _change(score, _mean(base))
+        facts["against_dense"] = _change(score, base)
         if r["method"] != OURS:
             facts["curvature_ahead"] = _change(best, score)
         done.append(r | facts)
@@ -167,7 +180,7 @@ def main() -> int:
         return 0
     result: Row = read_json(options.json) if options.json.is_file() else {"arms": {}, "dense": {}}
     result |= {"host": host(), "versions": versions()}
-    for arm in arms():
+    for arm in arms(result["arms"]):
         method, kept, _, _, seed = arm
         if (name := name_of(*arm)) in result["arms"]:
             continue

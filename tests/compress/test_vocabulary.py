@@ -93,6 +93,32 @@ def test_a_number_keeps_the_commonest(kind):
         choose(old, found, 5)
 
 
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram"])
+def test_a_number_above_what_is_used_keeps_what_comes_first(kind):
+    """Tokens that training never has, yet texts may: the commonest where the tokenizer was made have the first ids."""
+    old = made(kind)
+    found = counts(old, TRAIN)
+    used = choose(old, found, "used")
+    whole = choose(old, found, len(old))
+    assert len(used) + 3 <= len(whole), "the texts use all of them"
+    more = choose(old, found, len(used) + 3)
+    assert set(used) < set(more) and len(used) < len(more) <= len(used) + 3
+    added = sorted(set(more) - set(used))
+    skipped = [i for i in whole if i < added[0] and i not in more]
+    assert not skipped or kind == "BPE", "a piece that is passed over in BPE needs more than there was room for"
+
+
+def test_places_that_are_kept_free_are_no_tokens_of_texts():
+    """BERT's [unused0] … [unused993] stand before its words, and its tokenizer never gives one."""
+    inner = made("WordPiece").backend_tokenizer
+    free = [f"[unused{i}]" for i in range(3)]
+    names = [*SPECIAL, *free, *(name for name in inner.get_vocab() if name not in SPECIAL)]
+    inner.model = models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]")
+    kept = choose(tokenizer, torch.zeros(len(names), dtype=torch.int64), len(names) - 3)
+    assert kept == [i for i, name in enumerate(names) if name not in free]
+
+
 def test_whole_words_and_slow_tokenizers_are_refused():
     with pytest.raises(ModelError, match="is a WordLevel, which has no smaller pieces"):
         check_fast(tiny.tokenizer())

@@ -14,7 +14,7 @@ A vocabulary of whole words (WordLevel) has nothing to spell a word with and is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,10 @@ class Pieces(ABC):
         """With the pieces that these are built from."""
         return set(kept)
 
+    def unread(self, words: Callable[[str], list[str]]) -> set[str]:
+        """Pieces that no text has, such as places kept free. words: a text cut into words."""
+        return set()
+
     def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
         """The model with these pieces and ids alone. new: ascending in the order of the old ids."""
         return {**self.model, "vocab": {piece: new[piece] for piece in self.model["vocab"] if piece in new}}
@@ -57,6 +61,10 @@ class WordPiece(Pieces):
             if len(piece.removeprefix(prefix)) == 1 or not begins or not set(rest) <= inner:
                 found.add(piece)
         return found
+
+    def unread(self, words: Callable[[str], list[str]]) -> set[str]:
+        prefix = self.model["continuing_subword_prefix"]
+        return {piece for piece in self.ids if not piece.startswith(prefix) and words(piece) != [piece]}
 
 
 class Bpe(Pieces):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,21 +37,23 @@ def check_fast(tokenizer: Any) -> None:
 def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[int]:
     """The old ids of the tokens that stay, ascending.
 
-    counts: int64 [tokens], how often each stands in the training split. Raises UserError for a number below those that
-    have to stay.
+    counts: int64 [tokens], how often each stands in the training split; those that it has not follow in the order of
+    their ids, which is that of how common they were where the tokenizer was made. Raises UserError for a number below
+    those that have to stay.
     """
     data = _json(tokenizer)
     pieces = pieces_of(data["model"])
     ids = pieces.ids
     names = {number: piece for piece, number in ids.items()}
     added = {entry["id"] for entry in data["added_tokens"]} | set(tokenizer.all_special_ids)
-    base = added | {ids[piece] for piece in pieces.stays()}
+    unread = {ids[piece] for piece in pieces.unread(partial(_words, tokenizer.backend_tokenizer.pre_tokenizer))}
+    base = added | {ids[piece] for piece in pieces.stays()} - unread
     ranked = torch.argsort(counts, descending=True, stable=True).tolist()
     found = set(base)
     for number in ranked:
-        if counts[number] == 0 or (keep != "used" and len(found) >= keep):
+        if (counts[number] == 0 and keep == "used") or (keep != "used" and len(found) >= keep):
             break
-        if number in names:
+        if number in names and not (counts[number] == 0 and number in unread):
             more = {ids[piece] for piece in pieces.closed([names[number]])}
             if keep == "used" or len(found | more) <= keep:
                 found |= more
@@ -60,6 +63,10 @@ def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[
             " with, which have to stay; raise it"
         )
     return sorted(found)
+
+
+def _words(pre_tokenizer: Any, text: str) -> list[str]:
+    return [text] if pre_tokenizer is None else [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
 
 
 def cut(tokenizer: Any, kept: list[int]) -> Any:
