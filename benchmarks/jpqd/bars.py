@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.jpqd import recovery as recovery_runs
 from benchmarks.jpqd.family import SPEEDUPS
 from mptrain.core.disk import write_json
 from mptrain.recipe.family import RECOVERY
@@ -59,6 +60,22 @@ def one_shot() -> Iterator[Row]:
             value, low, high = rows.get(f"{method}/{kept:g}", {}).get("curvature_ahead") or (None, None, None)
             name = f"curvature ahead of {method} at {100 * kept:.0f}%, without training"
             yield ahead(name, value, source, (low, high))
+
+
+def recovery() -> Iterator[Row]:
+    """After as many steps for all: nowhere behind, and ahead in the mean of the sizes."""
+    source = "recovery.json"
+    rows = {(r["method"], r["keep"], r["epochs"]): r for r in load(source).get("rows", [])}
+    for method in recovery_runs.METHODS[1:]:
+        for kept in (*recovery_runs.KEPT, None):
+            found = rows.get((method, kept, max(recovery_runs.EPOCHS)), {}).get("curvature_ahead")
+            value, low, high = found or (None, None, None)
+            if kept is None:
+                name = f"curvature ahead of {method} in the mean of 25 and 15%, after training"
+                yield ahead(name, value, source, (low, high))
+            else:
+                row = ahead(f"curvature not behind {method} at {100 * kept:.0f}%, after training", value, source)
+                yield row | {"low": low, "high": high, "met": high is not None and high >= 0.0}
 
 
 def budgets() -> Iterator[Row]:
@@ -131,7 +148,7 @@ def seed() -> Iterator[Row]:
 
 
 def bars() -> dict[str, Any]:
-    return {"rows": [*one_shot(), *budgets(), *family(), *runs(), *seed()]}
+    return {"rows": [*one_shot(), *recovery(), *budgets(), *family(), *runs(), *seed()]}
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.joint,
     pruning.order,
     pruning.one_shot,
+    pruning.recovered,
     pruning.dropped,
     pruning.embedding_rank,
     pruning.seeds,

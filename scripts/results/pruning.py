@@ -81,6 +81,28 @@ def one_shot() -> list[str]:
     ]
 
 
+def recovered() -> list[str]:
+    found = load("recovery.json")
+    lines = []
+    for r in found["rows"]:
+        kept = "mean of both" if r["keep"] is None else f"{100 * r['keep']:.0f}%"
+        cells = [r["method"].replace("_", " "), kept, str(r["steps"]), f"{100 * r['test']:.1f}%"]
+        ahead = r.get("curvature_ahead")
+        lines.append([*cells, interval(r["against_dense"]), "" if ahead is None else interval(ahead)])
+    first = found["rows"][0]
+    return [
+        "## Pruned at once, then trained",
+        "",
+        f"The same with {first['seeds']} seeds, and then as many steps of distillation of logits and hidden states for"
+        " all, in float, each with the better of two learning rates on the validation split with the first seed."
+        f" Accuracy on {first['n']:,} test reviews, mean of the seeds; points, paired ({link('recovery.md')},"
+        f" {where(found)}).",
+        "",
+        *table(["method", "encoder kept", "steps", "accuracy", "against dense", "curvature ahead by"], lines),
+        "",
+    ]
+
+
 def dropped() -> list[str]:
     found = load("drop.json")
     lines = []
