@@ -49,12 +49,14 @@ Arm = tuple[str, float, float, float, int]
 
 
 def arms(made: dict[str, Row]) -> Iterator[Arm]:
-    """The first seed with all rates, then the others with the chosen ones: `made` has to grow with what is yielded."""
+    """For each budget the first seed with all rates, then the others with the chosen ones: `made` has to grow with what
+    is yielded."""
     first, *others = SEEDS
-    for epochs, kept, method, lr in itertools.product(EPOCHS, KEPT, METHODS, RATES):
-        yield method, kept, epochs, lr, first
-    for seed, epochs, kept, method in itertools.product(others, EPOCHS, KEPT, METHODS):
-        yield method, kept, epochs, chosen_rate(made, method, kept, epochs), seed
+    for epochs in EPOCHS:
+        for kept, method, lr in itertools.product(KEPT, METHODS, RATES):
+            yield method, kept, epochs, lr, first
+        for seed, kept, method in itertools.product(others, KEPT, METHODS):
+            yield method, kept, epochs, chosen_rate(made, method, kept, epochs), seed
 
 
 def chosen_rate(made: dict[str, Row], method: str, kept: float, epochs: float) -> float:
