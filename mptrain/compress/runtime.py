@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mptrain.core import stream
 from mptrain.core.progress import track
 from mptrain.core.signature import Batch
-from mptrain.core.stream import calls_to_warm
 
 
 class Compiled(Protocol):
@@ -90,22 +90,10 @@ def count(threads: int) -> str:
     return f"{threads} thread{'s' * (threads > 1)}"
 
 
-def in_turns(compiled: Sequence[Compiled], rounds: int, what: str, *, warm: bool = True) -> list[list[float]]:
-    """Seconds of each call, by model and round, in alternating rounds that begin with another model each.
-
-    warm: untimed calls before each timed one, which is then one of a stream of calls (core/stream.py).
-    """
-    times: list[list[float]] = [[] for _ in compiled]
-    for one in compiled:
-        one.seconds()  # the first call allocates
-    untimed = [calls_to_warm(one.seconds()) if warm else 0 for one in compiled]
-    for number in track(range(rounds), what):
-        first = number % len(compiled)
-        for index in [*range(first, len(compiled)), *range(first)]:
-            for _ in range(untimed[index]):
-                compiled[index].seconds()
-            times[index].append(compiled[index].seconds())
-    return times
+def in_turns(compiled: Sequence[Compiled], count: int, what: str, *, warm: bool = True) -> list[list[float]]:
+    """Seconds of each call, by model and round. warm: see core/stream.py."""
+    turns = stream.rounds([one.seconds for one in compiled], warm=warm)
+    return [list(times) for times in zip(*(next(turns) for _ in track(range(count), what)), strict=True)]
 
 
 def share(one: Compiled, other: Compiled, rounds: int, what: str) -> float:

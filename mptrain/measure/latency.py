@@ -13,13 +13,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from mptrain.core import stream
 from mptrain.core.host import thread_count
 from mptrain.core.progress import Progress, progress
-from mptrain.core.stream import calls_to_warm
 from mptrain.recipe import Latency
 
 Timed = Callable[[dict[str, np.ndarray]], Any]
@@ -87,27 +88,22 @@ def rounds(
 ) -> dict[str, list[float]]:
     """Seconds of each call, by variant, of `count` rounds or as many as begin before the deadline, at least
     MIN_ROUNDS."""
-    order = list(forwards)
-    times: dict[str, list[float]] = {variant: [] for variant in order}
-    # Twice: the first call at a new shape allocates and picks kernels.
-    untimed = {v: calls_to_warm([_timed(forwards[v], inputs) for _ in range(2)][-1]) for v in order}
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for done in range(count):
-            if done >= MIN_ROUNDS and time.monotonic() > deadline:
-                bar.update(count - done)
+        turns = stream.rounds([partial(_timed, forward, inputs) for forward in forwards.values()])
+        found = [next(turns)]
+        bar.update()
+        while len(found) < count:
+            if len(found) >= MIN_ROUNDS and time.monotonic() > deadline:
+                bar.update(count - len(found))
                 break
-            first = done % len(order)
-            for variant in order[first:] + order[:first]:
-                for _ in range(untimed[variant]):
-                    forwards[variant](inputs)
-                times[variant].append(_timed(forwards[variant], inputs))
+            found.append(next(turns))
             bar.update()
     finally:
         if collecting:
             gc.enable()
-    return times
+    return {variant: list(times) for variant, times in zip(forwards, zip(*found, strict=True), strict=True)}
 
 
 def _timed(forward: Timed, inputs: dict[str, np.ndarray]) -> float:

@@ -22,8 +22,8 @@ class Vocabulary(MethodConfig):
     method: Literal["cut"] = "cut"
     keep: Literal["used"] | Annotated[int, Field(gt=0)] = Field(
         "used",
-        description="used: the tokens of the training split; a number: the commonest of them, and beyond them those that"
-        " come first in the tokenizer. Special tokens and what others are spelled with stay in any case",
+        description="used: the tokens of the training split; a number: the commonest of them, and beyond them those"
+        " that come first in the tokenizer. Special tokens and what others are spelled with stay in any case",
     )
     rank: Annotated[int, Field(gt=0, multiple_of=16)] | None = Field(
         None,

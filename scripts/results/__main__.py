@@ -20,6 +20,7 @@ SECTIONS: list[Callable[[], list[str]]] = [
     pruning.one_shot,
     pruning.recovered,
     pruning.dropped,
+    pruning.vocabulary,
     pruning.embedding_rank,
     pruning.seeds,
     pruning.distilled,
