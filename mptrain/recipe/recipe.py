@@ -175,6 +175,10 @@ class Recipe(Strict):
             against = stage.prune and stage.prune.against()
             if against is not None and against not in ["model", *seen]:
                 raise ValueError(f"{where}.prune.keep.against: {against!r} is not 'model' or an earlier stage {seen}")
+            if stage.distill is not None and stage.distill.replace_tokens and not self.model.kind.of_texts:
+                raise ValueError(
+                    f"{where}.distill.replace_tokens: the targets of {self.model.task} are not of whole texts; drop it"
+                )
             empty = next((one.id for one in self.chain(stage.id) if any(m.empties() for m in one.methods)), None)
             if empty is not None and stage.distill is not None and stage.distill.attention:
                 raise ValueError(

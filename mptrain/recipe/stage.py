@@ -35,6 +35,11 @@ class Distill(Strict):
     attention: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weight of the error of attention maps, head average; needs attn: eager"
     )
+    replace_tokens: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="share of the tokens that others of the batch take the place of, drawn anew in each step, for the"
+        " student and the teacher alike: few examples teach more. For tasks with one target to a text",
+    )
     tag: ClassVar[str] = "distillation"
 
     @staticmethod
@@ -78,6 +83,8 @@ class Stage(Strict):
             raise ValueError("a weight is an integer or a table entry: give quantize or palettize, or two stages")
         if self.distill and not self.train:
             raise ValueError("distill needs train")
+        if self.distill and self.distill.replace_tokens and self.train and self.train.batch_size < 2:
+            raise ValueError("distill.replace_tokens draws from the texts of a batch: set train.batch_size above 1")
         adapters = any(method.freezes for method in self.methods)  # merged before weights are stored
         for method in self.methods:
             if not self.train and (reason := method.why_train()):

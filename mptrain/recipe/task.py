@@ -78,6 +78,11 @@ class TaskSpec:
         """Whether its models are encoders without a head."""
         return self.head == "AutoModel"
 
+    @property
+    def of_texts(self) -> bool:
+        """Whether its targets are of whole texts, not of their tokens."""
+        return self.processor == "tokenizer" and not (self.per_token or self.causal or self.writes)
+
 
 NO_TASK = TaskSpec(
     "a model of its own kind",

@@ -28,6 +28,7 @@ from mptrain.core.signature import TOKENS
 from mptrain.data.tasks.divergence import of_logits
 from mptrain.recipe import Distill
 from mptrain.train.relations import Layers, divergence, paired, recorded
+from mptrain.train.replaced import replaced
 
 TARGETS = ("labels", "start_positions", "end_positions")
 Term = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Tensor], float], Tensor]
@@ -66,6 +67,18 @@ class Distiller:
         self.term, self.targets, self.ids = term, targets, ids
         self._layers: tuple[Layers, Layers] | None = None
         self._related: list[list[Tensor]] = []
+
+    def shown(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What student and teacher read of a batch: with some tokens replaced, where the settings say so.
+        Raises ModelError."""
+        if not self.config.replace_tokens:
+            return inputs
+        if "input_ids" not in inputs:
+            raise ModelError("distill.replace_tokens: the batch has no input_ids; drop it")
+        if any(t in inputs and inputs[t].shape == inputs["input_ids"].shape for t in self.targets):
+            raise ModelError("distill.replace_tokens: the targets are those of each token; drop it")
+        ids = replaced(inputs["input_ids"], inputs.get("attention_mask"), self.config.replace_tokens)
+        return {**inputs, "input_ids": ids}
 
     @contextmanager
     def watching(self, student: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[None]:

@@ -237,6 +237,7 @@ class Trainer(Saving):
         if self.distiller is None or not model.training:
             loss, outputs = self.task_loss(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
+        inputs = self.distiller.shown(inputs)
         # in a copy: with label smoothing transformers takes the labels out
         with self.distiller.watching(self.model, inputs):
             task, outputs = self.task_loss(model, {**inputs, **self.distiller.extra_outputs()})

@@ -53,6 +53,17 @@ def test_errors_name_the_line_the_field_and_the_fix(tmp_path, old, new, expected
         assert part in str(error.value)
 
 
+def test_tokens_are_replaced_where_targets_are_of_whole_texts(tmp_path):
+    some = "distill: {replace_tokens: 0.15,"
+    text = TEXT.replace("distill: {", some)
+    assert read(tmp_path, text).stages[-1].distill.replace_tokens == 0.15
+    for task in ("token-classification", "question-answering", "image-classification"):
+        with pytest.raises(RecipeError, match=f"distill.replace_tokens: the targets of {task} are not of whole texts"):
+            read(tmp_path, text, [f"model.task={task}"])
+    with pytest.raises(RecipeError, match=r"set train\.batch_size above 1"):
+        read(tmp_path, text, ["stages.jpqd.train.batch_size=1"])
+
+
 def test_the_line_number_is_the_line_of_the_field(tmp_path):
     text = TEXT.replace("temperature: 2", "temperature: warm")
     with pytest.raises(RecipeError) as error:
