@@ -24,6 +24,7 @@ from mptrain.flow.variants import Variants
 from mptrain.recipe import Recipe
 from mptrain.recipe.plan import phases
 from mptrain.report import build
+from mptrain.report.gates import missed
 from mptrain.report.render import files
 from mptrain.train.launch import current, state
 
@@ -55,7 +56,7 @@ def run(recipe: Recipe, *, fresh: bool = False, allow_code: bool = False, reuse:
         peers.wait_for_everyone()
     failed = [g for g in report["gates"] if not g["passed"]]
     if failed:
-        raise GateFailed("; ".join(_missed(g) for g in failed) + f". The full report is in {folder}/report.html.")
+        raise GateFailed("; ".join(missed(g) for g in failed) + f". The full report is in {folder}/report.html.")
     return report
 
 
@@ -112,7 +113,3 @@ def _steps(
 
 def seconds(phases: dict[str, float]) -> dict[str, float]:
     return phases | {"total": round(sum(phases.values()), 3)}
-
-
-def _missed(gate: dict[str, Any]) -> str:
-    return f"gate {gate['name']} missed: {gate['value']} against a limit of {gate['limit']}"

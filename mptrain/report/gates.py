@@ -31,7 +31,8 @@ def exact(variant: Row) -> bool:
 
 
 def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], layers: int | None) -> list[Row]:
-    """Rows {name, value, limit, passed, variant} in the order of the recipe's fields.
+    """Rows {name, value, limit, passed, variant} in the order of the recipe's fields; a size or speed gate that a
+    variant outside `max_drop` alone would pass has {value, variant, drop} of that as not_counted.
 
     Args:
         variants, comparisons: rows of the report, numbers finite or None.
@@ -39,14 +40,15 @@ def check(gates: Gates, variants: Sequence[Row], comparisons: Sequence[Row], lay
     """
     rows: list[Row] = []
     counting = [c for c in comparisons if within(c, gates.max_drop)]
+    others = [c for c in comparisons if c["drop"] is not None and c not in counting]
     if gates.max_drop is not None:
         rows.append(_smallest("max_drop", gates.max_drop, ((c["drop"], c["id"]) for c in comparisons)))
     if gates.min_size_ratio is not None:
-        sizes = ((c["size_ratio"], c["id"]) for c in counting)
-        rows.append(_largest("min_size_ratio", gates.min_size_ratio, sizes))
+        sizes, more = ([(c["size_ratio"], c) for c in group] for group in (counting, others))
+        rows.append(_largest("min_size_ratio", gates.min_size_ratio, sizes, more))
     for setting, limit in gates.min_speedup.items():
-        speeds = ((c["speedup"].get(setting), c["id"]) for c in counting)
-        rows.append(_largest(f"min_speedup.{setting}", limit, speeds))
+        speeds, more = ([(c["speedup"].get(setting), c) for c in group] for group in (counting, others))
+        rows.append(_largest(f"min_speedup.{setting}", limit, speeds, more))
     whole = [v for v in variants if exact(v)]
     if gates.parity is not None and whole:
         rows.append(_parity(gates.parity, whole))
@@ -86,10 +88,27 @@ def _smallest(name: str, limit: float, values: Iterable[tuple[float | None, str]
     return _row(name, value, limit, value is not None and value <= limit, variant)
 
 
-def _largest(name: str, limit: float, values: Iterable[tuple[float | None, str]]) -> Row:
-    known = [(value, variant) for value, variant in values if value is not None]
-    value, variant = max(known, default=(None, None))
-    return _row(name, value, limit, value is not None and value >= limit, variant)
+Valued = Sequence[tuple[float | None, Row]]
+
+
+def _largest(name: str, limit: float, values: Valued, others: Valued) -> Row:
+    """others: of variants that do not count; the one that would have passed is named."""
+    known, more = (
+        [(value, c["id"], c["drop"]) for value, c in group if value is not None] for group in (values, others)
+    )
+    value, variant, _ = max(known, default=(None, None, None))
+    row = _row(name, value, limit, value is not None and value >= limit, variant)
+    if more and not row["passed"] and (best := max(more))[0] >= limit:
+        row["not_counted"] = dict(zip(("value", "variant", "drop"), best))
+    return row
+
+
+def missed(gate: Row) -> str:
+    """For a person who reads the log."""
+    text = f"gate {gate['name']} missed: {gate['value']} against a limit of {gate['limit']}"
+    if other := gate.get("not_counted"):
+        text += f" ({other['variant']} has {other['value']:.3g}, but its drop of {other['drop']:.3g} is above max_drop)"
+    return text
 
 
 def _parity(limit: float, variants: Sequence[Row]) -> Row:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mptrain.recipe import Gates
-from mptrain.report.gates import check
+from mptrain.report.gates import check, missed
 
 KEY = "b1_s128_t1"
 
@@ -45,7 +45,12 @@ def test_size_and_speed_count_only_inside_the_drop():
     gates = {"max_drop": 0.01, "min_size_ratio": 5.24, "min_speedup": {KEY: 1.4}}
     found = run(gates, comparisons=rows)
     assert (found["min_size_ratio"]["value"], found["min_size_ratio"]["passed"]) == (4.0, False)
+    assert found["min_size_ratio"]["not_counted"] == {"variant": "lost", "value": 20.0, "drop": 0.2}
+    assert missed(found["min_size_ratio"]) == (
+        "gate min_size_ratio missed: 4.0 against a limit of 5.24 (lost has 20, but its drop of 0.2 is above max_drop)"
+    )
     speed = found[f"min_speedup.{KEY}"]
+    assert "not_counted" not in speed
     assert (speed["value"], speed["variant"], speed["passed"]) == (1.5, "good", True)
     without = run({"min_size_ratio": 5.24}, comparisons=rows)["min_size_ratio"]
     assert (without["value"], without["variant"], without["passed"]) == (20.0, "lost", True)

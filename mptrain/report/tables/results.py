@@ -153,7 +153,11 @@ def gates(report: Row) -> Table | None:
         verdict = Cell("passed", tone="good") if gate["passed"] else Cell("missed", tone="bad")
         sign = "≥ " if kind in _LEAST else "≤ "
         value, limit = (_gate_value(report, kind, number) for number in (gate["value"], gate["limit"]))
-        rows.append([Cell(gate["name"]), verdict, Cell(gate["variant"] or "–"), Cell(value), Cell(sign + limit)])
+        other = gate.get("not_counted")
+        unused = f"{other['variant']}, {_gate_value(report, kind, other['value'])}, drops too much" if other else ""
+        rows.append(
+            [Cell(gate["name"]), verdict, Cell(gate["variant"] or "–", unused), Cell(value), Cell(sign + limit)]
+        )
     note = "Size and speed gates count only variants whose own accuracy is inside max_drop."
     return Table("Gates", ["Gate", "Result", "Decided by", "Value", "Limit"], rows, note, text_columns=2)
 
