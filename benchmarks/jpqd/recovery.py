@@ -1,16 +1,16 @@
-"""What training gives back after pruning at once, method by method, and with how many steps.
+"""What training gives back after pruning at once, method by method.
 
     .venv-bench/bin/python -m benchmarks.jpqd.recovery --json benchmarks/results/recovery.json --peers
     python -m benchmarks.jpqd.recovery --json benchmarks/results/recovery.json
 
 The dense MiniLM of the film reviews (2 epochs; one to a seed, trained here unless --dense names them) is cut by each
 method from the same 1,024 training reviews (one_shot.py), and the small model learns from the dense one: distillation
-of logits and hidden states, in float, from the same reviews, with the same budget for all methods: a quarter of an
-epoch (70 steps of 32 reviews) or a whole one. Each method, size and budget has the learning rate, of two, that is best
-for it on the validation split with the first seed; `test` judges it. A row has the accuracy of the fp32 export in the
-mean of the seeds, `against_dense` and `curvature_ahead` as [value, low, high], paired over the reviews. `--peers`
-prunes with torch-pruning and ModelOpt's gradnas (`make setup-bench`) and leaves the models in --work, which the second
-command trains like the others. Arms that are in the file are kept, so both can be stopped and repeated.
+of logits and hidden states, in float, from the same reviews, one epoch (278 steps of 32 reviews) for all methods. Each
+method and size has the learning rate, of two, that is best for it on the validation split with the first seed; `test`
+judges it. A row has the accuracy of the fp32 export in the mean of the seeds, `against_dense` and `curvature_ahead` as
+[value, low, high], paired over the reviews. `--peers` prunes with torch-pruning and ModelOpt's gradnas (`make
+setup-bench`) and leaves the models in --work, which the second command trains like the others. Arms that are in the
+file are kept, so both can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 OURS = "curvature"
 METHODS = (OURS, "fisher", *PEERS)
 KEPT = (0.25, 0.15)
-EPOCHS = (1, 0.25)
+EPOCHS = (1,)
 RATES = (1e-4, 3e-5)
 SEEDS = (42, 43)
 Arm = tuple[str, float, float, float, int]
