@@ -75,7 +75,8 @@ class Distiller:
             return inputs
         if "input_ids" not in inputs:
             raise ModelError("distill.replace_tokens: the batch has no input_ids; drop it")
-        if any(t in inputs and inputs[t].shape == inputs["input_ids"].shape for t in self.targets):
+        shape = inputs["input_ids"].shape
+        if any(t in inputs and inputs[t].shape == shape and not inputs[t].is_floating_point() for t in self.targets):
             raise ModelError("distill.replace_tokens: the targets are those of each token; drop it")
         ids = replaced(inputs["input_ids"], inputs.get("attention_mask"), self.config.replace_tokens)
         return {**inputs, "input_ids": ids}

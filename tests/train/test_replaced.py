@@ -92,11 +92,31 @@ def test_student_and_teacher_read_the_same_and_validation_what_there_is(tmp_path
     assert all(tuple(row.tolist()) in whole for row in torch.cat(student.read)[len(taught) :])
 
 
+def test_a_training_that_is_resumed_draws_what_it_would_have(tmp_path):
+    config = BertConfig(vocab_size=60, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SIZES)
+    ids, mask = texts()
+    rows = [{"input_ids": i, "attention_mask": m, "labels": n % 2} for n, (i, m) in enumerate(zip(ids, mask))]
+
+    def trained(resumed: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        teacher, student = BertForSequenceClassification(config), BertForSequenceClassification(config)
+        settings = TrainingArguments(
+            str(tmp_path), max_steps=12, save_steps=5, learning_rate=1e-2, remove_unused_columns=False, use_cpu=True
+        )
+        distiller = Distiller(teacher, Distill(replace_tokens=0.3))
+        trainer = Trainer(student, settings, train_dataset=rows, distiller=distiller)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resumed else None)
+        return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+    assert torch.equal(trained(resumed=False), trained(resumed=True))
+
+
 def test_targets_of_each_token_are_refused():
     config = BertConfig(vocab_size=60, **SIZES)
     distiller = Distiller(BertForTokenClassification(config), Distill(replace_tokens=0.1))
     ids, mask = texts()
     with pytest.raises(ModelError, match="targets are those of each token"):
         distiller.shown({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    distiller.shown({"input_ids": ids, "attention_mask": mask, "labels": ids.float()})  # as many labels as tokens
     with pytest.raises(ModelError, match="has no input_ids"):
         distiller.shown({"pixel_values": torch.zeros(2, 3, 4, 4), "labels": torch.zeros(2)})
