@@ -43,7 +43,7 @@ METHODS = (OURS, "fisher", *PEERS)
 KEPT = (0.25, 0.15)
 EPOCHS = (1,)
 RATES = (1e-4, 3e-5)
-SEEDS = (42, 43)
+SEEDS = (42, 43, 44)
 Arm = tuple[str, float, float, float, int]
 """method, kept, epochs, rate, seed"""
 
