@@ -120,8 +120,8 @@ def summary(arms: dict[str, Row]) -> list[Row]:
         runs = [arms[f"{arm}/{seed}"] for seed in SEEDS if f"{arm}/{seed}" in arms]
         if len(runs) < len(SEEDS) or len(base) < len(SEEDS):
             continue
-        mine = _mean([r["correct"] for r in runs])
-        ahead = paired_difference(mine, _mean(base))
+        mine = mean_of([r["correct"] for r in runs])
+        ahead = paired_difference(mine, mean_of(base))
         rows.append(
             {
                 "name": arm,
@@ -137,7 +137,7 @@ def summary(arms: dict[str, Row]) -> list[Row]:
     return rows
 
 
-def _mean(runs: list[str]) -> Score:
+def mean_of(runs: list[str]) -> Score:
     return Score("accuracy", np.mean([[float(bit) for bit in run] for run in runs], axis=0)[:, None], MEAN)
 
 

@@ -22,15 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.jpqd.curve import dense_run
-from benchmarks.jpqd.distil import described, files, places, ran
+from benchmarks.jpqd.distil import described, files, mean_of, places, ran
+from benchmarks.jpqd.embedding_rank import percent
 from benchmarks.jpqd.one_shot import PEERS, pruned, pruned_by_peer, scored
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.host import host
 from mptrain.data.load import Task, load_data
-from mptrain.data.tasks.metrics import MEAN, Score
+from mptrain.data.tasks.metrics import Score
 from mptrain.flow.identity import versions
 from mptrain.measure.intervals import paired_difference
 from mptrain.models import artifact
@@ -98,7 +97,7 @@ def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
     """A row to each method, size and budget that all seeds have; then the mean over sizes."""
     if any(str(seed) not in dense for seed in SEEDS):
         return []
-    base = _mean([dense[str(seed)] for seed in SEEDS])
+    base = mean_of([dense[str(seed)] for seed in SEEDS])
     chosen: dict[tuple[str, float, float], list[Row]] = {}
     rows: list[Row] = []
     for kept, epochs, method in itertools.product(KEPT, EPOCHS, METHODS):
@@ -117,17 +116,13 @@ def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
         mine, ours = ([chosen.get((m, k, r["epochs"])) for k in of] for m in (r["method"], OURS))
         if None in mine or None in ours:
             continue
-        score, best = (_mean([one["correct"] for group in groups for one in group or ()]) for groups in (mine, ours))
+        score, best = (mean_of([one["correct"] for group in groups for one in group or ()]) for groups in (mine, ours))
         facts = {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": (mine[0] or [{}])[0].get("steps")}
         facts["against_dense"] = _change(score, base)
         if r["method"] != OURS:
             facts["curvature_ahead"] = _change(best, score)
         done.append(r | facts)
     return done
-
-
-def _mean(runs: list[str]) -> Score:
-    return Score("accuracy", np.mean([[float(bit) for bit in run] for run in runs], axis=0)[:, None], MEAN)
 
 
 def _change(a: Score, b: Score) -> list[float]:
@@ -142,17 +137,13 @@ def table(result: Row) -> str:
     ]
     for r in result["rows"]:
         kept = "mean" if r["keep"] is None else f"{100 * r['keep']:.0f}%"
-        against, ahead = (_percent(r.get(key)) for key in ("against_dense", "curvature_ahead"))
+        against, ahead = (percent(r[key]) if key in r else "" for key in ("against_dense", "curvature_ahead"))
         rate = f"{r['lr']:.0e}" if "lr" in r else ""
         lines.append(
             f"| {kept} | {r['steps']} | {r['method']} | {rate} | {100 * r['test']:.1f}% | {against} | {ahead} |"
         )
     n = result["rows"][0]["n"] if result["rows"] else 0
     return "\n".join([*lines, "", f"n = {n:,}, {len(SEEDS)} seeds; {result['host']['cpu']}.", ""])
-
-
-def _percent(change: list[float] | None) -> str:
-    return "" if change is None else "{:+.1f} ({:+.1f} … {:+.1f})".format(*(100 * x for x in change))
 
 
 def right(dense: Path, task: Task) -> str:

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.jpqd.curve import dense_run, recipe
+from benchmarks.jpqd.embedding_rank import percent
 from benchmarks.jpqd.one_shot import scored
 from mptrain.compress.vocabulary import cut as tables
 from mptrain.compress.vocabulary import tokenizer as tokenizers
@@ -45,26 +47,22 @@ def mean(scores: list[Score]) -> Score:
     return Score(first.name, stats, first.of, first.unit, first.higher_is_better)
 
 
-def row(keep: Literal["used"] | int, dense: list[Path], task: Task, load: Any) -> Row:
-    """load: the task with another tokenizer."""
+def row(keep: Literal["used"] | int, dense: list[nn.Module], whole: Score, task: Task, load: Any) -> Row:
+    """whole: of the dense models. load: the task with another tokenizer."""
     kept = tokenizers.choose(task.processor, vocabulary.counts(task), keep)
     cut = load(tokenizers.cut(task.processor, kept))
     example = {k: v for k, v in task.collate([task.train[0]]).items() if k != "labels"}
-    whole, fewer = [], []
-    for folder in dense:
-        model = artifact.load(folder)
-        whole.append(scored(model, task, "test"))
-        fewer.append(scored(tables.cut(copy.deepcopy(model), kept, example), cut, "test"))
-    change = paired_difference(mean(fewer), mean(whole))
+    fewer = [scored(tables.cut(copy.deepcopy(model), kept, example), cut, "test") for model in dense]
+    change = paired_difference(mean(fewer), whole)
     found: Row = {"name": "used" if keep == "used" else f"{keep:,}", "tokens": len(kept)}
     found["spelled_otherwise"] = vocabulary.changed(task, cut, "test")
-    return found | {"against_dense": [change.value, change.low, change.high], "n": whole[0].n, "seeds": len(dense)}
+    return found | {"against_dense": [change.value, change.low, change.high], "n": whole.n, "seeds": len(dense)}
 
 
 def table(result: Row) -> str:
     lines = ["| tokens | spelled otherwise | against dense |", "|---|--:|---|"]
     for r in result["rows"]:
-        change = "{:+.1f} ({:+.1f} … {:+.1f})".format(*(100 * x for x in r["against_dense"]))
+        change = percent(r["against_dense"])
         lines.append(f"| {r['tokens']:,} | {100 * r['spelled_otherwise']:.1f}% | {change} |")
     first = result["rows"][0]
     return "\n".join([*lines, "", f"n = {first['n']:,}, {first['seeds']} seeds; {result['host']['cpu']}.", ""])
@@ -85,8 +83,10 @@ def main() -> int:
 
     task = load(load_processor(spec.model))
     result: Row = {"host": host(), "versions": versions(), "whole": len(task.processor), "rows": []}
+    models = [artifact.load(folder) for folder in dense]
+    whole = mean([scored(model, task, "test") for model in models])
     for keep in KEPT:
-        result["rows"].append(row(keep, dense, task, load))
+        result["rows"].append(row(keep, models, whole, task, load))
         print(result["rows"][-1], flush=True)
     write_json(options.json, result)
     options.json.with_suffix(".md").write_text(table(result), encoding="utf-8")
