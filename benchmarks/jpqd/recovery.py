@@ -5,12 +5,13 @@
 
 The dense MiniLM of the film reviews (2 epochs; one to a seed, trained here unless --dense names them) is cut by each
 method from the same 1,024 training reviews (one_shot.py), and the small model learns from the dense one: distillation
-of logits and hidden states, in float, from the same reviews, one epoch (278 steps of 32 reviews) for all methods. Each
-method and size has the learning rate, of two, that is best for it on the validation split with the first seed; `test`
-judges it. A row has the accuracy of the fp32 export in the mean of the seeds, `against_dense` and `curvature_ahead` as
-[value, low, high], paired over the reviews. `--peers` prunes with torch-pruning and ModelOpt's gradnas (`make
-setup-bench`) and leaves the models in --work, which the second command trains like the others. Arms that are in the
-file are kept, so both can be stopped and repeated.
+of logits and hidden states, in float, from the same reviews, for all methods one epoch (278 steps of 32 reviews), and
+for the two smallest sizes a quarter of it as well. Each method, size and number of steps has the learning rate, of
+two, that is best for it on the validation split with the first seed; `test` judges it. A row has the accuracy of the
+fp32 export in the mean of the seeds, `against_dense` and `curvature_ahead` as [value, low, high], paired over the
+reviews; the rows without a size are the mean of 25 and 15%. `--peers` prunes with torch-pruning and ModelOpt's gradnas
+(`make setup-bench`) and leaves the models in --work, which the second command trains like the others. Arms that are in
+the file are kept, so both can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ from mptrain.recipe import file as recipe_file
 Row = dict[str, Any]
 OURS = "curvature"
 METHODS = (OURS, "fisher", *PEERS)
-KEPT = (0.25, 0.15)
-EPOCHS = (1,)
+SMALLEST = (0.25, 0.15)
+BUDGETS: dict[float, tuple[float, ...]] = {1: (0.5, 0.33, *SMALLEST), 0.25: SMALLEST}
+"""epochs, and the shares of the encoder that are trained for them"""
+KEPT = BUDGETS[1]
 RATES = (1e-4, 3e-5)
 SEEDS = (42, 43, 44)
 Arm = tuple[str, float, float, float, int]
@@ -51,10 +54,10 @@ def arms(made: dict[str, Row]) -> Iterator[Arm]:
     """For each budget the first seed with all rates, then the others with the chosen ones: `made` has to grow with what
     is yielded."""
     first, *others = SEEDS
-    for epochs in EPOCHS:
-        for kept, method, lr in itertools.product(KEPT, METHODS, RATES):
+    for epochs, sizes in BUDGETS.items():
+        for kept, method, lr in itertools.product(sizes, METHODS, RATES):
             yield method, kept, epochs, lr, first
-        for seed, kept, method in itertools.product(others, KEPT, METHODS):
+        for seed, kept, method in itertools.product(others, sizes, METHODS):
             yield method, kept, epochs, chosen_rate(made, method, kept, epochs), seed
 
 
@@ -94,35 +97,34 @@ def small(method: str, kept: float, dense: Path, seed: int, task: Task | None, w
 
 
 def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
-    """A row to each method, size and budget that all seeds have; then the mean over sizes."""
+    """A row to each method, size and budget that all seeds have; then the mean of the smallest sizes."""
     if any(str(seed) not in dense for seed in SEEDS):
         return []
     base = mean_of([dense[str(seed)] for seed in SEEDS])
-    chosen: dict[tuple[str, float, float], list[Row]] = {}
-    rows: list[Row] = []
-    for kept, epochs, method in itertools.product(KEPT, EPOCHS, METHODS):
-        if any(name_of(method, kept, epochs, lr, SEEDS[0]) not in made for lr in RATES):
-            continue
-        rate = chosen_rate(made, method, kept, epochs)
-        names = [name_of(method, kept, epochs, rate, seed) for seed in SEEDS]
-        if all(name in made for name in names):
-            chosen[method, kept, epochs] = [made[name] for name in names]
-            rows.append({"method": method, "keep": kept, "epochs": epochs, "lr": rate})
-    sizes: list[float | None] = [*KEPT, None]
-    rows += [{"method": m, "keep": None, "epochs": e} for e in EPOCHS for m in METHODS]
-    done = []
-    for r in sorted(rows, key=lambda r: (sizes.index(r["keep"]), EPOCHS.index(r["epochs"]))):
-        of = KEPT if r["keep"] is None else (r["keep"],)
-        mine, ours = ([chosen.get((m, k, r["epochs"])) for k in of] for m in (r["method"], OURS))
-        if None in mine or None in ours:
-            continue
-        score, best = (mean_of([one["correct"] for group in groups for one in group or ()]) for groups in (mine, ours))
-        facts = {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": (mine[0] or [{}])[0].get("steps")}
-        facts["against_dense"] = _change(score, base)
-        if r["method"] != OURS:
-            facts["curvature_ahead"] = _change(best, score)
-        done.append(r | facts)
-    return done
+    found = []
+    for epochs, sizes in BUDGETS.items():
+        for of in (*((kept,) for kept in sizes), SMALLEST):
+            done = {m: runs for m in METHODS if (runs := [_runs(made, m, kept, epochs) for kept in of]) and all(runs)}
+            scores = {m: mean_of([one["correct"] for one in itertools.chain(*runs)]) for m, runs in done.items()}
+            for method, score in scores.items():
+                row: Row = {"method": method, "keep": of[0] if len(of) == 1 else None, "epochs": epochs}
+                if row["keep"]:
+                    row["lr"] = chosen_rate(made, method, row["keep"], epochs)
+                row |= {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": done[method][0][0]["steps"]}
+                row["against_dense"] = _change(score, base)
+                if method != OURS and OURS in scores:
+                    row["curvature_ahead"] = _change(scores[OURS], score)
+                found.append(row)
+    return found
+
+
+def _runs(made: dict[str, Row], method: str, kept: float, epochs: float) -> list[Row]:
+    """Of all seeds at the chosen rate; none while one is missing."""
+    if any(name_of(method, kept, epochs, lr, SEEDS[0]) not in made for lr in RATES):
+        return []
+    rate = chosen_rate(made, method, kept, epochs)
+    names = [name_of(method, kept, epochs, rate, seed) for seed in SEEDS]
+    return [made[name] for name in names] if all(name in made for name in names) else []
 
 
 def _change(a: Score, b: Score) -> list[float]:

@@ -85,7 +85,7 @@ def recovered() -> list[str]:
     found = load("recovery.json")
     lines = []
     for r in found["rows"]:
-        kept = "mean of both" if r["keep"] is None else f"{100 * r['keep']:.0f}%"
+        kept = "mean of 25 and 15%" if r["keep"] is None else f"{100 * r['keep']:.0f}%"
         cells = [r["method"].replace("_", " "), kept, str(r["steps"]), f"{100 * r['test']:.1f}%"]
         ahead = r.get("curvature_ahead")
         lines.append([*cells, interval(r["against_dense"]), "" if ahead is None else interval(ahead)])

@@ -28,7 +28,7 @@ def made() -> tuple[dict, list]:
 def test_the_first_seed_tries_all_rates_and_the_others_the_best():
     done, names = made()
     first, *others = recovery.SEEDS
-    whole = len(recovery.METHODS) * len(recovery.KEPT) * len(recovery.EPOCHS)
+    whole = len(recovery.METHODS) * sum(map(len, recovery.BUDGETS.values()))
     assert sum(seed == first for *_, seed in names) == whole * len(recovery.RATES)
     assert sum(seed in others for *_, seed in names) == whole * len(others) == len({n for n in names if n[-1] != first})
     for name in done:
@@ -36,11 +36,11 @@ def test_the_first_seed_tries_all_rates_and_the_others_the_best():
         assert int(seed) == first or float(rate) == BETTER.get(method, 1e-4)
 
 
-def test_rows_are_of_all_seeds_and_end_with_the_mean_over_sizes():
+def test_rows_are_of_all_seeds_and_end_with_the_mean_of_the_smallest_sizes():
     done, _ = made()
     dense = dict.fromkeys(map(str, recovery.SEEDS), "1111")
     rows = recovery.summary(done, dense)
-    assert len(rows) == len(recovery.METHODS) * len(recovery.EPOCHS) * (len(recovery.KEPT) + 1)
+    assert len(rows) == len(recovery.METHODS) * sum(len(sizes) + 1 for sizes in recovery.BUDGETS.values())
     for row in rows:
         ours = row["method"] == recovery.OURS
         assert row["test"] == pytest.approx(0.75 if ours else 0.5) and row["seeds"] == len(recovery.SEEDS)
@@ -68,6 +68,6 @@ def test_its_bars(tmp_path, monkeypatch):
     (tmp_path / "recovery.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(bars, "RESULTS", tmp_path)
     found = {row["bar"]: row for row in bars.recovery()}
-    assert len(found) == 3 * (len(recovery.METHODS) - 1)
+    assert len(found) == (len(recovery.KEPT) + 1) * (len(recovery.METHODS) - 1)
     assert found["curvature not behind fisher at 25%, after training"]["met"]
     assert found["curvature ahead of fisher in the mean of 25 and 15%, after training"]["value"] == pytest.approx(0.25)
