@@ -44,6 +44,7 @@ ARMS: dict[str, dict[str, float]] = {
     "relations 1": {"weight": 0.9, "relations": 1.0},
     "relations 10": {"weight": 0.9, "relations": 10.0},
     "hidden 3, relations 1": {"weight": 0.9, "hidden": 3.0, "relations": 1.0},
+    "replace_tokens 0.15": {"weight": 0.9, "replace_tokens": 0.15},
     "few/alone": {"weight": 0.9, "hidden": 3.0},
     "few/unlabelled": {"weight": 0.9, "hidden": 3.0},
 }
