@@ -6,8 +6,9 @@ The dense MiniLM of the film reviews (2 epochs, trained here unless --dense name
 quarter of its encoder, once for all arms, and is their teacher. Each arm trains one pass over the 8,912 training
 reviews, with the same order, rate and number of steps; the `few` arms have the labels of every fourth review only:
 `few/alone` sees those reviews four times, `few/unlabelled` sees them once and all others without labels. `validation`
-is what a default may be chosen by, `test` judges it: the accuracy of the fp32 export, `ahead` that less
-that of `logits`, paired over the reviews and seeds, in [value, low, high]. Arms that are in the file are kept.
+is what a default may be chosen by, `test` judges it: the accuracy of the fp32 export, `ahead` that less the accuracy
+of `of`, which is `logits`, and for `few/unlabelled` `few/alone`: paired over the reviews, the mean of the seeds, in
+[value, low, high]. Arms that are in the file are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.jpqd.curve import add_dense, dense_of
+from benchmarks.jpqd.embedding_rank import percent
 from mptrain.core.disk import read_json, write_json
 from mptrain.core.host import host
 from mptrain.data.sources import packaged, splits
@@ -35,6 +37,8 @@ from mptrain.run import run
 
 Row = dict[str, Any]
 BASE = "logits"
+OF = {"few/unlabelled": "few/alone"}
+"""what an arm is compared with, where that is not BASE"""
 ARMS: dict[str, dict[str, float]] = {
     "labels": {},
     BASE: {"weight": 0.9},
@@ -114,24 +118,25 @@ def ran(described: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def summary(arms: dict[str, Row]) -> list[Row]:
-    """A row to each arm that has all seeds, against BASE."""
-    base = [arms[f"{BASE}/{seed}"]["correct"] for seed in SEEDS if f"{BASE}/{seed}" in arms]
+    """A row to each arm that has all seeds, where what it is compared with has them too."""
+    runs = {arm: [arms[f"{arm}/{seed}"] for seed in SEEDS if f"{arm}/{seed}" in arms] for arm in ARMS}
+    scores = {arm: mean_of([r["correct"] for r in found]) for arm, found in runs.items() if len(found) == len(SEEDS)}
     rows = []
-    for arm in ARMS:
-        runs = [arms[f"{arm}/{seed}"] for seed in SEEDS if f"{arm}/{seed}" in arms]
-        if len(runs) < len(SEEDS) or len(base) < len(SEEDS):
+    for arm, mine in scores.items():
+        of = OF.get(arm, BASE)
+        if of not in scores:
             continue
-        mine = mean_of([r["correct"] for r in runs])
-        ahead = paired_difference(mine, mean_of(base))
+        ahead = paired_difference(mine, scores[of])
         rows.append(
             {
                 "name": arm,
                 "distill": ARMS[arm],
-                "validation": float(np.mean([r["validation"] for r in runs])),
+                "validation": float(np.mean([r["validation"] for r in runs[arm]])),
                 "test": mine.value,
                 "n": mine.n,
-                "seeds": len(runs),
-                "steps": runs[0]["steps"],
+                "seeds": len(SEEDS),
+                "steps": runs[arm][0]["steps"],
+                "of": of,
                 "ahead": [ahead.value, ahead.low, ahead.high],
             }
         )
@@ -143,10 +148,10 @@ def mean_of(runs: list[str]) -> Score:
 
 
 def table(result: Row) -> str:
-    lines = ["| arm | validation | test | ahead of logits alone |", "|---|--:|--:|---|"]
+    lines = ["| arm | validation | test | ahead | of |", "|---|--:|--:|---|---|"]
     for r in result["rows"]:
-        change = "{:+.1f} ({:+.1f} … {:+.1f})".format(*(100 * x for x in r["ahead"]))
-        lines.append(f"| {r['name']} | {100 * r['validation']:.1f}% | {100 * r['test']:.1f}% | {change} |")
+        change = "" if r["of"] == r["name"] else percent(r["ahead"])
+        lines.append(f"| {r['name']} | {100 * r['validation']:.1f}% | {100 * r['test']:.1f}% | {change} | {r['of']} |")
     n = result["rows"][0]["n"] if result["rows"] else 0
     return "\n".join([*lines, "", f"n = {n:,}, {len(SEEDS)} seeds; {result['host']['cpu']}.", ""])
 

@@ -42,6 +42,13 @@ def whole_runs() -> list[str]:
     return table(["pairs", "count", "points"], lines)
 
 
+def taught() -> list[str]:
+    rows = [r for r in load("distil.json")["rows"] if r["of"] != r["name"]]
+    return _named(
+        ["taught by", "ahead of", "points"], [[f"`{r['name']}`", f"`{r['of']}`", interval(r["ahead"])] for r in rows]
+    )
+
+
 def setting() -> list[str]:
     found = load("joint_order.json")
     chosen = found["setting"]
@@ -130,7 +137,12 @@ def between() -> list[str]:
     for one, other in pairs:
         common = str(min(seeds_of[one], seeds_of[other]))
         lines.append([f"`{one}`", f"`{other}`", common, _nats(order_table.between(found, one, other))])
-    return [line.replace("|---|--:|", "|---|---|", 1) for line in table(["arm", "against", "seeds", "KL"], lines)]
+    return _named(["arm", "against", "seeds", "KL"], lines)
+
+
+def _named(heads: list[str], lines: list[list[str]]) -> list[str]:
+    """A table whose second column holds names as well."""
+    return [line.replace("|---|--:|", "|---|---|", 1) for line in table(heads, lines)]
 
 
 def _entry(result: dict[str, Any], arm: str) -> dict[str, Any]:
@@ -143,5 +155,5 @@ def _nats(ends: Sequence[float]) -> str:
 
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {
-    block.__name__: block for block in (whole_runs, setting, arms, seeds, units, ranges, begin, between)
+    block.__name__: block for block in (taught, whole_runs, setting, arms, seeds, units, ranges, begin, between)
 }

@@ -33,3 +33,11 @@ def test_an_arm_counts_when_all_seeds_are_there():
     rows = {row["name"]: row for row in distil.summary(arms)}
     assert rows["labels"]["ahead"][0] == pytest.approx(-0.125) and rows[distil.BASE]["ahead"][0] == 0
     assert json.dumps(list(rows.values()))
+
+
+def test_inputs_without_labels_are_compared_with_the_few_that_have_them():
+    few = {"correct": "1100", "validation": 0.8, "steps": 3}
+    arms = {f"few/alone/{seed}": few for seed in distil.SEEDS}
+    arms |= {f"few/unlabelled/{seed}": few | {"correct": "1101"} for seed in distil.SEEDS}
+    (row,) = distil.summary(arms)  # nothing is compared with BASE, which has not been run
+    assert (row["name"], row["of"]) == ("few/unlabelled", "few/alone") and row["ahead"][0] == pytest.approx(0.25)
