@@ -119,7 +119,8 @@ def padding_difference(model: nn.Module, batch: Mapping[str, Tensor], kept: Tens
     together = _outputs(model, batch, names)
     worst = largest = 0.0
     for row, own in enumerate(kept):
-        single = {name: value[row : row + 1, own] for name, value in batch.items() if value.shape == kept.shape}
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        single = {name: value[:, own] if value.shape[1:] == own.shape else value for name, value in one.items()}
         for name, alone in _outputs(model, single, names).items():
             padded = together[name][row : row + 1]
             if alone.shape != padded.shape:  # one value to each token
@@ -167,7 +168,8 @@ def _kept(batch: Mapping[str, Tensor], pad: int) -> Tensor:
 def _padded_on(side: str, batch: Mapping[str, Tensor], kept: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """The batch, and what is kept of it, with the padding of each row on `side`."""
     order = kept.long().argsort(dim=1, stable=True, descending=side == "right")
-    return {name: value.gather(1, order) for name, value in batch.items()}, kept.gather(1, order)
+    turned = {n: value.gather(1, order) if value.shape == kept.shape else value for n, value in batch.items()}
+    return turned, kept.gather(1, order)
 
 
 def _padded_batch(data: Task) -> dict[str, Tensor] | None:
@@ -181,7 +183,10 @@ def _padded_batch(data: Task) -> dict[str, Tensor] | None:
     if len(chosen) < 2:
         return None
     batch = data.without_targets(data.collate([data.train[i] for i in chosen.values()]))
-    return {name: value for name, value in batch.items() if value.shape == batch["input_ids"].shape}
+    # a decoder reads its first token, which is no padding
+    decoder = {name: value[:, :1] for name, value in batch.items() if name.startswith("decoder_")}
+    same = {name: value for name, value in batch.items() if value.shape == batch["input_ids"].shape}
+    return same | decoder
 
 
 # -- teachers

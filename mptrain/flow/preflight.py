@@ -43,6 +43,7 @@ from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
 from mptrain.recipe.target import target
+from mptrain.train.distill import check_terms
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def check(recipe: Recipe, *, allow_code: bool = False, processes: int = 1, offli
         if found.known:
             input_checks.check(recipe, data, found.config, allow_code=allow_code, offline=offline)
             check_convertible(recipe, data, found.config, allow_code)
+            check_distilled(recipe, data, found.config, allow_code)
         check_head(recipe, data, allow_code, offline)
     if processor is not None:
         check_processor(recipe, processor)
@@ -188,6 +190,17 @@ def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allo
             cast(Foreseeing, format_of(export)).check(model, example, signature)
         except ExportError as error:
             raise ModelError(f"export.{export.id}: {error}") from None
+
+
+def check_distilled(recipe: Recipe, data: Task, config: PreTrainedConfig, allow_code: bool = False) -> None:
+    """A small model with random weights gives what `distill` compares inside of models."""
+    inside = [(s, s.distill) for s in recipe.stages if s.distill is not None and s.distill.inside]
+    if not inside or recipe.model.own_code or (model := probe(recipe.model, config, allow_code)) is None:
+        return
+    example = data.example(2, TRACED * data.min_length)
+    for stage, settings in inside:
+        with _in_stage(stage.id, "distill"):
+            check_terms(settings, model, example, pruned=any(one.prune for one in recipe.chain(stage.id)))
 
 
 def _check_complex(model: nn.Module, example: Batch, signature: Signature) -> None:

@@ -17,7 +17,7 @@ _BATCH = 64
 
 def counts(data: Task) -> Tensor:
     """int64 [tokens]: how often each stands in what is trained on, padding and special tokens among them."""
-    found = torch.zeros(len(data.processor), dtype=torch.int64)
+    found = torch.zeros(_places(data.processor), dtype=torch.int64)
     examples = data.taught(distilled=True)
     for start in track(range(0, len(examples), _BATCH), "counting tokens"):
         batch = data.collate([examples[i] for i in range(start, min(start + _BATCH, len(examples)))])
@@ -27,10 +27,15 @@ def counts(data: Task) -> Tensor:
     return found
 
 
+def _places(tokenizer: Any) -> int:
+    """Ids may leave some out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def ids_in(tokenizer: Any, other: Any) -> Tensor:
     """int64 [tokens]: the id that each token of a tokenizer has in another. Raises UserError for one that it lacks."""
     theirs = other.get_vocab()
-    found = torch.zeros(len(tokenizer), dtype=torch.int64)
+    found = torch.zeros(_places(tokenizer), dtype=torch.int64)
     for token, number in tokenizer.get_vocab().items():
         if token not in theirs:
             raise UserError(f"teacher: its tokenizer has no token {token!r}, which the student's has; choose another")
@@ -39,15 +44,22 @@ def ids_in(tokenizer: Any, other: Any) -> Tensor:
 
 
 def changed(before: Task, after: Task, split: str) -> float:
-    """The share of the inputs of a split that have other tokens than before."""
-    old, new = getattr(before, split), getattr(after, split)
+    """The share of the inputs of a split that have other tokens than before. An input may be several examples, and
+    more of them than before."""
     ids = ids_in(after.processor, before.processor)
+    old, new = _tokens(before, split), _tokens(after, split)
     others = 0
-    for i in range(len(old)):
-        was, now = before.collate([old[i]]), after.collate([new[i]])
-        others += any(
-            was[name].shape != now[name].shape or bool((was[name] != ids[now[name]]).any())
-            for name in TOKENS
-            if name in was
-        )
+    for row, was in old.items():
+        now = new.get(row, [])
+        others += len(was) != len(now) or any(a.shape != b.shape or bool((a != ids[b]).any()) for a, b in zip(was, now))
     return others / max(1, len(old))
+
+
+def _tokens(data: Task, split: str) -> dict[int, list[Tensor]]:
+    """Of each row of a split."""
+    found: dict[int, list[Tensor]] = {}
+    examples = getattr(data, split)
+    for i in range(len(examples)):
+        batch = data.collate([examples[i]])
+        found.setdefault(data.row_of(split, i), []).extend(batch[name] for name in TOKENS if name in batch)
+    return found

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mptrain.core.embeddings import output_embedding
-from mptrain.precision.link import Link
+from mptrain.core.link import Link
 from mptrain.precision.meeting import Meeting, own_half
 from mptrain.precision.policy import Kept
 

@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from mptrain.precision.link import Link
+from mptrain.core.link import Link
 from mptrain.precision.operands import as_it_is, down, floats, is_fp32, up
 
 log = logging.getLogger(__name__)

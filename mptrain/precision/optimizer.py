@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mptrain.core.errors import ResumeError, UserError
+from mptrain.core.link import Link
 from mptrain.precision import accumulate, moments, moments8, rounded
 from mptrain.precision.casting import Casts
 from mptrain.precision.flat import Flat
 from mptrain.precision.kernels import KernelChoice, kernel_for
-from mptrain.precision.link import Link
 from mptrain.precision.master import Changed, Masters
 from mptrain.precision.policy import Policy
 from mptrain.precision.step import AdamRule, Kernel, Run, rule_of

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mptrain.core.errors import UserError
+from mptrain.core.link import Link, is_link
 from mptrain.precision import rounded
 from mptrain.precision.flat import Entry, Flat
-from mptrain.precision.link import Link, is_link
 from mptrain.precision.master import Masters
 
 OURS = ("__reduce_ex__", "save_pretrained")

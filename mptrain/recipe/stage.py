@@ -42,6 +42,11 @@ class Distill(Strict):
     )
     tag: ClassVar[str] = "distillation"
 
+    @property
+    def inside(self) -> bool:
+        """Whether more than outputs is compared."""
+        return bool(self.hidden or self.relations or self.attention)
+
     @staticmethod
     def words(teacher: str | None) -> str:
         return f"distillation from {teacher}"

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import ModelError
 from mptrain.core.signature import TOKENS
-from mptrain.data.tasks.divergence import of_logits
+from mptrain.data.tasks.divergence import IGNORED, of_logits
 from mptrain.recipe import Distill
-from mptrain.train.relations import Layers, divergence, paired, recorded
+from mptrain.train.relations import Layers, divergence, paired, projections, recorded
 from mptrain.train.replaced import replaced
 
 TARGETS = ("labels", "start_positions", "end_positions")
@@ -67,6 +67,7 @@ class Distiller:
         self.term, self.targets, self.ids = term, targets, ids
         self._layers: tuple[Layers, Layers] | None = None
         self._related: list[list[Tensor]] = []
+        self._sound = False
 
     def shown(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What student and teacher read of a batch: with some tokens replaced, where the settings say so.
@@ -110,17 +111,31 @@ class Distiller:
         with torch.no_grad(), recorded(self.teacher, self._layers[1] if self._layers else []) as taught:
             plain = {k: v for k, v in inputs.items() if k not in self.targets}
             expected = self._taught(plain)
+        if not self._sound:
+            self._check_finite(expected)
         distill = self.term(outputs, expected, inputs, self.config.temperature)
         total = (1 - self.config.weight) * task + self.config.weight * distill
         mask = inputs.get("attention_mask")
+        masks = mask, _target_mask(inputs)
         if self.config.hidden:
-            total = total + self.config.hidden * _hidden(outputs["hidden_states"], expected["hidden_states"], mask)
+            pairs = _layers(outputs, expected, "hidden_states", masks)
+            total = total + self.config.hidden * torch.stack([_states(s, t, rows) for s, t, rows, _ in pairs]).mean()
         if self.config.attention:
-            total = total + self.config.attention * _attention(outputs["attentions"], expected["attentions"], mask)
+            pairs = _layers(outputs, expected, "attentions", masks)
+            total = total + self.config.attention * torch.stack([_maps(*pair) for pair in pairs]).mean()
         if self._layers is not None:
             terms = [divergence(s, t, mask) for s, t in _aligned(self._related, taught())]
             total, self._related = total + self.config.relations * torch.stack(terms).mean(), []
         return Terms(total, task.detach(), distill.detach())
+
+    def _check_finite(self, expected: Any) -> None:
+        """At the first batch: a student of a teacher that says nothing learns nothing. Raises ModelError."""
+        for name, value in expected.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+                broken = [n for n, p in self.teacher.named_parameters() if not p.isfinite().all()]
+                why = f": {len(broken)} of its parameters are not finite (first: {broken[0]})" if broken else ""
+                raise ModelError(f"the teacher's {name} are nan{why}. Give another teacher, or train it again.")
+        self._sound = True
 
     def _taught(self, inputs: dict[str, Tensor]) -> Any:
         """What the teacher gives, of the student's tokens alone where it gives something of each."""
@@ -137,9 +152,61 @@ class Distiller:
         return found
 
 
-def _hidden(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-    """The mean over layers; a deeper teacher is sampled evenly."""
-    return torch.stack([_states(s, t, mask) for s, t in _aligned(student, teacher)]).mean()
+def check_terms(config: Distill, model: nn.Module, inputs: Mapping[str, Tensor], *, pruned: bool) -> None:
+    """That a model, the student and the teacher alike, gives what is compared inside of it. inputs: without targets;
+    pruned: the student is. Raises ModelError."""
+    if config.relations:
+        projections(model, inputs)
+    wanted = Distiller(model, config).extra_outputs()
+    with torch.no_grad():
+        outputs = model(**inputs, **wanted) if wanted else {}
+    if config.attention:
+        _layers(outputs, outputs, "attentions", (None, None))
+    states = _layers(outputs, outputs, "hidden_states", (None, None)) if config.hidden else []
+    if pruned and any(layer[0].dim() != 3 for layer in states):
+        raise ModelError(
+            "distill.hidden: pruning cuts the channels that are compared, and such states are no tokens, whose cosines"
+            " could be compared instead; set hidden: 0."
+        )
+
+
+PARTS = (("", 0, 0), ("encoder_", 0, 0), ("decoder_", 1, 1), ("cross_", 1, 0))
+"""what a model calls its layers' outputs: of an encoder-decoder those of both; and which of the two masks, of the
+inputs and of the targets, their tokens have, and those that they attend to"""
+
+
+def _layers(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], what: str, masks: tuple[Tensor | None, Tensor | None]
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Of each layer the student's and the teacher's, and the masks of tokens and of what they attend to; a deeper
+    teacher is sampled evenly. what: "hidden_states" or "attentions". Raises ModelError where either gives none."""
+    found: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+    for part, rows, columns in PARTS:
+        ours, theirs = (_given(outputs, part + what) for outputs in (student, teacher))
+        found += [(s, t, masks[rows], masks[columns]) for s, t in _aligned(ours, theirs)] if ours and theirs else []
+    if found:
+        return found
+    if what == "attentions":
+        raise ModelError("distill.attention needs attention maps: set model.attn: eager (sdpa does not return them).")
+    raise ModelError(
+        "distill.hidden: the student or the teacher returns no hidden states of its layers; set hidden: 0."
+    )
+
+
+def _given(outputs: Mapping[str, Any], name: str) -> Sequence[Tensor]:
+    """Nothing where a layer has none: sdpa gives no maps."""
+    values = outputs.get(name) or ()
+    return () if any(value is None for value in values) else values
+
+
+def _target_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Where the decoder of an encoder-decoder reads tokens, [batch, length]."""
+    if "decoder_attention_mask" in inputs:
+        return inputs["decoder_attention_mask"]
+    labels = inputs.get("labels")
+    if labels is None or labels.dim() != 2 or labels.is_floating_point():
+        return inputs.get("attention_mask")  # a classifier's decoder reads what its encoder does
+    return (labels != IGNORED).long()
 
 
 def _states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -148,11 +215,14 @@ def _states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     if s.shape == t.shape:
         return _mean((s - t).pow(2).mean(-1), mask)
     if s.shape[:-1] != t.shape[:-1] or s.dim() != 3:
+        tokens = (
+            "Use a teacher that reads as many tokens" if s.dim() == 3 else "States that are no tokens need one width"
+        )
         raise ModelError(
             f"distill.hidden: hidden states of the student have shape {tuple(s.shape)}, the teacher's"
-            f" {tuple(t.shape)}. Use a teacher that reads as many tokens, or set hidden: 0."
+            f" {tuple(t.shape)}. {tokens}, or set hidden: 0."
         )
-    return _pairs((_similarities(s) - _similarities(t)).pow(2), mask)
+    return _pairs((_similarities(s) - _similarities(t)).pow(2), mask, mask)
 
 
 def _similarities(states: Tensor) -> Tensor:
@@ -161,17 +231,16 @@ def _similarities(states: Tensor) -> Tensor:
     return unit @ unit.transpose(-1, -2)
 
 
-def _attention(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+def _maps(student: Tensor, teacher: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Mean squared error of attention maps [batch, heads, query, key] averaged over heads."""
-    if not student or student[0] is None:
-        raise ModelError("distill.attention needs attention maps: set model.attn: eager (sdpa does not return them).")
-    maps = [(s.float().mean(1), t.float().mean(1)) for s, t in _aligned(student, teacher)]
-    return torch.stack([_pairs((s - t).pow(2), mask) for s, t in maps]).mean()
+    return _pairs((student.float().mean(1) - teacher.float().mean(1)).pow(2), rows, columns)
 
 
-def _pairs(value: Tensor, mask: Tensor | None) -> Tensor:
+def _pairs(value: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """The mean of [batch, length, length] over pairs of tokens that are no padding."""
-    return _mean(value, None if mask is None or mask.dim() != 2 else mask[:, :, None] * mask[:, None, :])
+    if rows is None or columns is None or rows.dim() != 2 or columns.dim() != 2:
+        return value.mean()
+    return _mean(value, rows[:, :, None] * columns[:, None, :])
 
 
 def _mean(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -36,8 +36,8 @@ def projections(model: nn.Module, example: Mapping[str, Tensor] | None = None) -
             found.append(weights)
     if not found:
         raise ModelError(
-            f"distill.relations: no attention of {type(model).__name__} was found (`mptrain inspect` says why); use"
-            " hidden instead."
+            f"distill.relations: no attention of {type(model).__name__} was found (`mptrain inspect` says why); drop"
+            " relations."
         )
     return found
 

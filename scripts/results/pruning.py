@@ -201,8 +201,9 @@ def seed_jpqd() -> list[str]:
         "MPNet-base, a sentence encoder that never saw SST-2's labels, fine-tuned on its training sentences: dense"
         f" {100 * dense['dev']['value']:.1f}% of {dense['dev']['n']} on dev, {100 * dense['test']['value']:.1f}% of"
         f" {dense['test']['n']} on test. Against it, paired, in points, with 95% intervals: `once`, pruned by curvature"
-        " and quantized without any training; `jpqd`, pruned by curvature, then int8 training and distillation. Batch"
-        " 1, 128 tokens, one thread; throughput with requests in flight"
+        " and quantized without any training; `jpqd` and `fast`, pruned by curvature, then int8 training and"
+        " distillation; `qat`, the same with nothing pruned. Batch 1, 128 tokens, one thread; throughput with requests"
+        " in flight, which other work on the host slowed for the last two"
         f" ({link('seed_jpqd.md')}, {where(found)}).{reduced}",
         "",
         *table(heads, lines),

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mptrain.compress.vocabulary import cut as tables
 from mptrain.compress.vocabulary.tokenizer import check_fast, choose, cut
 from mptrain.core.errors import ModelError, UserError
+from mptrain.flow.vocabulary import changed, ids_in
 
 TRAIN = [
     f"the {a} {b} was {c}"
@@ -156,3 +157,60 @@ def test_a_model_that_knows_ids_elsewhere_is_refused():
     )
     with pytest.raises(ModelError, match=r"computes another .* once its tokens are cut"):
         tables.cut(model, sorted({1, *range(0, 99, 2)}), without_loss("bert", batch))
+
+
+def test_all_merges_of_a_piece_are_kept_and_a_prefix_of_inner_pieces_is_none_of_them():
+    merges = [("a", "bc"), ("a", "b"), ("ab", "c")]  # `bc` is a base piece: abc is built by the other way
+    vocab = {piece: i for i, piece in enumerate(["a", "b", "c", "bc", "ab", "abc", "[UNK]"])}
+    inner = Tokenizer(models.BPE(vocab, merges))
+    old = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    assert old.tokenize("abc") == ["abc"]
+    assert cut(old, choose(old, counts(old, ["abc"]), "used")).tokenize("abc") == ["abc"]
+
+    vocab = {piece: i for i, piece in enumerate(["a", "##b", "##c", "ab", "abc", "[UNK]"])}
+    inner = Tokenizer(models.BPE(vocab, [("a", "##b"), ("ab", "##c")], continuing_subword_prefix="##"))
+    old = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    assert old.tokenize("abc") == ["abc"]
+    assert cut(old, choose(old, counts(old, ["abc"]), "used")).tokenize("abc") == ["abc"]
+
+
+def test_bytes_stay_where_characters_fall_back_to_them_and_no_unknown_piece_is_needed():
+    bytes_ = [(f"<0x{i:02X}>", -9.0) for i in range(256)]
+    letters = [(letter, -5.0) for letter in "abx0123456789ABCDEF<>"]
+    inner = Tokenizer(models.Unigram([("<unk>", 0.0), *bytes_, *letters, ("ab", -1.0)], 0, byte_fallback=True))
+    old = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    assert cut(old, choose(old, counts(old, ["a"]), "used")).tokenize("é") == old.tokenize("é") == ["<0xC3>", "<0xA9>"]
+
+    inner = Tokenizer(models.Unigram([("a", -1.0), ("b", -1.0), ("ab", -0.5)]))
+    old = PreTrainedTokenizerFast(tokenizer_object=inner)
+    assert cut(old, choose(old, counts(old, ["a"]), "used")).tokenize("ab") == ["a", "b"]
+
+
+def test_what_generation_never_writes_is_renamed_and_what_is_cut_leaves_it():
+    model, batch = build("bart")
+    size = model.get_input_embeddings().num_embeddings
+    kept = [i for i in range(size) if i != 10]
+    model.generation_config.suppress_tokens = [10, 11]
+    model.generation_config.begin_suppress_tokens = [10]
+    model.generation_config.bad_words_ids = [[12], [10, 11], [9, 11]]
+    found = tables.cut(model, kept, without_loss("bart", batch)).generation_config
+    assert (found.suppress_tokens, found.begin_suppress_tokens) == ([10], None)
+    assert found.bad_words_ids == [[11], [9, 10]]
+
+
+def test_the_share_that_changed_is_of_rows_of_which_each_may_be_several_examples():
+    class Windows:
+        def __init__(self, vocab, windows):
+            self.processor, self.windows, self.test = self, windows, range(len(windows))
+            self.get_vocab = lambda: vocab
+
+        def collate(self, examples):
+            return {"input_ids": torch.tensor([self.windows[examples[0]][1]])}
+
+        def row_of(self, split, index):
+            return self.windows[index][0]
+
+    before = Windows({"a": 0, "b": 1, "ab": 3}, [(0, [3]), (1, [0]), (2, [1, 0])])
+    after = Windows({"a": 0, "b": 1}, [(0, [0]), (0, [1]), (1, [0]), (2, [1, 0])])
+    assert changed(before, after, "test") == pytest.approx(1 / 3)
+    assert len(ids_in(before.processor, before.processor)) == 4, "an id is left out"

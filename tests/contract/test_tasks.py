@@ -25,10 +25,11 @@ from mptrain.data.tasks.metrics import Score
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.models.load import load_model
 from mptrain.models.processor import load_processor
-from mptrain.recipe import TASKS, Data, Model
+from mptrain.recipe import TASKS, Data, Distill, Model
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown
 from mptrain.report.render.page import page
+from mptrain.train.distill import Distiller, check_terms
 
 _folders: list[TemporaryDirectory] = []
 
@@ -199,6 +200,18 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(case):
     assert float(same) == pytest.approx(0.0, abs=1e-6) and float(other.detach()) > 1e-5
     other.backward()
     assert all(value.grad.abs().max() > 0 for value in ours.values())
+
+
+def test_hidden_states_can_be_compared(case, name):
+    if tiny_tasks.CASES[name].own:
+        pytest.skip("code of one's own need not give any")
+    settings = Distill(weight=0.0, hidden=1.0)
+    distiller = Distiller(case.other, settings, term=case.data.distillation, targets=case.data.kind.targets)
+    check_terms(settings, case.model, case.data.example(2, 2 * case.data.min_length), pruned=False)
+    batch = dict(batch_of(case.data))
+    with torch.no_grad():
+        outputs = case.model(**case.data.without_targets(batch), **distiller.extra_outputs())
+        assert float(distiller(batch, outputs, torch.tensor(0.0)).total) > 1e-6
 
 
 def test_a_floor_is_there_where_the_row_names_one(case):

@@ -227,3 +227,19 @@ def test_a_sound_whose_outputs_change_with_padding_is_a_warning(tmp_path, mask, 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"return_attention_mask": mask}))
     check(recipe)
     assert ("change with the silence that pads it" in caplog.text) == (not mask)
+
+
+def test_a_decoder_without_ids_of_its_own_is_given_its_first(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 40}
+    model = t.T5ForConditionalGeneration(t.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.randint(3, 40, (3, 6))
+    kept = torch.ones(3, 6, dtype=torch.bool)
+    kept[0, 4:] = kept[1, 3:] = False
+    batch = {"input_ids": ids, "attention_mask": kept.long(), "decoder_input_ids": torch.zeros(3, 1, dtype=torch.long)}
+    assert input_checks.padding_difference(model, batch, kept, ["logits"]) <= input_checks.AGREE
+    turned, moved = input_checks._padded_on("left", batch, kept)
+    assert moved[0].tolist() == [False, False, True, True, True, True]
+    assert torch.equal(turned["decoder_input_ids"], batch["decoder_input_ids"])
+    del batch["attention_mask"]
+    assert input_checks.padding_difference(model, batch, kept, ["logits"]) > input_checks.AGREE

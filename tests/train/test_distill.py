@@ -8,12 +8,18 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
 from mptrain.core.errors import ModelError
 from mptrain.data.tasks.divergence import kl_divergence, of_logits
 from mptrain.recipe import Distill
-from mptrain.train.distill import Distiller
+from mptrain.train.distill import Distiller, check_terms
 
 
 def test_kl_divergence_is_the_definition():
@@ -87,6 +93,62 @@ def test_hidden_and_attention_terms_vanish_only_for_equal_models():
         outputs = model(**batch, **same.extra_outputs())
         assert float(same(batch, outputs, outputs["loss"]).total) == pytest.approx(float(outputs["loss"]))
         assert float(differs(batch, outputs, outputs["loss"]).total) > float(outputs["loss"]) + 1e-4
+
+
+@pytest.mark.parametrize("term", ["hidden", "attention"])
+def test_both_halves_of_an_encoder_decoder_are_compared(term):
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    sizes |= {"decoder_ffn_dim": 16, "vocab_size": 40, "max_position_embeddings": 16, "decoder_layers": 1}
+    student, teacher = (
+        BartForConditionalGeneration(BartConfig(encoder_layers=n, attn_implementation="eager", **sizes)).eval()
+        for n in (1, 2)
+    )
+    batch = {
+        "input_ids": torch.randint(4, 40, (2, 5)),
+        "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2]),
+        "labels": torch.tensor([[5, 6, 7, 8], [9, 2, -100, -100]]),
+    }
+    distiller = Distiller(teacher, Distill(weight=0, **{term: 1.0}))
+    with torch.no_grad():
+        start = student.prepare_decoder_input_ids_from_labels(batch["labels"])
+        ours = student(**batch, **distiller.extra_outputs())
+        plain = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": start}
+        theirs = teacher(**plain, **distiller.extra_outputs())
+        read, written = batch["attention_mask"], (batch["labels"] != -100).long()
+        if term == "hidden":
+            (a, b), (c, _, e) = ours.encoder_hidden_states, theirs.encoder_hidden_states
+            pairs = [(a, c, read), (b, e, read)]
+            pairs += [(s, t, written) for s, t in zip(ours.decoder_hidden_states, theirs.decoder_hidden_states)]
+            terms = [((s - t).pow(2).mean(-1) * mask).sum() / mask.sum() for s, t, mask in pairs]
+        else:
+            masks = {"encoder": (read, read), "decoder": (written, written), "cross": (written, read)}
+            terms = []
+            for name, (rows, columns) in masks.items():
+                error = (ours[f"{name}_attentions"][-1].mean(1) - theirs[f"{name}_attentions"][-1].mean(1)).pow(2)
+                both = rows[:, :, None] * columns[:, None, :]
+                terms.append((error * both).sum() / both.sum())
+        got = distiller(batch | {"decoder_input_ids": start}, ours, torch.tensor(0.0)).total
+    assert float(got) == pytest.approx(float(sum(terms) / len(terms)), rel=1e-5)
+
+
+def test_what_a_model_does_not_give_is_said():
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
+    with pytest.raises(ModelError, match=r"distill\.attention needs attention maps: set model\.attn: eager"):
+        check_terms(Distill(attention=1.0), BertForSequenceClassification(config()), batch, pruned=False)
+    with pytest.raises(ModelError, match=r"distill\.hidden: .* no hidden states"):
+        check_terms(Distill(hidden=1.0), Fixed(logits=torch.zeros(2, 3)), {}, pruned=False)
+    pictures = Fixed(hidden_states=(torch.zeros(2, 3, 4, 4),))
+    check_terms(Distill(hidden=1.0), pictures, {}, pruned=False)
+    with pytest.raises(ModelError, match=r"distill\.hidden: pruning cuts the channels"):
+        check_terms(Distill(hidden=1.0), pictures, {}, pruned=True)
+
+
+def test_a_teacher_that_gives_nan_is_named():
+    teacher = BertForSequenceClassification(config())
+    teacher.classifier.bias.data[0] = float("nan")
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
+    with pytest.raises(ModelError, match=r"teacher's logits are nan: 1 of its .* \(first: classifier\.bias\)"):
+        Distiller(teacher, Distill())(batch, {"logits": torch.zeros(2, 2)}, torch.tensor(0.0))
 
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

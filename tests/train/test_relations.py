@@ -9,6 +9,8 @@ from kit.dropped import without
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from mptrain import MasterWeights
+from mptrain.compress.structure import find
 from mptrain.core.errors import ModelError
 from mptrain.recipe import Distill
 from mptrain.recipe.file import read
@@ -44,6 +46,22 @@ def test_queries_keys_and_values_are_found_where_they_are_made():
     assert projections(gpt2) == [["transformer.h.0.attn.c_attn"]]
     with pytest.raises(ModelError, match="nothing can be cut"):
         projections(nn.Linear(2, 2), {"input": torch.zeros(2, 2)})
+
+
+def test_a_student_under_masters_is_looked_at_as_it_is_without():
+    student, teacher = bert(4, layers=1), bert(4, layers=3)
+    batch = {"input_ids": torch.randint(40, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    wanted = paired(student, teacher, batch)
+    masters = MasterWeights(student, torch.optim.AdamW(student.parameters()), "bf16")
+    find._found.clear()  # it is looked for anew
+    assert paired(student, teacher, batch) == wanted
+    distiller = Distiller(teacher, Distill(weight=0.0, relations=1.0))
+    with distiller.watching(student, batch):
+        outputs = student(**batch)
+        inside = student.bert(**batch)[0]
+    assert inside.dtype == torch.bfloat16, "the hooks of masters act again"
+    assert torch.isfinite(distiller(batch, outputs, torch.zeros(())).total)
+    assert masters is not None
 
 
 def test_a_student_with_other_heads_and_fewer_layers_learns_it():

@@ -105,8 +105,23 @@ def _renumber(model: nn.Module, new: Mapping[int, int], size: int) -> None:
                     raise ModelError(f"vocabulary: {name} {lost[0]} of the model is no token that stays; raise keep")
                 renamed = [new.get(number, number) for number in listed]
                 setattr(config, name, renamed if isinstance(value, list) else renamed[0])
+            elif name in _NEVER_WRITTEN and isinstance(value, list):
+                setattr(config, name, _renamed(value, new))
         if getattr(config, "vocab_size", None) == size:
             config.vocab_size = len(new)
+
+
+_NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+"""settings of text generation: tokens, or lists of them in a row; one that is cut is not written either"""
+
+
+def _renamed(listed: list[Any], new: Mapping[int, int]) -> list[Any] | None:
+    found: list[Any] = []
+    for entry in listed:
+        ids = entry if isinstance(entry, list) else [entry]
+        if all(number in new for number in ids):
+            found.append([new[number] for number in ids] if isinstance(entry, list) else new[entry])
+    return found or None
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

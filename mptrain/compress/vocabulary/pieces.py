@@ -2,23 +2,27 @@
 
     WordPiece   a piece may go whose characters are pieces themselves: what it stood for is spelled with shorter ones.
                 The longest piece that fits is taken, so a text whose pieces all stay has the same ones.
-    BPE         what merges make may go; the base letters (or bytes) stay, and with a piece the two that the first of
-                its merges joins. Merges of pieces that stay keep their order, so a text whose pieces all stay has the
-                same ones: each was built from pieces that stayed.
+    BPE         what merges make may go; the base letters (or bytes) stay, and with a piece what each of its merges
+                joins (a vocabulary made from Unigram's has several to a piece, and which acts the word decides). Merges
+                of pieces that stay keep their order, so a text whose pieces all stay has the same ones: each was built
+                from pieces that stayed.
     Unigram     a piece may go whose characters are pieces themselves. The likeliest spelling of those left is taken:
-                where it stayed it is still the likeliest.
+                where it stayed it is still the likeliest. Pieces of bytes stay where characters fall back to them.
 
 A vocabulary of whole words (WordLevel) has nothing to spell a word with and is refused.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from mptrain.core.errors import ModelError
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Pieces(ABC):
@@ -72,12 +76,15 @@ class Bpe(Pieces):
     def _merges(self) -> list[tuple[str, str]]:
         return [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in self.model["merges"]]
 
+    def _joined(self, left: str, right: str) -> str:
+        return left + right.removeprefix(self.model.get("continuing_subword_prefix") or "")
+
     @cached_property
-    def _parts(self) -> dict[str, tuple[str, str]]:
-        """Of each piece that merges make what the first of them joins."""
-        parts: dict[str, tuple[str, str]] = {}
+    def _parts(self) -> dict[str, list[str]]:
+        """Of each piece that merges make what they join."""
+        parts: dict[str, list[str]] = {}
         for left, right in self._merges:
-            parts.setdefault(left + right, (left, right))
+            parts.setdefault(self._joined(left, right), []).extend((left, right))
         return parts
 
     def stays(self) -> set[str]:
@@ -97,7 +104,7 @@ class Bpe(Pieces):
         merges = [
             merge
             for merge, (left, right) in zip(self.model["merges"], self._merges)
-            if left in new and right in new and left + right in new
+            if left in new and right in new and self._joined(left, right) in new
         ]
         return {**super().cut(new), "merges": merges}
 
@@ -110,13 +117,16 @@ class Unigram(Pieces):
     def stays(self) -> set[str]:
         single = {piece for piece in self.ids if len(piece) == 1}
         found = {piece for piece in self.ids if len(piece) == 1 or not set(piece) <= single}
-        found.add(self.model["vocab"][self.model["unk_id"]][0])
-        return found
+        bytes_ = {piece for piece in self.ids if _BYTE.fullmatch(piece)} if self.model.get("byte_fallback") else set()
+        return found | bytes_ | self._unknown()
+
+    def _unknown(self) -> set[str]:
+        place = self.model.get("unk_id")
+        return set() if place is None else {self.model["vocab"][place][0]}
 
     def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
-        unknown = self.model["vocab"][self.model["unk_id"]][0]
         vocab = [entry for entry in self.model["vocab"] if entry[0] in new]
-        return {**self.model, "vocab": vocab, "unk_id": new[unknown]}
+        return {**self.model, "vocab": vocab, "unk_id": next((new[piece] for piece in self._unknown()), None)}
 
 
 PIECES: dict[str, type[Pieces]] = {"WordPiece": WordPiece, "BPE": Bpe, "Unigram": Unigram}

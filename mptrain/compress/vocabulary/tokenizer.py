@@ -46,6 +46,7 @@ def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[
     ids = pieces.ids
     names = {number: piece for piece, number in ids.items()}
     added = {entry["id"] for entry in data["added_tokens"]} | set(tokenizer.all_special_ids)
+    added |= {ids[token] for token in _put_around(data.get("post_processor")) if token in ids}
     unread = {ids[piece] for piece in pieces.unread(partial(_words, tokenizer.backend_tokenizer.pre_tokenizer))}
     base = added | {ids[piece] for piece in pieces.stays()} - unread
     ranked = torch.argsort(counts, descending=True, stable=True).tolist()
@@ -55,7 +56,7 @@ def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[
             break
         if number in names and not (counts[number] == 0 and number in unread):
             more = {ids[piece] for piece in pieces.closed([names[number]])}
-            if keep == "used" or len(found | more) <= keep:
+            if keep == "used" or len(found) + len(more - found) <= keep:
                 found |= more
     if keep != "used" and len(found) > keep:
         raise UserError(
@@ -95,6 +96,18 @@ def cut(tokenizer: Any, kept: list[int]) -> Any:
 
 def _json(tokenizer: Any) -> dict[str, Any]:
     return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def _put_around(value: Any) -> set[str]:
+    """Tokens that a post-processor adds to a text."""
+    if isinstance(value, dict):
+        own = value.get("tokens")
+        return set(own if isinstance(own, list) else ()).union(*map(_put_around, value.values()))
+    if isinstance(value, list):
+        if len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int):
+            return {value[0]}
+        return set().union(*map(_put_around, value))
+    return set()
 
 
 def _renumbered(value: Any, names: Mapping[str, int]) -> Any:

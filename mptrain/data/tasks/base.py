@@ -151,6 +151,10 @@ class Task(ABC):
     @abstractmethod
     def encode(self, split: str, table: Table) -> Examples: ...
 
+    def row_of(self, split: str, index: int) -> int:
+        """The row of a split that an example is of: it may be one of several."""
+        return index
+
     @abstractmethod
     def collate(self, examples: list[Example]) -> Batch:
         """One padded batch: token ids int64 [b, s], float inputs float32, targets int64."""

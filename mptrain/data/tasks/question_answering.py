@@ -105,6 +105,9 @@ class QuestionAnswering(Task):
             batch |= {name: batch[name] + before for name in ("start_positions", "end_positions")}
         return batch
 
+    def row_of(self, split: str, index: int) -> int:
+        return self._windows[split][index].row
+
     def example(self, batch: int, length: int) -> Batch:
         return self.without_targets(pad(self._longest(batch), self.processor, length))
 

@@ -3,8 +3,8 @@
     every parameter   float32 and random, with a storage of its own; the model's own tensors are put back unchanged
     every buffer      its values (tables of indices, frequencies), random where it is filled with one number; of a
                       model without weights those that its config makes
-    state             eval mode, no cache, no quantizers, no fused kernels that hide what they do; random generators
-                      untouched
+    state             eval mode, no cache, no quantizers, no masters, no fused kernels that hide what they do; random
+                      generators untouched
 
 So a proof does not depend on what was trained (a layer that starts at zero would hide everything behind it), and
 nothing is ever written into the model's own tensors. It takes as much memory as the model in float32, once.
@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from mptrain.core.errors import ModelError
 from mptrain.core.hooks import HOOKS, without_hooks
+from mptrain.core.link import asleep
 
 _POOL = 1 << 20  # random numbers that parameters repeat; a prime shorter, so that no two rows are alike
 _ON_CPU = ("eager", "sdpa")
@@ -97,6 +98,7 @@ def stand_in(model: nn.Module, seed: int = 0) -> Iterator[Slots]:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_plain(model))
         stack.enter_context(without_hooks(model))
+        stack.enter_context(asleep())
         stack.enter_context(slots.swapped(new))
         yield slots
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -12,11 +13,23 @@ class Link:
     # no __dict__, which torch would copy into its own wrapper; the second is torch's mark of a state-dict hook
     __slots__ = ("_act", "_from_public_api")
 
+    _asleep = 0
+
     def __init__(self, act: Callable[..., Any]) -> None:
         self._act = act
 
     def __call__(self, *args: Any) -> Any:
-        return self._act(*args)
+        return None if Link._asleep else self._act(*args)
+
+
+@contextmanager
+def asleep() -> Iterator[None]:
+    """Within it, models run as if they had no masters: on other values than theirs, in float32."""
+    Link._asleep += 1
+    try:
+        yield
+    finally:
+        Link._asleep -= 1
 
 
 def is_link(hook: Any) -> bool:
