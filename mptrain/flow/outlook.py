@@ -48,7 +48,7 @@ class Outlook:
         try:
             return find_structure(self.model)
         except ModelError:
-            if any(stage.reshapes for stage in self.recipe.stages):
+            if any(stage.prune is not None for stage in self.recipe.stages):
                 raise
             return None
 

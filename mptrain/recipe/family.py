@@ -28,14 +28,14 @@ def expanded(data: Any, source: str, lines: Lines) -> tuple[Any, Lines]:
     """The recipe in plain data with a stage for each point, and the lines of its keys. What is no family is returned as
     it is. Raises RecipeError for points that no family has, and for names that would mean several stages."""
     stages = data.get("stages") if isinstance(data, dict) else None
-    if not isinstance(stages, list) or not any(_points(stage) for stage in stages):
+    if not isinstance(stages, list) or not any(points_of(stage) for stage in stages):
         return data, lines
     found: list[Any] = []
     origin: list[int] = []
     members: dict[str, list[str]] = {}
     for index, stage in enumerate(stages):
         before = found[-1]["id"] if found and isinstance(found[-1], dict) and "id" in found[-1] else "model"
-        made = _stages(stage, before, source, members) if _points(stage) else [stage]
+        made = _stages(stage, before, source, members) if points_of(stage) else [stage]
         found += made
         origin += [index] * len(made)
     data = {**data, "stages": found, "export": _exports(data.get("export"), members)}
@@ -46,7 +46,7 @@ def expanded(data: Any, source: str, lines: Lines) -> tuple[Any, Lines]:
     return data, moved
 
 
-def _points(stage: Any) -> list[Any] | None:
+def points_of(stage: Any) -> list[Any] | None:
     """The list of a family; None where there is none."""
     for key in ("prune", "keep", "speedup"):
         stage = stage.get(key) if isinstance(stage, dict) else None
@@ -54,7 +54,7 @@ def _points(stage: Any) -> list[Any] | None:
 
 
 def _stages(stage: dict[str, Any], before: str, source: str, members: dict[str, list[str]]) -> list[dict[str, Any]]:
-    points, name, keep = _points(stage) or [], stage.get("id"), stage["prune"]["keep"]
+    points, name, keep = points_of(stage) or [], stage.get("id"), stage["prune"]["keep"]
     if not isinstance(name, str):
         raise RecipeError(
             f"{source}: stages: the family of speedup {points} needs an id, of which those of its stages are made, got"

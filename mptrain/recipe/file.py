@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from mptrain.core.errors import RecipeError
 from mptrain.recipe import Recipe
 from mptrain.recipe.explain import Path_, explain, names, short
-from mptrain.recipe.family import expanded
+from mptrain.recipe.family import expanded, points_of
 from mptrain.recipe.plan import variants
 
 _LISTS_BY_ID = ("stages", "export")
@@ -246,6 +246,9 @@ def _item(items: list[Any], key: str, path: str) -> Any:
         return items[int(key)]
     near = difflib.get_close_matches(key, [str(i) for i in ids], 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    families = [i["id"] for i in items if isinstance(i, dict) and points_of(i) and key.startswith(f"{i.get('id')}-")]
+    if families:
+        hint = f" The points of a family come from {families[0]!r}: set its fields, which all of them have."
     raise RecipeError(f"--set {path}: no item with id {key!r}; ids are {ids}.{hint}")
 
 

@@ -9,10 +9,13 @@ from kit.architectures import build, without_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mptrain.compress.base import Site
 from mptrain.compress.vocabulary import cut as tables
+from mptrain.compress.vocabulary.methods import VocabularyCut
 from mptrain.compress.vocabulary.tokenizer import check_fast, choose, cut
 from mptrain.core.errors import ModelError, UserError
 from mptrain.flow.vocabulary import changed, ids_in
+from mptrain.recipe.vocabulary import Vocabulary
 
 TRAIN = [
     f"the {a} {b} was {c}"
@@ -214,3 +217,12 @@ def test_the_share_that_changed_is_of_rows_of_which_each_may_be_several_examples
     after = Windows({"a": 0, "b": 1}, [(0, [0]), (0, [1]), (1, [0]), (2, [1, 0])])
     assert changed(before, after, "test") == pytest.approx(1 / 3)
     assert len(ids_in(before.processor, before.processor)) == 4, "an id is left out"
+
+
+def test_what_the_tokenizer_and_the_architecture_tell_is_refused_before_training():
+    with pytest.raises(UserError, match=r"vocabulary\.keep: 5 is below the .* have to stay"):
+        VocabularyCut.check_processor(Vocabulary(keep=5), made("WordPiece"))
+    VocabularyCut.check_processor(Vocabulary(keep=190), made("WordPiece"))
+    site = Site.beside(Vocabulary(), [Vocabulary()], [], length=8, causal=False, bytes=None)
+    with pytest.raises(ModelError, match=r"Linear does not say where its embeddings .*: give its class get_input"):
+        VocabularyCut.check(Vocabulary(), torch.nn.Linear(2, 2), site)

@@ -151,3 +151,9 @@ def test_a_recovery_that_is_no_share_is_refused(share):
 def test_a_single_point_has_no_recovery():
     with pytest.raises(RecipeError, match=r"recovery: is of a family.*give train\.epochs"):
         recipe({**FAMILY, "prune": {"method": "magnitude", "keep": {"speedup": 2.0, "recovery": 0.5}}})
+
+
+def test_a_point_cannot_be_set_alone():
+    data = {"stages": [{"id": "p", "prune": {"keep": {"speedup": [1.5, 2]}}}]}
+    with pytest.raises(RecipeError, match=r"no item with id 'p-1'.* points of a family come from 'p': set its fields"):
+        file._override(data, "stages.p-1.5x.train.epochs=2")

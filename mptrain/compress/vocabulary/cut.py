@@ -28,7 +28,7 @@ def cut(model: nn.Module, kept: Sequence[int], example: Mapping[str, Tensor]) ->
     Raises ModelError where the model's tables are not known, or where it computes something else afterwards.
     """
     rows = torch.tensor(list(kept))
-    table = _table(model)
+    table = table_of(model)
     size = len(table)
     stays = torch.zeros(size, dtype=torch.bool)
     stays[rows] = True
@@ -52,12 +52,14 @@ def cut(model: nn.Module, kept: Sequence[int], example: Mapping[str, Tensor]) ->
     return model
 
 
-def _table(model: nn.Module) -> nn.Parameter:
+def table_of(model: nn.Module) -> nn.Parameter:
+    """The embeddings of tokens [tokens, width]. Raises ModelError where the model does not say."""
     table = token_embedding(model)
     if isinstance(table, nn.Embedding):
         return cast(nn.Parameter, table.weight)
     raise ModelError(
-        f"vocabulary: {type(model).__name__} does not say where its embeddings of tokens are; drop the stage"
+        f"vocabulary: {type(model).__name__} does not say where its embeddings of tokens are: give its class"
+        " get_input_embeddings, or drop the stage"
     )
 
 

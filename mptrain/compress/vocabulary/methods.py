@@ -11,7 +11,7 @@ from mptrain.compress import base
 from mptrain.compress.base import Method, Site, Sizes, Tools
 from mptrain.compress.structure import low_rank, saved
 from mptrain.compress.vocabulary import tokenizer
-from mptrain.compress.vocabulary.cut import cut
+from mptrain.compress.vocabulary.cut import cut, table_of
 from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import UserError
 from mptrain.recipe.vocabulary import Vocabulary
@@ -29,15 +29,15 @@ class VocabularyCut(Method[Vocabulary]):
                 "vocabulary: the perplexity of a language model is of its tokens, and of others it is another measure;"
                 " drop the stage, or cut the vocabulary of a model for another task"
             )
+        table_of(skeleton)
         if config.rank is not None:
             low_rank.check(skeleton, "vocabulary.rank")
 
     @classmethod
     def outlook(cls, config: Vocabulary, skeleton: nn.Module, sizes: Sizes) -> Sizes:
-        if config.keep == "used":
-            return replace(sizes, known=False)
         table = token_embedding(skeleton)
-        assert isinstance(table, nn.Embedding)
+        if config.keep == "used" or not isinstance(table, nn.Embedding):
+            return replace(sizes, known=False)
         kept = min(config.keep, table.num_embeddings)
         width = min(config.rank or table.embedding_dim, table.embedding_dim)
         widen = (width + 1) * table.embedding_dim if width < table.embedding_dim else 0
@@ -47,6 +47,7 @@ class VocabularyCut(Method[Vocabulary]):
     @classmethod
     def check_processor(cls, config: Vocabulary, processor: Any) -> None:
         tokenizer.check_fast(processor)
+        tokenizer.must_stay(processor, config.keep)
 
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         counts = tools.counts()

@@ -41,16 +41,11 @@ def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[
     their ids, which is that of how common they were where the tokenizer was made. Raises UserError for a number below
     those that have to stay.
     """
-    data = _json(tokenizer)
-    pieces = pieces_of(data["model"])
+    pieces = pieces_of(_json(tokenizer)["model"])
     ids = pieces.ids
     names = {number: piece for piece, number in ids.items()}
-    added = {entry["id"] for entry in data["added_tokens"]} | set(tokenizer.all_special_ids)
-    added |= {ids[token] for token in _put_around(data.get("post_processor")) if token in ids}
-    unread = {ids[piece] for piece in pieces.unread(partial(_words, tokenizer.backend_tokenizer.pre_tokenizer))}
-    base = added | {ids[piece] for piece in pieces.stays()} - unread
+    found, unread = must_stay(tokenizer, keep)
     ranked = torch.argsort(counts, descending=True, stable=True).tolist()
-    found = set(base)
     for number in ranked:
         if (counts[number] == 0 and keep == "used") or (keep != "used" and len(found) >= keep):
             break
@@ -58,12 +53,25 @@ def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[
             more = {ids[piece] for piece in pieces.closed([names[number]])}
             if keep == "used" or len(found) + len(more - found) <= keep:
                 found |= more
+    return sorted(found)
+
+
+def must_stay(tokenizer: Any, keep: Literal["used"] | int) -> tuple[set[int], set[int]]:
+    """Ids of the special tokens and of the pieces that others are spelled with; of those that no text has. Raises
+    UserError for a number below the first."""
+    data = _json(tokenizer)
+    pieces = pieces_of(data["model"])
+    ids = pieces.ids
+    added = {entry["id"] for entry in data["added_tokens"]} | set(tokenizer.all_special_ids)
+    added |= {ids[token] for token in _put_around(data.get("post_processor")) if token in ids}
+    unread = {ids[piece] for piece in pieces.unread(partial(_words, tokenizer.backend_tokenizer.pre_tokenizer))}
+    found = added | {ids[piece] for piece in pieces.stays()} - unread
     if keep != "used" and len(found) > keep:
         raise UserError(
-            f"vocabulary.keep: {keep:,} is below the {len(base):,} special tokens and pieces that others are spelled"
+            f"vocabulary.keep: {keep:,} is below the {len(found):,} special tokens and pieces that others are spelled"
             " with, which have to stay; raise it"
         )
-    return sorted(found)
+    return found, unread
 
 
 def _words(pre_tokenizer: Any, text: str) -> list[str]:
