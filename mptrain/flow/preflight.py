@@ -43,7 +43,7 @@ from mptrain.recipe import Recipe
 from mptrain.recipe.data import TRACKERS
 from mptrain.recipe.plan import phases
 from mptrain.recipe.target import target
-from mptrain.train.distill import check_terms
+from mptrain.train.distill import check_asked, check_terms
 
 log = logging.getLogger(__name__)
 
@@ -195,12 +195,17 @@ def check_convertible(recipe: Recipe, data: Task, config: PreTrainedConfig, allo
 def check_distilled(recipe: Recipe, data: Task, config: PreTrainedConfig, allow_code: bool = False) -> None:
     """A small model with random weights gives what `distill` compares inside of models."""
     inside = [(s, s.distill) for s in recipe.stages if s.distill is not None and s.distill.inside]
-    if not inside or recipe.model.own_code or (model := probe(recipe.model, config, allow_code)) is None:
+    own = recipe.model.own_code
+    model = (blank if own else probe)(recipe.model, config, allow_code) if inside else None
+    if model is None:
         return
     example = data.example(2, TRACED * data.min_length)
     for stage, settings in inside:
         with _in_stage(stage.id, "distill"):
-            check_terms(settings, model, example, pruned=any(one.prune for one in recipe.chain(stage.id)))
+            if own:  # which need not run on random weights
+                check_asked(settings, model)
+            else:
+                check_terms(settings, model, example, pruned=any(one.prune for one in recipe.chain(stage.id)))
 
 
 def _check_complex(model: nn.Module, example: Batch, signature: Signature) -> None:

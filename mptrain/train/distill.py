@@ -13,6 +13,7 @@ do so between the examples of a batch). Padding counts in none of them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,9 +153,22 @@ class Distiller:
         return found
 
 
+def check_asked(config: Distill, model: nn.Module) -> None:
+    """That a model can be asked for what is compared inside of it. Raises ModelError."""
+    taken = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return
+    for name in Distiller(model, config).extra_outputs().keys() - {parameter.name for parameter in taken}:
+        raise ModelError(
+            f"distill.{'hidden' if 'hidden' in name else 'attention'}: the forward of {type(model).__name__} takes no"
+            f" {name}, with which models of transformers return it; drop it, or use relations."
+        )
+
+
 def check_terms(config: Distill, model: nn.Module, inputs: Mapping[str, Tensor], *, pruned: bool) -> None:
     """That a model, the student and the teacher alike, gives what is compared inside of it. inputs: without targets;
     pruned: the student is. Raises ModelError."""
+    check_asked(config, model)
     if config.relations:
         projections(model, inputs)
     wanted = Distiller(model, config).extra_outputs()
