@@ -47,19 +47,22 @@ def changed(before: Task, after: Task, split: str) -> float:
     """The share of the inputs of a split that have other tokens than before. An input may be several examples, and
     more of them than before."""
     ids = ids_in(after.processor, before.processor)
-    old, new = _tokens(before, split), _tokens(after, split)
+    old, new = _examples(before, split), _examples(after, split)
     others = 0
-    for row, was in old.items():
-        now = new.get(row, [])
+    for row, indices in old.items():
+        was, now = _tokens(before, split, indices), _tokens(after, split, new.get(row, []))
         others += len(was) != len(now) or any(a.shape != b.shape or bool((a != ids[b]).any()) for a, b in zip(was, now))
     return others / max(1, len(old))
 
 
-def _tokens(data: Task, split: str) -> dict[int, list[Tensor]]:
-    """Of each row of a split."""
-    found: dict[int, list[Tensor]] = {}
-    examples = getattr(data, split)
-    for i in range(len(examples)):
-        batch = data.collate([examples[i]])
-        found.setdefault(data.row_of(split, i), []).extend(batch[name] for name in TOKENS if name in batch)
+def _examples(data: Task, split: str) -> dict[int, list[int]]:
+    """Of each row of a split, the places of its examples."""
+    found: dict[int, list[int]] = {}
+    for i in range(len(getattr(data, split))):
+        found.setdefault(data.row_of(split, i), []).append(i)
     return found
+
+
+def _tokens(data: Task, split: str, indices: list[int]) -> list[Tensor]:
+    batches = (data.collate([getattr(data, split)[i]]) for i in indices)
+    return [batch[name] for batch in batches for name in TOKENS if name in batch]

@@ -100,12 +100,7 @@ class Distiller:
 
     def extra_outputs(self) -> dict[str, bool]:
         """Arguments the student's forward needs, so that it returns what is compared."""
-        wanted = {}
-        if self.config.hidden:
-            wanted["output_hidden_states"] = True
-        if self.config.attention:
-            wanted["output_attentions"] = True
-        return wanted
+        return asked(self.config)
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Any], task: Tensor) -> Terms:
         """inputs: the batch with labels; outputs: the student's logits [batch, (length,) classes]; task: its loss."""
@@ -153,12 +148,18 @@ class Distiller:
         return found
 
 
+def asked(config: Distill) -> dict[str, bool]:
+    """Arguments with which the models of transformers return what is compared inside of them."""
+    wanted = {"output_hidden_states": config.hidden, "output_attentions": config.attention}
+    return {name: True for name, weight in wanted.items() if weight}
+
+
 def check_asked(config: Distill, model: nn.Module) -> None:
     """That a model can be asked for what is compared inside of it. Raises ModelError."""
     taken = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return
-    for name in Distiller(model, config).extra_outputs().keys() - {parameter.name for parameter in taken}:
+    for name in asked(config).keys() - {parameter.name for parameter in taken}:
         raise ModelError(
             f"distill.{'hidden' if 'hidden' in name else 'attention'}: the forward of {type(model).__name__} takes no"
             f" {name}, with which models of transformers return it; drop it, or use relations."
@@ -171,7 +172,7 @@ def check_terms(config: Distill, model: nn.Module, inputs: Mapping[str, Tensor],
     check_asked(config, model)
     if config.relations:
         projections(model, inputs)
-    wanted = Distiller(model, config).extra_outputs()
+    wanted = asked(config)
     with torch.no_grad():
         outputs = model(**inputs, **wanted) if wanted else {}
     if config.attention:
@@ -184,7 +185,7 @@ def check_terms(config: Distill, model: nn.Module, inputs: Mapping[str, Tensor],
         )
 
 
-PARTS = (("", 0, 0), ("encoder_", 0, 0), ("decoder_", 1, 1), ("cross_", 1, 0))
+_PARTS = (("", 0, 0), ("encoder_", 0, 0), ("decoder_", 1, 1), ("cross_", 1, 0))
 """what a model calls its layers' outputs: of an encoder-decoder those of both; and which of the two masks, of the
 inputs and of the targets, their tokens have, and those that they attend to"""
 
@@ -195,7 +196,7 @@ def _layers(
     """Of each layer the student's and the teacher's, and the masks of tokens and of what they attend to; a deeper
     teacher is sampled evenly. what: "hidden_states" or "attentions". Raises ModelError where either gives none."""
     found: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
-    for part, rows, columns in PARTS:
+    for part, rows, columns in _PARTS:
         ours, theirs = (_given(outputs, part + what) for outputs in (student, teacher))
         found += [(s, t, masks[rows], masks[columns]) for s, t in _aligned(ours, theirs)] if ours and theirs else []
     if found:
