@@ -300,7 +300,8 @@ def latency_budget() -> list[str]:
     return [
         "## A latency budget",
         "",
-        "`prune.keep.latency` of a MiniLM BERT at length 128, one thread: the share of the whole model's latency that"
+        "`prune.keep.latency` of a MiniLM BERT at length 128, one thread, `method: curvature` with `drop: true` (a head"
+        " and a few channels of every block alone can take more than 0.15): the share of the whole model's latency that"
         " was asked for, what the first choice left, and what is left of the exported model in the end, timed anew"
         f" beside the uncut one ({link('latency_budget.md')}, {where(found)}, load average {found['load'][0]:.0f} on"
         f" {cores(found)}).",

@@ -211,10 +211,27 @@ def test_a_budget_is_corrected_by_what_was_measured():
     importance = random_importance(structure)
     first = search.search(importance)
     assert real(first) == pytest.approx(0.7, abs=0.01)
-    search.correct(first, real(first))
+    search.correct(0.6, [(first, real(first))])
     assert real(search.search(importance)) == pytest.approx(0.6, abs=0.01)
-    search.correct(first, 40.0)  # nonsense of a busy host: by a factor of 2 at most, and to no less than the floors
+    search.correct(0.6, [(first, 40.0)])  # nonsense of a busy host: by a factor of 2, to the floors at most
     assert search.limits[0].least <= search.limits[0].keep
+
+
+def test_a_correction_between_two_measurements_is_linear():
+    """Where time falls in a step, one factor overshoots: what lies on both sides of the budget says where it is."""
+    structure = of(*(attention(i, 16) for i in range(4)), *(ffn(i, 64) for i in range(4)))
+    whole = costs.Whole(0.8 / sum(costs.params(b, b.units) for b in structure), 0.2)
+    search = Budget(structure, Keep(size=0.6), whole=whole)
+    importance = random_importance(structure)
+    first = search.search(importance)  # predicted 0.6
+    search.correct(0.6, [(first, 0.5)])
+    assert search.limits[0].keep == pytest.approx(0.2 + 0.4 / 0.75, abs=0.01)  # by the factor (0.5 - 0.2) / (0.6 - 0.2)
+    second = search.search(importance)
+    predicted = [search.fraction(kept)["size"] for kept in (first, second)]
+    search.correct(0.6, [(first, 0.5), (second, 0.7)])
+    assert search.limits[0].keep == pytest.approx(sum(predicted) / 2)
+    search.correct(0.6, [(second, 0.5), (first, 0.7)])  # more left, and less time: noise, so from the nearest again
+    assert search.limits[0].least <= search.limits[0].keep <= 1.0
 
 
 def test_widths_are_rounded_to_what_the_target_is_fast_at():

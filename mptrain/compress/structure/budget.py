@@ -21,7 +21,7 @@ above is then the largest whose real cost holds the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -211,16 +211,24 @@ class Budget:
             for limit in self.limits
         }
 
-    def correct(self, kept: Kept, measured: float) -> None:
-        """Keep as much more or less as it takes, now that `kept` was measured to cost that fraction of the whole.
+    def correct(self, asked: float, seen: Sequence[tuple[Kept, float]]) -> None:
+        """Keep as much more or less as it takes to be left with `asked`, now that choices were measured. seen: each
+        with the fraction of the whole that it was measured to cost.
 
-        What the blocks were predicted to cost is taken to be off by one factor near the budget, of at most 2.
+        Between two that lie around `asked`, what is measured is taken to be linear in what is predicted; else what the
+        blocks were predicted to cost is taken to be off by one factor, of at most 2, as it was for the nearest.
         """
         (limit,) = self.limits
         constant = limit.constant / limit.total
-        predicted = self.fraction(kept)[limit.name] - constant
-        factor = min(2.0, max(0.5, (measured - constant) / predicted)) if predicted > 0 else 1.0
-        keep = constant + (limit.keep - constant) / factor
+        points = [(self.fraction(kept)[limit.name], measured) for kept, measured in seen]
+        below = max((point for point in points if point[1] <= asked), default=None)
+        above = min((point for point in points if point[1] > asked), default=None)
+        if below and above and below[0] < above[0]:
+            keep = below[0] + (above[0] - below[0]) * (asked - below[1]) / (above[1] - below[1])
+        else:
+            predicted, measured = min(points, key=lambda point: abs(point[1] - asked))
+            factor = min(2.0, max(0.5, (measured - constant) / (predicted - constant))) if predicted > constant else 1.0
+            keep = constant + (asked - constant) / factor
         self.limits = [replace(limit, keep=min(1.0, max(keep, limit.least)))]
 
     def round_up(self, block: Block, count: int) -> int:
@@ -258,10 +266,11 @@ class Budget:
         outside = f" ({rest:.2g} of it embeddings, norms and head, which are not pruned)" if rest >= 0.01 else ""
         if widths.drop:
             outside += ", though blocks may be left out: less would leave no block at all"
+        way = "" if widths.drop else ", or let whole blocks go (method: curvature, drop: true)"
         raise UserError(
             f"prune.keep.{limit.name}: {limit.keep:g} cannot be reached: with min_heads {widths.min_heads}, min_ffn"
             f" {widths.min_ffn}, round_ffn {widths.round_ffn}{kernels} and the ignored layers at least"
-            f" {math.ceil(limit.least * 1000) / 1000:g} stays{outside}. Raise the budget or lower the floors."
+            f" {math.ceil(limit.least * 1000) / 1000:g} stays{outside}. Raise the budget, lower the floors{way}."
         )
 
 
