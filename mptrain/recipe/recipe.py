@@ -218,6 +218,11 @@ class Recipe(Strict):
     def _check_teacher(self, where: str, stage: Stage, earlier: list[str]) -> None:
         """A model of the hub may have any name, but not that of a stage, nor nearly."""
         teacher = stage.teacher
+        if teacher in earlier and not self._rewritten(self.start_of(stage)) and (cut := self._rewritten(teacher)):
+            raise ValueError(
+                f"{where}: {teacher!r} reads fewer tokens since {cut!r}, and this stage starts from a model that reads"
+                f" all of them, so there is no answer to copy for some: add from: {cut}, or take another teacher"
+            )
         if teacher is None or teacher in ("self", "model", *earlier) or Path(teacher).expanduser().exists():
             return
         if teacher in (s.id for s in self.stages):
@@ -226,6 +231,10 @@ class Recipe(Strict):
             raise ValueError(f"{where}: {teacher!r} is neither a stage nor a folder. Did you mean {near[0]!r}?")
         if teacher.startswith((".", "/", "~")):
             raise ValueError(f"{where}: there is no folder {teacher}")
+
+    def _rewritten(self, stage_id: str) -> str | None:
+        """The last stage up to this one that changed the tokenizer."""
+        return next((one.id for one in self.chain(stage_id) if any(m.rewrites for m in one.methods)), None)
 
     def _check_speedups(self) -> None:
         latency = self.evaluate.latency

@@ -31,7 +31,7 @@ def notes(
         *_unchecked(recipe, variants),
         *_expanded(recipe, variants),
         *_saturating(recipe, variants),
-        *_cut(methods),
+        *_cut(recipe, methods),
         *_adapted(methods),
         *filter(None, [packaged.note(recipe.model.path), packaged.note(recipe.data.source or "")]),
         *_unscored(variants),
@@ -101,11 +101,13 @@ def _saturating(recipe: Recipe, variants: Sequence[Row]) -> list[str]:
     ]
 
 
-def _cut(methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
+def _cut(recipe: Recipe, methods: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """Stages that cut the vocabulary."""
+    loss = " The loss is to a token of what is written, so those before and after are of other tokens: compare others"
+    loss = f"{loss} of its scores." if recipe.model.kind.writes else ""
     return [
         f"{stage}: {facts['kept']:,} of {facts['of']:,} tokens stay; {100 * facts['changed']:.1f}% of the test inputs"
-        " are spelled with others than before." + _product(facts)
+        f" are spelled with others than before.{loss}{_product(facts)}"
         for stage, found in methods.items()
         if (facts := found.get("vocabulary")) is not None
     ]

@@ -123,6 +123,33 @@ def test_places_that_are_kept_free_are_no_tokens_of_texts():
     assert kept == [i for i, name in enumerate(names) if name not in free]
 
 
+def test_characters_that_are_spelled_in_bytes_stay():
+    """What a byte-level pre-tokenizer gives is no cut of the piece: that says nothing of whether texts have it."""
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=700, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet
+    )
+    inner.train_from_iterator((TRAIN + OTHER) * 3, trainer)
+    old = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]")
+    new = cut(old, choose(old, counts(old, TRAIN), "used"))
+    assert len(new) < len(old)
+    for text in OTHER:
+        assert "[UNK]" not in old.tokenize(text) and "[UNK]" not in new.tokenize(text)
+
+
+def test_tokens_that_the_config_of_the_model_names_stay():
+    """An end of text that stands among the places kept free is given by the model, not by a text."""
+    tokenizer = made("WordPiece")
+    model, _ = build("bert")
+    unused = [i for i, n in enumerate(counts(tokenizer, TRAIN).tolist()) if not n]
+    cuttable = sorted(set(unused) - set(choose(tokenizer, counts(tokenizer, TRAIN), "used")))
+    model.config.eos_token_id = [cuttable[0]]
+    kept = choose(tokenizer, counts(tokenizer, TRAIN), "used", tables.named(model))
+    assert cuttable[0] in kept and cuttable[1] not in kept
+
+
 def test_whole_words_and_slow_tokenizers_are_refused():
     with pytest.raises(ModelError, match="is a WordLevel, which has no smaller pieces"):
         check_fast(tiny.tokenizer())

@@ -119,6 +119,12 @@ def test_a_wrong_set_says_what_was_meant(tmp_path, override, expected):
         read(tmp_path, TEXT, [override])
 
 
+def test_a_teacher_reads_the_tokens_of_its_student(tmp_path):
+    with pytest.raises(RecipeError, match=r"'fewer' reads fewer tokens .* or take another teacher"):
+        read(tmp_path, TEXT, ["stages.jpqd.from=dense", "stages.jpqd.teacher=fewer"])
+    assert read(tmp_path, TEXT, ["stages.jpqd.teacher=fewer"]).stage("jpqd").teacher == "fewer"
+
+
 PRESETS = (
     TEXT
     + """

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from kit import report_sample as sample
 
+from mptrain.report import notes
 from mptrain.report.render.card import card
 from mptrain.report.render.markdown import markdown
 from mptrain.report.render.page import page
@@ -70,3 +71,14 @@ def test_what_the_weights_of_a_packaged_model_prove_is_said():
 
     assert "4-bit numbers in blocks of 32" in notes("packaged:smollm2-135m")
     assert "4-bit" not in notes("packaged:opt-untrained") and "4-bit" not in notes("smollm2-135m")
+
+
+def test_a_loss_of_other_tokens_is_not_to_be_compared():
+    facts = {"fewer": {"vocabulary": {"kept": 80, "of": 100, "used": 70, "changed": 0.25}}}
+
+    def said(task):
+        recipe = sample.recipe(model={"path": "some", "task": task})
+        return next(note for note in notes.notes(recipe, [], None, {}, facts) if note.startswith("fewer"))
+
+    assert "The loss is to a token of what is written" in said("seq2seq")
+    assert said("text-classification").endswith("25.0% of the test inputs are spelled with others than before.")

@@ -100,7 +100,7 @@ def _renumber(model: nn.Module, new: Mapping[int, int], size: int) -> None:
             module.padding_idx = new[place]  # type: ignore[assignment]
     for config in _configs(model):
         for name, value in list(vars(config).items()):
-            if name.endswith("token_id") and isinstance(value, int | list):
+            if _is_named(name, value):
                 listed = value if isinstance(value, list) else [value]
                 lost = [number for number in listed if number not in new and number >= 0]
                 if lost and all(number < size for number in lost):
@@ -111,6 +111,16 @@ def _renumber(model: nn.Module, new: Mapping[int, int], size: int) -> None:
                 setattr(config, name, _renamed(value, new))
         if getattr(config, "vocab_size", None) == size:
             config.vocab_size = len(new)
+
+
+def named(model: nn.Module) -> set[int]:
+    """Ids of tokens that its configs name: where a text begins and ends, what pads it."""
+    values = [v for config in _configs(model) for name, v in vars(config).items() if _is_named(name, v)]
+    return {number for value in values for number in (value if isinstance(value, list) else [value])}
+
+
+def _is_named(name: str, value: Any) -> bool:
+    return name.endswith("token_id") and isinstance(value, int | list)
 
 
 _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")

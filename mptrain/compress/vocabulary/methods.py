@@ -11,7 +11,7 @@ from mptrain.compress import base
 from mptrain.compress.base import Method, Site, Sizes, Tools
 from mptrain.compress.structure import low_rank, saved
 from mptrain.compress.vocabulary import tokenizer
-from mptrain.compress.vocabulary.cut import cut, table_of
+from mptrain.compress.vocabulary.cut import cut, named, table_of
 from mptrain.core.embeddings import token_embedding
 from mptrain.core.errors import UserError
 from mptrain.recipe.vocabulary import Vocabulary
@@ -51,7 +51,7 @@ class VocabularyCut(Method[Vocabulary]):
 
     def finalize(self, model: nn.Module, tools: Tools) -> nn.Module:
         counts = tools.counts()
-        kept = tokenizer.choose(tools.processor, counts, self.config.keep)
+        kept = tokenizer.choose(tools.processor, counts, self.config.keep, named(model))
         self._facts: dict[str, Any] = {"kept": len(kept), "of": len(counts), "used": int((counts > 0).sum())}
         self._made = tokenizer.cut(tools.processor, kept)
         model = cut(model, kept, tools.inputs()[0])

@@ -45,7 +45,8 @@ class Pieces(ABC):
         return set(kept)
 
     def unread(self, words: Callable[[str], list[str]]) -> set[str]:
-        """Pieces that no text has, such as places kept free. words: a text cut into words."""
+        """Pieces that no text has, such as places kept free: they are cut where none may be. words: a text cut into
+        words, spelled as the pieces are."""
         return set()
 
     def cut(self, new: Mapping[str, int]) -> dict[str, Any]:
@@ -67,8 +68,12 @@ class WordPiece(Pieces):
         return found
 
     def unread(self, words: Callable[[str], list[str]]) -> set[str]:
-        prefix = self.model["continuing_subword_prefix"]
-        return {piece for piece in self.ids if not piece.startswith(prefix) and words(piece) != [piece]}
+        prefix, found = self.model["continuing_subword_prefix"], set()
+        for piece in self.ids:
+            cut = [piece] if piece.startswith(prefix) else words(piece)
+            if len(cut) > 1 and "".join(cut) == piece:  # words that are spelled otherwise, as in bytes, tell nothing
+                found.add(piece)
+        return found
 
 
 class Bpe(Pieces):

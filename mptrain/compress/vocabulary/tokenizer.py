@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,17 +34,20 @@ def check_fast(tokenizer: Any) -> None:
     pieces_of(_json(tokenizer)["model"])
 
 
-def choose(tokenizer: Any, counts: Tensor, keep: Literal["used"] | int) -> list[int]:
+def choose(
+    tokenizer: Any, counts: Tensor, keep: Literal["used"] | int, named: Collection[int] = frozenset()
+) -> list[int]:
     """The old ids of the tokens that stay, ascending.
 
     counts: int64 [tokens], how often each stands in the training split; those that it has not follow in the order of
-    their ids, which is that of how common they were where the tokenizer was made. Raises UserError for a number below
-    those that have to stay.
+    their ids, which is that of how common they were where the tokenizer was made. named: ids that the model's config
+    names, which stay too. Raises UserError for a number below those that have to stay.
     """
     pieces = pieces_of(_json(tokenizer)["model"])
     ids = pieces.ids
     names = {number: piece for piece, number in ids.items()}
     found, unread = must_stay(tokenizer, keep)
+    found |= {number for number in named if number in names}
     ranked = torch.argsort(counts, descending=True, stable=True).tolist()
     for number in ranked:
         if (counts[number] == 0 and keep == "used") or (keep != "used" and len(found) >= keep):
