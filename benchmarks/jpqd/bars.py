@@ -147,8 +147,24 @@ def seed() -> Iterator[Row]:
         yield at_least(f"seed's scale, jpqd: accuracy on {split} against dense", value, -0.01, source, (low, high))
 
 
+def language_model() -> Iterator[Row]:
+    """Of the mean loss, in nats a token."""
+    source = "llm_prune.json"
+    rows = {row["name"]: row["against"] for row in load(source).get("rows", [])}
+    for row, *others in (
+        ("pruned-80", "whole/gptq", "pruned-80/gptq"),
+        ("pruned-70", "whole/gptq", "pruned-70/gptq", "shallow-70/trained"),
+    ):
+        for other in others:
+            value, low, high = rows.get(f"{row}/trained", {}).get(other) or (None, None, None)
+            ends = (None, None) if low is None or high is None else (-high, -low)
+            name = f"a language model in int4, {row}/trained, has a lower loss than {other}"
+            yield ahead(name, None if value is None else -value, source, ends)
+
+
 def bars() -> dict[str, Any]:
-    return {"rows": [*one_shot(), *recovery(), *budgets(), *family(), *runs(), *seed()]}
+    parts = (one_shot, recovery, budgets, family, runs, seed, language_model)
+    return {"rows": [row for part in parts for row in part()]}
 
 
 def main() -> int:
