@@ -1,23 +1,25 @@
 """A family of speed-ups in one run against as many runs: what it takes, and how its points score.
 
-    python -m benchmarks.jpqd.family --json benchmarks/results/family.json --dense FOLDER
+    python -m benchmarks.jpqd.family --json benchmarks/results/family.json --dense FOLDER…
 
-The dense MiniLM of the film reviews (2 epochs, trained here unless --dense names it) is what all runs start from and
-learn from: `prune: {method: curvature, keep: {speedup: …}}`, one epoch with distillation, and the fp32 export, scored
+The dense MiniLM of the film reviews (2 epochs; trained here unless --dense names it, or some of other seeds, and then
+all is done for each) is what all runs start from and learn from: `prune: {method: curvature, keep: {speedup: …}}`, one epoch with distillation, and the fp32 export, scored
 on the test split. `family` is one run with a list of speed-ups, whose points after the first start from the last and
 train `recovery` of an epoch; the others are a run to each speed-up, from the dense model. Every run is a process of its
 own on one thread: `cpu_s` is all that it took, from start to end, export and scores included, and what others do on the
 host does not change it as it does `wall_s`. `ahead` is the accuracy of a point of the family less that of its own run,
-paired over the reviews. Runs that are in the file are kept, so the command can be stopped and repeated; --recovery adds
-families with other shares.
+both in the mean of the dense models, paired over the reviews. Runs that are in the file are kept, so the command can be
+stopped and repeated; --recovery adds families with other shares.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -28,9 +30,9 @@ import numpy as np
 import yaml
 
 from benchmarks.jpqd.curve import dense_run
+from benchmarks.jpqd.distil import mean_of
 from mptrain.core.disk import read_json
 from mptrain.core.host import host
-from mptrain.data.tasks.metrics import MEAN, Score
 from mptrain.flow.identity import versions
 from mptrain.measure.intervals import interval, paired_difference
 from mptrain.recipe.family import RECOVERY
@@ -60,8 +62,8 @@ def recipe(keep: Row, dense: Path, folder: Path) -> Row:
 def ran(name: str, keep: Row, dense: Path, work: Path) -> Row:
     """A run, in a process of its own."""
     folder = work / name
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / f"{name}.yaml"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = Path(f"{folder}.yaml")
     file.write_text(yaml.safe_dump(recipe(keep, dense, folder)))
     cpu, wall = _children(), time.monotonic()
     command = [sys.executable, "-m", "mptrain", "recipe", str(file), "--fresh"]
@@ -93,42 +95,50 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def score(point: Row) -> Score:
-    return Score("accuracy", np.array([[float(bit)] for bit in point["correct"]]), MEAN)
+def named(name: str, seed: int) -> str:
+    """A run of the dense model that stands at that place."""
+    return name if seed == 0 else f"{name}/{seed + 1}"
 
 
 def summary(runs: dict[str, Row]) -> list[Row]:
-    """A row to each family: what it took against the runs, and its points against theirs."""
+    """A row to each family, of the dense models for which it and all of the runs are there: what it took against the
+    runs, and its points against theirs."""
     found = []
-    for name, family in runs.items():
-        if not name.startswith("family-") or any(f"run-{x}" not in runs for x in SPEEDUPS):
+    for name in (name for name in runs if name.startswith("family-") and "/" not in name):
+        every = [name, *(f"run-{x}" for x in SPEEDUPS)]
+        done = [d for d in range(len(runs)) if all(named(one, d) in runs for one in every)]
+        if not done:
             continue
-        each = {x: runs[f"run-{x}"] for x in SPEEDUPS}
-        points = []
-        for x in SPEEDUPS:
-            mine, its = family["points"][f"{x}"], each[x]["points"][f"{x}"]
-            ahead = paired_difference(score(mine), score(its))
-            points.append(
-                {
-                    "speedup": x,
-                    "n": len(mine["correct"]),
-                    "family": [mine["accuracy"], *interval(score(mine))],
-                    "run": [its["accuracy"], *interval(score(its))],
-                    "ahead": [ahead.value, ahead.low, ahead.high],
-                    "measured": [1 / mine["share"], 1 / its["share"]],
-                    "validation": [mine["validation"], its["validation"]],
-                }
-            )
-        total = {clock: sum(run[clock] for run in each.values()) for clock in ("cpu_s", "wall_s")}
-        ratio = family["cpu_s"] / total["cpu_s"]
-        found.append(
-            {
-                "name": name, "recovery": float(name.removeprefix("family-")), "points": points, "ratio": ratio,
-                "cpu_s": [family["cpu_s"], total["cpu_s"]], "wall_s": [family["wall_s"], total["wall_s"]],
-                "met": ratio <= BAR,
-            }
-        )  # fmt: skip
+        families = [runs[named(name, d)] for d in done]
+        others = {x: [runs[named(f"run-{x}", d)] for d in done] for x in SPEEDUPS}
+        total = {
+            clock: (sum(run[clock] for run in families), sum(run[clock] for each in others.values() for run in each))
+            for clock in ("cpu_s", "wall_s")
+        }
+        ratio = total["cpu_s"][0] / total["cpu_s"][1]
+        points = [point(x, families, others[x]) for x in SPEEDUPS]
+        row = {"name": name, "recovery": float(name.removeprefix("family-")), "seeds": len(done), "points": points}
+        found.append({**row, "ratio": ratio, **total, "met": ratio <= BAR})
     return found
+
+
+def point(speedup: int, families: list[Row], others: list[Row]) -> Row:
+    """Of a speed-up, in the mean of the dense models."""
+    both = [[run["points"][f"{speedup}"] for run in runs] for runs in (families, others)]
+    mine, its = (mean_of([one["correct"] for one in points]) for points in both)
+    ahead = paired_difference(mine, its)
+    return {
+        "speedup": speedup,
+        "n": mine.n,
+        "family": [mine.value, *interval(mine)],
+        "run": [its.value, *interval(its)],
+        "ahead": [ahead.value, ahead.low, ahead.high],
+        "measured": [1 / statistics.mean(one["share"] for one in points) for points in both],
+        "each": [
+            statistics.mean(map(int, a["correct"])) - statistics.mean(map(int, b["correct"]))
+            for a, b in zip(*both, strict=True)
+        ],
+    }
 
 
 def table(result: Row) -> str:
@@ -137,18 +147,19 @@ def table(result: Row) -> str:
         mine, its = row["cpu_s"]
         lines += [
             f"Points after the first train {row['recovery']:g} of an epoch"
-            f"{' (default)' * (row['recovery'] == RECOVERY)}:"
-            f" {mine / 60:.1f} CPU minutes for the family, {its / 60:.1f} for {len(row['points'])} runs,"
+            f"{' (default)' * (row['recovery'] == RECOVERY)}; the mean of {row['seeds']} dense models:"
+            f" {mine / 60:.1f} CPU minutes for the families, {its / 60:.1f} for {len(row['points'])} runs to each,"
             f" {100 * row['ratio']:.0f}% (bar: {100 * BAR:.0f}%, {'met' if row['met'] else 'missed'}).",
             "",
-            "| asked for | family: measured | accuracy | own run: measured | accuracy | family ahead by |",
-            "|--:|--:|--:|--:|--:|--:|",
+            "| asked for | family: measured | accuracy | own run: measured | accuracy | family ahead by | one by one |",
+            "|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for p in row["points"]:
             a = [100 * x for x in p["ahead"]]
             cells = [f"{p['speedup']}×", f"{p['measured'][0]:.2f}×", f"{100 * p['family'][0]:.1f}%"]
             cells += [f"{p['measured'][1]:.2f}×", f"{100 * p['run'][0]:.1f}%"]
-            lines.append(f"| {' | '.join([*cells, f'{a[0]:+.1f} ({a[1]:+.1f} … {a[2]:+.1f})'])} |")
+            each = ", ".join(f"{100 * x:+.1f}" for x in p["each"])
+            lines.append(f"| {' | '.join([*cells, f'{a[0]:+.1f} ({a[1]:+.1f} … {a[2]:+.1f})', each])} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -156,11 +167,11 @@ def table(result: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--dense", type=Path, help="folder of the trained dense model; default: train it")
+    parser.add_argument("--dense", type=Path, nargs="*", help="folders of trained dense models; default: train one")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-family"), help="folder for the runs")
     parser.add_argument("--recovery", type=float, nargs="*", default=[RECOVERY], help="families to run")
     options = parser.parse_args()
-    dense = options.dense or dense_run("0", None, options.work) / "stages/dense/0-train/model"
+    denses = options.dense or [dense_run("0", None, options.work) / "stages/dense/0-train/model"]
     result: Row = {"runs": {}}
     if options.json.is_file():
         result = json.loads(options.json.read_text())
@@ -170,7 +181,8 @@ def main() -> None:
     }
     wanted |= {f"run-{x}": {"speedup": float(x)} for x in SPEEDUPS}
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    for name, keep in wanted.items():
+    for (seed, dense), (of, keep) in itertools.product(enumerate(denses), wanted.items()):
+        name = named(of, seed)
         if name not in result["runs"]:
             result["runs"][name] = ran(name, keep, dense.absolute(), options.work)
             told = {k: v for k, v in result["runs"][name].items() if k != "points"}

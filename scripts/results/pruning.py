@@ -218,8 +218,9 @@ def family() -> list[str]:
         mine, its = row["cpu_s"]
         text += [
             f"Points after the first trained {row['recovery']:g} of an epoch"
-            f"{', the default' * (row['recovery'] == RECOVERY)}: {mine / 60:.0f} CPU minutes in one run,"
-            f" {its / 60:.0f} in {len(row['points'])}, {100 * row['ratio']:.0f}% of that.",
+            f"{', the default' * (row['recovery'] == RECOVERY)}: {mine / 60:.0f} CPU minutes in a run to each of"
+            f" {row['seeds']} dense models, {its / 60:.0f} in {len(row['points'])} to each,"
+            f" {100 * row['ratio']:.0f}% of that.",
             "",
             *table(
                 ["speed-up asked for", "in the family", "accuracy", "in a run of its own", "accuracy", "ahead by"],
@@ -240,7 +241,7 @@ def family() -> list[str]:
     return [
         "## A family of speed-ups in one run",
         "",
-        "`keep: {speedup: [2, 3, …]}` of one dense MiniLM: each point from the last, against a run to each from"
+        "`keep: {speedup: [2, 3, …]}` of a dense MiniLM: each point from the last, against a run to each from"
         " the dense model, all with curvature, one epoch of distillation in the runs and at the first point, the fp32"
         f" export, on one thread. Accuracy on {found['rows'][0]['points'][0]['n']:,} test reviews, the family ahead by,"
         f" paired, in points; speed-ups as the stages measured them ({link('family.md')}, {where(found)}).",
