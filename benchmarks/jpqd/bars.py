@@ -65,10 +65,10 @@ def one_shot() -> Iterator[Row]:
 def recovery() -> Iterator[Row]:
     """After as many steps for all: nowhere behind, and ahead in the mean of the sizes."""
     source = "recovery.json"
-    rows = {(r["method"], r["keep"], r["epochs"]): r for r in load(source).get("rows", [])}
+    rows = {(r["method"], r["keep"]): r for r in load(source).get("rows", [])}
     for method in recovery_runs.METHODS[1:]:
         for kept in (*recovery_runs.KEPT, None):
-            found = rows.get((method, kept, max(recovery_runs.BUDGETS)), {}).get("curvature_ahead")
+            found = rows.get((method, kept), {}).get("curvature_ahead")
             value, low, high = found or (None, None, None)
             if kept is None:
                 name = f"curvature ahead of {method} in the mean of 25 and 15%, after training"

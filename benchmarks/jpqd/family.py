@@ -5,10 +5,10 @@
 The dense MiniLM of the film reviews (2 epochs; trained here unless --dense names it, or some of other seeds, and then
 all is done for each) is what all runs start from and learn from: `prune: {method: curvature, keep: {speedup: …}}`, one
 epoch with distillation, and the fp32 export, scored on the test split. `family` is one run with a list of speed-ups,
-whose points after the first start from the last and train `recovery` of an epoch; the others are a run to each speed-
-up, from the dense model. Every run is a process of its own on one thread: `cpu_s` is all that it took, from start to
-end, export and scores included, and what others do on the host does not change it as it does `wall_s`. `ahead` is the
-accuracy of a point of the family less that of its own run, both in the mean of the dense models, paired over the
+whose points after the first start from the last and train `recovery` of an epoch; the others are a run to each
+speed-up, from the dense model. Every run is a process of its own on one thread: `cpu_s` is all that it took, from start
+to end, export and scores included, and what others do on the host does not change it as it does `wall_s`. `ahead` is
+the accuracy of a point of the family less that of its own run, both in the mean of the dense models, paired over the
 reviews. Runs that are in the file are kept, so the command can be stopped and repeated; --recovery adds families with
 other shares.
 """

@@ -5,13 +5,12 @@
 
 The dense MiniLM of the film reviews (2 epochs; one to a seed, trained here unless --dense names them) is cut by each
 method from the same 1,024 training reviews (one_shot.py), and the small model learns from the dense one: distillation
-of logits and hidden states, in float, from the same reviews, for all methods one epoch (278 steps of 32 reviews), and
-for the two smallest sizes a quarter of it as well. Each method, size and number of steps has the learning rate, of
-two, that is best for it on the validation split with the first seed; `test` judges it. A row has the accuracy of the
-fp32 export in the mean of the seeds, `against_dense` and `curvature_ahead` as [value, low, high], paired over the
-reviews; the rows without a size are the mean of 25 and 15%. `--peers` prunes with torch-pruning and ModelOpt's gradnas
-(`make setup-bench`) and leaves the models in --work, which the second command trains like the others. Arms that are in
-the file are kept, so both can be stopped and repeated.
+of logits and hidden states, in float, from the same reviews, for all methods one epoch (278 steps of 32 reviews). Each
+method and size has the learning rate, of two, that is best for it on the validation split with the first seed; `test`
+judges it. A row has the accuracy of the fp32 export in the mean of the seeds, `against_dense` and `curvature_ahead` as
+[value, low, high], paired over the reviews; the rows without a size are the mean of 25 and 15%. `--peers` prunes with
+torch-pruning and ModelOpt's gradnas (`make setup-bench`) and leaves the models in --work, which the second command
+trains like the others. Arms that are in the file are kept, so both can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -41,41 +40,38 @@ Row = dict[str, Any]
 OURS = "curvature"
 METHODS = (OURS, "fisher", *PEERS)
 SMALLEST = (0.25, 0.15)
-BUDGETS: dict[float, tuple[float, ...]] = {1: (0.5, 0.33, *SMALLEST), 0.25: SMALLEST}
-"""epochs, and the shares of the encoder that are trained for them"""
-KEPT = BUDGETS[1]
+KEPT = (0.5, 0.33, *SMALLEST)
+EPOCHS = 1
 RATES = (1e-4, 3e-5)
 SEEDS = (42, 43, 44)
-Arm = tuple[str, float, float, float, int]
-"""method, kept, epochs, rate, seed"""
+Arm = tuple[str, float, float, int]
+"""method, kept, rate, seed"""
 
 
 def arms(made: dict[str, Row]) -> Iterator[Arm]:
-    """For each budget the first seed with all rates, then the others with the chosen ones: `made` has to grow with what
-    is yielded."""
+    """The first seed with all rates, then the others with the chosen ones: `made` has to grow with what is yielded."""
     first, *others = SEEDS
-    for epochs, sizes in BUDGETS.items():
-        for kept, method, lr in itertools.product(sizes, METHODS, RATES):
-            yield method, kept, epochs, lr, first
-        for seed, kept, method in itertools.product(others, sizes, METHODS):
-            yield method, kept, epochs, chosen_rate(made, method, kept, epochs), seed
+    for kept, method, lr in itertools.product(KEPT, METHODS, RATES):
+        yield method, kept, lr, first
+    for seed, kept, method in itertools.product(others, KEPT, METHODS):
+        yield method, kept, chosen_rate(made, method, kept), seed
 
 
-def chosen_rate(made: dict[str, Row], method: str, kept: float, epochs: float) -> float:
-    return max(RATES, key=lambda lr: made[name_of(method, kept, epochs, lr, SEEDS[0])]["validation"])
+def chosen_rate(made: dict[str, Row], method: str, kept: float) -> float:
+    return max(RATES, key=lambda lr: made[name_of(method, kept, lr, SEEDS[0])]["validation"])
 
 
-def name_of(method: str, kept: float, epochs: float, rate: float, seed: int) -> str:
-    return f"{method}/{kept:g}/{epochs:g}/{rate:g}/{seed}"
+def name_of(method: str, kept: float, rate: float, seed: int) -> str:
+    return f"{method}/{kept:g}/{EPOCHS}/{rate:g}/{seed}"
 
 
 def recipe(arm: Arm, dense: Path, start: Path, data: Path, folder: Path) -> Row:
     """Of an arm: one stage, from the pruned model in `start` on."""
-    _, _, epochs, rate, seed = arm
+    _, _, rate, seed = arm
     stage = {
         "id": "taught",
         "teacher": str(dense),
-        "train": {"epochs": epochs, "lr": rate, "batch_size": 32},
+        "train": {"epochs": EPOCHS, "lr": rate, "batch_size": 32},
         "distill": {"weight": 0.9, "hidden": 3.0},
     }
     return described(start, places(data, "train"), stage, seed, folder)
@@ -97,33 +93,32 @@ def small(method: str, kept: float, dense: Path, seed: int, task: Task | None, w
 
 
 def summary(made: dict[str, Row], dense: dict[str, str]) -> list[Row]:
-    """A row to each method, size and budget that all seeds have; then the mean of the smallest sizes."""
+    """A row to each method and size that all seeds have; then the mean of the smallest sizes."""
     if any(str(seed) not in dense for seed in SEEDS):
         return []
     base = mean_of([dense[str(seed)] for seed in SEEDS])
     found = []
-    for epochs, sizes in BUDGETS.items():
-        for of in (*((kept,) for kept in sizes), SMALLEST):
-            done = {m: runs for m in METHODS if (runs := [_runs(made, m, kept, epochs) for kept in of]) and all(runs)}
-            scores = {m: mean_of([one["correct"] for one in itertools.chain(*runs)]) for m, runs in done.items()}
-            for method, score in scores.items():
-                row: Row = {"method": method, "keep": of[0] if len(of) == 1 else None, "epochs": epochs}
-                if row["keep"]:
-                    row["lr"] = chosen_rate(made, method, row["keep"], epochs)
-                row |= {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": done[method][0][0]["steps"]}
-                row["against_dense"] = _change(score, base)
-                if method != OURS and OURS in scores:
-                    row["curvature_ahead"] = _change(scores[OURS], score)
-                found.append(row)
+    for of in (*((kept,) for kept in KEPT), SMALLEST):
+        done = {m: runs for m in METHODS if (runs := [_runs(made, m, kept) for kept in of]) and all(runs)}
+        scores = {m: mean_of([one["correct"] for one in itertools.chain(*runs)]) for m, runs in done.items()}
+        for method, score in scores.items():
+            row: Row = {"method": method, "keep": of[0] if len(of) == 1 else None}
+            if row["keep"]:
+                row["lr"] = chosen_rate(made, method, row["keep"])
+            row |= {"test": score.value, "n": score.n, "seeds": len(SEEDS), "steps": done[method][0][0]["steps"]}
+            row["against_dense"] = _change(score, base)
+            if method != OURS and OURS in scores:
+                row["curvature_ahead"] = _change(scores[OURS], score)
+            found.append(row)
     return found
 
 
-def _runs(made: dict[str, Row], method: str, kept: float, epochs: float) -> list[Row]:
+def _runs(made: dict[str, Row], method: str, kept: float) -> list[Row]:
     """Of all seeds at the chosen rate; none while one is missing."""
-    if any(name_of(method, kept, epochs, lr, SEEDS[0]) not in made for lr in RATES):
+    if any(name_of(method, kept, lr, SEEDS[0]) not in made for lr in RATES):
         return []
-    rate = chosen_rate(made, method, kept, epochs)
-    names = [name_of(method, kept, epochs, rate, seed) for seed in SEEDS]
+    rate = chosen_rate(made, method, kept)
+    names = [name_of(method, kept, rate, seed) for seed in SEEDS]
     return [made[name] for name in names] if all(name in made for name in names) else []
 
 
@@ -176,7 +171,7 @@ def main() -> int:
     result: Row = read_json(options.json) if options.json.is_file() else {"arms": {}, "dense": {}}
     result |= {"host": host(), "versions": versions()}
     for arm in arms(result["arms"]):
-        method, kept, _, _, seed = arm
+        method, kept, _, seed = arm
         if (name := name_of(*arm)) in result["arms"]:
             continue
         if str(seed) not in result["dense"]:

@@ -17,18 +17,18 @@ def made() -> tuple[dict, list]:
     """All arms as a run of the benchmark makes them: curvature has three of four reviews right, the others two."""
     done, names = {}, []
     for arm in recovery.arms(done):
-        method, kept, epochs, rate, seed = arm
-        names.append((method, kept, epochs, seed))
+        method, kept, rate, seed = arm
+        names.append((method, kept, seed))
         correct = "1110" if method == recovery.OURS else "1100"
         best = BETTER.get(method, 1e-4) == rate
-        done[recovery.name_of(*arm)] = {"correct": correct, "validation": 0.8 + best, "steps": round(278 * epochs)}
+        done[recovery.name_of(*arm)] = {"correct": correct, "validation": 0.8 + best, "steps": 278}
     return done, names
 
 
 def test_the_first_seed_tries_all_rates_and_the_others_the_best():
     done, names = made()
     first, *others = recovery.SEEDS
-    whole = len(recovery.METHODS) * sum(map(len, recovery.BUDGETS.values()))
+    whole = len(recovery.METHODS) * len(recovery.KEPT)
     assert sum(seed == first for *_, seed in names) == whole * len(recovery.RATES)
     assert sum(seed in others for *_, seed in names) == whole * len(others) == len({n for n in names if n[-1] != first})
     for name in done:
@@ -40,7 +40,7 @@ def test_rows_are_of_all_seeds_and_end_with_the_mean_of_the_smallest_sizes():
     done, _ = made()
     dense = dict.fromkeys(map(str, recovery.SEEDS), "1111")
     rows = recovery.summary(done, dense)
-    assert len(rows) == len(recovery.METHODS) * sum(len(sizes) + 1 for sizes in recovery.BUDGETS.values())
+    assert len(rows) == len(recovery.METHODS) * (len(recovery.KEPT) + 1)
     for row in rows:
         ours = row["method"] == recovery.OURS
         assert row["test"] == pytest.approx(0.75 if ours else 0.5) and row["seeds"] == len(recovery.SEEDS)
@@ -59,7 +59,7 @@ def test_an_arm_is_a_valid_recipe(tmp_path):
         start = tmp_path / "small"
         described = recovery.recipe(arm, tmp_path / "dense", start, tmp_path, tmp_path / "run")
         (stage,) = Recipe.model_validate(described).stages
-        assert stage.train.epochs == arm[2] and stage.train.lr == arm[3] and stage.prune is None
+        assert stage.train.lr == arm[2] and stage.prune is None
 
 
 def test_its_bars(tmp_path, monkeypatch):
