@@ -266,11 +266,13 @@ class Budget:
         outside = f" ({rest:.2g} of it embeddings, norms and head, which are not pruned)" if rest >= 0.01 else ""
         if widths.drop:
             outside += ", though blocks may be left out: less would leave no block at all"
-        way = "" if widths.drop else ", or let whole blocks go (method: curvature, drop: true)"
+        way_out = "Raise the budget or lower the floors"
+        if not widths.drop:
+            way_out = "Raise the budget, lower the floors, or let whole blocks go (method: curvature, drop: true)"
         raise UserError(
             f"prune.keep.{limit.name}: {limit.keep:g} cannot be reached: with min_heads {widths.min_heads}, min_ffn"
             f" {widths.min_ffn}, round_ffn {widths.round_ffn}{kernels} and the ignored layers at least"
-            f" {math.ceil(limit.least * 1000) / 1000:g} stays{outside}. Raise the budget, lower the floors{way}."
+            f" {math.ceil(limit.least * 1000) / 1000:g} stays{outside}. {way_out}."
         )
 
 
