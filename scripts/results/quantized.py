@@ -111,9 +111,7 @@ def pruned_language_model() -> list[str]:
             f" {', '.join(alike)}: that is what the smaller size costs, and that `pruned` lies below the whole model in"
             " int4 is owed to training on this kind of text."
         )
-    falls = [
-        f"`{name}` {fall:.3f}" for name, row in rows.items() if (fall := _falling(row.get("losses", []))) is not None
-    ]
+    falls = [f"`{name}` {_falling(row['losses']):.3f}" for name, row in rows.items() if "losses" in row]
     if falls:
         told += f" In the last quarter of the steps the training loss still fell by {', '.join(falls)} nats."
     return [
