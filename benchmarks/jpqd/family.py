@@ -135,10 +135,7 @@ def point(speedup: int, families: list[Row], others: list[Row]) -> Row:
         "run": [its.value, *interval(its)],
         "ahead": [ahead.value, ahead.low, ahead.high],
         "measured": [1 / statistics.mean(one["share"] for one in points) for points in both],
-        "each": [
-            statistics.mean(map(int, a["correct"])) - statistics.mean(map(int, b["correct"]))
-            for a, b in zip(*both, strict=True)
-        ],
+        "each": [a["accuracy"] - b["accuracy"] for a, b in zip(*both, strict=True)],
     }
 
 

@@ -59,7 +59,7 @@ def test_an_arm_is_a_valid_recipe(tmp_path):
         start = tmp_path / "small"
         described = recovery.recipe(arm, tmp_path / "dense", start, tmp_path, tmp_path / "run")
         (stage,) = Recipe.model_validate(described).stages
-        assert stage.train.lr == arm[2] and stage.prune is None
+        assert stage.train.epochs == recovery.EPOCHS and stage.train.lr == arm[2] and stage.prune is None
 
 
 def test_its_bars(tmp_path, monkeypatch):

@@ -109,6 +109,13 @@ def test_a_correction_that_overshoots_is_corrected_again(monkeypatch):
     assert facts["measured"] == pytest.approx(0.47, rel=0.02)
 
 
+def test_noise_on_a_budget_of_all_of_it_cuts_nothing(monkeypatch):
+    found = iter([0.3, 1.04])  # of the least, of the whole
+    monkeypatch.setitem(measured.READ, "latency", lambda one, dense: next(found))
+    made, facts, _ = pruned({"latency": 1.0}, Clock())
+    assert facts["corrected"] is None and made.num_parameters() == tiny("bert").num_parameters()
+
+
 def test_what_was_kept_is_measured_no_more():
     """Other processes, and a run that was stopped, take what one has measured."""
     made, facts, kept = pruned({"latency": 0.5}, Clock(bend=0.3))
