@@ -15,10 +15,11 @@ from mptrain.core.disk import write_json
 from mptrain.core.errors import GateFailed, UserError
 from mptrain.core.host import host
 from mptrain.flow import many_processes, preflight
+from mptrain.flow.context import Context
 from mptrain.flow.identity import identity, versions
 from mptrain.flow.reuse import check_reuse, take_stages
 from mptrain.flow.run_folder import check_identity, clear, locked
-from mptrain.flow.stage import Context, keep_start, method_facts, run_phase
+from mptrain.flow.stage import keep_start, method_facts, run_phase
 from mptrain.flow.stage_inputs import inputs_of
 from mptrain.flow.variants import Variants
 from mptrain.recipe import Recipe

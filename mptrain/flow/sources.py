@@ -12,7 +12,7 @@ from mptrain.export.base import Embeddings, Format, Runner, Source
 from mptrain.export.facts import Facts
 from mptrain.export.formats import format_of
 from mptrain.export.torch import heads
-from mptrain.flow.stage import Context
+from mptrain.flow.context import Context
 from mptrain.models import artifact
 from mptrain.recipe import Recipe
 from mptrain.recipe.plan import Planned, variants

@@ -22,77 +22,26 @@ from accelerate import PartialState
 from torch import nn
 
 from mptrain.compress.base import Tools, TrainingMethod
-from mptrain.compress.calibrate.ranks import Ranks
 from mptrain.compress.methods import acting, finalized, methods_of, prepared, stand_still
 from mptrain.compress.runtime import Torch
 from mptrain.core.disk import read_json, write_json
-from mptrain.data.load import Task, load_data
 from mptrain.export.target import opened
 from mptrain.flow import vocabulary
+from mptrain.flow.context import MODEL, Context
 from mptrain.flow.stage_inputs import StageInputs
+from mptrain.flow.teacher import distiller
 from mptrain.measure import memory
 from mptrain.models import artifact
 from mptrain.models.load import load_model
-from mptrain.models.processor import load_processor
 from mptrain.recipe import Model
 from mptrain.recipe.plan import Phase
 from mptrain.train import phase as training
-from mptrain.train.distill import Distiller
 from mptrain.train.interrupt import Stopped
 from mptrain.train.launch import current
 
 log = logging.getLogger(__name__)
 
 DONE = "done.json"
-MODEL = "model"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every phase needs. inputs: of each stage. data, processor: as `inputs` say, loaded."""
-
-    inputs: dict[str, StageInputs]
-    data: Task
-    processor: Any
-    folder: Path
-    plan: dict[str, list[Phase]]
-    peers: PartialState
-    allow_code: bool
-    _read: dict[str, Task] = field(default_factory=dict, repr=False)
-
-    def task(self, stage_id: str) -> Task:
-        """The data as the model at the end of a stage reads them: by its own tokenizer, where the stage or one that it
-        starts from left another."""
-        if stage_id == "model":
-            return self.data
-        inputs = self.inputs[stage_id]
-        if not inputs.stage.rewrites:
-            return self.task(inputs.start)
-        if stage_id not in self._read:
-            spec = inputs.model.model_copy(update={"path": str(self.model_folder(stage_id)), "modeling": None})
-            processor = load_processor(spec, self.allow_code)
-            self._read[stage_id] = load_data(
-                inputs.data, inputs.model.task, processor, seed=inputs.seed, allow_code=self.allow_code
-            )
-        return self._read[stage_id]
-
-    @property
-    def ranks(self) -> Ranks:
-        return Ranks(self.peers.process_index, self.peers.num_processes)
-
-    def model_folder(self, stage_id: str) -> Path:
-        """Where the model at the end of a stage is; "model" is the one that the recipe starts from."""
-        if stage_id == "model":
-            return self.folder / "stages" / "model" / MODEL
-        return self.folder / self.plan[stage_id][-1].folder / MODEL
-
-    def phase_folders(self, stage_id: str) -> list[Path]:
-        """Of the stage and of those it starts from, the last first, back to one that left another tokenizer."""
-        found: list[Path] = []
-        while stage_id != "model" and not self.inputs[stage_id].stage.rewrites:
-            found += [self.folder / phase.folder for phase in reversed(self.plan[stage_id])]
-            stage_id = self.inputs[stage_id].start
-        return found
 
 
 @dataclass
@@ -229,28 +178,11 @@ def _train(
             stop=stop,
             precision=inputs.precision,
             compressors=compressors,
-            distiller=_distiller(context, inputs),
+            distiller=distiller(context, inputs),
             watch=inputs.peaks,
         )
         # the user may ask in the last step or evaluation, after which no checkpoint stops the training
         return Trained(rows, before_s, stop())
-
-
-def _distiller(context: Context, inputs: StageInputs) -> Distiller | None:
-    stage, teacher = inputs.stage, inputs.teacher
-    if stage.distill is None or teacher is None:
-        return None
-    if teacher in context.plan:
-        model = artifact.load(context.model_folder(teacher), allow_code=context.allow_code)
-    else:
-        spec = inputs.model
-        if teacher != "model":
-            spec = spec.model_copy(update={"path": teacher, "modeling": None, "module": None})
-        model = load_model(spec, context.data.labels, seed=inputs.seed, allow_code=context.allow_code, new_head=False)
-    data = context.task(inputs.start)
-    taught = context.task(teacher) if teacher in context.plan else context.data
-    ids = None if taught is data else vocabulary.ids_in(data.processor, taught.processor)
-    return Distiller(model, stage.distill, term=data.distillation, targets=data.kind.targets, ids=ids)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ class StageInputs:
 
     peaks: examples with large activations are kept for an fp16 export. target, widths: see MethodConfig.reads; None
     where no method of the stage reads them. against: "model" or the stage whose model a budget counts against; None,
-    where it starts. after: keys of the stages whose models it begins with, learns from or counts against.
+    where it starts. after: keys of the stages whose models it begins with, learns from or counts against. asked_once:
+    True where `_asked_once` finds it.
     """
 
     stage: Stage
@@ -37,6 +38,7 @@ class StageInputs:
     against: str | None
     widths: tuple[int, ...] | None
     after: dict[str, str]
+    asked_once: bool | None = None
 
     def key(self) -> dict[str, Any]:
         """In JSON types, without what is null: a field that a later version adds changes no stage that does without it.
@@ -71,9 +73,9 @@ def _plain(value: Any) -> Any:
 def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
     """The inputs of every stage, by its id."""
     found: dict[str, StageInputs] = {}
+    often = _asked_once(recipe)
     for stage in recipe.stages:
-        start = recipe.start_of(stage)
-        teacher = start if stage.teacher == "self" else stage.teacher
+        start, teacher = recipe.start_of(stage), _teacher(recipe, stage)
         reads = {name for method in stage.methods for name in method.reads()}
         against = None if stage.prune is None else stage.prune.against()
         found[stage.id] = StageInputs(
@@ -89,8 +91,24 @@ def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
             widths=_widths(recipe, stage) if "widths" in reads else None,
             against=against,
             after={other: found[other].digest() for other in (start, teacher, against) if other in found},
+            asked_once=True if stage.id in often else None,
         )
     return found
+
+
+def _teacher(recipe: Recipe, stage: Stage) -> str | None:
+    return recipe.start_of(stage) if stage.teacher == "self" else stage.teacher
+
+
+def _asked_once(recipe: Recipe) -> set[str]:
+    """The stages that compare outputs alone, on examples as they are, with a teacher that they and others like them
+    would ask more than once about each."""
+    alike: dict[tuple[str | None, str | None], list[Stage]] = {}
+    for stage in recipe.stages:
+        if stage.distill is not None and not stage.distill.inside and not stage.distill.replace_tokens:
+            alike.setdefault((_teacher(recipe, stage), recipe.rewritten(recipe.start_of(stage))), []).append(stage)
+    often = (stages for stages in alike.values() if sum(s.train.epochs for s in stages if s.train) > 1)
+    return {stage.id for stages in often for stage in stages}
 
 
 def _widths(recipe: Recipe, stage: Stage) -> tuple[int, ...]:

@@ -29,8 +29,8 @@ from mptrain.data.tasks.metrics import Measure, Score
 from mptrain.export.base import Source, Streaming
 from mptrain.export.facts import Facts
 from mptrain.export.torch import heads
+from mptrain.flow.context import Context
 from mptrain.flow.sources import Sources
-from mptrain.flow.stage import Context
 from mptrain.measure import generation, memory, throughput
 from mptrain.measure import latency as measure
 from mptrain.models import saved_class

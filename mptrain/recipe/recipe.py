@@ -218,7 +218,7 @@ class Recipe(Strict):
     def _check_teacher(self, where: str, stage: Stage, earlier: list[str]) -> None:
         """A model of the hub may have any name, but not that of a stage, nor nearly."""
         teacher = stage.teacher
-        if teacher in earlier and not self._rewritten(self.start_of(stage)) and (cut := self._rewritten(teacher)):
+        if teacher in earlier and not self.rewritten(self.start_of(stage)) and (cut := self.rewritten(teacher)):
             raise ValueError(
                 f"{where}: {teacher!r} reads fewer tokens since {cut!r}, and this stage starts from a model that reads"
                 f" all of them, so there is no answer to copy for some: add from: {cut}, or take another teacher"
@@ -232,7 +232,7 @@ class Recipe(Strict):
         if teacher.startswith((".", "/", "~")):
             raise ValueError(f"{where}: there is no folder {teacher}")
 
-    def _rewritten(self, stage_id: str) -> str | None:
+    def rewritten(self, stage_id: str) -> str | None:
         """The last stage up to this one that changed the tokenizer."""
         return next((one.id for one in self.chain(stage_id) if any(m.rewrites for m in one.methods)), None)
 

@@ -30,6 +30,7 @@ from mptrain.data.tasks.divergence import IGNORED, of_logits
 from mptrain.recipe import Distill
 from mptrain.train.relations import Layers, divergence, paired, projections, recorded
 from mptrain.train.replaced import replaced
+from mptrain.train.taught import Taught
 
 TARGETS = ("labels", "start_positions", "end_positions")
 Term = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Tensor], float], Tensor]
@@ -69,6 +70,8 @@ class Distiller:
         self._layers: tuple[Layers, Layers] | None = None
         self._related: list[list[Tensor]] = []
         self._sound = False
+        self.taught: Taught | None = None
+        """what it says, where it was asked before; for outputs alone"""
 
     def shown(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What student and teacher read of a batch: with some tokens replaced, where the settings say so.
@@ -106,7 +109,7 @@ class Distiller:
         """inputs: the batch with labels; outputs: the student's logits [batch, (length,) classes]; task: its loss."""
         with torch.no_grad(), recorded(self.teacher, self._layers[1] if self._layers else []) as taught:
             plain = {k: v for k, v in inputs.items() if k not in self.targets}
-            expected = self._taught(plain)
+            expected = (self.taught and self.taught.of(plain)) or self.ask(plain)
         if not self._sound:
             self._check_finite(expected)
         distill = self.term(outputs, expected, inputs, self.config.temperature)
@@ -133,8 +136,8 @@ class Distiller:
                 raise ModelError(f"the teacher's {name} are nan{why}. Give another teacher, or train it again.")
         self._sound = True
 
-    def _taught(self, inputs: dict[str, Tensor]) -> Any:
-        """What the teacher gives, of the student's tokens alone where it gives something of each."""
+    def ask(self, inputs: Mapping[str, Tensor]) -> Any:
+        """What the teacher gives for a batch without targets; where it is of each token, of the student's alone."""
         if self.ids is None:
             return self.teacher(**inputs, **self.extra_outputs())
         table = token_embedding(self.teacher)

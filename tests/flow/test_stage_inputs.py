@@ -14,10 +14,12 @@ from kit import bare
 from kit.bare import TRAIN
 from pydantic import BaseModel
 
+import mptrain.flow.context
 import mptrain.flow.stage
+import mptrain.flow.teacher
+from mptrain.flow.context import Context
 from mptrain.flow.identity import FORMAT
 from mptrain.flow.reuse import take_stages
-from mptrain.flow.stage import Context
 from mptrain.flow.stage_inputs import StageInputs, given, inputs_of
 from mptrain.recipe import Recipe, Stage
 
@@ -60,11 +62,12 @@ def taken(tmp_path, before, now):
     return found
 
 
-def test_a_phase_gets_no_more_of_a_recipe_than_its_inputs():
-    """What is not in StageInputs cannot be read by flow/stage.py: no recipe reaches it."""
+@pytest.mark.parametrize("module", [mptrain.flow.context, mptrain.flow.stage, mptrain.flow.teacher])
+def test_a_phase_gets_no_more_of_a_recipe_than_its_inputs(module):
+    """What is not in StageInputs cannot be read by what runs a phase: no recipe reaches it."""
     held = set(typing.get_type_hints(Context).values())
     assert dict[str, StageInputs] in held and Recipe not in held
-    tree = ast.parse(Path(mptrain.flow.stage.__file__).read_text())
+    tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert "StageInputs" in imported and "Recipe" not in imported
     assert not {"recipe", "evaluate", "export"} & {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
