@@ -20,7 +20,7 @@ from mptrain.core.errors import RecipeError
 
 Lines = dict[tuple[str | int, ...], int]
 
-RECOVERY = 0.25
+RECOVERY = 0.5
 """of `train.epochs`, where `recovery` is not given"""
 
 

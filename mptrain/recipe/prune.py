@@ -46,7 +46,7 @@ class Keep(Strict):
     recovery: Fraction | None = Field(
         None,
         description="of a family: what each point after the first trains, as a share of the stage's `train.epochs`;"
-        " default 0.25",
+        " default 0.5",
     )
     size: Fraction | None = Field(None, description="of the bytes of the exported model, embeddings included")
     against: Name | None = Field(

@@ -242,7 +242,8 @@ def family() -> list[str]:
         "## A family of speed-ups in one run",
         "",
         "`keep: {speedup: [2, 3, …]}` of a dense MiniLM: each point from the last, against a run to each from"
-        " the dense model, all with curvature, one epoch of distillation in the runs and at the first point, the fp32"
+        " the dense model, all with curvature, one epoch of distillation of outputs in the runs and at the first point,"
+        " the teacher asked once about each review in a family and in each step of the runs, the fp32"
         f" export, on one thread. Accuracy on {found['rows'][0]['points'][0]['n']:,} test reviews, the family ahead by,"
         f" paired, in points; speed-ups as the stages measured them ({link('family.md')}, {where(found)}).",
         "",

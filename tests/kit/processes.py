@@ -30,8 +30,10 @@ class Ended:
 
 def start(*words: str, cwd: Path, output: Path | None = None, **environment: str) -> Any:
     """A process that runs `python WORDS` (a script, -m MODULE or -c CODE) with arguments; stdout and stderr go into
-    files of that name in `output`, or nowhere."""
-    process = _SERVER.Process(target=_child, args=(words, str(cwd), output and str(output), dict(environment)))
+    files of that name in `output`, or nowhere. It has this environment, of which the server knows only what there was
+    when it started."""
+    environment = {**os.environ, **environment}
+    process = _SERVER.Process(target=_child, args=(words, str(cwd), output and str(output), environment))
     process.start()
     return process
 
