@@ -22,6 +22,9 @@ from mptrain.train.taught import Taught, keys_of, write
 BATCH = 64
 """examples that a teacher is asked of at a time: the same in all stages, for rounding differs with it"""
 
+MOST = 2**28
+"""bytes that the answers may take"""
+
 
 def distiller(context: Context, inputs: StageInputs) -> Distiller | None:
     """None for a stage without a teacher."""
@@ -45,11 +48,13 @@ def distiller(context: Context, inputs: StageInputs) -> Distiller | None:
 
 
 def fits(data: Task) -> bool:
-    """Whether what models of a task say of an example is a few numbers, and the example is known again when it is
-    padded in another batch."""
+    """Whether what models of a task say of all examples is little, and an example is known again when it is padded in
+    another batch."""
+    examples = data.taught(distilled=True)
     if any(isinstance(axis, str) for port in data.outputs() for axis in port.axes[1:]):
         return False
-    examples = data.train
+    if len(examples) * data.example_bytes(1) > MOST:
+        return False
     short, long = (pick(range(len(examples)), key=examples.lengths.__getitem__) for pick in (min, max))
     alone, beside = (
         keys_of(data.without_targets(data.collate([examples[i] for i in rows])))[0] for rows in ([short], [short, long])

@@ -2,8 +2,8 @@
 
 A teacher in eval mode says the same of an example each time, and beside a small student its forward pass is much of a
 step: half, where a MiniLM teaches one that is eight times as fast. Where its outputs alone are compared and none has an
-axis of tokens, they are a few numbers to an example. They are kept by what the model reads of it, so that a batch may be
-any of them, and what is not among them is asked.
+axis of tokens, they are a few numbers to an example. They are kept by what the model reads of it, so that a batch may
+be any of them, and what is not among them is asked.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def keys_of(inputs: Mapping[str, Tensor]) -> list[bytes]:
             one = value[row]
             if masked and value.shape == mask.shape:  # type: ignore[union-attr]
                 one = one[mask[row].bool()]  # type: ignore[index]
-            digest.update(f"{name} {tuple(one.shape)} {one.dtype}\0".encode() + one.contiguous().numpy().tobytes())
+            digest.update(f"{name} {tuple(one.shape)} {one.dtype}\0".encode())
+            digest.update(one.reshape(-1).view(torch.uint8).numpy().data)  # NumPy has no bf16
         found.append(digest.digest())
     return found

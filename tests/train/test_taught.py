@@ -42,6 +42,8 @@ def test_without_a_mask_padding_is_read_too():
     sounds = {"input_values": torch.tensor([[1.0, 2.0]])}
     assert keys_of(sounds) != keys_of({"input_values": torch.tensor([[1.0, 2.0, 0.0]])})
     assert keys_of(sounds) != keys_of({"input_values": torch.tensor([[1.0], [2.0]])})
+    half = {"input_values": sounds["input_values"].bfloat16()}
+    assert keys_of(half) == keys_of(half) != keys_of(sounds)
 
 
 class Counting(torch.nn.Module):
@@ -140,10 +142,15 @@ def test_a_run_asks_once_of_each_example_and_learns_the_same(tmp_path, monkeypat
     assert len(losses[0]) > 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_models_that_say_something_of_each_token_or_read_padding_are_asked_each_time(tmp_path):
+def test_models_that_say_much_or_something_of_each_token_or_read_padding_are_asked_each_time(tmp_path, monkeypatch):
     recipe = read(str(tiny.write(described(tmp_path, "run"), tmp_path / "a.yaml"))).recipe
     data = load_data(recipe.data, recipe.model.task, load_processor(recipe.model), seed=0)
     assert teacher.fits(data)
+    with monkeypatch.context() as less:
+        less.setattr(teacher, "MOST", 8 * len(data.train) - 1)  # two classes, four bytes each
+        assert not teacher.fits(data)
+        less.setattr(teacher, "MOST", 8 * len(data.train))
+        assert teacher.fits(data)
     collate = data.collate
     data.collate = lambda examples: {k: v for k, v in collate(examples).items() if k != "attention_mask"}
     assert not teacher.fits(data)
