@@ -46,7 +46,8 @@ class Taught:
     def load(cls, paths: Iterable[Path], secret: bytes | None = None) -> Taught:
         """From files of `write`, one to each process. Raises MptrainError for files of other data."""
         parts = [load(p.read_bytes() if secret is None else unseal(secret, p.read_bytes(), _WHAT)) for p in paths]
-        both = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        names = dict.fromkeys(name for part in parts for name in part)  # a process may have had no share
+        both = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
         return cls([bytes(key) for key in both.pop(_KEYS).numpy()], both)
 
 
@@ -67,8 +68,8 @@ def write(
             keys += keys_of(batch)
             for name, values in found.items():
                 values.append(outputs[name].float().cpu())
-    tensors = {name: torch.cat(values) for name, values in found.items()}
-    content = save(tensors | {_KEYS: torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, _SIZE)})
+    tensors = {name: torch.cat(values) for name, values in found.items() if values}
+    content = save(tensors | {_KEYS: torch.tensor([*b"".join(keys)], dtype=torch.uint8).view(len(keys), _SIZE)})
     new = path.with_name(f".{path.name}")
     new.write_bytes(content if secret is None else seal(secret, content, _WHAT))
     new.replace(path)

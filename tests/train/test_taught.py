@@ -61,9 +61,9 @@ class Counting(torch.nn.Module):
 
 @pytest.mark.parametrize("secret", [None, b"k" * 32], ids=["plain", "encrypted"])
 def test_what_was_asked_is_known_in_any_batch_and_the_rest_is_asked(tmp_path, secret):
-    distiller, paths = Distiller(Counting(), Distill()), [tmp_path / "0", tmp_path / "1"]
-    for path, texts in zip(paths, [[[7, 8], [9]], [[5, 6, 7]]]):
-        write(path, [batch(*texts, length=4)], distiller.ask, ["logits"], secret)
+    distiller, paths = Distiller(Counting(), Distill()), [tmp_path / name for name in "012"]
+    for path, texts in zip(paths, [[[7, 8], [9]], [], [[5, 6, 7]]]):  # of a process each, one without a share
+        write(path, [batch(*texts, length=4)] if texts else [], distiller.ask, ["logits"], secret)
     distiller.taught = found = Taught.load(paths, secret)
     assert len(found) == 3 and found.outputs.keys() == {"logits"}
     wanted = torch.tensor([[18.0, -18.0], [9.0, -9.0]])
