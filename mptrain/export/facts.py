@@ -18,6 +18,8 @@ class Facts:
     """bytes of the weights in the file, by stored type"""
     inference_precision: str | None = None
     """of the floating-point part, as it really runs: "f32", "f16", "bf16" """
+    left_to_itself: str | None = None
+    """what the runtime would compute that in here if it were not told, where that is another type"""
     fused_attention: int | None = None
     """attention blocks that run as one operation"""
     fused_nodes: Sequence[str] | None = None

@@ -57,7 +57,7 @@ def recommend(
         "by_setting": by_setting,
         "smallest": smallest,
         "reason": _reason(length, limit, chosen, baseline["id"], main, by_setting),
-        "warnings": _warnings(length, variants, host),
+        "warnings": _warnings(length, variants, host) + _told(baseline, variants),
     }
 
 
@@ -83,6 +83,20 @@ def _reason(length: str | None, limit: str, chosen: str, baseline: str, main: st
         f" {ratio(by_setting[main]['speedup'])} the speed of {baseline};"
         f" it was the fastest in {wins} of {len(by_setting)} measured settings."
     )
+
+
+def _told(baseline: Row, variants: Sequence[Row]) -> list[str]:
+    """That the baseline would be faster where nobody said what it computes in."""
+    runtime = baseline["runtime"]
+    own, other = runtime.get("inference_precision"), runtime.get("left_to_itself")
+    same = [v for v in variants if all(v[key] == baseline[key] for key in ("stage", "format", "precision"))]
+    if other is None or any(v["runtime"].get("inference_precision") == other for v in same):
+        return []
+    return [
+        f"{baseline['id']} was timed in {own}, as its export says. Left to itself its runtime computes in {other} on"
+        " this CPU, which rounds and is faster, and speed-ups over that are smaller. To see both, add an export of"
+        f" {baseline['stage']} in {baseline['precision']} with hint: {other}."
+    ]
 
 
 def _warnings(length: str | None, variants: Sequence[Row], host: Row) -> list[str]:

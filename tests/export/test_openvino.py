@@ -19,6 +19,7 @@ from mptrain.compress.structure.find import find_structure
 from mptrain.compress.structure.shrink import shrink
 from mptrain.core.errors import ExportError, UserError
 from mptrain.core.hooks import HOOKS
+from mptrain.export.openvino import runner
 from mptrain.export.openvino.facts import stored_types
 from mptrain.export.openvino.runner import CompiledIr
 from mptrain.export.openvino.stream import IrStream
@@ -358,6 +359,14 @@ def test_precision_and_model_must_fit(tmp_path):
 
 
 # -- the runner
+
+
+def test_a_runner_says_what_the_plugin_would_compute_in_if_it_were_not_told(tmp_path, monkeypatch):
+    assert runner.taken({"INFERENCE_PRECISION_HINT": "f32"}) == "f32"
+    compiled = CompiledIr(export(tiny("bert"), "bert", tmp_path).xml, threads=1)
+    for other, said in (("bf16", "bf16"), ("f32", None)):
+        monkeypatch.setattr(runner, "taken", lambda other=other: other)
+        assert compiled.facts().left_to_itself == said
 
 
 def test_the_runner_takes_arrays_and_tensors_and_drops_other_inputs(tmp_path):

@@ -143,6 +143,17 @@ def test_fast_int8_is_recommended_without_warnings():
     assert report["recommendation"]["warnings"] == []
 
 
+def test_a_runtime_that_would_be_faster_if_nobody_told_it_is_said():
+    """On CPUs with AMX OpenVINO computes fp32 files in bf16: speed-ups over f32 are not those over what a user has."""
+    variants = sample.variants(int8_speed=4.2)
+    variants[0] = replace(variants[0], runtime={**variants[0].runtime, "left_to_itself": "bf16"})
+    said = [text for text in sample.report(variants=variants)["recommendation"]["warnings"] if "Left to itself" in text]
+    assert len(said) == 1 and "baseline_fp32 was timed in f32" in said[0] and "dense in fp32 with hint: bf16" in said[0]
+    both = replace(variants[0], id="dense_bf16", runtime={"inference_precision": "bf16"})
+    report = sample.report(variants=[*variants, both])
+    assert not any("Left to itself" in text for text in report["recommendation"]["warnings"])
+
+
 def test_slow_variants_leave_the_baseline_recommended():
     variants = [replace(v, latency_ms=sample.times(1.0 if i == 0 else 0.7, 1)) for i, v in enumerate(sample.variants())]
     advice = sample.report(variants=variants)["recommendation"]

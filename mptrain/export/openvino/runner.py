@@ -69,7 +69,9 @@ class CompiledIr:
         return {name: _array(batch[name]) for name in self.inputs}
 
     def facts(self) -> Facts:
-        return facts(self.compiled, self.xml, self.precision)
+        other = taken()
+        found = facts(self.compiled, self.xml, self.precision)
+        return found | Facts(left_to_itself=other if other != self.precision else None)
 
     def close(self) -> None:
         del self._request, self.compiled
@@ -112,11 +114,15 @@ class CachedIr(CompiledIr):
 
 
 def computes_in(precision: str) -> bool:
-    """Whether the plugin takes a precision here; else it stays float32. Asked with a graph of one operation."""
+    """Whether the plugin takes a precision here; else it stays float32."""
+    return taken({"INFERENCE_PRECISION_HINT": precision}) == precision
+
+
+def taken(options: Mapping[str, str] | None = None) -> str:
+    """The precision that the plugin takes here: "f32", "bf16" or "f16". Asked with a graph of one operation."""
     given = opset.parameter([1], ov.Type.f32)
-    options = {"INFERENCE_PRECISION_HINT": precision}
-    compiled = ov.Core().compile_model(ov.Model([opset.relu(given)], [given]), "CPU", options)
-    return compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == precision
+    compiled = ov.Core().compile_model(ov.Model([opset.relu(given)], [given]), "CPU", dict(options or {}))
+    return compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
 
 
 def keeps_state(xml: Path | str) -> bool:
