@@ -43,6 +43,9 @@ MANY_CLASSES = 1024
 
 RHO = 0.1
 
+ROUNDING = 1e-10
+"""of a sum of products in float64 over many tokens, far above what it can be off by"""
+
 
 @dataclass
 class Curvature:
@@ -83,16 +86,22 @@ class Curvature:
         return [self.x, self.xx, self.weight, self.wx, self.wxx, self.gg]
 
     def covariance(self, rho: float = RHO) -> tuple[Tensor, Tensor]:
-        """H [inputs, inputs] and the mean of x [inputs] that the bias takes up. Without any gradient: rho is 1."""
+        """H [inputs, inputs] and the mean of x [inputs] that the bias takes up. Without any gradient: rho is 1.
+
+        H is a difference, of which the digits below ROUNDING of what it is taken from are none: its diagonal is larger
+        by so much, or inputs that never change would seem to, by noise whose inverse is anything."""
         if not self.tokens:
             raise UserError("curvature needs calibration data: the batches hold no token")
         mean = self.x / self.tokens
-        plain = self.xx / self.tokens - torch.outer(mean, mean)
-        if not float(self.weight) > 0.0:
-            return plain, mean
-        weighted_mean = self.wx / self.weight
-        weighted = self.wxx / self.weight - torch.outer(weighted_mean, weighted_mean)
-        return (1 - rho) * weighted + rho * plain, weighted_mean
+        second = self.xx / self.tokens
+        covariance = second - torch.outer(mean, mean)
+        if float(self.weight) > 0.0:
+            mean = self.wx / self.weight
+            weighted = self.wxx / self.weight
+            covariance = (1 - rho) * (weighted - torch.outer(mean, mean)) + rho * covariance
+            second = (1 - rho) * weighted + rho * second
+        covariance.diagonal().add_(ROUNDING * second.diagonal().mean())
+        return covariance, mean
 
     def gram(self) -> Tensor:
         return self.gg / max(self.examples, 1)
