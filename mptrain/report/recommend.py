@@ -108,7 +108,7 @@ def _warnings(length: str | None, variants: Sequence[Row], host: Row) -> list[st
             " not necessarily faster. On a CPU that has them the order can differ; measure there."
         )
     for small in quantized:
-        # int8 against fp32 of the same structure: the effect of quantization alone.
+        # int8 against float of the same structure: the effect of quantization alone.
         same = [v for v in variants if v["precision"] == "fp32" and v["params"] == small["params"]]
         for plain in same:
             slower = {
@@ -118,8 +118,9 @@ def _warnings(length: str | None, variants: Sequence[Row], host: Row) -> list[st
             slower = {key: speed for key, speed in slower.items() if speed < _NOISE}
             if slower:
                 worst = min(slower, key=lambda key: slower[key])
+                computed = plain["runtime"].get("inference_precision", "f32").replace("f32", "fp32")
                 warnings.append(
-                    f"{small['id']} is slower than {plain['id']}, the same structure in fp32, in {len(slower)} of"
+                    f"{small['id']} is slower than {plain['id']}, the same structure in {computed}, in {len(slower)} of"
                     f" {len(small['latency_ms'])} settings ({ratio(slower[worst])} its speed at"
                     f" {setting_words(worst, length)})."
                 )

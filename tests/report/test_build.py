@@ -150,8 +150,12 @@ def test_a_runtime_that_would_be_faster_if_nobody_told_it_is_said():
     said = [text for text in sample.report(variants=variants)["recommendation"]["warnings"] if "Left to itself" in text]
     assert len(said) == 1 and "baseline_fp32 was timed in f32" in said[0] and "dense in fp32 with hint: bf16" in said[0]
     both = replace(variants[0], id="dense_bf16", runtime={"inference_precision": "bf16"})
-    report = sample.report(variants=[*variants, both])
-    assert not any("Left to itself" in text for text in report["recommendation"]["warnings"])
+    faster = replace(
+        variants[1], id="pruned_bf16", runtime={"inference_precision": "bf16"}, latency_ms=sample.times(9, 1)
+    )
+    warnings = sample.report(variants=[*variants, both, faster])["recommendation"]["warnings"]
+    assert not any("Left to itself" in text for text in warnings)
+    assert any("is slower than pruned_bf16, the same structure in bf16" in text for text in warnings)
 
 
 def test_slow_variants_leave_the_baseline_recommended():
