@@ -41,9 +41,11 @@ class StageInputs:
     asked_once: bool | None = None
 
     def key(self) -> dict[str, Any]:
-        """In JSON types, without what is null: a field that a later version adds changes no stage that does without it.
-        Stages of one key, on the same data, model files, versions and processes, give one model."""
-        return given({field.name: json.loads(json.dumps(_plain(getattr(self, field.name)))) for field in fields(self)})
+        """In JSON types, without settings that are null and fields at their default: what a later version adds changes
+        no stage that does without it. Stages of one key, on the same data, model files, versions and processes, give
+        one model."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return given({name: json.loads(json.dumps(_plain(value))) for name, value in values.items()})
 
     def counted(self) -> str:
         """Names what a budget of the whole exported model counts against: the model, and the variant it becomes."""

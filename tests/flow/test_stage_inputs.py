@@ -81,6 +81,14 @@ def test_a_field_that_is_null_changes_no_key():
     assert key != given({"stage": described | {"later": 1}, "target": None})
 
 
+def test_a_field_that_a_later_version_adds_changes_no_stage_that_does_without_it():
+    inputs = inputs_of(recipe({"id": "b", "palettize": {"method": "kmeans"}}))["b"]
+    first = [f.name for f in dataclasses.fields(StageInputs) if f.default is dataclasses.MISSING]
+    assert list(inputs.key()) == first and len(first) < len(dataclasses.fields(StageInputs))
+    other = dataclasses.replace(inputs, asked_once=True)
+    assert list(other.key()) == [*first, "asked_once"] and other.digest() != inputs.digest()
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(StageInputs), ids=lambda field: field.name)
 def test_every_input_is_in_the_key(field):
     """Another value of any field is another key, and another stage after it."""
@@ -95,7 +103,8 @@ def test_every_input_is_in_the_key(field):
         other = others.get(field.name, f"{value}1")
     changed = dataclasses.replace(inputs, **{field.name: other})
     assert changed.key() != inputs.key() and changed.digest() != inputs.digest()
-    assert set(inputs.key()) == {f.name for f in dataclasses.fields(StageInputs)}
+    whole = dataclasses.replace(inputs, asked_once=True)  # at its default it is no part of the key
+    assert set(whole.key()) == {f.name for f in dataclasses.fields(StageInputs)}
     assert json.loads(json.dumps(inputs.key())) == inputs.key()
 
 
