@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.jpqd import order_facts as facts
 from benchmarks.jpqd.curve import add_dense, dense_of
@@ -45,6 +45,7 @@ from mptrain.recipe import Calibration, Curvature, Distill, Fisher, Qat
 from mptrain.train.distill import Distiller
 from mptrain.train.phase import learning_rate
 from mptrain.train.sampler import LengthGroupedSampler
+from mptrain.train.taught import Taught, keys_of
 
 FAST = 30.0
 LR, BATCH, KEEP = 1e-4, 32, {"encoder_params": 0.33}
@@ -117,17 +118,19 @@ class Bench:
     late: int
 
     def teacher(self) -> Distiller:
+        """Asked once, in all commands."""
         path = self.work / "teacher.npz"
         if not path.is_file():
             model = artifact.load(self.dense)
             found = {split: logits(model, self.task, split) for split in ("train", "validation", "test")}
             np.savez(path, **found)
-        table: dict[bytes, Tensor] = {}
-        for split, values in np.load(path).items():
-            examples = getattr(self.task, split)
-            for i, row in enumerate(torch.from_numpy(values)):
-                table[np.asarray(examples[i]["input_ids"], dtype=np.int64).tobytes()] = row
-        return Distiller(facts.Remembered(table), DISTILL, term=self.task.distillation, targets=self.task.kind.targets)
+        table, task = np.load(path), self.task
+        splits = [getattr(task, split) for split in table]
+        examples = [rows[i] for rows in splits for i in range(len(rows))]
+        keys = [key for one in examples for key in keys_of(task.without_targets(task.collate([one])))]
+        found = Distiller(artifact.load(self.dense), DISTILL, term=task.distillation, targets=task.kind.targets)
+        found.taught = Taught(keys, {"logits": torch.cat([torch.from_numpy(table[split]) for split in table])})
+        return found
 
     def margins(self, split: str) -> np.ndarray:
         """Of the teacher."""

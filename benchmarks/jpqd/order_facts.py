@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mptrain.compress.prune.fisher import FisherPruner
 from mptrain.compress.quantize import quantizers
@@ -21,18 +20,6 @@ from mptrain.recipe import Calibration, Fisher, Qat
 
 Ranges = dict[str, dict[str, np.ndarray]]
 """kind (weights, activations) -> name of the quantizer -> its largest values"""
-
-
-class Remembered(nn.Module):
-    """A teacher that computed its logits once. table: by the ids of an example without padding."""
-
-    def __init__(self, table: dict[bytes, Tensor]) -> None:
-        super().__init__()
-        self.table = table
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> dict[str, Tensor]:
-        rows = zip(input_ids, attention_mask.bool(), strict=True)
-        return {"logits": torch.stack([self.table[ids[mask].numpy().tobytes()] for ids, mask in rows])}
 
 
 def ranges(model: nn.Module) -> Ranges:

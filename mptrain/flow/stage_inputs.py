@@ -23,7 +23,7 @@ class StageInputs:
     peaks: examples with large activations are kept for an fp16 export. target, widths: see MethodConfig.reads; None
     where no method of the stage reads them. against: "model" or the stage whose model a budget counts against; None,
     where it starts. after: keys of the stages whose models it begins with, learns from or counts against. asked_once:
-    True where `_asked_once` finds it.
+    the teacher says each time what it said before of an example, and this stage and those that share it ask more often.
     """
 
     stage: Stage
@@ -38,7 +38,7 @@ class StageInputs:
     against: str | None
     widths: tuple[int, ...] | None
     after: dict[str, str]
-    asked_once: bool | None = None
+    asked_once: bool = False
 
     def key(self) -> dict[str, Any]:
         """In JSON types, without settings that are null and fields at their default: what a later version adds changes
@@ -93,7 +93,7 @@ def inputs_of(recipe: Recipe) -> dict[str, StageInputs]:
             widths=_widths(recipe, stage) if "widths" in reads else None,
             against=against,
             after={other: found[other].digest() for other in (start, teacher, against) if other in found},
-            asked_once=True if stage.id in often else None,
+            asked_once=stage.id in often,
         )
     return found
 

@@ -234,7 +234,7 @@ class Recipe(Strict):
 
     def rewritten(self, stage_id: str) -> str | None:
         """The last stage up to this one that changed the tokenizer."""
-        return next((one.id for one in self.chain(stage_id) if any(m.rewrites for m in one.methods)), None)
+        return next((one.id for one in self.chain(stage_id) if one.rewrites), None)
 
     def _check_speedups(self) -> None:
         latency = self.evaluate.latency

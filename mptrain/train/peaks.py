@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mptrain.core.hooks import HOOKS
 from mptrain.core.signature import Batch
-from mptrain.data.sealed.kept import seal, unseal
+from mptrain.data.sealed import kept
 
 _WHAT = "kept examples"
 FILES = "peaks-*.safetensors"  # one to each process
@@ -89,10 +89,7 @@ class Peaks:
         numbers = {id(example): str(i) for i, example in enumerate(self._examples.values())}
         tensors = {f"{numbers[id(e)]}/{k}": v for e in self._examples.values() for k, v in e.items()}
         rows = {name: [value, numbers[id(self._examples[name])]] for name, value in self.largest.items()}
-        new = self.path.with_name(f".{self.path.name}")
-        content = save(tensors, {"peaks": json.dumps(rows)})
-        new.write_bytes(content if self.secret is None else seal(self.secret, content, _WHAT))
-        new.replace(self.path)
+        kept.write(self.path, save(tensors, {"peaks": json.dumps(rows)}), self.secret, _WHAT)
 
     def load(self) -> None:
         self.largest, self._examples = _read(self.path, self.secret) if self.path.is_file() else ({}, {})
@@ -117,9 +114,7 @@ def batches(folders: Iterable[Path], secret: bytes | None = None) -> list[Batch]
 
 
 def _read(path: Path, secret: bytes | None) -> tuple[dict[str, float], dict[str, Batch]]:
-    content = path.read_bytes()
-    if secret is not None:
-        content = unseal(secret, content, _WHAT)
+    content = kept.read(path, secret, _WHAT)
     size = int.from_bytes(content[:8], "little")  # of the header of a safetensors file, which is JSON
     rows = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["peaks"])
     examples: dict[str, Batch] = {}

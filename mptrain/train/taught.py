@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mptrain.data.sealed.kept import seal, unseal
+from mptrain.data.sealed import kept
 
 _WHAT = "teacher's outputs"
-_KEYS = "keys"  # uint8 [examples, 16]; the other tensors are outputs, [examples, …]
+_KEYS = "keys"  # uint8 [examples, _SIZE]; the other tensors are outputs, [examples, …]
+_SIZE = 16  # bytes of a key
 
 
 class Taught:
@@ -45,7 +46,7 @@ class Taught:
     @classmethod
     def load(cls, paths: Iterable[Path], secret: bytes | None = None) -> Taught:
         """From files of `write`, one to each process. Raises MptrainError for files of other data."""
-        parts = [load(p.read_bytes() if secret is None else unseal(secret, p.read_bytes(), _WHAT)) for p in paths]
+        parts = [load(kept.read(path, secret, _WHAT)) for path in paths]
         names = dict.fromkeys(name for part in parts for name in part)  # a process may have had no share
         both = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
         return cls([bytes(key) for key in both.pop(_KEYS).numpy()], both)
@@ -69,13 +70,8 @@ def write(
             for name, values in found.items():
                 values.append(outputs[name].float().cpu())
     tensors = {name: torch.cat(values) for name, values in found.items() if values}
-    content = save(tensors | {_KEYS: torch.tensor([*b"".join(keys)], dtype=torch.uint8).view(len(keys), _SIZE)})
-    new = path.with_name(f".{path.name}")
-    new.write_bytes(content if secret is None else seal(secret, content, _WHAT))
-    new.replace(path)
-
-
-_SIZE = 16  # bytes of a key
+    tensors[_KEYS] = torch.tensor([*b"".join(keys)], dtype=torch.uint8).view(len(keys), _SIZE)
+    kept.write(path, save(tensors), secret, _WHAT)
 
 
 def keys_of(inputs: Mapping[str, Tensor]) -> list[bytes]:
@@ -83,14 +79,15 @@ def keys_of(inputs: Mapping[str, Tensor]) -> list[bytes]:
     attention mask, that which it does not mask, and all of anything else, its shape too."""
     inputs = {name: value.cpu() for name, value in sorted(inputs.items())}
     mask = inputs.get("attention_mask")
-    masked = mask is not None and mask.dim() == 2
+    if mask is not None and mask.dim() != 2:
+        mask = None
     found = []
     for row in range(len(next(iter(inputs.values())))):
         digest = hashlib.blake2b(digest_size=_SIZE)
         for name, value in inputs.items():
             one = value[row]
-            if masked and value.shape == mask.shape:  # type: ignore[union-attr]
-                one = one[mask[row].bool()]  # type: ignore[index]
+            if mask is not None and value.shape == mask.shape:
+                one = one[mask[row].bool()]
             digest.update(f"{name} {tuple(one.shape)} {one.dtype}\0".encode())
             digest.update(one.reshape(-1).view(torch.uint8).numpy().data)  # NumPy has no bf16
         found.append(digest.digest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 
 from mptrain.core.errors import MptrainError
 from mptrain.data.sealed.cipher import Cipher, Damaged
@@ -24,3 +25,16 @@ def unseal(secret: bytes, sealed: bytes, purpose: str) -> bytes:
         raise MptrainError(
             f"the {purpose} in the run folder are damaged, or were written with other data. Start again with --fresh."
         ) from None
+
+
+def write(path: Path, content: bytes, secret: bytes | None, purpose: str) -> None:
+    """Whole or not at all. secret: None, of data that are not private; the file is then in clear."""
+    new = path.with_name(f".{path.name}")
+    new.write_bytes(content if secret is None else seal(secret, content, purpose))
+    new.replace(path)
+
+
+def read(path: Path, secret: bytes | None, purpose: str) -> bytes:
+    """What `write` was given. Raises MptrainError as `unseal`."""
+    content = path.read_bytes()
+    return content if secret is None else unseal(secret, content, purpose)
